@@ -1,0 +1,34 @@
+"""DeepSeek-V4 in JAX: a functional Flax model for TPU pods, from the released weights to tokens.
+
+Letters in shape strings and einsums:
+
+    b B  batch row              s S  token of a chunk          q Q  query of a block
+    k K  key, or choice         h H  attention or index head   c C  channel of a head, key or entry
+    d D  hidden_size            j    residual stream (hc)      g G  output group
+    e E  expert                 i o  input, output feature     v V  vocabulary
+    m M  mixing weight of a hyper-connection                   l L  layer of a stack
+    E, N (arrays of blocks)     compressed entries of a chunk, of a cache
+"""
+
+from v4_jax import chat
+from v4_jax.cache import Cache, init_cache
+from v4_jax.config import Config, ConfigError
+from v4_jax.number_formats import BlockScaled
+from v4_jax.parameters import declarations, init
+from v4_jax.policy import Policy
+from v4_jax.transformer import Output, Routing, Transformer
+
+__all__ = [
+    "BlockScaled",
+    "Cache",
+    "Config",
+    "ConfigError",
+    "Output",
+    "Policy",
+    "Routing",
+    "Transformer",
+    "chat",
+    "declarations",
+    "init",
+    "init_cache",
+]

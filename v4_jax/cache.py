@@ -1,0 +1,272 @@
+"""The key/value cache: windows, compressed entries, index keys and the compressors' open blocks, by role.
+
+Technical report, section 3.5. Per row and layer the cache holds the last `sliding_window` keys, one entry per 4 or 128
+tokens where the layer compresses, one index key per CSA entry, and the projections of the few tokens whose block is
+still open: constant in size, whatever the length. Arrays are stacked over the layers of a role, so that a scan over
+layers carries them and updates them in place. Every row has its own length.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from v4_jax.config import RATIO_OF_ROLE, AttentionRole, Config
+from v4_jax.number_formats import E2M1, E4M3, E8M0, INDEX_BLOCK, KV_BLOCK, bytes_of, decode_rows, encode_rows
+
+CacheDtype = Literal["float32", "bfloat16", "released"]
+
+OVERLAPPING_RATIO = 4
+
+
+def span(ratio: int) -> int:
+    """Tokens that enter one compressed entry: its own block and, where blocks overlap, the one before."""
+    return 2 * ratio if ratio == OVERLAPPING_RATIO else ratio
+
+
+def projection_width(ratio: int, width: int) -> int:
+    """Channels of a token's projections for entries of `width`: values and gates, once per block that it enters."""
+    return 2 * width * span(ratio) // ratio
+
+
+class Rows(struct.PyTreeNode):
+    """Rows [L, B, N, C] in one storage format.
+
+    Attributes:
+      arrays: the stored parts: one array, or codes, scales and unquantised channels.
+      kind: "plain"; "kv", the first channels in E4M3 and the rotary rest in bfloat16; or "index", E2M1.
+      rotary: channels of a "kv" row kept in bfloat16.
+    """
+
+    arrays: tuple[Array, ...]
+    kind: Literal["plain", "kv", "index"] = struct.field(pytree_node=False, default="plain")
+    rotary: int = struct.field(pytree_node=False, default=0)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(L, B, N)."""
+        return self.arrays[0].shape[:3]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(bytes_of(array) for array in self.arrays)
+
+    def encode(self, rows: Array) -> tuple[Array, ...]:
+        """[..., C] rows as this format's parts."""
+        if self.kind == "plain":
+            return (rows.astype(self.arrays[0].dtype),)
+        if self.kind == "index":
+            return encode_rows(rows, E2M1, INDEX_BLOCK)
+        split = rows.shape[-1] - self.rotary
+        return (*encode_rows(rows[..., :split], E4M3, KV_BLOCK), rows[..., split:].astype(jnp.bfloat16))
+
+    def decode(self, parts: tuple[Array, ...], dtype: Any) -> Array:
+        """Inverse of `encode`: [..., C] of `dtype`."""
+        if self.kind == "plain":
+            return parts[0].astype(dtype)
+        if self.kind == "index":
+            return decode_rows(parts[0], parts[1], dtype)
+        return jnp.concatenate([decode_rows(parts[0], parts[1], dtype), parts[2].astype(dtype)], axis=-1)
+
+    def stored(self, rows: Array) -> Array:
+        """[..., C] rows as they read back once stored, so that a chunk's own rows equal what later chunks will see."""
+        return self.decode(self.encode(rows), rows.dtype)
+
+    def read(self, layer: Any, rows: Array, index: Array, dtype: Any) -> Array:
+        """Rows `index` [B, ...] of batch rows `rows` (broadcast with `index`): [B, ..., C]."""
+        return self.decode(tuple(array[layer, rows, index] for array in self.arrays), dtype)
+
+    def write(self, layer: Any, rows: Array, index: Array, values: Array) -> Rows:
+        """Stores `values` [B, n, C] at `index` [B, n]; an index out of range stores nothing."""
+        parts = self.encode(values)
+        arrays = tuple(
+            array.at[layer, rows, index].set(part, mode="drop") for array, part in zip(self.arrays, parts, strict=True)
+        )
+        return self.replace(arrays=arrays)
+
+
+class Ring(struct.PyTreeNode):
+    """One layer's last tokens, at slot `position mod size`.
+
+    Attributes:
+      rows: the role's rows, all layers.
+      layer: which of them this is.
+      dtype: dtype that is read.
+    """
+
+    rows: Rows
+    layer: Any
+    dtype: Any = struct.field(pytree_node=False)
+
+    def history(self, start: Array, count: int) -> Array:
+        """The `count` tokens before position `start` [B], oldest first: [B, count, C].
+
+        Positions before 0 return whatever the slot holds: callers mask them.
+        """
+        size = self.rows.shape[2]
+        slots = (start[:, None] - count + jnp.arange(count)) % size
+        return self.rows.read(self.layer, _batch(start, 1), slots, self.dtype)
+
+    def append(self, start: Array, tokens: Array, counts: Array) -> Ring:
+        """Stores the first `counts` [B] of `tokens` [B, S, C] at positions from `start` [B] on."""
+        size, chunk = self.rows.shape[2], tokens.shape[1]
+        if chunk <= size:
+            index = jnp.broadcast_to(jnp.arange(chunk), tokens.shape[:2])
+        else:  # only the last ones survive, and no two may meet in one slot
+            index = counts[:, None] - size + jnp.arange(size)
+            tokens = jnp.take_along_axis(tokens, jnp.maximum(index, 0)[..., None], axis=1)
+        slots = jnp.where((index >= 0) & (index < counts[:, None]), (start[:, None] + index) % size, size)
+        return self.replace(rows=self.rows.write(self.layer, _batch(start, 1), slots, tokens))
+
+
+class Entries(struct.PyTreeNode):
+    """One layer's compressed entries, in order.
+
+    Attributes:
+      rows: the role's rows, all layers.
+      layer: which of them this is.
+      dtype: dtype that is read.
+    """
+
+    rows: Rows
+    layer: Any
+    dtype: Any = struct.field(pytree_node=False)
+
+    @classmethod
+    def local(cls, entries: Array) -> Entries:
+        """Wraps entries [B, E, C] that live in no cache."""
+        return cls(Rows((entries[None],)), 0, entries.dtype)
+
+    @property
+    def count(self) -> int:
+        """Entries a row can hold."""
+        return self.rows.shape[2]
+
+    def write(self, slots: Array, entries: Array) -> Entries:
+        """Stores `entries` [B, E, C] at `slots` [B, E], dropping those out of range."""
+        return self.replace(rows=self.rows.write(self.layer, _batch(slots, 1), slots, entries))
+
+    def gather(self, index: Array) -> Array:
+        """Entries `index` [B, Q, K] (-1 reads an arbitrary row): [B, Q, K, C]."""
+        return self.rows.read(self.layer, _batch(index, 2), jnp.maximum(index, 0), self.dtype)
+
+    def block(self, first: Any, size: int) -> Array:
+        """Entries [first, first + size) of every row: [B, size, C]. `first + size` must not exceed `count`."""
+
+        def cut(array: Array) -> Array:
+            starts = (self.layer, 0, first, *(0,) * (array.ndim - 3))
+            return jax.lax.dynamic_slice(array, starts, (1, array.shape[1], size, *array.shape[3:]))[0]
+
+        return self.rows.decode(tuple(cut(array) for array in self.rows.arrays), self.dtype)
+
+
+class Cache(struct.PyTreeNode):
+    """Everything a batch of rows carries from one call to the next.
+
+    Attributes:
+      lengths: [B] int32 tokens seen by the trunk.
+      window: [layers, B, sliding_window, head_dim] last keys/values of every layer.
+      entries: compressed entries by role, "csa" [layers of the role, B, max_length / 4, head_dim], "hca" likewise.
+      state: projections of the open blocks by role, "csa", "index" and "hca", float32.
+      index: [CSA layers, B, max_length / 4, index_head_dim] index keys.
+      mtp_lengths: [B] int32 tokens seen by the MTP block, or None without one.
+      mtp_window: [1, B, sliding_window, head_dim] its keys/values.
+      max_length: positions that the entries have room for.
+    """
+
+    lengths: Array
+    window: Rows
+    entries: dict[str, Rows]
+    state: dict[str, Rows]
+    index: Rows | None
+    mtp_lengths: Array | None
+    mtp_window: Rows | None
+    max_length: int = struct.field(pytree_node=False)
+
+    @property
+    def released(self) -> bool:
+        """Whether keys are held in the release's number formats."""
+        return self.window.kind == "kv"
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes held, by role."""
+        sizes = {"window": self.window.nbytes + (self.mtp_window.nbytes if self.mtp_window is not None else 0)}
+        sizes |= {role: rows.nbytes for role, rows in self.entries.items()}
+        if self.index is not None:
+            sizes["index"] = self.index.nbytes
+        return sizes | {"open blocks": sum(rows.nbytes for rows in self.state.values())}
+
+
+def init_cache(config: Config, batch: int, max_length: int, *, dtype: CacheDtype = "bfloat16") -> Cache:
+    """An empty cache for `batch` rows of up to `max_length` tokens each.
+
+    Args:
+      config: the architecture.
+      batch: rows.
+      max_length: tokens (prompt and continuation) that a row may reach.
+      dtype: "released" keeps keys/values in E4M3 with bfloat16 rotary channels and index keys in E2M1, which needs a
+        policy that fake-quantises; "bfloat16" or "float32" keep them plain.
+
+    Raises:
+      ValueError: an unknown dtype, a length out of range, or head sizes that the released formats cannot hold.
+    """
+    if dtype not in ("float32", "bfloat16", "released"):
+        raise ValueError(f"unknown cache dtype {dtype!r}, expected 'float32', 'bfloat16' or 'released'")
+    if batch < 1 or not 0 < max_length <= config.max_position_embeddings:
+        raise ValueError(
+            f"a cache of {batch} rows of {max_length} tokens is out of range: expected at least one row and "
+            f"1 to {config.max_position_embeddings} tokens"
+        )
+    if dtype == "released" and (config.nope_head_dim % KV_BLOCK or config.index_head_dim % INDEX_BLOCK):
+        raise ValueError(
+            f"the released cache formats need multiples of {KV_BLOCK} non-rotary and {INDEX_BLOCK} index channels, "
+            f"found {config.nope_head_dim} and {config.index_head_dim}: use dtype='bfloat16'"
+        )
+
+    def keys(layers: int, count: int) -> Rows:
+        if dtype != "released":
+            return Rows((jnp.zeros((layers, batch, count, config.head_dim), dtype),))
+        shape, nope = (layers, batch, count), config.nope_head_dim
+        arrays = (
+            jnp.zeros((*shape, nope), E4M3),
+            jnp.ones((*shape, nope // KV_BLOCK), E8M0),
+            jnp.zeros((*shape, config.qk_rope_head_dim), jnp.bfloat16),
+        )
+        return Rows(arrays, "kv", config.qk_rope_head_dim)
+
+    def index_keys(layers: int, count: int) -> Rows:
+        size = config.index_head_dim
+        if dtype != "released":
+            return Rows((jnp.zeros((layers, batch, count, size), dtype),))
+        shape = (layers, batch, count)
+        return Rows((jnp.zeros((*shape, size), E2M1), jnp.ones((*shape, size // INDEX_BLOCK), E8M0)), "index")
+
+    def state(layers: int, ratio: int, width: int) -> Rows:
+        return Rows((jnp.zeros((layers, batch, span(ratio), projection_width(ratio, width)), jnp.float32),))
+
+    roles = [layer.attention for layer in config.layers]
+    compressed: list[AttentionRole] = [role for role in ("csa", "hca") if role in roles]
+    lengths = {role: max(1, max_length // RATIO_OF_ROLE[role]) for role in compressed}
+    states = {role: state(roles.count(role), RATIO_OF_ROLE[role], config.head_dim) for role in compressed}
+    if "csa" in compressed:
+        states["index"] = state(roles.count("csa"), RATIO_OF_ROLE["csa"], config.index_head_dim)
+    mtp = config.num_nextn_predict_layers
+    return Cache(
+        lengths=jnp.zeros((batch,), jnp.int32),
+        window=keys(len(roles), config.sliding_window),
+        entries={role: keys(roles.count(role), lengths[role]) for role in compressed},
+        state=states,
+        index=index_keys(roles.count("csa"), lengths["csa"]) if "csa" in compressed else None,
+        mtp_lengths=jnp.zeros((batch,), jnp.int32) if mtp else None,
+        mtp_window=keys(mtp, config.sliding_window) if mtp else None,
+        max_length=max_length,
+    )
+
+
+def _batch(like: Array, trailing: int) -> Array:
+    """Batch row numbers shaped to broadcast against an index with `trailing` more axes."""
+    return jnp.arange(like.shape[0]).reshape(-1, *(1,) * trailing)

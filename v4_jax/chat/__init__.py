@@ -1,0 +1,25 @@
+"""The chat format: messages to prompt text, and the model's text back to a message.
+
+`encode` writes a conversation as the release does, byte for byte; `parse` reads a finished reply, strictly;
+`StreamSplitter` sorts a reply into reasoning, content and tool calls while it is still being generated, leniently.
+"""
+
+from v4_jax.chat.encoding import EncodeError, encode
+from v4_jax.chat.parsing import ParseError, StreamSplitter, parse, parse_tool_calls
+from v4_jax.chat.protocol import BOS, EOS, REASONING_EFFORTS, TASK_TOKENS, THINKING_MODES
+
+TASKS = tuple(TASK_TOKENS)
+
+__all__ = [
+    "BOS",
+    "EOS",
+    "REASONING_EFFORTS",
+    "TASKS",
+    "THINKING_MODES",
+    "EncodeError",
+    "ParseError",
+    "StreamSplitter",
+    "encode",
+    "parse",
+    "parse_tool_calls",
+]

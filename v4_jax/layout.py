@@ -1,0 +1,150 @@
+"""Where every token stands: document starts, compression blocks and visible ranges, computed once per forward pass.
+
+Every batch row keeps its own length and position, and packed documents start anywhere; all of that is resolved here
+into plain index arrays, so that layers need not know whether a row is cached, ragged or packed.
+
+Chunk index: tokens of this call are numbered 0..S-1 in their row; what the cache already holds has negative indices.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+
+class Blocks(struct.PyTreeNode):
+    """The compression blocks that end within this chunk, for one ratio; E is their static upper bound per row.
+
+    Attributes:
+      first_token: [B, E] chunk index of each block's first token; negative where it is cached.
+      aligned: blocks of a row follow each other without gaps from `first_token[:, 0]`.
+      complete: [B, E] whether the block exists.
+      has_previous: [B, E] whether a block of the same document precedes it.
+      positions: [B, E] rotary position of its first token.
+      slots: [B, E] index of its entry among the row's entries; out of range where there is no such block.
+    """
+
+    first_token: Array
+    complete: Array
+    has_previous: Array
+    positions: Array
+    slots: Array
+    aligned: bool = struct.field(pytree_node=False)
+
+
+class Layout(struct.PyTreeNode):
+    """Positions and document structure of a [B, S] chunk.
+
+    Attributes:
+      positions: [B, S] int32, rotary positions.
+      first: [B, S] int32, chunk index of the first token of each token's document; negative where it is cached.
+      valid: [B, S] bool, False for padding.
+      start: [B] int32 tokens already cached in each row; None without a cache.
+      packed: whether rows may hold several documents.
+    """
+
+    positions: Array
+    first: Array
+    valid: Array
+    start: Array | None
+    packed: bool = struct.field(pytree_node=False)
+
+    @classmethod
+    def of(
+        cls,
+        shape: tuple[int, int],
+        *,
+        start: Array | None = None,
+        lengths: Array | None = None,
+        segment_ids: Array | None = None,
+        positions: Array | None = None,
+    ) -> Layout:
+        """Resolves the optional arguments of a forward pass.
+
+        Args:
+          shape: (B, S).
+          start: [B] tokens already in the cache.
+          lengths: [B] valid tokens of each row in this chunk; the rest is padding on the right.
+          segment_ids: [B, S] document of each token, contiguous; 0 is padding. Not with a cache.
+          positions: [B, S] rotary positions; by default counted from each document's first token.
+
+        Raises:
+          ValueError: segment ids together with a cache, or an argument of the wrong shape.
+        """
+        batch, size = shape
+        for name, value, expected in (
+            ("lengths", lengths, (batch,)),
+            ("segment_ids", segment_ids, shape),
+            ("positions", positions, shape),
+        ):
+            if value is not None and tuple(value.shape) != expected:
+                raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {expected}")
+        index = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), shape)
+        valid = jnp.ones(shape, bool) if lengths is None else index < lengths[:, None]
+        if segment_ids is not None:
+            if start is not None:
+                raise ValueError(
+                    "packed documents (segment_ids) and a cache cannot be combined: a cached row is one document"
+                )
+            valid &= segment_ids != 0
+            changed = jnp.concatenate([jnp.ones((batch, 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+            first = jax.lax.cummax(jnp.where(changed, index, 0), axis=1)
+        else:
+            first = jnp.zeros(shape, jnp.int32) if start is None else jnp.broadcast_to(-start[:, None], shape)
+        if positions is None:
+            positions = index - first
+        return cls(positions, first, valid, start, segment_ids is not None)
+
+    @property
+    def size(self) -> int:
+        return self.positions.shape[1]
+
+    @property
+    def phase(self) -> Array:
+        """[B, S] tokens of the same document before each token."""
+        return jnp.arange(self.size, dtype=jnp.int32) - self.first
+
+    @property
+    def counts(self) -> Array:
+        """[B] valid tokens of each row in this chunk."""
+        return jnp.sum(self.valid, axis=1, dtype=jnp.int32)
+
+    def blocks(self, ratio: int) -> Blocks:
+        """The compression blocks that end in this chunk (technical report, section 2.3: a block may end at the query)."""
+        batch = self.positions.shape[0]
+        limit = jnp.iinfo(jnp.int32).max
+        if self.packed:
+            # At most floor(S / ratio) blocks, anywhere: list the tokens that close one.
+            count = self.size // ratio
+            closes = self.valid & (self.phase % ratio == ratio - 1)
+            order = jnp.cumsum(closes, axis=1) - 1
+            rows = jnp.arange(batch)[:, None]
+            index = jnp.broadcast_to(jnp.arange(self.size, dtype=jnp.int32), closes.shape)
+            last = jnp.full((batch, count), limit, jnp.int32)
+            last = last.at[rows, jnp.where(closes, order, count)].set(index, mode="drop")
+            complete = last < limit
+            last = jnp.where(complete, last, ratio - 1)
+            first_token = last - (ratio - 1)
+            has_previous = complete & (jnp.take_along_axis(self.phase, last, axis=1) >= 2 * ratio - 1)
+            positions = jnp.take_along_axis(self.positions, first_token, axis=1)
+            slots = jnp.where(complete, jnp.arange(count), limit)
+            return Blocks(first_token, complete, has_previous, positions, slots, aligned=False)
+        # One document per row: blocks follow each other from the one that is open when the chunk begins.
+        count = self.size // ratio if self.start is None else -(-self.size // ratio)
+        start = jnp.zeros((batch,), jnp.int32) if self.start is None else self.start
+        slots = (start // ratio)[:, None] + jnp.arange(count, dtype=jnp.int32)
+        first_token = slots * ratio - start[:, None]
+        complete = first_token + ratio <= self.counts[:, None]
+        positions = self.positions[:, :1] + first_token
+        return Blocks(first_token, complete, slots > 0, positions, jnp.where(complete, slots, limit), aligned=True)
+
+    def visible(self, ratio: int) -> tuple[Array, Array]:
+        """Half-open range [low, high) of entries that each token may see, two [B, S] int32 arrays."""
+        done = (self.phase + 1) // ratio
+        if not self.packed:
+            return jnp.zeros_like(done), done
+        closes = self.valid & (self.phase % ratio == ratio - 1)
+        high = jnp.cumsum(closes, axis=1, dtype=jnp.int32)
+        return high - done, high

@@ -1,0 +1,129 @@
+"""The lightning indexer: cheap multi-head scores over all compressed entries, of which each query keeps the best.
+
+Technical report, section 2.3.1. Scoring goes by blocks of entries with a running top-k, so that neither a
+[queries, entries] array nor work beyond the visible entries exists at any length.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from v4_jax.cache import Entries, Ring
+from v4_jax.compressor import Compressor
+from v4_jax.config import RATIO_OF_ROLE, Config
+from v4_jax.layout import Blocks, Layout
+from v4_jax.linear import linear
+from v4_jax.number_formats import Weight, dequantise, fake_quant_index
+from v4_jax.parameters import Module
+from v4_jax.policy import Policy, einsum
+from v4_jax.rotary import rotate
+
+ENTRY_BLOCK = 2048  # entries scored at once
+
+
+class LightningIndexer(Module):
+    """Parameters of the indexer and its key compressor; `prefix` ends in `attn.indexer.`."""
+
+    config: Config
+    policy: Policy
+    frequencies: Any
+
+    @nn.compact
+    def __call__(
+        self, y: Array, layout: Layout, state: Ring | None
+    ) -> tuple[Array, Blocks, Ring | None, Array, Weight]:
+        """Prepares what the per-block selection needs.
+
+        Args:
+          y: [B, S, D] normed input of the layer.
+          layout: where its tokens stand.
+          state: the key compressor's open blocks, or None without a cache.
+
+        Returns:
+          Index keys [B, E, index_head_dim] of the blocks that end here, those blocks, the state after the chunk,
+          head weights [B, S, index_n_heads] float32, and the query projection.
+        """
+        c = self.config
+        heads, size = c.index_n_heads, c.index_head_dim
+        wq_b = self.linear("wq_b", (heads * size, c.q_lora_rank), ("index_heads", "q_lora"), config=c)
+        project = self.linear(
+            "weights_proj", (heads, c.hidden_size), ("index_heads", "embed"), config=c, storage="bf16"
+        )
+        keys, blocks, state = Compressor(
+            config=c,
+            policy=self.policy,
+            prefix=self.prefix + "compressor.",
+            ratio=RATIO_OF_ROLE["csa"],
+            width=size,
+            frequencies=self.frequencies,
+            index=True,
+            name="compressor",
+        )(y, layout, state)
+        weights = einsum("bsd,hd->bsh", y, project, dtype=self.policy.compute_dtype).astype(jnp.float32)
+        return keys, blocks, state, weights * (size * heads) ** -0.5, dequantise(wq_b, self.policy.compute_dtype)
+
+
+def index_queries(
+    latent: Array, wq_b: Array, positions: Array, frequencies: Any, config: Config, policy: Policy
+) -> Array:
+    """Index queries [B, Q, heads, index_head_dim] of a query block from its normed latent [B, Q, q_lora]."""
+    queries = linear(latent, wq_b, policy.compute_dtype)
+    queries = queries.reshape(*latent.shape[:2], config.index_n_heads, config.index_head_dim)
+    queries = rotate(queries, positions, frequencies)
+    return fake_quant_index(queries) if policy.fake_quant else queries
+
+
+def index_scores(queries: Array, weights: Array, keys: Array) -> Array:
+    """Scores [B, Q, K]: sum over heads of relu(query . key) * weight, in float32.
+
+    Args:
+      queries: [B, Q, heads, C].
+      weights: [B, Q, heads] float32.
+      keys: [B, K, C].
+    """
+    products = einsum("bqhc,bkc->bqhk", queries, keys, dtype=queries.dtype, accumulate=jnp.float32)
+    return jnp.sum(jax.nn.relu(products) * weights[..., None], axis=2)
+
+
+def select(queries: Array, weights: Array, keys: Entries, low: Array, high: Array, top: int) -> Array:
+    """The best-scoring visible entries of each query.
+
+    Args:
+      queries: [B, Q, heads, C] index queries.
+      weights: [B, Q, heads] float32 head weights.
+      keys: index keys of every entry.
+      low: [B, Q] first visible entry.
+      high: [B, Q] one past the last visible entry.
+      top: how many to keep.
+
+    Returns:
+      [B, Q, min(top, entries)] int32 entry numbers by falling score, -1 where fewer are visible. Equal scores keep the
+      earlier entry.
+    """
+    top, size = min(top, keys.count), min(ENTRY_BLOCK, keys.count)
+    queries, weights = jax.lax.stop_gradient((queries, weights))
+    best = (jnp.full((*low.shape, top), -jnp.inf), jnp.full((*low.shape, top), -1, jnp.int32))
+
+    def merge(best: tuple[Array, Array], wanted: Array) -> tuple[Array, Array]:
+        first = jnp.minimum(wanted, keys.count - size)  # the last block may reach back over the one before
+        number = first + jnp.arange(size, dtype=jnp.int32)
+        scores = index_scores(queries, weights, jax.lax.stop_gradient(keys.block(first, size)))
+        visible = (number >= wanted) & (number >= low[..., None]) & (number < high[..., None])
+        scores = jnp.concatenate([best[0], jnp.where(visible, scores, -jnp.inf)], axis=-1)
+        numbers = jnp.concatenate([best[1], jnp.broadcast_to(number, visible.shape)], axis=-1)
+        scores, order = jax.lax.top_k(scores, top)
+        return scores, jnp.where(scores > -jnp.inf, jnp.take_along_axis(numbers, order, axis=-1), -1)
+
+    if size == keys.count:
+        return merge(best, jnp.int32(0))[1]
+
+    def step(best: tuple[Array, Array], wanted: Array) -> tuple[tuple[Array, Array], None]:
+        seen = jnp.any((high > wanted) & (low < wanted + size))
+        return jax.lax.cond(seen, merge, lambda best, _: best, best, wanted), None
+
+    return jax.lax.scan(step, best, jnp.arange(0, keys.count, size, dtype=jnp.int32))[0][1]

@@ -1,0 +1,198 @@
+"""Mixture of experts: hash or score routing, clamped SwiGLU experts, one shared expert.
+
+Technical report, sections 2.1 and 4.2.3. The first layers route by a fixed table from token id to experts; the others
+choose by affinity plus a load-balancing bias that never enters the weights. No token is dropped.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from v4_jax.config import Config, FeedForwardRole
+from v4_jax.grouped_matmul import map_groups
+from v4_jax.linear import linear
+from v4_jax.parameters import EXPERTS, Module, normal
+from v4_jax.policy import Policy, einsum
+
+
+class Experts(NamedTuple):
+    """Routed expert weights, [E, out, in] each or [layers, E, out, in] when shared by a scan over layers."""
+
+    w1: Any
+    w2: Any
+    w3: Any
+
+
+def swiglu(gate: Array, up: Array, limit: float) -> Array:
+    """silu(min(gate, limit)) * clip(up, -limit, limit) in float32."""
+    gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
+    return jax.nn.silu(jnp.minimum(gate, limit)) * jnp.clip(up, -limit, limit)
+
+
+def expert_ffn(x: Array, weights: Experts, scale: Array | None, limit: float, dtype: Any) -> Array:
+    """One expert on rows [T, D]; `scale` [T] multiplies the hidden activation before its rounding and w2: [T, D] f32."""
+    hidden = swiglu(linear(x, weights.w1, dtype), linear(x, weights.w3, dtype), limit)
+    if scale is not None:
+        hidden = hidden * scale[:, None]
+    return linear(hidden.astype(dtype), weights.w2, dtype).astype(jnp.float32)
+
+
+class MixtureOfExperts(Module):
+    """One feed-forward sublayer; `prefix` ends in `ffn.`."""
+
+    config: Config
+    policy: Policy
+    role: FeedForwardRole
+
+    @nn.compact
+    def __call__(
+        self,
+        y: Array,
+        tokens: Array,
+        valid: Array,
+        stacked: tuple[Experts, Any] | None = None,
+        chosen: Array | None = None,
+    ) -> tuple[Array, Array, Array]:
+        """Routes and computes.
+
+        Args:
+          y: [B, S, D] normed, collapsed input.
+          tokens: [B, S] int32 token ids, for hash routing; out-of-range ids read the nearest row of the table.
+          valid: [B, S] bool; padding visits no expert.
+          stacked: the expert weights of all layers of a scan and this layer's number among them, read in place of this
+            module's own (which are the same values), so that no layer's experts are copied out of the stack.
+          chosen: [B, S, top] expert ids to use instead of the router's choice, or None.
+
+        Returns:
+          Output [B, S, D], the experts used [B, S, top] int32, and affinities [B, S, E] float32.
+        """
+        c = self.config
+        own = self._declare_experts()
+        shared = self._declare_shared()
+        affinities, default = self._route(y, tokens)
+        chosen = default if chosen is None else chosen
+        weights = jnp.take_along_axis(affinities, chosen, axis=-1)
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True) * c.routed_scaling_factor
+
+        flat = y.reshape(-1, c.hidden_size)
+        experts, layer = (own, None) if stacked is None else stacked
+        assigned = jnp.where(valid[..., None], chosen, c.n_routed_experts).reshape(flat.shape[0], -1)
+        routed = dispatch(flat, assigned, weights.reshape(assigned.shape), experts, layer, c, self.policy.compute_dtype)
+        output = routed + expert_ffn(flat, shared, None, c.swiglu_limit, self.policy.compute_dtype)
+        return output.astype(y.dtype).reshape(y.shape), chosen, affinities
+
+    def _route(self, y: Array, tokens: Array) -> tuple[Array, Array]:
+        """Affinities [B, S, E] float32 and the experts chosen [B, S, top]."""
+        c = self.config
+        gate = self.declare(
+            "gate",
+            (c.n_routed_experts, c.hidden_size),
+            (None, "embed"),
+            released="gate.weight",
+            storage="bf16",
+            group="muon",
+            init=normal(c),
+        )
+        affinities = jnp.sqrt(jax.nn.softplus(einsum("bsd,ed->bse", y, gate, dtype=jnp.float32)))
+        if self.role == "hash":
+            table = self.declare(
+                "tid2eid",
+                (c.vocab_size, c.num_experts_per_tok),
+                ("vocab", None),
+                released="gate.tid2eid",
+                storage="i64",
+                group="frozen",
+                init=hash_table(c),
+                dtype=jnp.int32,
+            )
+            return affinities, jnp.take(table, tokens, axis=0, mode="clip")
+        bias = self.declare(
+            "bias",
+            (c.n_routed_experts,),
+            (None,),
+            released="gate.bias",
+            storage="f32",
+            group="frozen",
+            init=nn.initializers.zeros,
+        )
+        scores = jax.lax.stop_gradient(affinities + bias)
+        return affinities, jax.lax.top_k(scores, c.num_experts_per_tok)[1]
+
+    def _declare_experts(self) -> Experts:
+        c = self.config
+
+        def expert(name: str, out: int, into: int, axes: tuple[str | None, str | None]) -> Any:
+            return self.declare(
+                name,
+                (c.n_routed_experts, out, into),
+                (EXPERTS, *axes),
+                released="experts.{expert}." + name + ".weight",
+                storage="expert",
+                group="muon",
+                init=normal(c),
+            )
+
+        d, hidden = c.hidden_size, c.moe_intermediate_size
+        return Experts(
+            expert("w1", hidden, d, ("mlp", "embed")),
+            expert("w2", d, hidden, ("embed", "mlp")),
+            expert("w3", hidden, d, ("mlp", "embed")),
+        )
+
+    def _declare_shared(self) -> Experts:
+        c, d, hidden = self.config, self.config.hidden_size, self.config.moe_intermediate_size
+        name = "shared_experts."
+        return Experts(
+            self.linear("shared_w1", (hidden, d), ("mlp", "embed"), config=c, released=name + "w1"),
+            self.linear("shared_w2", (d, hidden), ("embed", "mlp"), config=c, released=name + "w2"),
+            self.linear("shared_w3", (hidden, d), ("mlp", "embed"), config=c, released=name + "w3"),
+        )
+
+
+def dispatch(
+    x: Array, assigned: Array, weights: Array, experts: Experts, layer: Any, config: Config, dtype: Any
+) -> Array:
+    """Sorts tokens by expert, computes, and sums each token's experts back.
+
+    Args:
+      x: [T, D].
+      assigned: [T, K] expert of each choice; `n_routed_experts` for none.
+      weights: [T, K] float32 routing weights.
+      experts: weights; see `MixtureOfExperts.__call__`.
+      layer: layer number in stacked weights, or None.
+      config: the architecture.
+      dtype: compute dtype.
+
+    Returns:
+      [T, D] float32.
+    """
+    count, top = assigned.shape
+    order = jnp.argsort(assigned.reshape(-1), stable=True)
+    sizes = jnp.bincount(assigned.reshape(-1), length=config.n_routed_experts).astype(jnp.int32)
+
+    def run(rows: tuple[Array, Array], group: Experts) -> Array:
+        return expert_ffn(rows[0], group, rows[1], config.swiglu_limit, dtype)
+
+    rows = (x[order // top].astype(dtype), weights.reshape(-1)[order])
+    out = map_groups(run, rows, experts, sizes, layer=layer, width=x.shape[-1])
+    back = jnp.argsort(order)
+    return jnp.sum(out[back].reshape(count, top, -1), axis=1)
+
+
+def hash_table(config: Config) -> Any:
+    """Initialiser of a fresh table [V, top]: distinct experts per token id, all experts equally often.
+
+    The release ships its tables and not the rule behind them; this one spreads ids evenly.
+    """
+
+    def init(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+        del key
+        ids = jnp.arange(shape[0])[:, None] * shape[1] + jnp.arange(shape[1])
+        return (ids % config.n_routed_experts).astype(dtype)
+
+    return init

@@ -1,0 +1,186 @@
+"""The released number formats: block-scaled E4M3 and E2M1 weights, and the fake-quantisation of keys and queries.
+
+Sources: technical report, sections 4.2 and 5.2, and the released checkpoints. E8M0 is a bare exponent: byte b means
+2^(b - 127). Scales are powers of two throughout, so scaling is exact and encode . decode is the identity on its image.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array
+
+E4M3 = jnp.float8_e4m3fn
+E2M1 = jnp.float4_e2m1fn
+E8M0 = jnp.float8_e8m0fnu
+
+E4M3_MAX = 448.0
+E2M1_MAX = 6.0
+
+FP8_BLOCK = (128, 128)  # output x input elements that share a scale in an E4M3 weight
+FP4_BLOCK = (1, 32)  # the same in an E2M1 weight
+KV_BLOCK = 64  # non-rotary channels of a key/value row that share a scale
+INDEX_BLOCK = 32  # channels of an index query or key that share a scale
+
+_KV_AMAX_FLOOR = 1e-4
+_INDEX_AMAX_FLOOR = 6.0 * 2.0**-126
+_LARGEST_FLOAT = {jnp.dtype(E4M3): E4M3_MAX, jnp.dtype(E2M1): E2M1_MAX}
+
+
+class BlockScaled(struct.PyTreeNode):
+    """A weight in low precision with one scale per block: `value = codes * scale of its block`.
+
+    A pytree of two leaves that stands wherever a parameter array would. Leading axes (layers, experts) are shared.
+
+    Attributes:
+      codes: [..., out, in] E4M3 or E2M1.
+      scales: [..., ceil(out / block[0]), ceil(in / block[1])] E8M0, or float32 in the Base checkpoints.
+      block: elements of (out, in) under one scale.
+    """
+
+    codes: Any
+    scales: Any
+    block: tuple[int, int] = struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.codes.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.codes.ndim
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales in memory (E2M1 takes half a byte)."""
+        return bytes_of(self.codes) + bytes_of(self.scales)
+
+
+Weight = Array | BlockScaled
+
+
+def bytes_of(array: Any) -> int:
+    """Bytes that an array (or shape) occupies on a device, where 4-bit elements are packed in pairs."""
+    bits = 4 if jnp.dtype(array.dtype) == E2M1 else 8 * jnp.dtype(array.dtype).itemsize
+    return (int(np.prod(array.shape)) * bits + 7) // 8
+
+
+def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
+    """Shape of the scales of a [..., out, in] weight."""
+    *leading, rows, columns = shape
+    return (*leading, -(-rows // block[0]), -(-columns // block[1]))
+
+
+def dequantise(weight: Weight, dtype: Any) -> Array:
+    """The weight as a plain array [..., out, in] of `dtype`. A plain array is only cast."""
+    if not isinstance(weight, BlockScaled):
+        return weight.astype(dtype)
+    rows, columns = weight.shape[-2:]
+    scales = weight.scales.astype(jnp.float32)
+    scales = _spread(scales, weight.block[0], rows, axis=-2)
+    scales = _spread(scales, weight.block[1], columns, axis=-1)
+    return (weight.codes.astype(jnp.float32) * scales).astype(dtype)
+
+
+def quantise(weight: Array, codes_dtype: Any, scales_dtype: Any = E8M0) -> BlockScaled:
+    """Rounds a [..., out, in] weight to E4M3 in 128x128 blocks or to E2M1 in 1x32 blocks.
+
+    The scale is the smallest power of two that brings the block's largest magnitude within range, which is what makes
+    re-quantising a dequantised weight return it bit for bit whenever its scales were chosen the same way.
+    """
+    block = FP8_BLOCK if jnp.dtype(codes_dtype) == E4M3 else FP4_BLOCK
+    largest = _LARGEST_FLOAT[jnp.dtype(codes_dtype)]
+    rows, columns = weight.shape[-2:]
+    padding = [(0, 0)] * (weight.ndim - 2) + [(0, -rows % block[0]), (0, -columns % block[1])]
+    padded = jnp.pad(weight.astype(jnp.float32), padding)
+    *leading, padded_rows, padded_columns = padded.shape
+    tiles = padded.reshape(*leading, padded_rows // block[0], block[0], padded_columns // block[1], block[1])
+    scales = power_of_two_scale(jnp.max(jnp.abs(tiles), axis=(-3, -1)), largest, 2.0**-126 * largest)
+    codes = saturate(tiles / scales[..., :, None, :, None], codes_dtype).reshape(padded.shape)
+    return BlockScaled(codes[..., :rows, :columns], scales.astype(scales_dtype), block)
+
+
+def power_of_two_scale(amax: Array, largest: float, floor: float) -> Array:
+    """2^ceil(log2(max(amax, floor) / largest)), computed on the exponent bits: exact, and never off by one."""
+    ratio = jnp.maximum(amax.astype(jnp.float32), floor) / largest
+    bits = jax.lax.bitcast_convert_type(ratio, jnp.uint32)
+    exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0)
+    return jax.lax.bitcast_convert_type(jnp.clip(exponent, 1, 254) << 23, jnp.float32)
+
+
+def saturate(values: Array, dtype: Any) -> Array:
+    """Rounds to nearest, ties to even, clipping to the largest finite value of `dtype`."""
+    largest = _LARGEST_FLOAT[jnp.dtype(dtype)]
+    return jnp.clip(values, -largest, largest).astype(dtype)
+
+
+def encode_rows(rows: Array, dtype: Any, block: int) -> tuple[Array, Array]:
+    """Quantises [..., channels] in blocks along its last axis.
+
+    Returns:
+      codes [..., channels] of `dtype` and scales [..., channels / block] E8M0.
+
+    Raises:
+      ValueError: the channels are not a multiple of the block.
+    """
+    channels = rows.shape[-1]
+    if channels % block:
+        raise ValueError(f"{channels} channels cannot be quantised in blocks of {block}: expected a multiple")
+    tiles = rows.astype(jnp.float32).reshape(*rows.shape[:-1], channels // block, block)
+    largest = _LARGEST_FLOAT[jnp.dtype(dtype)]
+    floor = _KV_AMAX_FLOOR if jnp.dtype(dtype) == E4M3 else _INDEX_AMAX_FLOOR
+    scales = power_of_two_scale(jnp.max(jnp.abs(tiles), axis=-1), largest, floor)
+    codes = saturate(tiles / scales[..., None], dtype).reshape(rows.shape)
+    return codes, scales.astype(E8M0)
+
+
+def decode_rows(codes: Array, scales: Array, dtype: Any) -> Array:
+    """Inverse of `encode_rows`: [..., channels] of `dtype`."""
+    block = codes.shape[-1] // scales.shape[-1]
+    spread = _spread(scales.astype(jnp.float32), block, codes.shape[-1], axis=-1)
+    return (codes.astype(jnp.float32) * spread).astype(dtype)
+
+
+def fake_quant(rows: Array, dtype: Any, block: int) -> Array:
+    """Rounds [..., channels] to `dtype` and back, with straight-through gradients; the dtype of `rows` is kept."""
+    rounded = decode_rows(*encode_rows(rows, dtype, block), rows.dtype)
+    return jax.lax.stop_gradient(rounded) + (rows - jax.lax.stop_gradient(rows))  # the bracket is exactly zero
+
+
+def fake_quant_kv(rows: Array, rotary: int) -> Array:
+    """Rounds the non-rotary channels of [..., head_dim] key/value rows to E4M3 in blocks of 64 (section 5.2)."""
+    split = rows.shape[-1] - rotary
+    return jnp.concatenate([fake_quant(rows[..., :split], E4M3, KV_BLOCK), rows[..., split:]], axis=-1)
+
+
+def fake_quant_index(rows: Array) -> Array:
+    """Rotates index queries or keys [..., index_head_dim] by a Hadamard matrix and rounds to E2M1 in blocks of 32."""
+    return fake_quant(hadamard(rows), E2M1, INDEX_BLOCK)
+
+
+def hadamard(rows: Array) -> Array:
+    """Multiplies the last axis by the orthonormal Walsh-Hadamard matrix; its length must be a power of two."""
+    size = rows.shape[-1]
+    if size & (size - 1):
+        raise ValueError(f"a Hadamard rotation needs a power of two of channels, found {size}")
+    values = rows.astype(jnp.float32)
+    half = 1
+    while half < size:
+        pairs = values.reshape(*rows.shape[:-1], size // (2 * half), 2, half)
+        values = jnp.concatenate(
+            [pairs[..., :1, :] + pairs[..., 1:, :], pairs[..., :1, :] - pairs[..., 1:, :]], axis=-2
+        )
+        values = values.reshape(rows.shape)
+        half *= 2
+    return (values * size**-0.5).astype(rows.dtype)
+
+
+def _spread(scales: Array, block: int, size: int, axis: int) -> Array:
+    """Repeats each scale over its block and crops the last, partial block."""
+    if block == 1:
+        return scales
+    return jax.lax.slice_in_dim(jnp.repeat(scales, block, axis=axis), 0, size, axis=axis)

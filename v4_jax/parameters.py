@@ -1,0 +1,201 @@
+"""One declaration per parameter, made where the parameter is used; everything else about it is derived from there.
+
+A module calls `self.declare(...)`. The declaration travels through Flax's init, `nn.scan` and `jax.eval_shape` as a
+metadata box, so that `declarations(config)` returns the whole model's without allocating anything. Initialisation,
+sharding, the optimiser split, conversion in both directions and memory reports read it; nothing matches on names.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from v4_jax.config import Config, Period
+from v4_jax.number_formats import BlockScaled
+
+# Who updates a parameter: the two optimisers of the technical report (section 2.4), or nobody ("frozen": the hash
+# table, and the router bias that a rule moves).
+Group = Literal["muon", "adamw", "frozen"]
+
+# How the release stores it: "fp8" (E4M3 in 128x128 blocks), "expert" (as `Config.expert_dtype` says), or plain.
+Storage = Literal["fp8", "expert", "bf16", "f32", "i64"]
+
+LAYERS, EXPERTS = "layers", "experts"
+
+
+class Parameter(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
+    """A parameter's value boxed with its declaration.
+
+    Attributes:
+      value: the array (or its shape, under `jax.eval_shape`).
+      axes: one logical axis name per dimension, None where nothing is ever split; see `sharding.axes`.
+      group: which optimiser updates it.
+      released: name in the released checkpoint; a format string over `{expert}`, the index along the "experts" axis,
+        and `{layers[p]}`, the number of the layer at place p of a repeat of the period, on the "layers" axis.
+      storage: number format in the released checkpoint.
+      period: the layers that the "layers" axis stands for; None without one.
+    """
+
+    value: Any
+    axes: tuple[str | None, ...] = struct.field(pytree_node=False)
+    group: Group = struct.field(pytree_node=False)
+    released: str = struct.field(pytree_node=False)
+    storage: Storage = struct.field(pytree_node=False)
+    period: Period | None = struct.field(pytree_node=False, default=None)
+
+    def unbox(self) -> Any:
+        return self.value
+
+    def replace_boxed(self, val: Any) -> Parameter:
+        return self.replace(value=val)
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> Parameter:
+        axes = list(self.axes)
+        axes.insert(index, LAYERS)
+        return self.replace(axes=tuple(axes), period=params[LAYERS])
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> Parameter:
+        del params
+        axes = list(self.axes)
+        del axes[index]
+        return self.replace(axes=tuple(axes), period=None)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+    def tensors(self) -> Iterator[tuple[tuple[int, ...], str]]:
+        """Yields (index into the stacked axes, released name) of each released tensor that makes up this parameter."""
+        repeats = range(self.period.repeats) if self.period else (None,)
+        experts = range(self.shape[self.axes.index(EXPERTS)]) if "{expert}" in self.released else (None,)
+        for repeat, expert in itertools.product(repeats, experts):
+            layers = self.period.layers(repeat) if self.period and repeat is not None else ()
+            index = tuple(i for i in (repeat, expert) if i is not None)
+            yield index, self.released.format(layers=layers, expert=expert)
+
+
+def is_parameter(node: Any) -> bool:
+    return isinstance(node, Parameter)
+
+
+Initializer = Callable[[Array, tuple[int, ...], Any], Array]
+
+
+def normal(config: Config) -> Initializer:
+    return nn.initializers.normal(config.initializer_range)
+
+
+class Module(nn.Module, kw_only=True):
+    """A Linen module whose parameters are declared for the release, the optimiser and the mesh at once.
+
+    Attributes:
+      prefix: released name of the module, ending in a dot (`layers.3.attn.`, `layers.{layers[0]}.ffn.`).
+    """
+
+    prefix: str = ""
+
+    def declare(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        axes: tuple[str | None, ...],
+        *,
+        released: str,
+        storage: Storage,
+        group: Group,
+        init: Initializer,
+        dtype: Any = jnp.float32,
+    ) -> Any:
+        """Declares a parameter and returns its value: an array, or a `BlockScaled` where one was loaded.
+
+        Args:
+          name: leaf name in the parameter tree.
+          shape: shape of one layer's parameter.
+          axes: logical axis of each dimension.
+          released: name in the released checkpoint after `self.prefix`.
+          storage: its number format there.
+          group: its optimiser group.
+          init: initialiser for fresh models.
+          dtype: dtype of a fresh parameter.
+
+        Raises:
+          ValueError: a supplied value has another shape than declared.
+        """
+        if len(axes) != len(shape):
+            raise ValueError(f"{self.prefix}{released}: {len(axes)} axes for a shape of {len(shape)} dimensions")
+
+        def boxed(key: Array) -> Parameter:
+            return Parameter(init(key, shape, dtype), axes, group, self.prefix + released, storage)
+
+        value = self.param(name, boxed)
+        if tuple(value.shape) != shape:
+            raise ValueError(
+                f"{self.prefix}{released}: the given value has shape {tuple(value.shape)}, expected {shape}"
+            )
+        return value
+
+    def linear(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        axes: tuple[str | None, str | None],
+        *,
+        config: Config,
+        storage: Storage = "fp8",
+        released: str | None = None,
+    ) -> Any:
+        """Declares a [out, in] matrix updated by Muon."""
+        return self.declare(
+            name,
+            shape,
+            axes,
+            released=(released or name) + ".weight",
+            storage=storage,
+            group="muon",
+            init=normal(config),
+        )
+
+    def norm(self, name: str, size: int, axis: str | None = None, *, released: str | None = None) -> Any:
+        """Declares an RMSNorm weight [size]."""
+        return self.declare(
+            name,
+            (size,),
+            (axis,),
+            released=(released or name) + ".weight",
+            storage="bf16",
+            group="adamw",
+            init=nn.initializers.ones,
+        )
+
+
+@functools.lru_cache(maxsize=32)
+def declarations(config: Config) -> Any:
+    """The model's parameter tree with a `Parameter` holding a `jax.ShapeDtypeStruct` at every leaf."""
+    from v4_jax.transformer import Transformer
+
+    model = Transformer(config, policy="float32")
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+
+
+def init(config: Config, key: Array) -> Any:
+    """Fresh float32 parameters (int32 for the hash table), unboxed."""
+    from v4_jax.transformer import Transformer
+
+    model = Transformer(config, policy="float32")
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    return nn.meta.unbox(jax.jit(model.init)(key, tokens)["params"])
+
+
+def bytes_in_memory(params: Any) -> int:
+    """Bytes of a parameter tree as held, low-precision leaves included."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, BlockScaled))
+    return sum(leaf.nbytes for leaf in leaves)

@@ -1,0 +1,67 @@
+"""Precision as one object: which dtype the matmuls run in, and whether the release's rounding is imitated."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """Precision of the forward pass.
+
+    Float32 regardless of the policy: router logits and scores, softmax, compressor pooling, Sinkhorn, hyper-connection
+    mixing, RMSNorm statistics, rotary angles and the LM head.
+
+    Attributes:
+      compute_dtype: dtype of matmul inputs, of activations between sublayers and of the residual streams.
+      fake_quant: round keys/values to E4M3 and the indexer's queries and keys to E2M1 as the released model does
+        (technical report, section 5.2; the blocks and scales are those of `number_formats`).
+    """
+
+    compute_dtype: Any = jnp.bfloat16
+    fake_quant: bool = False
+
+    @classmethod
+    def of(cls, policy: str | Policy) -> Policy:
+        """Looks a policy up by name; a `Policy` is returned as it is.
+
+        Raises:
+          ValueError: the name is none of "float32", "bfloat16", "released".
+        """
+        if isinstance(policy, Policy):
+            return policy
+        if policy not in POLICIES:
+            raise ValueError(f"unknown precision policy {policy!r}, expected one of {sorted(POLICIES)}")
+        return POLICIES[policy]
+
+
+POLICIES = {
+    "float32": Policy(jnp.float32, fake_quant=False),
+    "bfloat16": Policy(jnp.bfloat16, fake_quant=False),
+    "released": Policy(jnp.bfloat16, fake_quant=True),
+}
+
+
+def einsum(spec: str, *operands: Array, dtype: Any, accumulate: Any = None) -> Array:
+    """`jnp.einsum` with operands cast to `dtype` and true float32 products where `dtype` is float32.
+
+    Accelerators run float32 matmuls in bfloat16 passes unless told otherwise; a policy that says float32 means it.
+
+    Args:
+      spec: einsum letters from the glossary in `v4_jax`.
+      *operands: arrays of any float dtype.
+      dtype: dtype the operands are cast to.
+      accumulate: dtype of the result; `dtype` when None.
+    """
+    precision = jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+    return jnp.einsum(
+        spec,
+        *(operand.astype(dtype) for operand in operands),
+        precision=precision,
+        preferred_element_type=dtype if accumulate is None else accumulate,
+    )

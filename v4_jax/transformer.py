@@ -1,0 +1,408 @@
+"""The whole model: embedding into streams, the blocks, the final collapse and head, and the multi-token-prediction block.
+
+Technical report, section 2. Unrepeated layers run one by one; the repeating period of roles runs as one `nn.scan`,
+with the cache in its carry.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from v4_jax.attention import Attention
+from v4_jax.cache import Cache, Ring
+from v4_jax.config import Config, Layer
+from v4_jax.hyper_connections import HyperConnection, StreamCollapse, expand, spread
+from v4_jax.layout import Layout
+from v4_jax.linear import linear
+from v4_jax.mixture_of_experts import Experts, MixtureOfExperts
+from v4_jax.norm import rms_norm
+from v4_jax.parameters import LAYERS, Module, normal
+from v4_jax.policy import Policy, einsum
+
+Logits = Literal["all", "last", "none"]
+
+
+class Routing(struct.PyTreeNode):
+    """Discrete decisions of a forward pass, to read or to replay.
+
+    Attributes:
+      experts: [layers, B, S, num_experts_per_tok] int32 experts of each token.
+      entries: [CSA layers, B, S, K] int32 compressed entries attended, -1 for none; None when there are no entries.
+      affinities: [layers, B, S, n_routed_experts] float32 router affinities; ignored in replay.
+    """
+
+    experts: Array | None = None
+    entries: Array | None = None
+    affinities: Array | None = None
+
+
+class Output(struct.PyTreeNode):
+    """What a forward pass returns.
+
+    Attributes:
+      logits: [B, S, V] float32; [B, 1, V] at each row's last valid token for `logits="last"`; None for "none".
+      cache: the cache after the chunk, or None.
+      streams: [B, S, hc, D] after the last block, before the final collapse.
+      routing: the decisions taken, when asked for.
+    """
+
+    logits: Array | None
+    cache: Cache | None
+    streams: Array
+    routing: Routing | None = None
+
+
+class Step(struct.PyTreeNode):
+    """What one layer hands to the next, and a scan carries."""
+
+    streams: Array
+    cache: Cache | None
+
+
+class Context(struct.PyTreeNode):
+    """What every layer of one call shares: token ids [B, S] and where they stand."""
+
+    tokens: Array
+    layout: Layout
+
+
+class Block(Module):
+    """One layer: attention and experts, each between a collapse and a spread of the streams."""
+
+    config: Config
+    policy: Policy
+    roles: Layer
+
+    @nn.compact
+    def __call__(
+        self,
+        step: Step,
+        context: Context,
+        layer: Any,
+        slot: Any,
+        replay: Routing,
+        stacked: tuple[Experts, Any] | None = None,
+    ) -> tuple[Step, Routing]:
+        """Runs the layer.
+
+        Args:
+          step: streams [B, S, hc, D] and cache.
+          context: what all layers share.
+          layer: the layer's number, which is its place in the window cache.
+          slot: its number among the layers of its attention role.
+          replay: this layer's decisions to repeat, without the layer axis; empty to decide anew.
+          stacked: see `MixtureOfExperts`.
+
+        Returns:
+          Streams and cache after the layer, and its decisions without the layer axis.
+        """
+        c, cache = self.config, step.cache
+        window = None if cache is None else Ring(cache.window, layer, self.policy.compute_dtype)
+
+        y, mix = HyperConnection(config=c, prefix=self.prefix + "hc_attn_", name="hc_attn")(step.streams)
+        y = rms_norm(y, self.norm("attn_norm", c.hidden_size, "embed"), c.rms_norm_eps)
+        attention = Attention(config=c, policy=self.policy, roles=self.roles, prefix=self.prefix + "attn.", name="attn")
+        z, window, cache, entries = attention(y, context.layout, window, cache, slot, replay.entries)
+        streams = spread(step.streams, z, mix)
+        if cache is not None and window is not None:
+            cache = cache.replace(window=window.rows)
+
+        y, mix = HyperConnection(config=c, prefix=self.prefix + "hc_ffn_", name="hc_ffn")(streams)
+        y = rms_norm(y, self.norm("ffn_norm", c.hidden_size, "embed"), c.rms_norm_eps)
+        ffn = MixtureOfExperts(
+            config=c, policy=self.policy, role=self.roles.feed_forward, prefix=self.prefix + "ffn.", name="ffn"
+        )
+        z, experts, affinities = ffn(y, context.tokens, context.layout.valid, stacked, replay.experts)
+        return Step(spread(streams, z, mix), cache), Routing(experts, entries, affinities)
+
+
+class PeriodBlocks(nn.Module):
+    """One repeat of the repeating roles: the body of the scan over layers."""
+
+    config: Config
+    policy: Policy
+
+    @nn.compact
+    def __call__(
+        self, step: Step, x: tuple[Any, list[Routing]], context: Context, stacks: list[Experts] | None
+    ) -> tuple[Step, list[Routing]]:
+        """Runs the layers of repeat `x[0]` with the decisions `x[1]` to replay; see `Block`."""
+        repeat, replay = x
+        period, decisions = self.config.period, []
+        roles = [roles.attention for roles in self.config.layers]
+        for place, layer in enumerate(period.layers(0)):
+            slot = _slot(self.config, layer)
+            per_repeat = roles[period.start : period.start + period.length].count(roles[layer])
+            block = Block(
+                config=self.config,
+                policy=self.policy,
+                roles=self.config.layers[layer],
+                prefix=f"layers.{{layers[{place}]}}.",
+                name=f"block_{place}",
+            )
+            stacked = None if stacks is None else (stacks[place], repeat)
+            number = layer + repeat * period.length
+            step, routing = block(step, context, number, slot + repeat * per_repeat, replay[place], stacked)
+            decisions.append(routing)
+        return step, decisions
+
+
+class Transformer(Module):
+    """DeepSeek-V4.
+
+    Attributes:
+      config: the architecture.
+      policy: precision, a `Policy` or the name of one.
+    """
+
+    config: Config
+    policy: str | Policy = "bfloat16"
+
+    def setup(self) -> None:
+        c, precision = self.config, Policy.of(self.policy)
+        self.precision = precision
+        table, axes = (c.vocab_size, c.hidden_size), ("vocab", "embed")
+        for name in ("embed", "head"):
+            weight = self.declare(
+                name, table, axes, released=name + ".weight", storage="bf16", group="adamw", init=normal(c)
+            )
+            setattr(self, name + "_weight", weight)
+        self.norm_weight = self.norm("norm", c.hidden_size, "embed")
+        self.collapse = StreamCollapse(config=c, prefix="hc_head_", name="hc_head")
+        for i in _unrolled(c):
+            block = Block(config=c, policy=precision, roles=c.layers[i], prefix=f"layers.{i}.", name=f"layer_{i}")
+            setattr(self, f"layer_{i}", block)
+        if c.period.repeats:
+            scanned = nn.scan(
+                PeriodBlocks,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast, nn.broadcast),
+                length=c.period.repeats,
+                metadata_params={LAYERS: c.period},
+            )
+            self.period = scanned(config=c, policy=precision, name="period")
+        if c.num_nextn_predict_layers:
+            self.mtp_block = MultiTokenPrediction(config=c, policy=precision, prefix="mtp.0.", name="mtp")
+
+    def __call__(
+        self,
+        tokens: Array,
+        *,
+        positions: Array | None = None,
+        segment_ids: Array | None = None,
+        lengths: Array | None = None,
+        cache: Cache | None = None,
+        logits: Logits = "all",
+        routing: Routing | None = None,
+        return_routing: bool = False,
+    ) -> Output:
+        """Runs a chunk of tokens through the trunk.
+
+        Args:
+          tokens: [B, S] int32 token ids.
+          positions: [B, S] int32 rotary positions; by default counted from each document's first token.
+          segment_ids: [B, S] int32 document of each token, contiguous in a row; 0 is padding. Not with a cache.
+          lengths: [B] int32 valid tokens of each row; the rest is padding on the right.
+          cache: what earlier chunks left; rows may stand at different lengths.
+          logits: which logits to compute: "all" [B, S, V], "last" [B, 1, V] at each row's last valid token, or "none".
+          routing: decisions to replay instead of taking them anew; each field may be None.
+          return_routing: whether to return the decisions taken.
+
+        Raises:
+          ValueError: arguments that contradict each other or have the wrong shape.
+        """
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens have shape {tuple(tokens.shape)}, expected [batch, sequence]")
+        self._check_cache(cache, tokens)
+        layout = Layout.of(
+            tokens.shape,
+            start=None if cache is None else cache.lengths,
+            lengths=lengths,
+            segment_ids=segment_ids,
+            positions=positions,
+        )
+        streams = expand(self._embed(tokens), self.config.hc_mult)
+        step, decisions = self._layers(Step(streams, cache), Context(tokens, layout), routing, return_routing)
+        if step.cache is not None:
+            step = step.replace(cache=step.cache.replace(lengths=step.cache.lengths + layout.counts))
+        if self.is_initializing() and self.config.num_nextn_predict_layers:
+            self.mtp(step.streams, tokens, logits="none")
+        output = self._logits(step.streams, layout, logits, self.collapse, self.norm_weight)
+        return Output(output, step.cache, step.streams, decisions)
+
+    def mtp(
+        self,
+        streams: Array,
+        next_tokens: Array,
+        *,
+        positions: Array | None = None,
+        segment_ids: Array | None = None,
+        lengths: Array | None = None,
+        cache: Cache | None = None,
+        logits: Logits = "all",
+    ) -> Output:
+        """Runs the multi-token-prediction block (technical report, section 2.1): from token i+1 predicts token i+2.
+
+        Args:
+          streams: [B, S, hc, D] the trunk's `Output.streams` at positions i, or this method's own to draft further.
+          next_tokens: [B, S] int32 the tokens at positions i+1.
+          positions: as for the trunk; a constant offset does not matter to a sliding block.
+          segment_ids: document of each position; the last position of a document predicts nothing of use.
+          lengths: [B] valid positions of each row.
+          cache: the trunk's cache, of which only the MTP block's part is read and advanced.
+          logits: as for the trunk.
+
+        Returns:
+          Output whose `streams` are the block's own, before its collapse.
+
+        Raises:
+          ValueError: the configuration has no MTP block, or arguments that contradict each other.
+        """
+        if not self.config.num_nextn_predict_layers:
+            raise ValueError("this model has no MTP block (num_nextn_predict_layers is 0)")
+        if streams.shape[:2] != next_tokens.shape:
+            raise ValueError(f"streams {streams.shape[:2]} and next_tokens {next_tokens.shape} differ in [B, S]")
+        self._check_cache(cache, next_tokens)
+        layout = Layout.of(
+            next_tokens.shape,
+            start=None if cache is None else cache.mtp_lengths,
+            lengths=lengths,
+            segment_ids=segment_ids,
+            positions=positions,
+        )
+        streams, cache = self.mtp_block(streams, self._embed(next_tokens), Context(next_tokens, layout), cache)
+        if cache is not None:
+            cache = cache.replace(mtp_lengths=cache.mtp_lengths + layout.counts)
+        output = self._logits(streams, layout, logits, self.mtp_block.collapse, self.mtp_block.norm_weight)
+        return Output(output, cache, streams)
+
+    def _check_cache(self, cache: Cache | None, tokens: Array) -> None:
+        if cache is None:
+            return
+        if cache.lengths.shape[0] != tokens.shape[0]:
+            raise ValueError(f"the cache has {cache.lengths.shape[0]} rows, the tokens {tokens.shape[0]}")
+        if cache.released and not self.precision.fake_quant:
+            raise ValueError("a cache in the released formats needs the policy 'released', which rounds as they do")
+
+    def _embed(self, tokens: Array) -> Array:
+        """[B, S] ids -> [B, S, D]; out-of-range ids read the nearest row."""
+        return jnp.take(self.embed_weight, tokens, axis=0, mode="clip").astype(self.precision.compute_dtype)
+
+    def _logits(self, streams: Array, layout: Layout, which: Logits, collapse: Any, norm: Array) -> Array | None:
+        """Final collapse, norm and the float32 head."""
+        if which not in ("all", "last", "none"):
+            raise ValueError(f"logits is {which!r}, expected 'all', 'last' or 'none'")
+        if which == "last":
+            last = jnp.maximum(layout.counts - 1, 0)
+            streams = jnp.take_along_axis(streams, last[:, None, None, None], axis=1)
+        x = rms_norm(collapse(streams), norm, self.config.rms_norm_eps)
+        return None if which == "none" else einsum("bsd,vd->bsv", x, self.head_weight, dtype=jnp.float32)
+
+    def _layers(
+        self, step: Step, context: Context, replay: Routing | None, want_routing: bool
+    ) -> tuple[Step, Routing | None]:
+        """All layers, in order: those before the period, the scan over it, those after."""
+        c, period = self.config, self.config.period
+        decisions: dict[int, Routing] = {}
+
+        def run(i: int, step: Step) -> Step:
+            block = getattr(self, f"layer_{i}")
+            mine = jax.tree.map(lambda x: x[0], _stack_replays(c, replay, [i]))
+            step, decisions[i] = block(step, context, i, _slot(c, i), mine)
+            return step
+
+        for i in range(min(period.start, c.num_hidden_layers)):
+            step = run(i, step)
+        if period.repeats:
+            # Inference reads experts straight from the stack; training slices them, so that gradients are sliced too.
+            stacks = None if step.cache is None or self.is_initializing() else self._expert_stacks()
+            replays = [
+                _stack_replays(c, replay, range(period.start + place, period.stop, period.length))
+                for place in range(period.length)
+            ]
+            step, stacked = self.period(step, (jnp.arange(period.repeats), replays), context, stacks)
+            for i in range(period.start, period.stop):
+                repeat, place = divmod(i - period.start, period.length)
+                decisions[i] = jax.tree.map(lambda x, repeat=repeat: x[repeat], stacked[place])
+        for i in range(period.stop, c.num_hidden_layers):
+            step = run(i, step)
+        return step, _stack(c, decisions) if want_routing else None
+
+    def _expert_stacks(self) -> list[Experts]:
+        """The period's expert weights as stacked, by place."""
+        params = nn.meta.unbox(self.get_variable("params", "period"))
+        ffns = (params[f"block_{place}"]["ffn"] for place in range(self.config.period.length))
+        return [Experts(ffn["w1"], ffn["w2"], ffn["w3"]) for ffn in ffns]
+
+
+class MultiTokenPrediction(Module):
+    """The MTP block: a sliding-window layer over the trunk's streams and the next token's embedding."""
+
+    config: Config
+    policy: Policy
+
+    def setup(self) -> None:
+        c = self.config
+        square, axes = (c.hidden_size, c.hidden_size), ("embed_out", "embed")
+        self.e_proj = self.linear("e_proj", square, axes, config=c)
+        self.h_proj = self.linear("h_proj", square, axes, config=c)
+        self.enorm = self.norm("enorm", c.hidden_size, "embed")
+        self.hnorm = self.norm("hnorm", c.hidden_size, "embed")
+        self.norm_weight = self.norm("norm", c.hidden_size, "embed")
+        self.collapse = StreamCollapse(config=c, prefix=self.prefix + "hc_head_", name="hc_head")
+        self.block = Block(config=c, policy=self.policy, roles=c.mtp_layer, prefix=self.prefix, name="block")
+
+    def __call__(
+        self, streams: Array, embedded: Array, context: Context, cache: Cache | None
+    ) -> tuple[Array, Cache | None]:
+        """Streams [B, S, hc, D] and embedded next tokens [B, S, D] -> the block's streams, and the cache after them."""
+        dtype, eps = self.policy.compute_dtype, self.config.rms_norm_eps
+        z = linear(rms_norm(embedded, self.enorm, eps), self.e_proj, dtype)
+        streams = linear(rms_norm(streams.astype(dtype), self.hnorm, eps), self.h_proj, dtype) + z[:, :, None]
+        inner = None if cache is None else cache.replace(window=cache.mtp_window)
+        step, _ = self.block(Step(streams, inner), context, 0, 0, Routing())
+        if cache is not None and step.cache is not None:
+            cache = cache.replace(mtp_window=step.cache.window)
+        return step.streams, cache
+
+
+def _unrolled(config: Config) -> list[int]:
+    """Layers outside the repeating period."""
+    period = config.period
+    return [i for i in range(config.num_hidden_layers) if not period.start <= i < period.stop]
+
+
+def _slot(config: Config, layer: int) -> int:
+    """A layer's number among those of its attention role."""
+    roles = [roles.attention for roles in config.layers]
+    return roles[:layer].count(roles[layer])
+
+
+def _stack_replays(config: Config, replay: Routing | None, layers: range | list[int]) -> Routing:
+    """The decisions to replay of layers with the same roles, stacked again; empty without any."""
+    if replay is None:
+        return Routing()
+    csa = config.layers[layers[0]].attention == "csa"
+    slots = jnp.asarray([_slot(config, i) for i in layers])
+    return Routing(
+        None if replay.experts is None else replay.experts[jnp.asarray(layers)],
+        replay.entries[slots] if csa and replay.entries is not None else None,
+    )
+
+
+def _stack(config: Config, decisions: dict[int, Routing]) -> Routing:
+    """Layers' decisions as one `Routing`."""
+    ordered = [decisions[i] for i in range(config.num_hidden_layers)]
+    entries = [decision.entries for decision in ordered if decision.entries is not None]
+    return Routing(
+        jnp.stack([decision.experts for decision in ordered]),
+        jnp.stack(entries) if entries else None,
+        jnp.stack([decision.affinities for decision in ordered]),
+    )
