@@ -152,7 +152,7 @@ def test_smallest_and_largest_byte_vocabularies(tmp_path):
     assert load_tokenizer(tmp_path, 246).decode(load_tokenizer(tmp_path, 246).encode("中" + USER)) == "中" + USER
     with pytest.raises(ValueError, match="245 ids is too small for bytes as tokens; expected 246 or more"):
         load_tokenizer(tmp_path, 245)
-    with pytest.raises(ValueError, match="has no tokenizer.json, which a vocabulary of 129280 ids needs"):
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json, which a vocabulary of 129280 ids needs"):
         load_tokenizer(tmp_path, 129280)
     with pytest.raises(ValueError, match="no directory"):
         load_tokenizer(tmp_path / "missing", 256)
@@ -172,5 +172,5 @@ def test_a_file_that_is_not_the_releases_tokenizer(tmp_path):
     with pytest.raises(ValueError, match="is not a tokenizer that can be read"):
         load_tokenizer(tmp_path, 400)
     build_vocabulary(tmp_path, tuple(TASK_TOKENS.values()))
-    with pytest.raises(ValueError, match="has no token .* expected the release's tokenizer"):
+    with pytest.raises(ValueError, match=r"has no token .* expected the release's tokenizer"):
         load_tokenizer(tmp_path, 400)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from v4_jax.cache import Cache, Entries, Ring
+from v4_jax.cache import Cache, Entries, Ring, Rows
 from v4_jax.compressor import Compressor
 from v4_jax.config import Config, Layer
 from v4_jax.layout import Blocks, Layout
@@ -117,20 +117,20 @@ class Attention(Module):
 
     @nn.compact
     def __call__(
-        self, y: Array, layout: Layout, window: Ring | None, cache: Cache | None, slot: Any, picks: Array | None
-    ) -> tuple[Array, Ring | None, Cache | None, Array | None]:
+        self, y: Array, layout: Layout, cache: Cache | None, layer: Any, slot: Any, picks: Array | None
+    ) -> tuple[Array, Cache | None, Array | None]:
         """Attends.
 
         Args:
           y: [B, S, D] normed, collapsed input.
           layout: where its tokens stand.
-          window: the layer's last keys, or None without a cache.
-          cache: the whole cache, of which the layer's compressed roles are read and written; None without one.
-          slot: the layer's number among those of its role.
+          cache: the whole cache, of which this layer's part is read and written; None without one.
+          layer: the layer's number, its place in the window cache.
+          slot: its number among the layers of its role, its place in the role's cache.
           picks: [B, S, K] entries to attend instead of the indexer's choice (CSA), or None.
 
         Returns:
-          Output [B, S, D], window and cache after the chunk, and the entries picked [B, S, K] (CSA) or None.
+          Output [B, S, D], the cache after the chunk, and the entries picked [B, S, K] (CSA) or None.
         """
         c, dtype = self.config, self.policy.compute_dtype
         heads, size = c.num_attention_heads, c.head_dim
@@ -161,13 +161,15 @@ class Attention(Module):
             keys = fake_quant_kv(keys, c.qk_rope_head_dim)
 
         past = c.sliding_window - 1
-        if window is None:
+        if cache is None:
             tail = jnp.zeros((y.shape[0], past, size), dtype)
         else:
+            window = Ring(cache.rows["window"], layer, layout.cached, dtype)
             keys = window.rows.stored(keys)
-            tail = window.history(layout.start, past)
-            window = window.append(layout.start, keys, layout.counts)
+            tail = window.history(past)
+            cache = cache.store("window", window.append(keys, layout.counts))
 
+        # Expanded once for all query blocks; only this layer's matrices exist in the compute dtype at a time.
         wq_b, wo_a, wo_b = (dequantise(weight, dtype) for weight in (wq_b, wo_a, wo_b))
         wo_a = wo_a.reshape(c.o_groups, c.o_lora_rank, -1)
         entries, cache, choose, choice_inputs = self._compress(y, layout, cache, slot, frequencies)
@@ -207,7 +209,7 @@ class Attention(Module):
         if picks is not None:
             inputs["picks"] = picks
         output, picked = by_query_blocks(block, tail, inputs)
-        return output, window, cache, picked
+        return output, cache, picked
 
     def _compress(
         self, y: Array, layout: Layout, cache: Cache | None, slot: Any, frequencies: Any
@@ -230,18 +232,21 @@ class Attention(Module):
             frequencies=frequencies,
             name="compressor",
         )
-        state = None if cache is None else Ring(cache.state[role], slot, jnp.float32)
-        fresh, blocks, state = make(y, layout, state)
-        entries, cache = _store(fresh, blocks, state, cache, role, slot, dtype)
+        state = _state(cache, role, slot, layout)
+        fresh, blocks, after = make(y, layout, state)
+        entries, cache = _store(fresh, blocks, after, cache, role, slot, dtype)
         if role == "hca":
             return entries, cache, None, {}
 
         indexer = LightningIndexer(
             config=c, policy=self.policy, prefix=self.prefix + "indexer.", frequencies=frequencies, name="indexer"
         )
-        state = None if cache is None else Ring(cache.state["index"], slot, jnp.float32)
-        keys, blocks, state, weights, wq_b = indexer(y, layout, state)
-        index, cache = _store(keys, blocks, state, cache, "index", slot, dtype)
+        state = _state(cache, "index", slot, layout)
+        keys, blocks, after, weights, wq_b = indexer(y, layout, state)
+        index, cache = _store(keys, blocks, after, cache, "index", slot, dtype)
+
+        if index is None:
+            return None, cache, None, {}
 
         def choose(x: dict[str, Array]) -> Array:
             queries = index_queries(x["latent"], wq_b, x["positions"], frequencies, c, self.policy)
@@ -250,18 +255,19 @@ class Attention(Module):
         return entries, cache, choose, {"weights": weights}
 
 
+def _state(cache: Cache | None, role: str, slot: Any, layout: Layout) -> Ring | None:
+    """The open blocks of one of a layer's compressors."""
+    return None if cache is None else Ring(cache.rows[role + " state"], slot, layout.cached, jnp.float32)
+
+
 def _store(
-    fresh: Array, blocks: Blocks, state: Ring | None, cache: Cache | None, role: str, slot: Any, dtype: Any
+    fresh: Array, blocks: Blocks, state: Rows | None, cache: Cache | None, role: str, slot: Any, dtype: Any
 ) -> tuple[Entries | None, Cache | None]:
-    """Adds a chunk's entries to the cache and returns all that its queries may see."""
-    if cache is None:
+    """Adds a chunk's entries to the cache and returns all that its queries may see; None when there are none."""
+    if cache is None or state is None:
         return (Entries.local(fresh) if fresh.shape[1] else None), None
-    rows = cache.index if role == "index" else cache.entries[role]
-    entries = Entries(rows, slot, dtype).write(blocks.slots, fresh)
-    cache = cache.replace(state=cache.state | {role: state.rows})
-    if role == "index":
-        return entries, cache.replace(index=entries.rows)
-    return entries, cache.replace(entries=cache.entries | {role: entries.rows})
+    entries = Entries(cache.rows[role], slot, dtype).write(blocks.slots, fresh)
+    return entries, cache.store(role, entries.rows).store(role + " state", state)
 
 
 def by_query_blocks(block: Any, carry: Any, inputs: dict[str, Array]) -> tuple[Array, Array | None]:

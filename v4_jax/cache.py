@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from v4_jax.config import RATIO_OF_ROLE, AttentionRole, Config
+from v4_jax.config import RATIO_OF_ROLE, Config
 from v4_jax.number_formats import E2M1, E4M3, E8M0, INDEX_BLOCK, KV_BLOCK, bytes_of, decode_rows, encode_rows
 
 CacheDtype = Literal["float32", "bfloat16", "released"]
@@ -53,6 +53,7 @@ class Rows(struct.PyTreeNode):
 
     @property
     def nbytes(self) -> int:
+        """Bytes held."""
         return sum(bytes_of(array) for array in self.arrays)
 
     def encode(self, rows: Array) -> tuple[Array, ...]:
@@ -95,32 +96,30 @@ class Ring(struct.PyTreeNode):
     Attributes:
       rows: the role's rows, all layers.
       layer: which of them this is.
+      start: [B] int32 tokens stored so far.
       dtype: dtype that is read.
     """
 
     rows: Rows
     layer: Any
+    start: Array
     dtype: Any = struct.field(pytree_node=False)
 
-    def history(self, start: Array, count: int) -> Array:
-        """The `count` tokens before position `start` [B], oldest first: [B, count, C].
+    def history(self, count: int) -> Array:
+        """The last `count` tokens, oldest first: [B, count, C]. Before a row's first token: whatever the slot holds."""
+        slots = (self.start[:, None] - count + jnp.arange(count)) % self.rows.shape[2]
+        return self.rows.read(self.layer, _batch(self.start, 1), slots, self.dtype)
 
-        Positions before 0 return whatever the slot holds: callers mask them.
-        """
-        size = self.rows.shape[2]
-        slots = (start[:, None] - count + jnp.arange(count)) % size
-        return self.rows.read(self.layer, _batch(start, 1), slots, self.dtype)
-
-    def append(self, start: Array, tokens: Array, counts: Array) -> Ring:
-        """Stores the first `counts` [B] of `tokens` [B, S, C] at positions from `start` [B] on."""
+    def append(self, tokens: Array, counts: Array) -> Rows:
+        """The role's rows once the first `counts` [B] of `tokens` [B, S, C] are stored."""
         size, chunk = self.rows.shape[2], tokens.shape[1]
         if chunk <= size:
             index = jnp.broadcast_to(jnp.arange(chunk), tokens.shape[:2])
         else:  # only the last ones survive, and no two may meet in one slot
             index = counts[:, None] - size + jnp.arange(size)
             tokens = jnp.take_along_axis(tokens, jnp.maximum(index, 0)[..., None], axis=1)
-        slots = jnp.where((index >= 0) & (index < counts[:, None]), (start[:, None] + index) % size, size)
-        return self.replace(rows=self.rows.write(self.layer, _batch(start, 1), slots, tokens))
+        slots = jnp.where((index >= 0) & (index < counts[:, None]), (self.start[:, None] + index) % size, size)
+        return self.rows.write(self.layer, _batch(self.start, 1), slots, tokens)
 
 
 class Entries(struct.PyTreeNode):
@@ -169,36 +168,36 @@ class Cache(struct.PyTreeNode):
 
     Attributes:
       lengths: [B] int32 tokens seen by the trunk.
-      window: [layers, B, sliding_window, head_dim] last keys/values of every layer.
-      entries: compressed entries by role, "csa" [layers of the role, B, max_length / 4, head_dim], "hca" likewise.
-      state: projections of the open blocks by role, "csa", "index" and "hca", float32.
-      index: [CSA layers, B, max_length / 4, index_head_dim] index keys.
-      mtp_lengths: [B] int32 tokens seen by the MTP block, or None without one.
-      mtp_window: [1, B, sliding_window, head_dim] its keys/values.
+      mtp_lengths: [B] int32 tokens seen by the MTP block.
+      rows: stacked rows by role:
+        "window" [layers, B, sliding_window, head_dim], the last keys/values of every layer; "mtp", the MTP block's;
+        "csa" and "hca" [layers of the role, B, max_length / ratio, head_dim], compressed entries;
+        "index" [CSA layers, B, max_length / 4, index_head_dim], index keys;
+        "csa state", "hca state" and "index state", float32 projections of the tokens whose block is open.
       max_length: positions that the entries have room for.
     """
 
     lengths: Array
-    window: Rows
-    entries: dict[str, Rows]
-    state: dict[str, Rows]
-    index: Rows | None
-    mtp_lengths: Array | None
-    mtp_window: Rows | None
+    mtp_lengths: Array
+    rows: dict[str, Rows]
     max_length: int = struct.field(pytree_node=False)
 
     @property
     def released(self) -> bool:
         """Whether keys are held in the release's number formats."""
-        return self.window.kind == "kv"
+        return self.rows["window"].kind == "kv"
+
+    def store(self, role: str, rows: Rows) -> Cache:
+        """The cache with other rows for a role."""
+        return self.replace(rows=self.rows | {role: rows})
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes held, by role."""
-        sizes = {"window": self.window.nbytes + (self.mtp_window.nbytes if self.mtp_window is not None else 0)}
-        sizes |= {role: rows.nbytes for role, rows in self.entries.items()}
-        if self.index is not None:
-            sizes["index"] = self.index.nbytes
-        return sizes | {"open blocks": sum(rows.nbytes for rows in self.state.values())}
+        """Bytes held, by role; the compressors' states together as "open blocks"."""
+        sizes: dict[str, int] = {}
+        for role, rows in self.rows.items():
+            name = "open blocks" if role.endswith("state") else role
+            sizes[name] = sizes.get(name, 0) + rows.nbytes
+        return sizes
 
 
 def init_cache(config: Config, batch: int, max_length: int, *, dtype: CacheDtype = "bfloat16") -> Cache:
@@ -248,23 +247,21 @@ def init_cache(config: Config, batch: int, max_length: int, *, dtype: CacheDtype
     def state(layers: int, ratio: int, width: int) -> Rows:
         return Rows((jnp.zeros((layers, batch, span(ratio), projection_width(ratio, width)), jnp.float32),))
 
-    roles = [layer.attention for layer in config.layers]
-    compressed: list[AttentionRole] = [role for role in ("csa", "hca") if role in roles]
-    lengths = {role: max(1, max_length // RATIO_OF_ROLE[role]) for role in compressed}
-    states = {role: state(roles.count(role), RATIO_OF_ROLE[role], config.head_dim) for role in compressed}
-    if "csa" in compressed:
-        states["index"] = state(roles.count("csa"), RATIO_OF_ROLE["csa"], config.index_head_dim)
-    mtp = config.num_nextn_predict_layers
-    return Cache(
-        lengths=jnp.zeros((batch,), jnp.int32),
-        window=keys(len(roles), config.sliding_window),
-        entries={role: keys(roles.count(role), lengths[role]) for role in compressed},
-        state=states,
-        index=index_keys(roles.count("csa"), lengths["csa"]) if "csa" in compressed else None,
-        mtp_lengths=jnp.zeros((batch,), jnp.int32) if mtp else None,
-        mtp_window=keys(mtp, config.sliding_window) if mtp else None,
-        max_length=max_length,
-    )
+    attention = [layer.attention for layer in config.layers]
+    rows = {"window": keys(len(attention), config.sliding_window)}
+    for role in ("csa", "hca"):
+        if layers := attention.count(role):
+            ratio = RATIO_OF_ROLE[role]
+            count = max(1, max_length // ratio)
+            rows[role] = keys(layers, count)
+            rows[role + " state"] = state(layers, ratio, config.head_dim)
+            if role == "csa":
+                rows["index"] = index_keys(layers, count)
+                rows["index state"] = state(layers, ratio, config.index_head_dim)
+    if config.num_nextn_predict_layers:
+        rows["mtp"] = keys(config.num_nextn_predict_layers, config.sliding_window)
+    zeros = jnp.zeros((batch,), jnp.int32)
+    return Cache(lengths=zeros, mtp_lengths=zeros, rows=rows, max_length=max_length)
 
 
 def _batch(like: Array, trailing: int) -> Array:

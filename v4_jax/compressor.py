@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from v4_jax.cache import Ring, span
+from v4_jax.cache import Ring, Rows, span
 from v4_jax.config import Config
 from v4_jax.layout import Blocks, Layout
 from v4_jax.norm import rms_norm
@@ -43,7 +43,7 @@ class Compressor(Module):
     index: bool = False
 
     @nn.compact
-    def __call__(self, y: Array, layout: Layout, state: Ring | None) -> tuple[Array, Blocks, Ring | None]:
+    def __call__(self, y: Array, layout: Layout, state: Ring | None) -> tuple[Array, Blocks, Rows | None]:
         """Compresses a chunk.
 
         Args:
@@ -52,7 +52,7 @@ class Compressor(Module):
           state: projections of the last tokens of each row, or None without a cache.
 
         Returns:
-          Entries [B, E, width] of the blocks that end in this chunk, those blocks, and the state after the chunk.
+          Entries [B, E, width] of the blocks that end in this chunk, those blocks, and the state after them.
         """
         c, ratio, width = self.config, self.ratio, self.width
         blocks_per_token = span(ratio) // ratio
@@ -76,16 +76,14 @@ class Compressor(Module):
         projections = jnp.concatenate([values, gates], axis=-1)
 
         blocks = layout.blocks(ratio)
-        history = None if state is None else state.history(layout.start, span(ratio) - 1)
+        history = None if state is None else state.history(span(ratio) - 1)
         own, previous = _gather(projections, history, blocks, ratio)
         entries = _pool(own, previous if blocks_per_token == 2 else None, blocks)
         entries = rms_norm(entries.astype(self.policy.compute_dtype), norm, c.rms_norm_eps)
         entries = rotate(entries, blocks.positions, self.frequencies)
         if self.policy.fake_quant:
             entries = fake_quant_index(entries) if self.index else fake_quant_kv(entries, c.qk_rope_head_dim)
-        if state is not None:
-            state = state.append(layout.start, projections, layout.counts)
-        return entries, blocks, state
+        return entries, blocks, None if state is None else state.append(projections, layout.counts)
 
 
 def _gather(projections: Array, history: Array | None, blocks: Blocks, ratio: int) -> tuple[Array, Array]:

@@ -32,7 +32,7 @@ class Layer(NamedTuple):
 
 
 class Period(NamedTuple):
-    """Where the layer roles repeat: layers `[start, start + length * repeats)` are `repeats` copies of `length` roles."""
+    """Where the layer roles repeat: `repeats` copies of `length` layers, from layer `start` on."""
 
     start: int
     length: int
@@ -40,6 +40,7 @@ class Period(NamedTuple):
 
     @property
     def stop(self) -> int:
+        """The first layer after it."""
         return self.start + self.length * self.repeats
 
     def layers(self, repeat: int) -> range:
@@ -147,7 +148,7 @@ class Config:
 
     @classmethod
     def tiny(cls) -> Config:
-        """Every role, both feed-forward kinds and the MTP block at a size a laptop runs at once (about 2M parameters)."""
+        """Every role, both feed-forward kinds and the MTP block, in about 2M parameters."""
         return cls(
             vocab_size=512,
             hidden_size=128,
@@ -208,7 +209,7 @@ class Config:
         """Dimensions of a head that are not rotated (448 of 512)."""
         return self.head_dim - self.qk_rope_head_dim
 
-    # ---- costs: implemented in `costs.py`, offered here because they are facts about a configuration ------------------
+    # ---- costs: implemented in `costs.py`, offered here because they are facts about a configuration -----------------
 
     def parameter_counts(self):
         """See `v4_jax.costs.parameter_counts`."""
@@ -315,7 +316,14 @@ _FIXED: dict[str, Any] = {
 # Keys that say nothing about the forward pass: provenance, storage, library bookkeeping, training-only or decoding
 # defaults. The DSpark draft's keys belong to a module that loading skips by rule.
 _INERT = frozenset(
-    ["architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "quantization_config", "auto_map", "_name_or_path", "name_or_path", "id2label", "label2id", "problem_type", "return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward", "is_encoder_decoder", "pad_token_id", "torchscript", "router_aux_loss_coef", "router_jitter_noise", "output_router_logits", "dspark_block_size", "dspark_noise_token_id", "dspark_target_layer_ids", "dspark_markov_rank"]
+    (
+        *("architectures", "model_type", "auto_map", "_name_or_path", "name_or_path", "transformers_version"),
+        *("torch_dtype", "dtype", "quantization_config", "torchscript", "use_cache", "chunk_size_feed_forward"),
+        *("id2label", "label2id", "problem_type", "is_encoder_decoder", "pad_token_id"),
+        *("return_dict", "output_attentions", "output_hidden_states", "output_router_logits"),
+        *("router_aux_loss_coef", "router_jitter_noise"),
+        *("dspark_block_size", "dspark_noise_token_id", "dspark_target_layer_ids", "dspark_markov_rank"),
+    )
 )
 
 _LAYER_TYPES = {"sliding_attention": 0, "compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
@@ -374,15 +382,10 @@ def _fields_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
 
 # Optional in Python, but a released configuration that lacks one of these is damaged: defaults would guess.
 _NEVER_DEFAULT = frozenset(
-    {
-        "num_hash_layers",
-        "swiglu_limit",
-        "sliding_window",
-        "hc_mult",
-        "rope_theta",
-        "compress_rope_theta",
-        "rope_scaling",
-    }
+    (
+        *("num_hash_layers", "swiglu_limit", "sliding_window", "hc_mult"),
+        *("rope_theta", "compress_rope_theta", "rope_scaling"),
+    )
 )
 
 

@@ -7,6 +7,7 @@ is float32; streams are kept in the policy's compute dtype between sites.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -56,17 +57,17 @@ def sinkhorn(logits: Array, iterations: int, eps: float) -> Array:
     """
 
     def over_first(m: Array) -> Array:
-        return m / (sum(m[j] for j in range(m.shape[0])) + eps)[None]
+        return m / (functools.reduce(jnp.add, m) + eps)[None]
 
     def over_second(m: Array) -> Array:
-        return m / (sum(m[:, k] for k in range(m.shape[1])) + eps)[:, None]
+        return m / (functools.reduce(jnp.add, jnp.moveaxis(m, 1, 0)) + eps)[:, None]
 
     matrix = over_first(jax.nn.softmax(logits, axis=1) + eps)
     return jax.lax.fori_loop(0, iterations - 1, lambda _, m: over_first(over_second(m)), matrix)
 
 
 def _mixes(streams: Array, weight: Array, eps: float) -> Array:
-    """Streams [B, S, hc, D] projected on the rows of `weight` [M, hc * D], scaled by the streams' joint RMS: [M, B, S]."""
+    """Streams [B, S, hc, D] projected on `weight` [M, hc * D] and divided by their joint RMS: [M, B, S]."""
     flat = streams.reshape(*streams.shape[:2], -1).astype(jnp.float32)
     scale = (jnp.mean(flat * flat, axis=-1) + eps) ** -0.5
     return einsum("bsc,mc->mbs", flat, weight, dtype=jnp.float32) * scale
@@ -74,8 +75,8 @@ def _mixes(streams: Array, weight: Array, eps: float) -> Array:
 
 def _weighted_sum(streams: Array, weights: Array) -> Array:
     """Sum over streams of [B, S, hc, D] with weights [hc, B, S]: [B, S, D] in the streams' dtype."""
-    total = sum(weights[j][..., None] * streams[:, :, j].astype(jnp.float32) for j in range(streams.shape[2]))
-    return total.astype(streams.dtype)
+    terms = (weights[j][..., None] * streams[:, :, j].astype(jnp.float32) for j in range(streams.shape[2]))
+    return functools.reduce(jnp.add, terms).astype(streams.dtype)
 
 
 class HyperConnection(Module):

@@ -19,11 +19,11 @@ class Blocks(struct.PyTreeNode):
 
     Attributes:
       first_token: [B, E] chunk index of each block's first token; negative where it is cached.
-      aligned: blocks of a row follow each other without gaps from `first_token[:, 0]`.
       complete: [B, E] whether the block exists.
       has_previous: [B, E] whether a block of the same document precedes it.
       positions: [B, E] rotary position of its first token.
       slots: [B, E] index of its entry among the row's entries; out of range where there is no such block.
+      aligned: whether a row's blocks follow each other without gaps from `first_token[:, 0]` on.
     """
 
     first_token: Array
@@ -54,7 +54,7 @@ class Layout(struct.PyTreeNode):
     @classmethod
     def of(
         cls,
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
         *,
         start: Array | None = None,
         lengths: Array | None = None,
@@ -74,6 +74,7 @@ class Layout(struct.PyTreeNode):
           ValueError: segment ids together with a cache, or an argument of the wrong shape.
         """
         batch, size = shape
+        start = None if start is None else start.astype(jnp.int32)
         for name, value, expected in (
             ("lengths", lengths, (batch,)),
             ("segment_ids", segment_ids, shape),
@@ -99,7 +100,15 @@ class Layout(struct.PyTreeNode):
 
     @property
     def size(self) -> int:
+        """Tokens of the chunk, padding included."""
         return self.positions.shape[1]
+
+    @property
+    def cached(self) -> Array:
+        """[B] tokens already cached in each row."""
+        if self.start is None:
+            raise ValueError("this layout describes rows without a cache")
+        return self.start
 
     @property
     def phase(self) -> Array:
@@ -112,7 +121,7 @@ class Layout(struct.PyTreeNode):
         return jnp.sum(self.valid, axis=1, dtype=jnp.int32)
 
     def blocks(self, ratio: int) -> Blocks:
-        """The compression blocks that end in this chunk (technical report, section 2.3: a block may end at the query)."""
+        """The compression blocks that end in this chunk (technical report, section 2.3)."""
         batch = self.positions.shape[0]
         limit = jnp.iinfo(jnp.int32).max
         if self.packed:

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from v4_jax.cache import Entries, Ring
+from v4_jax.cache import Entries, Ring, Rows
 from v4_jax.compressor import Compressor
 from v4_jax.config import RATIO_OF_ROLE, Config
 from v4_jax.layout import Blocks, Layout
 from v4_jax.linear import linear
-from v4_jax.number_formats import Weight, dequantise, fake_quant_index
+from v4_jax.number_formats import dequantise, fake_quant_index
 from v4_jax.parameters import Module
 from v4_jax.policy import Policy, einsum
 from v4_jax.rotary import rotate
@@ -34,9 +34,7 @@ class LightningIndexer(Module):
     frequencies: Any
 
     @nn.compact
-    def __call__(
-        self, y: Array, layout: Layout, state: Ring | None
-    ) -> tuple[Array, Blocks, Ring | None, Array, Weight]:
+    def __call__(self, y: Array, layout: Layout, state: Ring | None) -> tuple[Array, Blocks, Rows | None, Array, Array]:
         """Prepares what the per-block selection needs.
 
         Args:
@@ -45,8 +43,8 @@ class LightningIndexer(Module):
           state: the key compressor's open blocks, or None without a cache.
 
         Returns:
-          Index keys [B, E, index_head_dim] of the blocks that end here, those blocks, the state after the chunk,
-          head weights [B, S, index_n_heads] float32, and the query projection.
+          Index keys [B, E, index_head_dim] of the blocks that end here, those blocks, the state's rows
+          after the chunk, head weights [B, S, index_n_heads] float32, and the query projection.
         """
         c = self.config
         heads, size = c.index_n_heads, c.index_head_dim
@@ -54,7 +52,7 @@ class LightningIndexer(Module):
         project = self.linear(
             "weights_proj", (heads, c.hidden_size), ("index_heads", "embed"), config=c, storage="bf16"
         )
-        keys, blocks, state = Compressor(
+        keys, blocks, after = Compressor(
             config=c,
             policy=self.policy,
             prefix=self.prefix + "compressor.",
@@ -65,7 +63,7 @@ class LightningIndexer(Module):
             name="compressor",
         )(y, layout, state)
         weights = einsum("bsd,hd->bsh", y, project, dtype=self.policy.compute_dtype).astype(jnp.float32)
-        return keys, blocks, state, weights * (size * heads) ** -0.5, dequantise(wq_b, self.policy.compute_dtype)
+        return keys, blocks, after, weights * (size * heads) ** -0.5, dequantise(wq_b, self.policy.compute_dtype)
 
 
 def index_queries(

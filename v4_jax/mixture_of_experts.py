@@ -35,7 +35,7 @@ def swiglu(gate: Array, up: Array, limit: float) -> Array:
 
 
 def expert_ffn(x: Array, weights: Experts, scale: Array | None, limit: float, dtype: Any) -> Array:
-    """One expert on rows [T, D]; `scale` [T] multiplies the hidden activation before its rounding and w2: [T, D] f32."""
+    """One expert on rows [T, D]: [T, D] float32. `scale` [T] multiplies the hidden activation before its rounding."""
     hidden = swiglu(linear(x, weights.w1, dtype), linear(x, weights.w3, dtype), limit)
     if scale is not None:
         hidden = hidden * scale[:, None]

@@ -48,10 +48,12 @@ class BlockScaled(struct.PyTreeNode):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape of the weight that it stands for."""
         return self.codes.shape
 
     @property
     def ndim(self) -> int:
+        """Dimensions of the weight that it stands for."""
         return self.codes.ndim
 
     @property

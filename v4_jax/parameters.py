@@ -52,17 +52,21 @@ class Parameter(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
     period: Period | None = struct.field(pytree_node=False, default=None)
 
     def unbox(self) -> Any:
+        """The value alone."""
         return self.value
 
     def replace_boxed(self, val: Any) -> Parameter:
+        """The same declaration with another value."""
         return self.replace(value=val)
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> Parameter:
+        """Called by `nn.scan` when it stacks layers."""
         axes = list(self.axes)
         axes.insert(index, LAYERS)
         return self.replace(axes=tuple(axes), period=params[LAYERS])
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> Parameter:
+        """Called by `nn.scan` when it cuts one layer out."""
         del params
         axes = list(self.axes)
         del axes[index]
@@ -70,6 +74,7 @@ class Parameter(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape of the value, stacked axes included."""
         return self.value.shape
 
     def tensors(self) -> Iterator[tuple[tuple[int, ...], str]]:
@@ -83,6 +88,7 @@ class Parameter(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
 
 
 def is_parameter(node: Any) -> bool:
+    """Whether a tree node is a declared parameter: the `is_leaf` of tree operations on declarations."""
     return isinstance(node, Parameter)
 
 
@@ -90,6 +96,7 @@ Initializer = Callable[[Array, tuple[int, ...], Any], Array]
 
 
 def normal(config: Config) -> Initializer:
+    """Normal with the configured standard deviation."""
     return nn.initializers.normal(config.initializer_range)
 
 

@@ -1,4 +1,4 @@
-"""The whole model: embedding into streams, the blocks, the final collapse and head, and the multi-token-prediction block.
+"""The whole model: embedding into streams, blocks, final collapse and head, and the multi-token-prediction block.
 
 Technical report, section 2. Unrepeated layers run one by one; the repeating period of roles runs as one `nn.scan`,
 with the cache in its carry.
@@ -15,7 +15,7 @@ from flax import struct
 from jax import Array
 
 from v4_jax.attention import Attention
-from v4_jax.cache import Cache, Ring
+from v4_jax.cache import Cache
 from v4_jax.config import Config, Layer
 from v4_jax.hyper_connections import HyperConnection, StreamCollapse, expand, spread
 from v4_jax.layout import Layout
@@ -102,16 +102,12 @@ class Block(Module):
         Returns:
           Streams and cache after the layer, and its decisions without the layer axis.
         """
-        c, cache = self.config, step.cache
-        window = None if cache is None else Ring(cache.window, layer, self.policy.compute_dtype)
-
+        c = self.config
         y, mix = HyperConnection(config=c, prefix=self.prefix + "hc_attn_", name="hc_attn")(step.streams)
         y = rms_norm(y, self.norm("attn_norm", c.hidden_size, "embed"), c.rms_norm_eps)
         attention = Attention(config=c, policy=self.policy, roles=self.roles, prefix=self.prefix + "attn.", name="attn")
-        z, window, cache, entries = attention(y, context.layout, window, cache, slot, replay.entries)
+        z, cache, entries = attention(y, context.layout, step.cache, layer, slot, replay.entries)
         streams = spread(step.streams, z, mix)
-        if cache is not None and window is not None:
-            cache = cache.replace(window=window.rows)
 
         y, mix = HyperConnection(config=c, prefix=self.prefix + "hc_ffn_", name="hc_ffn")(streams)
         y = rms_norm(y, self.norm("ffn_norm", c.hidden_size, "embed"), c.rms_norm_eps)
@@ -164,7 +160,7 @@ class Transformer(Module):
     config: Config
     policy: str | Policy = "bfloat16"
 
-    def setup(self) -> None:
+    def setup(self) -> None:  # noqa: D102 called by Linen
         c, precision = self.config, Policy.of(self.policy)
         self.precision = precision
         table, axes = (c.vocab_size, c.hidden_size), ("vocab", "embed")
@@ -348,7 +344,7 @@ class MultiTokenPrediction(Module):
     config: Config
     policy: Policy
 
-    def setup(self) -> None:
+    def setup(self) -> None:  # noqa: D102 called by Linen
         c = self.config
         square, axes = (c.hidden_size, c.hidden_size), ("embed_out", "embed")
         self.e_proj = self.linear("e_proj", square, axes, config=c)
@@ -366,10 +362,10 @@ class MultiTokenPrediction(Module):
         dtype, eps = self.policy.compute_dtype, self.config.rms_norm_eps
         z = linear(rms_norm(embedded, self.enorm, eps), self.e_proj, dtype)
         streams = linear(rms_norm(streams.astype(dtype), self.hnorm, eps), self.h_proj, dtype) + z[:, :, None]
-        inner = None if cache is None else cache.replace(window=cache.mtp_window)
-        step, _ = self.block(Step(streams, inner), context, 0, 0, Routing())
+        own = None if cache is None else cache.store("window", cache.rows["mtp"])
+        step, _ = self.block(Step(streams, own), context, 0, 0, Routing())
         if cache is not None and step.cache is not None:
-            cache = cache.replace(mtp_window=step.cache.window)
+            cache = cache.store("mtp", step.cache.rows["window"])
         return step.streams, cache
 
 

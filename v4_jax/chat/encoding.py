@@ -103,6 +103,8 @@ def encode(
 
 @dataclasses.dataclass(frozen=True)
 class ToolCall:
+    """One call of an assistant turn."""
+
     id: str  # empty where the client gave none
     name: str
     arguments: dict[str, Any]
@@ -110,6 +112,8 @@ class ToolCall:
 
 @dataclasses.dataclass(frozen=True)
 class ToolResult:
+    """What a tool returned."""
+
     call_id: str
     text: str
 
