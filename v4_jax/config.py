@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from v4_jax import costs
 
 AttentionRole = Literal["sliding", "csa", "hca"]
 FeedForwardRole = Literal["hash", "routed"]
@@ -211,19 +214,19 @@ class Config:
 
     # ---- costs: implemented in `costs.py`, offered here because they are facts about a configuration -----------------
 
-    def parameter_counts(self):
+    def parameter_counts(self) -> costs.ParameterCounts:
         """See `v4_jax.costs.parameter_counts`."""
         from v4_jax import costs
 
         return costs.parameter_counts(self)
 
-    def flops_per_token(self, context: int):
+    def flops_per_token(self, context: int) -> costs.Flops:
         """See `v4_jax.costs.flops_per_token`."""
         from v4_jax import costs
 
         return costs.flops_per_token(self, context)
 
-    def cache_bytes(self, context: int, dtype: str = "released"):
+    def cache_bytes(self, context: int, dtype: str = "released") -> costs.CacheBytes:
         """See `v4_jax.costs.cache_bytes`."""
         from v4_jax import costs
 

@@ -19,6 +19,9 @@ from v4_jax.config import Config
 from v4_jax.parameters import Module, normal
 from v4_jax.policy import einsum
 
+# "Small" is all that the report says of the gating factors at the start; 0.01 is the hyper-connections paper's choice.
+_SMALL = nn.initializers.constant(0.01)
+
 
 class Mix(NamedTuple):
     """How a site's output returns to the streams.
@@ -138,8 +141,5 @@ def _declare(module: Any, rows: int, gates: int) -> tuple[Array, Array, Array]:
     base = module.declare(
         "base", (rows,), (None,), released="base", storage="f32", group="adamw", init=nn.initializers.zeros
     )
-    # "Small" is all the report says of the gating factors at the start; 0.01 is the hyper-connections paper's choice.
-    scale = module.declare(
-        "scale", (gates,), (None,), released="scale", storage="f32", group="adamw", init=nn.initializers.constant(0.01)
-    )
+    scale = module.declare("scale", (gates,), (None,), released="scale", storage="f32", group="adamw", init=_SMALL)
     return weight, base, scale

@@ -6,6 +6,7 @@ choose by affinity plus a load-balancing bias that never enters the weights. No 
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -16,7 +17,7 @@ from jax import Array
 from v4_jax.config import Config, FeedForwardRole
 from v4_jax.grouped_matmul import map_groups
 from v4_jax.linear import linear
-from v4_jax.parameters import EXPERTS, Module, normal
+from v4_jax.parameters import EXPERTS, Initializer, Module, normal
 from v4_jax.policy import Policy, einsum
 
 
@@ -184,7 +185,8 @@ def dispatch(
     return jnp.sum(out[back].reshape(count, top, -1), axis=1)
 
 
-def hash_table(config: Config) -> Any:
+@functools.cache  # declarations compare initialisers by identity
+def hash_table(config: Config) -> Initializer:
     """Initialiser of a fresh table [V, top]: distinct experts per token id, all experts equally often.
 
     The release ships its tables and not the rule behind them; this one spreads ids evenly.

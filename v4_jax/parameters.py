@@ -31,6 +31,15 @@ Storage = Literal["fp8", "expert", "bf16", "f32", "i64"]
 LAYERS, EXPERTS = "layers", "experts"
 
 
+Initializer = Callable[[Array, tuple[int, ...], Any], Array]
+
+
+@functools.cache  # declarations compare initialisers by identity
+def normal(config: Config) -> Initializer:
+    """Normal with the configured standard deviation."""
+    return nn.initializers.normal(config.initializer_range)
+
+
 class Parameter(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
     """A parameter's value boxed with its declaration.
 
@@ -41,6 +50,7 @@ class Parameter(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
       released: name in the released checkpoint; a format string over `{expert}`, the index along the "experts" axis,
         and `{layers[p]}`, the number of the layer at place p of a repeat of the period, on the "layers" axis.
       storage: number format in the released checkpoint.
+      init: initialiser of one layer's value.
       period: the layers that the "layers" axis stands for; None without one.
     """
 
@@ -49,6 +59,7 @@ class Parameter(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
     group: Group = struct.field(pytree_node=False)
     released: str = struct.field(pytree_node=False)
     storage: Storage = struct.field(pytree_node=False)
+    init: Initializer = struct.field(pytree_node=False)
     period: Period | None = struct.field(pytree_node=False, default=None)
 
     def unbox(self) -> Any:
@@ -77,6 +88,13 @@ class Parameter(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
         """Shape of the value, stacked axes included."""
         return self.value.shape
 
+    def fresh(self, key: Array) -> Array:
+        """A freshly initialised value."""
+        if self.period is None:
+            return self.init(key, self.shape, self.value.dtype)
+        keys = jax.random.split(key, self.period.repeats)
+        return jnp.stack([self.init(key, self.shape[1:], self.value.dtype) for key in keys])
+
     def tensors(self) -> Iterator[tuple[tuple[int, ...], str]]:
         """Yields (index into the stacked axes, released name) of each released tensor that makes up this parameter."""
         repeats = range(self.period.repeats) if self.period else (None,)
@@ -90,14 +108,6 @@ class Parameter(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
 def is_parameter(node: Any) -> bool:
     """Whether a tree node is a declared parameter: the `is_leaf` of tree operations on declarations."""
     return isinstance(node, Parameter)
-
-
-Initializer = Callable[[Array, tuple[int, ...], Any], Array]
-
-
-def normal(config: Config) -> Initializer:
-    """Normal with the configured standard deviation."""
-    return nn.initializers.normal(config.initializer_range)
 
 
 class Module(nn.Module, kw_only=True):
@@ -140,7 +150,7 @@ class Module(nn.Module, kw_only=True):
             raise ValueError(f"{self.prefix}{released}: {len(axes)} axes for a shape of {len(shape)} dimensions")
 
         def boxed(key: Array) -> Parameter:
-            return Parameter(init(key, shape, dtype), axes, group, self.prefix + released, storage)
+            return Parameter(init(key, shape, dtype), axes, group, self.prefix + released, storage, init)
 
         value = self.param(name, boxed)
         if tuple(value.shape) != shape:
@@ -194,12 +204,15 @@ def declarations(config: Config) -> Any:
 
 
 def init(config: Config, key: Array) -> Any:
-    """Fresh float32 parameters (int32 for the hash table), unboxed."""
-    from v4_jax.transformer import Transformer
+    """Fresh float32 parameters (int32 for the hash tables) from the declarations: an unboxed tree."""
+    leaves, tree = jax.tree.flatten(declarations(config), is_leaf=is_parameter)
 
-    model = Transformer(config, policy="float32")
-    tokens = jnp.zeros((1, 2), jnp.int32)
-    return nn.meta.unbox(jax.jit(model.init)(key, tokens)["params"])
+    @jax.jit
+    def draw(key: Array) -> list[Array]:
+        keys = jax.random.split(key, len(leaves))
+        return [leaf.fresh(key) for leaf, key in zip(leaves, keys, strict=True)]
+
+    return jax.tree.unflatten(tree, draw(key))
 
 
 def bytes_in_memory(params: Any) -> int:

@@ -1,0 +1,49 @@
+# Everything below works on a fresh machine with git, make and Python 3.11 or later; it touches nothing outside .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help setup demo test lint oracle clean
+
+help:
+	@echo "make demo    set up, then load, verify and run a small checkpoint in the released layout"
+	@echo "make test    set up, then run the tests"
+	@echo "make setup   only set up (.venv)"
+	@echo "make lint    ruff and mypy"
+	@echo "make oracle  compare with transformers (installs torch)"
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, found " + sys.version.split()[0])'
+	@echo "Setting up $(VENV) (once, a minute or two)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/ready-test: $(VENV)/ready
+	@$(PIP) --editable '.[test]'
+	@touch $@
+
+$(VENV)/ready-oracle: $(VENV)/ready-test
+	@$(PIP) torch==2.13.0
+	@$(PIP) --editable '.[test,oracle]'
+	@touch $@
+
+setup: $(VENV)/ready-test
+
+demo: $(VENV)/ready
+	@$(BIN)/v4-jax demo
+
+test: $(VENV)/ready-test
+	@$(BIN)/python -m pytest tests --ignore tests/oracle --numprocesses auto --dist loadfile
+
+lint: $(VENV)/ready-test
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+oracle: $(VENV)/ready-oracle
+	@$(BIN)/python -m pytest tests/oracle
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

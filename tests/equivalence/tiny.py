@@ -1,0 +1,88 @@
+"""A model with every role, small enough that each case compiles in seconds."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from v4_jax import Cache, Config, Output, Transformer, declarations, init_cache
+from v4_jax.parameters import is_parameter
+
+TOPK = 8
+
+# Exact arithmetic would give equality; float32 sums taken in another order differ in the sixth digit of logits of size
+# 2 after six layers. Routing and top-k are discontinuous, so that a real disagreement is 1e-2 and more.
+TOLERANCE = 1e-4
+
+
+class Tiny(NamedTuple):
+    config: Config
+    model: Transformer
+    params: dict
+
+    @functools.cache  # noqa: B019 one instance lives as long as the tests
+    def _program(self, names):
+        def run(params, tokens, values):
+            return self.model.apply({"params": params}, tokens, **dict(zip(names, values, strict=True)))
+
+        return jax.jit(run)
+
+    def __hash__(self):
+        return id(self)
+
+    def __call__(self, tokens, **arguments) -> Output:
+        names = tuple(sorted(arguments))
+        return self._program(names)(self.params, jnp.asarray(tokens), [arguments[name] for name in names])
+
+    def cache(self, batch: int, length: int, dtype="float32") -> Cache:
+        return init_cache(self.config, batch, length, dtype=dtype)
+
+    def in_chunks(self, tokens, sizes, cache=None):
+        """Logits and cache after feeding `tokens` in chunks of the given sizes."""
+        cache = self.cache(*tokens.shape) if cache is None else cache
+        logits, first = [], 0
+        for size in sizes:
+            output = self(tokens[:, first : first + size], cache=cache)
+            logits.append(output.logits)
+            cache, first = output.cache, first + size
+        return jnp.concatenate(logits, axis=1), cache
+
+
+def make(seed: int = 0, **changes) -> Tiny:
+    values = dict(
+        vocab_size=64,
+        hidden_size=48,
+        moe_intermediate_size=32,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        head_dim=32,
+        qk_rope_head_dim=8,
+        q_lora_rank=24,
+        o_groups=2,
+        o_lora_rank=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        routed_scaling_factor=1.5,
+        index_n_heads=32,
+        index_head_dim=16,
+        index_topk=TOPK,
+        compress_ratios=(0, 4, 128, 4, 128, 4, 0),
+        num_hash_layers=2,
+        sliding_window=16,
+    )
+    config = Config(**(values | changes))
+    rng = np.random.default_rng(seed)
+
+    def value(declared):
+        """Numbers everywhere: fresh biases, scales and norms are constants that could hide a mistake."""
+        if declared.group == "frozen" and declared.storage == "i64":
+            return jnp.asarray(rng.permuted(np.resize(np.arange(4), declared.shape), axis=-1).astype(np.int32))
+        center = 1.0 if "norm" in declared.released else 0.0
+        return jnp.asarray(rng.normal(center, 0.2, declared.shape).astype(np.float32))
+
+    params = jax.tree.map(value, declarations(config), is_leaf=is_parameter)
+    return Tiny(config, Transformer(config, policy="float32"), params)

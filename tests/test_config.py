@@ -1,0 +1,125 @@
+"""Configuration: both layouts of config.json, refusals, roles."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from tests.conftest import CHECKPOINTS, DATA
+from v4_jax import Config, ConfigError
+
+
+def released(**changes):
+    """The Flash `config.json` with some keys changed; None removes one."""
+    content = Config.flash().to_hf() | changes
+    return {key: value for key, value in content.items() if value is not None}
+
+
+def as_transformers(config: Config) -> dict:
+    """The layout that transformers writes: roles by name, rotary parameters by role."""
+    content = config.to_hf()
+    names = {0: "sliding_attention", 4: "compressed_sparse_attention", 128: "heavily_compressed_attention"}
+    ratios = content.pop("compress_ratios")[: config.num_hidden_layers]
+    yarn = content.pop("rope_scaling")
+    fraction = config.qk_rope_head_dim / config.head_dim
+    return content | {
+        "layer_types": [names[ratio] for ratio in ratios],
+        "mlp_layer_types": ["hash_moe"] * 3 + ["moe"] * (config.num_hidden_layers - 3),
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128},
+        "partial_rotary_factor": fraction,
+        "rope_parameters": {
+            "main": {"rope_type": "default", "rope_theta": 10000, "partial_rotary_factor": fraction},
+            "compress": yarn | {"rope_type": "yarn", "rope_theta": 160000, "attention_factor": 1.0},
+        },
+    }
+
+
+@pytest.mark.parametrize("config", [Config.flash(), Config.pro(), Config.tiny()])
+def test_round_trip(config):
+    assert Config.from_hf(config.to_hf()) == config
+    assert Config.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+    assert Config.from_hf(as_transformers(config)) == config
+
+
+def test_width_from_the_fraction_alone():
+    content = as_transformers(Config.flash())
+    del content["qk_rope_head_dim"]
+    assert Config.from_hf(content).qk_rope_head_dim == 64
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_fixture_configurations(name):
+    config = Config.from_hf(DATA / name)
+    on_disk = json.loads((DATA / name / "config.json").read_text())
+    assert {key: config.to_hf()[key] for key in on_disk} == on_disk
+
+
+def test_roles_of_the_released_models():
+    flash, pro = Config.flash(), Config.pro()
+    roles = [layer.attention for layer in flash.layers]
+    assert roles[:5] == ["sliding", "sliding", "csa", "hca", "csa"] and roles[-1] == "csa"
+    assert (roles.count("csa"), roles.count("hca")) == (21, 20)
+    roles = [layer.attention for layer in pro.layers]
+    assert roles[:4] == ["hca", "hca", "csa", "hca"] and (roles.count("csa"), roles.count("hca")) == (30, 31)
+    for config in (flash, pro):
+        assert [layer.feed_forward for layer in config.layers[:4]] == ["hash", "hash", "hash", "routed"]
+        assert (config.period.start, config.period.length, config.period.stop) == (3, 2, config.num_hidden_layers)
+
+
+def test_no_period_means_every_layer_stands_alone():
+    config = dataclasses.replace(Config.tiny(), num_hidden_layers=3, compress_ratios=(0, 4, 128, 0), num_hash_layers=1)
+    assert config.period.repeats == 0
+
+
+def test_draft_entries_are_trimmed():
+    ratios = [*Config.flash().compress_ratios, 0, 0]
+    content = released(compress_ratios=ratios, dspark_block_size=5, dspark_markov_rank=256)
+    assert Config.from_hf(content) == Config.flash()
+
+
+REFUSED = {
+    "unknown": (dict(query_temperature=2.0), r"unknown configuration keys \['query_temperature'\]"),
+    "activation": (dict(hidden_act="gelu"), "hidden_act is 'gelu', expected 'silu'"),
+    "scoring": (dict(scoring_func="sigmoid"), "scoring_func is 'sigmoid'"),
+    "shared": (dict(n_shared_experts=2), "n_shared_experts is 2, expected 1"),
+    "model": (dict(model_type="deepseek_v41"), "model_type is 'deepseek_v41'"),
+    "ratio": (
+        dict(compress_ratios=[0, 8, *Config.flash().compress_ratios[2:]]),
+        r"contains 8, expected one of \[0, 4, 128\]",
+    ),
+    "count": (dict(compress_ratios=[0, 4]), "compress_ratios has 2 entries, expected 44"),
+    "no rope": (dict(rope_scaling=None), "compressed layers would lose YaRN"),
+    "rope type": (dict(rope_scaling=dict(type="linear", factor=2)), "expected 'yarn'"),
+    "mscale": (dict(rope_scaling=Config.flash().to_hf()["rope_scaling"] | {"mscale": 0.7}), "no attention factor"),
+    "rope key": (
+        dict(rope_scaling=Config.flash().to_hf()["rope_scaling"] | {"gamma": 1}),
+        r"unknown rope scaling keys \['gamma'\]",
+    ),
+    "missing": (dict(hidden_size=None), r"missing configuration keys \['hidden_size'\]"),
+    "no clamp": (dict(swiglu_limit=None), r"missing configuration keys \['swiglu_limit'\]"),
+    "blocks": (dict(quantization_config=dict(weight_block_size=[32, 32])), r"weight_block_size is \[32, 32\]"),
+    "groups": (dict(o_groups=7), "not a multiple of o_groups 7"),
+    "expert": (dict(expert_dtype="int8"), "expert_dtype is 'int8'"),
+    "twice": (dict(partial_rotary_factor=0.25), "is not qk_rope_head_dim 64"),
+    "negative": (dict(index_topk=-1), "index_topk is -1"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(case):
+    changes, message = REFUSED[case]
+    with pytest.raises(ConfigError, match=message):
+        Config.from_hf(released(**changes))
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        Config.from_hf(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="is not valid JSON"):
+        Config.from_hf(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ConfigError, match="holds a list"):
+        Config.from_hf(tmp_path)
