@@ -166,8 +166,8 @@ class Attention(Module):
         else:
             window = Ring(cache.rows["window"], layer, layout.cached, dtype)
             keys = window.rows.stored(keys)
-            tail = window.history(past)
-            cache = cache.store("window", window.append(keys, layout.counts))
+            tail, rows = window.advance(keys, layout.counts, past)
+            cache = cache.store("window", rows)
 
         # Expanded once for all query blocks; only this layer's matrices exist in the compute dtype at a time.
         wq_b, wo_a, wo_b = (dequantise(weight, dtype) for weight in (wq_b, wo_a, wo_b))

@@ -22,6 +22,8 @@ CacheDtype = Literal["float32", "bfloat16", "released"]
 
 OVERLAPPING_RATIO = 4
 
+SPARE = 8  # slots of a ring beyond the tokens that are ever read back, so that a short chunk can be stored first
+
 
 def span(ratio: int) -> int:
     """Tokens that enter one compressed entry: its own block and, where blocks overlap, the one before."""
@@ -105,13 +107,30 @@ class Ring(struct.PyTreeNode):
     start: Array
     dtype: Any = struct.field(pytree_node=False)
 
-    def history(self, count: int) -> Array:
-        """The last `count` tokens, oldest first: [B, count, C]. Before a row's first token: whatever the slot holds."""
+    def advance(self, tokens: Array, counts: Array, past: int) -> tuple[Array, Rows]:
+        """Stores a chunk and reads what came before it.
+
+        Args:
+          tokens: [B, S, C] rows of the chunk.
+          counts: [B] int32 how many of them are valid.
+          past: how many earlier tokens to read.
+
+        Returns:
+          [B, past, C] the tokens before the chunk, oldest first (before a row's first token: whatever the slot holds),
+          and the role's rows with the chunk stored.
+        """
+        if tokens.shape[1] + past <= self.rows.shape[2]:
+            # Nothing that is read gets overwritten: storing first lets the compiler update the stack in place, where
+            # reading first would make it copy all layers' rows in every layer.
+            stored = self.replace(rows=self._append(tokens, counts))
+            return stored._history(past), stored.rows
+        return self._history(past), self._append(tokens, counts)
+
+    def _history(self, count: int) -> Array:
         slots = (self.start[:, None] - count + jnp.arange(count)) % self.rows.shape[2]
         return self.rows.read(self.layer, _batch(self.start, 1), slots, self.dtype)
 
-    def append(self, tokens: Array, counts: Array) -> Rows:
-        """The role's rows once the first `counts` [B] of `tokens` [B, S, C] are stored."""
+    def _append(self, tokens: Array, counts: Array) -> Rows:
         size, chunk = self.rows.shape[2], tokens.shape[1]
         if chunk <= size:
             index = jnp.broadcast_to(jnp.arange(chunk), tokens.shape[:2])
@@ -170,7 +189,8 @@ class Cache(struct.PyTreeNode):
       lengths: [B] int32 tokens seen by the trunk.
       mtp_lengths: [B] int32 tokens seen by the MTP block.
       rows: stacked rows by role:
-        "window" [layers, B, sliding_window, head_dim], the last keys/values of every layer; "mtp", the MTP block's;
+        "window" [layers, B, sliding_window + SPARE, head_dim], the last keys/values of every layer; "mtp", the MTP
+          block's;
         "csa" and "hca" [layers of the role, B, max_length / ratio, head_dim], compressed entries;
         "index" [CSA layers, B, max_length / 4, index_head_dim], index keys;
         "csa state", "hca state" and "index state", float32 projections of the tokens whose block is open.
@@ -245,10 +265,11 @@ def init_cache(config: Config, batch: int, max_length: int, *, dtype: CacheDtype
         return Rows((jnp.zeros((*shape, size), E2M1), jnp.ones((*shape, size // INDEX_BLOCK), E8M0)), "index")
 
     def state(layers: int, ratio: int, width: int) -> Rows:
-        return Rows((jnp.zeros((layers, batch, span(ratio), projection_width(ratio, width)), jnp.float32),))
+        return Rows((jnp.zeros((layers, batch, span(ratio) + SPARE, projection_width(ratio, width)), jnp.float32),))
 
     attention = [layer.attention for layer in config.layers]
-    rows = {"window": keys(len(attention), config.sliding_window)}
+    ring = config.sliding_window + SPARE
+    rows = {"window": keys(len(attention), ring)}
     for role in ("csa", "hca"):
         if layers := attention.count(role):
             ratio = RATIO_OF_ROLE[role]
@@ -259,9 +280,10 @@ def init_cache(config: Config, batch: int, max_length: int, *, dtype: CacheDtype
                 rows["index"] = index_keys(layers, count)
                 rows["index state"] = state(layers, ratio, config.index_head_dim)
     if config.num_nextn_predict_layers:
-        rows["mtp"] = keys(config.num_nextn_predict_layers, config.sliding_window)
-    zeros = jnp.zeros((batch,), jnp.int32)
-    return Cache(lengths=zeros, mtp_lengths=zeros, rows=rows, max_length=max_length)
+        rows["mtp"] = keys(config.num_nextn_predict_layers, ring)
+    # Two arrays, not one used twice: a donated cache may not hold a buffer in two places.
+    lengths, mtp_lengths = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), jnp.int32)
+    return Cache(lengths=lengths, mtp_lengths=mtp_lengths, rows=rows, max_length=max_length)
 
 
 def _batch(like: Array, trailing: int) -> Array:

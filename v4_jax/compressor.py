@@ -75,15 +75,25 @@ class Compressor(Module):
         gates = einsum("bsd,cd->bsc", y, wgate, dtype=jnp.float32) + ape[layout.phase % ratio]
         projections = jnp.concatenate([values, gates], axis=-1)
 
-        blocks = layout.blocks(ratio)
-        history = None if state is None else state.history(span(ratio) - 1)
-        own, previous = _gather(projections, history, blocks, ratio)
-        entries = _pool(own, previous if blocks_per_token == 2 else None, blocks)
-        entries = rms_norm(entries.astype(self.policy.compute_dtype), norm, c.rms_norm_eps)
-        entries = rotate(entries, blocks.positions, self.frequencies)
-        if self.policy.fake_quant:
-            entries = fake_quant_index(entries) if self.index else fake_quant_kv(entries, c.qk_rope_head_dim)
-        return entries, blocks, None if state is None else state.append(projections, layout.counts)
+        blocks, history, after = layout.blocks(ratio), None, None
+        if state is not None:
+            history, after = state.advance(projections, layout.counts, span(ratio) - 1)
+
+        def compress() -> Array:
+            own, previous = _gather(projections, history, blocks, ratio)
+            entries = _pool(own, previous if blocks_per_token == 2 else None, blocks)
+            entries = rms_norm(entries.astype(self.policy.compute_dtype), norm, c.rms_norm_eps)
+            entries = rotate(entries, blocks.positions, self.frequencies)
+            if not self.policy.fake_quant:
+                return entries
+            return fake_quant_index(entries) if self.index else fake_quant_kv(entries, c.qk_rope_head_dim)
+
+        if state is None or y.shape[1] >= ratio:
+            return compress(), blocks, after
+        # In most decoding steps no block ends, and entries that do not exist are never stored.
+        nothing = jax.eval_shape(compress)
+        entries = jax.lax.cond(jnp.any(blocks.complete), compress, lambda: jnp.zeros(nothing.shape, nothing.dtype))
+        return entries, blocks, after
 
 
 def _gather(projections: Array, history: Array | None, blocks: Blocks, ratio: int) -> tuple[Array, Array]:
