@@ -12,6 +12,7 @@ Letters in shape strings and einsums:
 
 from v4_jax import chat
 from v4_jax.cache import Cache, init_cache
+from v4_jax.checkpoint import CheckpointError, load
 from v4_jax.config import Config, ConfigError
 from v4_jax.number_formats import BlockScaled
 from v4_jax.parameters import declarations, init
@@ -21,6 +22,7 @@ from v4_jax.transformer import Output, Routing, Transformer
 __all__ = [
     "BlockScaled",
     "Cache",
+    "CheckpointError",
     "Config",
     "ConfigError",
     "Output",
@@ -31,4 +33,5 @@ __all__ = [
     "declarations",
     "init",
     "init_cache",
+    "load",
 ]

@@ -1,0 +1,168 @@
+"""From logical axis names to places on a mesh: one table of rules, checked where it is used.
+
+Arrays name their dimensions ("experts", "heads"); a `Rules` table says which mesh axis, if any, splits each name. The
+mesh axes are `data` (batch), `seq` (context), `expert` and `tensor` (heads, output groups, vocabulary).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "seq", "expert", "tensor")
+
+MeshAxes = str | tuple[str, ...] | None
+
+
+class ShardingError(ValueError):
+    """A placement that rules, mesh and array shape do not allow together."""
+
+
+def _tuple(axes: MeshAxes) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Rules:
+    """Which mesh axes split each logical axis; hashable, so that it can be a static argument.
+
+    Every logical axis in use must be listed, replicated ones with None: a misspelt name is an error, not a silent copy.
+
+    Attributes:
+      table: pairs of logical axis and the mesh axes that split it, outermost first.
+    """
+
+    table: tuple[tuple[str, tuple[str, ...]], ...]
+
+    def __init__(self, table: Mapping[str, MeshAxes]):
+        pairs = ((name, _tuple(axes)) for name, axes in table.items())
+        object.__setattr__(self, "table", tuple(sorted(pairs)))
+
+    def __getitem__(self, name: str) -> tuple[str, ...]:
+        """Mesh axes that split a logical axis.
+
+        Raises:
+          ShardingError: the table does not list the name.
+        """
+        for known, axes in self.table:
+            if known == name:
+                return axes
+        raise ShardingError(
+            f"logical axis {name!r} has no rule, expected one of {sorted(name for name, _ in self.table)}"
+        )
+
+    def replace(self, **changes: MeshAxes) -> Rules:
+        """The same rules with some axes placed differently."""
+        return Rules({**dict(self.table), **changes})
+
+
+# Weights are read once per token in decoding, so they are split as far as their structure allows; a prefill computes
+# with the same placement until it is given its own.
+_SERVING = Rules(
+    {
+        "layers": None,
+        "vocab": "tensor",
+        "embed": None,
+        "embed_out": None,
+        "q_lora": None,
+        "heads": "tensor",
+        "head_dim": None,
+        "o_groups": "tensor",
+        "sinks": "tensor",
+        "index_heads": "tensor",
+        "compressed": None,
+        "experts": "expert",
+        "mlp": None,
+        "streams": None,
+    }
+)
+
+PRESETS: dict[str, Rules] = {"decode": _SERVING, "prefill": _SERVING}
+
+
+def resolve(rules: Rules | str | None) -> Rules:
+    """Rules from a preset's name; None is "decode".
+
+    Raises:
+      ShardingError: no preset of that name.
+    """
+    if isinstance(rules, Rules):
+        return rules
+    if rules is None:
+        return PRESETS["decode"]
+    if rules not in PRESETS:
+        raise ShardingError(f"no sharding preset {rules!r}, expected one of {sorted(PRESETS)}")
+    return PRESETS[rules]
+
+
+def spec(axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
+    """Mesh axes of each dimension of an array.
+
+    Args:
+      axes: logical axis of each dimension; None where nothing is ever split.
+      rules: the table.
+
+    Raises:
+      ShardingError: an unlisted axis, or two dimensions that would be split by the same mesh axis.
+    """
+    entries: list[str | tuple[str, ...] | None] = []
+    owner: dict[str, str] = {}
+    for name in axes:
+        mesh_axes = rules[name] if name is not None else ()
+        for mesh_axis in mesh_axes:
+            if mesh_axis in owner:
+                raise ShardingError(
+                    f"mesh axis {mesh_axis!r} would split both {owner[mesh_axis]!r} and {name!r} of an array with axes "
+                    f"{tuple(axes)}: place one of the two elsewhere, or nowhere (None)"
+                )
+            owner[mesh_axis] = name or ""
+        entries.append(mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes or None)
+    return PartitionSpec(*entries)
+
+
+def sharding(
+    mesh: Mesh,
+    axes: Sequence[str | None],
+    shape: Sequence[int],
+    rules: Rules,
+    *,
+    multiples: Sequence[int] | None = None,
+    name: str = "array",
+) -> NamedSharding:
+    """Placement of an array on a mesh. Mesh axes that the mesh lacks do not split anything.
+
+    Args:
+      mesh: the devices.
+      axes: logical axis of each dimension.
+      shape: size of each dimension.
+      rules: the table.
+      multiples: for each dimension, what a shard's size must be a multiple of (quantisation blocks); default 1.
+      name: what to call the array in an error.
+
+    Raises:
+      ShardingError: as `spec`, or a dimension that does not split evenly; the message lists the legal mesh sizes.
+    """
+    if len(axes) != len(shape):
+        raise ShardingError(f"{name} has shape {tuple(shape)}, but {len(axes)} logical axes: {tuple(axes)}")
+    entries: list[str | tuple[str, ...] | None] = []
+    for dimension, entry in enumerate(spec(axes, rules)):
+        present = tuple(axis for axis in _tuple(entry) if axis in mesh.shape)
+        pieces = math.prod(mesh.shape[axis] for axis in present)
+        multiple = multiples[dimension] if multiples else 1
+        legal = legal_sizes(shape[dimension], multiple)
+        if pieces not in legal:
+            unit = f" in multiples of {multiple}" if multiple > 1 else ""
+            raise ShardingError(
+                f"{name}: axis {axes[dimension]!r} of size {shape[dimension]} cannot be split {pieces} ways over "
+                f"{'x'.join(present)}{unit}: legal sizes are {', '.join(map(str, legal))}"
+            )
+        entries.append(present[0] if len(present) == 1 else present or None)
+    return NamedSharding(mesh, PartitionSpec(*entries))
+
+
+def legal_sizes(size: int, multiple: int = 1) -> list[int]:
+    """Numbers of equal shards that a dimension splits into, each shard a multiple of `multiple`; 1 is always legal."""
+    return [n for n in range(1, size + 1) if n == 1 or (size % n == 0 and size // n % multiple == 0)]

@@ -1,0 +1,34 @@
+"""Checkpoints: the released directories as they are, the same tensors in Orbax, and parameters in memory.
+
+    released directory  --convert-->  Orbax directory  --export-->  released directory
+             |                              |                             ^
+             +------------ load ------------+----> (config, params) ------+ export
+
+All three present the released tensors (`Checkpoint`), and every tensor is accounted for. Native formats survive any
+path bit for bit; `verify` shows it.
+"""
+
+from v4_jax.checkpoint.building import Written
+from v4_jax.checkpoint.conversion import convert
+from v4_jax.checkpoint.exporting import export
+from v4_jax.checkpoint.interface import Checkpoint, CheckpointError, Progress, TensorInfo
+from v4_jax.checkpoint.loading import load
+from v4_jax.checkpoint.opening import Source, open_checkpoint
+from v4_jax.checkpoint.verification import Comparison, Kind, Row, verify
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Comparison",
+    "Kind",
+    "Progress",
+    "Row",
+    "Source",
+    "TensorInfo",
+    "Written",
+    "convert",
+    "export",
+    "load",
+    "open_checkpoint",
+    "verify",
+]

@@ -1,0 +1,119 @@
+"""Directories that appear under their name only when complete, and that an interrupted run can be asked to finish.
+
+Work goes on in `.<name>.partial` beside the target. An exception, a signal or a power cut leaves it there with the
+parts that were finished; the next run with the same source takes up where it ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from v4_jax.checkpoint.interface import Checkpoint, CheckpointError
+
+_RECORD = ".source.json"
+
+
+class Written(NamedTuple):
+    """What `convert` or `export` wrote.
+
+    Attributes:
+      path: the directory.
+      tensors: released tensors in it.
+      bytes: bytes of their data.
+      resumed: parts that an earlier, interrupted run had finished.
+    """
+
+    path: Path
+    tensors: int
+    bytes: int
+    resumed: int
+
+
+@contextlib.contextmanager
+def building(target: str | Path, checkpoint: Checkpoint, kind: str) -> Iterator[Path]:
+    """Yields the working directory of a target; gives it the target's name when the block ends well.
+
+    Args:
+      target: directory to make; must not exist.
+      checkpoint: what it is made from; an unfinished copy of anything else is refused, never mixed.
+      kind: what is being made, so that an unfinished conversion is not finished as an export.
+
+    Raises:
+      CheckpointError: the target exists, an unfinished copy of another source is in the way, or the disk is full.
+    """
+    target = Path(target).absolute()
+    if target.exists():
+        raise CheckpointError(f"{target} already exists: choose another name, or remove it first")
+    working = target.with_name(f".{target.name}.partial")
+    _claim(working, {"kind": kind, "source": checkpoint.fingerprint})
+    try:
+        yield working
+        os.rename(working, target)
+    except (OSError, ValueError) as error:
+        if _is_disk_full(error):
+            raise disk_full(working) from error
+        raise
+    (target / _RECORD).unlink()
+
+
+def copy_companions(checkpoint: Checkpoint, working: Path) -> None:
+    """Writes `config.json` and copies the files that travel with the weights."""
+    for name, file in checkpoint.files.items():
+        (working / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, working / name)
+    (working / "config.json").write_text(json.dumps(checkpoint.hf_config, indent=2, ensure_ascii=False) + "\n")
+
+
+def require_space(working: Path, nbytes: int, part: str) -> None:
+    """Refuses to begin a part that cannot fit: running into the end of a disk would only cost time.
+
+    Raises:
+      CheckpointError: fewer bytes are free than the part needs.
+    """
+    free = shutil.disk_usage(working).free
+    needed = nbytes + nbytes // 50  # headers and indices
+    if free < needed:
+        raise disk_full(working, f"{part} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; ")
+
+
+def disk_full(working: Path, detail: str = "") -> CheckpointError:
+    """The error for a disk without space."""
+    return CheckpointError(
+        f"the disk of {working.parent} is full: {detail}finished parts are kept in {working}, so free some space and "
+        "run the same command again, or remove it"
+    )
+
+
+def _claim(working: Path, record: dict[str, str | None]) -> None:
+    """Makes the working directory, or takes over one that was made from the same source."""
+    file = working / _RECORD
+    if record["source"] is None and working.exists():
+        shutil.rmtree(working)  # parameters in memory cannot be told from others: begin anew
+    if working.exists() and any(working.iterdir()):
+        try:
+            found = json.loads(file.read_text())
+        except (OSError, json.JSONDecodeError):
+            found = None
+        if found != record:
+            raise CheckpointError(
+                f"{working} holds an unfinished copy of another checkpoint (or of this one before it changed): "
+                "remove it, or choose another target"
+            )
+        return
+    working.mkdir(parents=True, exist_ok=True)
+    # Under a temporary name first: a record cut short would make the directory unusable.
+    partial = file.with_suffix(".tmp")
+    partial.write_text(json.dumps(record))
+    os.replace(partial, file)
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """Whether an error means that the disk is full; TensorStore only says so in words."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)

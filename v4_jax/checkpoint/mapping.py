@@ -1,0 +1,246 @@
+"""From the model's declarations to the tensors of the release: one table, and strict accounting against it.
+
+The table is derived from `v4_jax.declarations`; nothing here knows what a layer contains. It also says where a tensor
+goes in each kind of checkpoint: into which part (the release's shard, the converted directory's tree), under which
+key, and at which place of which leaf of the parameter tree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+from v4_jax.checkpoint.block_formats import (
+    FP4,
+    FP8,
+    OF_STORED,
+    SCALE_TYPES,
+    BlockFormat,
+    Formats,
+    ScaleType,
+    scale_name,
+)
+from v4_jax.checkpoint.interface import CheckpointError, TensorInfo, names_in
+from v4_jax.config import Config
+from v4_jax.number_formats import scale_shape
+from v4_jax.parameters import Parameter, Storage, declarations, is_parameter
+
+_PLAIN: dict[Storage, str] = {"bf16": "BF16", "f32": "F32", "i64": "I64"}
+
+Path = tuple[str, ...]
+Role = Literal["plain", "codes", "scales"]
+
+
+class Entry(NamedTuple):
+    """One released tensor.
+
+    Attributes:
+      info: its dtype and shape on disk.
+      path: leaf of the parameter tree that it belongs to.
+      place: its place on the leaf's stacked axes (layers, experts).
+      role: whether it is the leaf's value, or the codes or scales of a block-scaled one.
+      part: which part of a checkpoint directory holds it: "embed", "layers.N", "head" or "mtp.N".
+      key: its name within the part, with all experts under one key.
+      expert: its place under that key; None if the key is its own.
+    """
+
+    info: TensorInfo
+    path: Path
+    place: tuple[int, ...]
+    role: Role
+    part: str
+    key: str
+    expert: int | None
+
+
+@functools.lru_cache(maxsize=16)
+def leaves(config: Config) -> Mapping[Path, Parameter]:
+    """The declarations by their path in the parameter tree."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(declarations(config), is_leaf=is_parameter)
+    return {tuple(key.key for key in path): parameter for path, parameter in flat}
+
+
+@functools.lru_cache(maxsize=16)
+def entries(config: Config, formats: Formats) -> Mapping[str, Entry]:
+    """Every tensor of a released checkpoint of this configuration, in the release's order.
+
+    Raises:
+      CheckpointError: a weight whose width the format cannot hold.
+    """
+    table: list[tuple[str, Entry]] = []
+    for path, parameter in leaves(config).items():
+        form = formats.block(parameter.storage)
+        for index, name in parameter.tensors():
+            shape = parameter.shape[len(index) :]
+            key, expert = _folded(parameter, index)
+            part = _part(key)
+            key = key.removeprefix(part + ".")
+            if form is None:
+                info = TensorInfo(_PLAIN[parameter.storage], shape)
+                table.append((name, Entry(info, path, index, "plain", part, key, expert)))
+                continue
+            if shape[-1] % form.packing:
+                raise CheckpointError(
+                    f"{name} has {shape[-1]} inputs: {form.name} packs pairs, expected an even number"
+                )
+            info = TensorInfo(form.stored, form.stored_shape(shape))
+            table.append((name, Entry(info, path, index, "codes", part, key, expert)))
+            info = TensorInfo(formats.scales(parameter.storage), scale_shape(shape, form.block))
+            table.append((scale_name(name), Entry(info, path, index, "scales", part, scale_name(key), expert)))
+    order = {part: place for place, part in enumerate(part_names(config))}
+    return dict(sorted(table, key=lambda item: order[item[1].part]))
+
+
+def part_names(config: Config) -> list[str]:
+    """Parts of a checkpoint in the release's order; each is one shard there."""
+    layers = [f"layers.{n}" for n in range(config.num_hidden_layers)]
+    return ["embed", *layers, "head", *(f"mtp.{n}" for n in range(config.num_nextn_predict_layers))]
+
+
+def _part(name: str) -> str:
+    block = re.match(r"(layers|mtp)\.\d+(?=\.)", name)
+    return block[0] if block else "embed" if name.startswith("embed.") else "head"
+
+
+def _folded(parameter: Parameter, index: tuple[int, ...]) -> tuple[str, int | None]:
+    """Released name without the expert's number, and that number."""
+    layers = parameter.period.layers(index[0]) if parameter.period else ()
+    expert = index[-1] if "{expert}" in parameter.released else None
+    return parameter.released.replace("{expert}.", "").format(layers=layers), expert
+
+
+# ---- what is left out, by rule --------------------------------------------------------------------------------------
+
+DUPLICATE_RULE = "duplicate MTP embedding and head"
+DRAFT_RULE = "DSpark draft"
+
+
+class Selection(NamedTuple):
+    """What of a checkpoint takes part.
+
+    Attributes:
+      config: the architecture of what takes part.
+      hf_config: the `config.json` that describes it.
+      ignored: rule -> names that it leaves out.
+      notes: one sentence for each difference from what `config.json` announced.
+    """
+
+    config: Config
+    hf_config: dict[str, Any]
+    ignored: dict[str, tuple[str, ...]]
+    notes: list[str]
+
+
+def select(config: Config, hf_config: dict[str, Any], names: Sequence[str]) -> Selection:
+    """Applies the rules on what is left out; they concern the blocks after the last layer.
+
+    The MTP block shares the trunk's embedding and head, so copies of them are ignored. Later releases replace the block
+    by a DSpark draft of several stages (recognised by `mtp.0.main_proj` in place of `mtp.0.e_proj`), which this model
+    does not implement; their trunk is the same. And a checkpoint may come without the block that its configuration
+    still announces.
+    """
+    extra = [name for name in names if re.match(r"mtp\.\d+\.", name)]
+    ignored: dict[str, tuple[str, ...]] = {}
+    notes: list[str] = []
+    if "mtp.0.main_proj.weight" in extra and "mtp.0.e_proj.weight" not in extra:
+        ignored[DRAFT_RULE] = tuple(extra)
+        notes.append(f"{len(extra)} tensors of a DSpark draft are ignored: the trunk is loaded without it")
+    else:
+        copies = tuple(name for name in extra if re.match(r"mtp\.0\.(emb\w*|head)\.", name))
+        if copies:
+            ignored[DUPLICATE_RULE] = copies
+            notes.append(f"{len(copies)} tensors are ignored: {DUPLICATE_RULE} ({names_in(copies)})")
+        if len(copies) < len(extra) or config.num_nextn_predict_layers == 0:
+            return Selection(config, hf_config, ignored, notes)
+        notes.append("config.json announces a multi-token-prediction block that the checkpoint lacks: loaded without")
+    layers = config.num_hidden_layers
+    config = dataclasses.replace(config, num_nextn_predict_layers=0, compress_ratios=config.compress_ratios[:layers])
+    hf_config = {key: value for key, value in hf_config.items() if not key.startswith("dspark_")}
+    hf_config["num_nextn_predict_layers"] = 0
+    if "compress_ratios" in hf_config:
+        hf_config["compress_ratios"] = list(config.compress_ratios)
+    return Selection(config, hf_config, ignored, notes)
+
+
+# ---- strict accounting ----------------------------------------------------------------------------------------------
+
+
+def detect_formats(config: Config, found: Mapping[str, TensorInfo]) -> Formats:
+    """Formats of a checkpoint: the experts' from the configuration, the scales' from the first tensor of each kind."""
+    scales: dict[Storage, ScaleType] = {}
+    for parameter in leaves(config).values():
+        if parameter.storage in ("fp8", "expert"):
+            _, name = next(parameter.tensors())
+            info = found.get(scale_name(name))
+            for legal in SCALE_TYPES:
+                if info and info.dtype == legal:
+                    scales.setdefault(parameter.storage, legal)
+    return Formats(config.expert_dtype, scales.get("fp8", "F8_E8M0"), scales.get("expert", "F8_E8M0"))
+
+
+def account(label: str, config: Config, formats: Formats, found: Mapping[str, TensorInfo]) -> None:
+    """Checks that a checkpoint holds exactly the tensors of its configuration, each with its dtype and shape.
+
+    Args:
+      label: what to call the checkpoint.
+      config: its architecture.
+      formats: its formats.
+      found: its tensors, without those that a rule ignores.
+
+    Raises:
+      CheckpointError: missing or unknown tensors, or one of another dtype or shape; the message names the first few.
+    """
+    table = entries(config, formats)
+    for name, entry in table.items():
+        if name in found and found[name] != entry.info:
+            raise CheckpointError(f"{label}: " + _mismatch(name, entry, found, config))
+    if unknown := sorted(name for name in found if name not in table):
+        raise CheckpointError(
+            f"{label} holds {_tensors(len(unknown))} that the configuration has no place for: {names_in(unknown)}"
+        )
+    if missing := [name for name in table if name not in found]:
+        first = missing[0]
+        raise CheckpointError(
+            f"{label} lacks {_tensors(len(missing))}: {names_in(missing)}; expected {first} as {table[first].info}"
+        )
+
+
+def _tensors(count: int) -> str:
+    return "1 tensor" if count == 1 else f"{count} tensors"
+
+
+def _mismatch(name: str, entry: Entry, found: Mapping[str, TensorInfo], config: Config) -> str:
+    """One sentence on a tensor that is not stored as expected."""
+    have, want = found[name], entry.info
+    if entry.role == "codes":
+        scales = found.get(scale_name(name))
+        seen = f"{have} with scales {scales or 'missing'}"
+        other = OF_STORED.get(have.dtype)
+        if (
+            other
+            and other.stored != want.dtype
+            and "experts" in (axis or "" for axis in leaves(config)[entry.path].axes)
+        ):
+            return (
+                f"config.expert_dtype is {config.expert_dtype!r}, but {name} is {seen}, which is "
+                f"{_describe(other)}; expected {want}, {_describe(OF_STORED[want.dtype])}"
+            )
+        return f"{name} is {seen}, expected {want}: {_describe(OF_STORED[want.dtype])}"
+    if entry.role == "scales" and have.dtype != want.dtype:
+        return (
+            f"{name} has dtype {have.dtype}, expected {want.dtype}: legal scales are F8_E8M0 (a bare exponent, byte b "
+            "means 2^(b - 127)) or F32, the same throughout; bytes of another type are not reinterpreted"
+        )
+    return f"{name} is {have}, expected {want}"
+
+
+def _describe(form: BlockFormat) -> str:
+    if form is FP4:
+        return "'fp4' (two E2M1 codes per I8, [out, in / 2], with scales [out, in / 32])"
+    assert form is FP8
+    return "'fp8' (F8_E4M3 [out, in], with scales [out / 128, in / 128])"

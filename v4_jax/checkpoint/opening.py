@@ -1,0 +1,47 @@
+"""Opening any kind of checkpoint by what it is."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from v4_jax.checkpoint.converted import MANIFEST, Converted
+from v4_jax.checkpoint.in_memory import InMemory
+from v4_jax.checkpoint.interface import Checkpoint
+from v4_jax.checkpoint.released import Released
+from v4_jax.config import Config
+
+logger = logging.getLogger("v4_jax")
+
+# Whatever can be read as a checkpoint: a directory, one that is open, or a configuration with its parameters.
+Source = str | Path | Checkpoint | tuple[Config, Any]
+
+
+def open_checkpoint(path: str | Path, *, strict: bool = True) -> Checkpoint:
+    """Opens a released directory or one made by `convert`; use it in a `with` statement.
+
+    Args:
+      path: the directory.
+      strict: whether its tensors must be exactly those of its configuration.
+
+    Raises:
+      CheckpointError: it cannot be read, or does not hold what it should.
+    """
+    kind = Converted if (Path(path) / MANIFEST).exists() else Released
+    return kind(path, strict=strict)
+
+
+@contextlib.contextmanager
+def opened(source: Source, *, strict: bool = True) -> Iterator[Checkpoint]:
+    """A source as an open checkpoint, closed afterwards if it was opened here."""
+    if isinstance(source, Checkpoint):
+        yield source
+        return
+    checkpoint = InMemory(*source) if isinstance(source, tuple) else open_checkpoint(source, strict=strict)
+    with checkpoint:
+        for note in checkpoint.notes:
+            logger.warning("%s: %s", checkpoint.label, note)
+        yield checkpoint

@@ -1,0 +1,171 @@
+"""Directories in the released layout: `config.json`, safetensors shards, and the index that says what is where."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from v4_jax.checkpoint.interface import Checkpoint, CheckpointError, TensorInfo, names_in
+from v4_jax.checkpoint.mapping import account, detect_formats, entries, select
+from v4_jax.checkpoint.safetensors import SafetensorsFile
+from v4_jax.config import Config, ConfigError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+# Companions of the weights that describe how to talk to the model; copied along as they are.
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "encoding",
+    "LICENSE",
+)
+
+
+class Released(Checkpoint):
+    """A released directory, opened. Only headers are read until a tensor is asked for."""
+
+    def __init__(self, path: str | Path, *, strict: bool = True):
+        """Opens a directory and accounts for all of its tensors.
+
+        Args:
+          path: directory with `config.json` and either shards with an index or a single `model.safetensors`.
+          strict: whether tensors must be exactly those of the configuration; without, whatever is there is offered.
+
+        Raises:
+          CheckpointError: anything missing, damaged, unknown or inconsistent.
+        """
+        super().__init__()
+        path = Path(path)
+        self.label = str(path)
+        announced, hf_config = read_config(path)
+        with contextlib.ExitStack() as stack:
+            self._files = _open_shards(path, stack)
+            found = {name: file for file in self._files for name in file.tensors}
+            self.config, self.hf_config, self.ignored, self.notes = select(announced, hf_config, list(found))
+            dropped = {name for names in self.ignored.values() for name in names}
+            self._file_of = {name: file for name, file in found.items() if name not in dropped}
+            infos = {name: file.tensors[name] for name, file in self._file_of.items()}
+            self.formats = detect_formats(self.config, infos)
+            if strict:
+                account(self.label, self.config, self.formats, infos)
+            self.tensors = in_release_order(infos, self.config, self.formats)
+            self.files = companions(path)
+            self.fingerprint = _fingerprint(path, self._files)
+            stack.pop_all()
+
+    def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> np.ndarray:
+        """Reads a tensor or a rectangle of it; see `Checkpoint.read`."""
+        return self._count(self._file_of[name].read(name, rows, columns))
+
+    def close(self) -> None:
+        """Closes the shards."""
+        for file in self._files:
+            file.close()
+        self._files = []
+
+
+def in_release_order(infos: Mapping[str, TensorInfo], config: Config, formats: Any) -> dict[str, TensorInfo]:
+    """Known tensors in the release's order, unknown ones after them."""
+    table = entries(config, formats)
+    known = {name: infos[name] for name in table if name in infos}
+    return {**known, **{name: info for name, info in infos.items() if name not in table}}
+
+
+def read_config(path: Path) -> tuple[Config, dict[str, Any]]:
+    """The configuration of a checkpoint directory, and `config.json` as it is written.
+
+    Raises:
+      CheckpointError: no such directory, no `config.json`, or one that this model cannot honour.
+    """
+    if not path.is_dir():
+        unfinished = path.with_name(f".{path.name}.partial")
+        hint = f"; {unfinished} holds an unfinished copy: run the same command again to complete it"
+        found = "is a file" if path.exists() else "does not exist"
+        raise CheckpointError(f"{path} {found}, expected a checkpoint directory{hint if unfinished.exists() else ''}")
+    file = path / "config.json"
+    if not file.exists():
+        raise CheckpointError(f"{path} has no config.json, expected a released or converted checkpoint directory")
+    hf_config = read_json(file)
+    try:
+        return Config.from_hf(hf_config), hf_config
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      CheckpointError: not JSON, or not an object.
+    """
+    try:
+        content = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def companions(path: Path) -> dict[str, Path]:
+    """Files to carry along with the weights, by their path in the directory."""
+    files: dict[str, Path] = {}
+    for name in _COMPANIONS:
+        found = [path / name, *sorted((path / name).rglob("*"))]
+        files.update({str(file.relative_to(path)): file for file in found if file.is_file()})
+    return files
+
+
+def _open_shards(path: Path, stack: contextlib.ExitStack) -> list[SafetensorsFile]:
+    """Opens the files that hold the tensors and checks them against the index."""
+    index = path / INDEX
+    if not index.exists():
+        if not (path / SINGLE).exists():
+            raise CheckpointError(f"{path} has neither {INDEX} nor {SINGLE}: there are no weights to read")
+        return [_open(path / SINGLE, stack)]
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{index} has no legal weight_map, expected an object of tensor name -> file name")
+    names = sorted(set(weight_map.values()))
+    if outside := [name for name in names if Path(name).name != name]:
+        raise CheckpointError(f"{index} points outside the directory: {names_in(outside)}")
+    if missing := [name for name in names if not (path / name).exists()]:
+        raise CheckpointError(f"{path} lacks {names_in(missing)}, which {INDEX} names")
+    files = [_open(path / name, stack) for name in names]
+    holder: dict[str, str] = {}
+    for name, file in zip(names, files, strict=True):
+        for tensor in file.tensors:
+            if tensor in holder:
+                raise CheckpointError(f"{path} holds {tensor} twice: in {holder[tensor]} and in {name}")
+            holder[tensor] = name
+    if stray := [tensor for tensor in holder if tensor not in weight_map]:
+        raise CheckpointError(f"{path / holder[stray[0]]} holds tensors that {INDEX} does not name: {names_in(stray)}")
+    for tensor, name in weight_map.items():
+        if holder.get(tensor) != name:
+            actual = f"it is in {holder[tensor]}" if tensor in holder else "no shard has it"
+            raise CheckpointError(f"{INDEX} says that {tensor} is in {name}, but {actual}")
+    return files
+
+
+def _open(file: Path, stack: contextlib.ExitStack) -> SafetensorsFile:
+    opened = SafetensorsFile(file)
+    stack.callback(opened.close)
+    return opened
+
+
+def _fingerprint(path: Path, files: list[SafetensorsFile]) -> str:
+    """Changes when a file is replaced or edited. To be surer one would have to read as much as a conversion does."""
+    digest = hashlib.sha256((path / "config.json").read_bytes())
+    for file in files:
+        status = file.path.stat()
+        digest.update(f"{file.path.name} {status.st_size} {status.st_mtime_ns} ".encode() + file.header)
+    return digest.hexdigest()
