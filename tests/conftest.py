@@ -1,6 +1,15 @@
-from pathlib import Path
+"""Fixtures for all tests."""
 
-import pytest
+import os
+
+# Programs here are tiny and most run once: compiling them takes the time. These switches change how code is generated,
+# not what it computes, and cut that time to a third. They must be set before jax is imported.
+_QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK}".strip()
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
 
 DATA = Path(__file__).parent / "data"
 

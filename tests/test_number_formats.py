@@ -23,6 +23,7 @@ from v4_jax.number_formats import (
     hadamard,
     power_of_two_scale,
     quantise,
+    saturate,
 )
 
 E2M1_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -37,6 +38,21 @@ def test_e2m1_codes_and_ties():
     rounded = np.asarray(jnp.asarray(midpoints, jnp.float32).astype(E2M1).astype(jnp.float32))
     even = np.where(np.arange(7) % 2 == 0, E2M1_VALUES[:-1], E2M1_VALUES[1:])
     np.testing.assert_array_equal(rounded, even)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(E4M3, 448.0), (E2M1, 6.0)])
+def test_rounding_is_exact_next_to_ties(dtype, bound):
+    """Compilers have been seen to round twice on the way to a small format; one rounding, ties to even, is the law."""
+    rng = np.random.default_rng(0)
+    positive = np.arange(128 if dtype == E4M3 else 8, dtype=np.uint8)
+    grid = np.asarray(positive.view(dtype) if dtype == E4M3 else E2M1_VALUES).astype(np.float32)
+    grid = grid[np.isfinite(grid)]
+    ties = (grid[1:] + grid[:-1]) / 2
+    close = [ties, np.nextafter(ties, np.inf), np.nextafter(ties, 0), ties * (1 + 1e-4), ties * (1 - 1e-4)]
+    values = np.concatenate([*close, rng.uniform(0, bound, 50000), rng.lognormal(-3, 3, 50000), [0.0]])
+    values = np.concatenate([values, -values]).astype(np.float32)
+    expected = np.clip(values, -bound, bound).astype(dtype).astype(np.float32)  # numpy's conversion rounds once
+    np.testing.assert_array_equal(jax.jit(lambda x: saturate(x, dtype).astype(jnp.float32))(values), expected)
 
 
 def test_e8m0_is_a_bare_exponent():

@@ -115,9 +115,18 @@ def power_of_two_scale(amax: Array, largest: float, floor: float) -> Array:
 
 
 def saturate(values: Array, dtype: Any) -> Array:
-    """Rounds to nearest, ties to even, clipping to the largest finite value of `dtype`."""
+    """Rounds to nearest, ties to even, clipping to the largest finite value of `dtype`.
+
+    The rounding is done in float32, so that the conversion itself is exact: compilers differ in how often they round
+    on the way to a format this small.
+    """
     largest = _LARGEST_FLOAT[jnp.dtype(dtype)]
-    return jnp.clip(values, -largest, largest).astype(dtype)
+    values = jnp.clip(values.astype(jnp.float32), -largest, largest)
+    exponent = (jax.lax.bitcast_convert_type(values, jnp.uint32) >> 23) & 0xFF
+    kind = jnp.finfo(dtype)
+    steps = jnp.maximum(exponent, 127 + kind.minexp) - kind.nmant << 23  # spacing of the format's values here
+    step = jax.lax.bitcast_convert_type(steps.astype(jnp.uint32), jnp.float32)
+    return (jnp.round(values / step) * step).astype(dtype)
 
 
 def encode_rows(rows: Array, dtype: Any, block: int) -> tuple[Array, Array]:

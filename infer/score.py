@@ -1,0 +1,279 @@
+"""Scoring: log-probabilities of given texts, JSON lines in and out.
+
+Each batch row works through texts of its own, a chunk at a time with a cache, and takes the next waiting text at the
+chunk after one ends: short and long texts mix without anyone waiting for the longest. Logits exist for one chunk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from infer.generate import Progress, check_ids, check_precision, chunk_size
+from infer.sampling import log_probability
+from v4_jax.cache import Cache, CacheDtype, init_cache
+from v4_jax.config import Config
+from v4_jax.policy import Policy
+from v4_jax.tokenizer import Tokenizer
+from v4_jax.transformer import Transformer
+
+LEGAL_LINE = 'expected an object with either "text" (a string) or "tokens" (a list of token ids)'
+
+
+class ScoreError(ValueError):
+    """An input line that cannot be scored; the sentence says which and why."""
+
+
+class Job(NamedTuple):
+    """One text to score.
+
+    Attributes:
+      line: where it stands in the input, from 1.
+      tokens: its token ids.
+      id: the line's own "id", handed back with the result; None without one.
+    """
+
+    line: int
+    tokens: list[int]
+    id: Any = None
+
+
+class Piece(NamedTuple):
+    """What a batch row reads in one chunk: `size` tokens from `begin` on of a job (its index)."""
+
+    job: int
+    begin: int
+    size: int
+
+
+class Score(NamedTuple):
+    """A scored text.
+
+    Attributes:
+      job: what was scored.
+      logprobs: [n - 1] float32 log-probability of each token but the first, given all before it.
+    """
+
+    job: Job
+    logprobs: np.ndarray
+
+    def as_json(self) -> dict[str, Any]:
+        """The output line. The first token's log-probability is null: nothing comes before it."""
+        values = self.logprobs.tolist()
+        result: dict[str, Any] = {} if self.job.id is None else {"id": self.job.id}
+        return result | {
+            "tokens": self.job.tokens,
+            "logprobs": [None, *values],
+            "total": math.fsum(values),
+            "count": len(values),
+        }
+
+
+def read_jobs(
+    lines: Iterable[str], config: Config, tokenizer: Callable[[], Tokenizer], *, bos: bool = True
+) -> list[Job]:
+    """Reads and checks a whole input, so that a bad line shows before hours of work, not after.
+
+    Args:
+      lines: JSON lines; empty ones are skipped.
+      config: the architecture, for its vocabulary and its longest context.
+      tokenizer: called once if a line has "text".
+      bos: put the begin-of-sentence token in front of texts that do not begin with it, which also makes their first
+        token one that is scored. "tokens" are taken as they are.
+
+    Raises:
+      ScoreError: a line that cannot be scored.
+    """
+    jobs = []
+    loaded: Tokenizer | None = None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            content = json.loads(line)
+            if not isinstance(content, dict) or ("text" in content) == ("tokens" in content):
+                raise ValueError(LEGAL_LINE)
+            if "text" in content:
+                if not isinstance(content["text"], str):
+                    raise ValueError(LEGAL_LINE)
+                loaded = loaded or tokenizer()
+                tokens = loaded.encode(content["text"])
+                if bos and tokens[:1] != [loaded.bos_id]:
+                    tokens = [loaded.bos_id, *tokens]
+            else:
+                tokens = content["tokens"]
+                if not isinstance(tokens, list) or any(type(token) is not int for token in tokens):
+                    raise ValueError(LEGAL_LINE)
+            check_ids(tokens, config)
+            if len(tokens) > config.max_position_embeddings:
+                raise ValueError(f"{len(tokens)} tokens exceed the model's {config.max_position_embeddings} positions")
+        except json.JSONDecodeError as error:
+            raise ScoreError(f"line {number} is not JSON ({error.msg} at column {error.colno}): {LEGAL_LINE}") from None
+        except (ValueError, RecursionError) as error:
+            raise ScoreError(f"line {number} cannot be scored: {error}") from None
+        jobs.append(Job(number, tokens, content.get("id")))
+    if not jobs:
+        raise ScoreError(f"there are no lines to score: {LEGAL_LINE}")
+    return jobs
+
+
+class Scorer:
+    """Scores texts with one model; one program, compiled once.
+
+    Args:
+      config: the architecture.
+      longest: tokens of the longest text.
+      policy: precision, a `Policy` or its name.
+      cache_dtype: number format of the cache; see `v4_jax.init_cache`.
+      batch: texts at once.
+      chunk: tokens of each that are read at once; logits take batch * chunk * vocabulary * 4 bytes.
+
+    Raises:
+      ValueError: sizes out of range, an unknown policy, or a cache format that the policy or the model does not allow.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        longest: int,
+        policy: str | Policy = "bfloat16",
+        cache_dtype: CacheDtype = "bfloat16",
+        batch: int = 4,
+        chunk: int = 256,
+    ) -> None:
+        for name, value in (("longest", longest), ("batch", batch), ("chunk", chunk)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1")
+        check_precision(config, policy, cache_dtype)
+        self._model = Transformer(config, policy=policy)
+        self._batch, self._chunk = batch, chunk_size(longest, chunk)
+        # Compiled, because a donated cache must not hold one buffer twice, as one made eagerly may.
+        self._new_cache = jax.jit(lambda: init_cache(config, batch, longest, dtype=cache_dtype))
+        self._cache = jax.eval_shape(self._new_cache)
+        self._program: Any = None
+
+    def compile(self, params: Any) -> None:
+        """Compiles the program, unless that was done before; `score` would do so by itself."""
+        if self._program is None:
+            block = jax.ShapeDtypeStruct((self._batch, self._chunk), jnp.int32)
+            counts, fresh = (jax.ShapeDtypeStruct((self._batch,), dtype) for dtype in (jnp.int32, bool))
+            lowered = jax.jit(self._step, donate_argnums=1).lower(params, self._cache, block, block, counts, fresh)
+            self._program = lowered.compile()
+
+    def _step(
+        self, params: Any, cache: Cache, tokens: Array, targets: Array, counts: Array, fresh: Array
+    ) -> tuple[Cache, Array]:
+        """Log-probabilities [B, C] of `targets`, each after the token [B, C] at its place; donates the cache.
+
+        `fresh` rows begin a text: at length 0 nothing of what a cache row holds is visible.
+        """
+        cache = cache.replace(lengths=jnp.where(fresh, 0, cache.lengths))
+        output: Any = self._model.apply({"params": params}, tokens, lengths=counts, cache=cache)
+        return output.cache, log_probability(output.logits, targets)
+
+    def score(self, params: Any, jobs: Sequence[Job], progress: Progress | None = None) -> Iterator[Score]:
+        """Yields the jobs' scores in their order, each as soon as it and all before it are done.
+
+        Args:
+          params: the model's parameters.
+          jobs: texts, none longer than `longest`.
+          progress: called with (tokens read, tokens in all) after each chunk.
+
+        Raises:
+          ScoreError: a log-probability is not a finite number.
+        """
+        self.compile(params)
+        following = read = 0
+        logprobs = [np.zeros(len(job.tokens) - 1, np.float32) for job in jobs]
+        missing = [len(values) for values in logprobs]
+        cache, running = self._new_cache(), None
+        for pieces in itertools.chain(schedule(list(map(len, logprobs)), self._batch, self._chunk), [None]):
+            ahead = None
+            if pieces is not None:
+                cache, scored = self._program(params, cache, *self._inputs(jobs, pieces))
+                ahead = (pieces, scored)
+            if running is not None:  # read while the next chunk runs
+                for values, piece in zip(np.asarray(running[1]), running[0], strict=True):
+                    if piece is not None:
+                        logprobs[piece.job][piece.begin : piece.begin + piece.size] = values[: piece.size]
+                        missing[piece.job] -= piece.size
+                        read += piece.size
+                if progress is not None:
+                    progress(read, sum(map(len, logprobs)))
+            running = ahead
+            while following < len(jobs) and not missing[following]:
+                yield _finished(jobs[following], logprobs[following])
+                following += 1
+
+    def _inputs(self, jobs: Sequence[Job], pieces: Sequence[Piece | None]) -> tuple[Array, ...]:
+        """The arrays that `_step` takes for one chunk."""
+        tokens, targets = np.zeros((2, self._batch, self._chunk), np.int32)
+        counts = np.asarray([piece.size if piece else 0 for piece in pieces], np.int32)
+        fresh = np.asarray([piece is not None and piece.begin == 0 for piece in pieces])
+        for row, piece in enumerate(pieces):
+            if piece is not None:
+                text = jobs[piece.job].tokens
+                tokens[row, : piece.size] = text[piece.begin : piece.begin + piece.size]
+                targets[row, : piece.size] = text[piece.begin + 1 : piece.begin + piece.size + 1]
+        return tuple(map(jnp.asarray, (tokens, targets, counts, fresh)))
+
+
+def schedule(lengths: Sequence[int], batch: int, chunk: int) -> Iterator[list[Piece | None]]:
+    """Deals texts out to batch rows: yields, chunk by chunk, what each row reads (None: nothing).
+
+    A row reads one text to its end and then takes the next one waiting. Texts of length 0 are read by nobody.
+    """
+    waiting = (Piece(job, 0, length) for job, length in enumerate(lengths) if length)
+    rows = [next(waiting, None) for _ in range(batch)]  # what is left of each row's text
+    while any(rows):
+        yield [row and row._replace(size=min(row.size, chunk)) for row in rows]
+        for i, row in enumerate(rows):
+            if row is not None:
+                left = row.size - chunk
+                rows[i] = Piece(row.job, row.begin + chunk, left) if left > 0 else next(waiting, None)
+
+
+def write_lines(lines: Iterable[str], path: Path) -> None:
+    """Writes a file that appears under its name only when it is complete.
+
+    Raises:
+      OSError: the directory cannot be written.
+    """
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            for line in lines:
+                file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # temporary files are private, results are like any other file
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _finished(job: Job, logprobs: np.ndarray) -> Score:
+    if not np.isfinite(logprobs).all():
+        raise ScoreError(f"line {job.line} has log-probabilities that are not finite: the weights are damaged")
+    return Score(job, logprobs)

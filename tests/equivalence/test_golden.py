@@ -1,0 +1,118 @@
+"""The released checkpoints, as loaded, against outputs on which independent implementations agree."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.conftest import CHECKPOINTS, DATA
+from v4_jax import Config, Policy, Transformer, init_cache, load
+from v4_jax.checkpoint.safetensors import SafetensorsFile
+
+TOLERANCE = 2e-4  # ten times what two independent implementations differ by
+DIVERGENCE = 5e-4  # mean KL of fake-quantised numerics, which rounding makes discontinuous
+
+
+class Case(NamedTuple):
+    config: Config
+    params: dict
+    golden: dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def cases():
+    def read(name: str) -> Case:
+        golden = SafetensorsFile(DATA / name / "golden.safetensors")
+        return Case(*load(DATA / name), {tensor: golden.read(tensor) for tensor in golden.tensors})
+
+    return {name: read(name) for name in CHECKPOINTS}
+
+
+def run(case: Case, policy: str | Policy):
+    """Logits, MTP logits and final streams of the golden tokens, from weights in the released formats."""
+    model, tokens = Transformer(case.config, policy=policy), jnp.asarray(case.golden["tokens"])
+
+    @jax.jit
+    def both(params, tokens):
+        trunk = model.apply({"params": params}, tokens)
+        draft = model.apply({"params": params}, trunk.streams[:, :-1], tokens[:, 1:], method="mtp")
+        return trunk.logits, draft.logits, trunk.streams
+
+    return both(case.params, tokens)
+
+
+def assert_same_predictions(found: np.ndarray, golden: np.ndarray) -> None:
+    np.testing.assert_allclose(found, golden, atol=TOLERANCE, rtol=0)
+    best, second = np.sort(golden, axis=-1)[..., -1], np.sort(golden, axis=-1)[..., -2]
+    clear = best - second > 2 * TOLERANCE
+    assert clear.mean() > 0.9
+    np.testing.assert_array_equal(found.argmax(-1)[clear], golden.argmax(-1)[clear])
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_float32(cases, name):
+    case = cases[name]
+    logits, draft, streams = map(np.asarray, run(case, "float32"))
+    assert_same_predictions(logits, case.golden["logits"])
+    assert_same_predictions(draft, case.golden["mtp_logits"])
+    rows, positions = case.golden["streams_out"].shape[:2]
+    np.testing.assert_allclose(streams[:rows, :positions], case.golden["streams_out"], atol=TOLERANCE, rtol=0)
+
+
+def divergence(golden: np.ndarray, found: jax.Array) -> float:
+    """Mean over positions of KL(golden || found)."""
+    a, b = jax.nn.log_softmax(jnp.asarray(golden)), jax.nn.log_softmax(found)
+    return float(jnp.mean(jnp.sum(jnp.exp(a) * (a - b), axis=-1)))
+
+
+def test_released_numerics(cases):
+    """Fake-quantisation as the release does it; leaving it out is an order of magnitude beyond the contract."""
+    case = cases["released-tiny"]
+    logits, draft, _ = run(case, Policy(jnp.float32, fake_quant=True))
+    assert divergence(case.golden["released_logits"], logits) < DIVERGENCE
+    assert divergence(case.golden["released_mtp_logits"], draft) < DIVERGENCE
+    assert divergence(case.golden["released_logits"], case.golden["logits"]) > 5 * DIVERGENCE
+
+
+def test_released_cache(cases):
+    """Keys held in E4M3 and index keys in E2M1 give what the same numbers in bfloat16 give, bit for bit."""
+    case = cases["released-tiny"]
+    model = Transformer(case.config, policy="released")
+    step = jax.jit(lambda cache, tokens: model.apply({"params": case.params}, tokens, cache=cache))
+    tokens = jnp.asarray(case.golden["tokens"])
+
+    def logits(dtype: str) -> tuple[list, int]:
+        cache, out = init_cache(case.config, 2, 260, dtype=dtype), []
+        for first, last in ((0, 100), (100, 200), (200, 201), (201, 202)):
+            output = step(cache, tokens[:, first:last])
+            out.append(output.logits)
+            cache = output.cache
+        sizes = cache.nbytes()
+        return out, sum(sizes[role] for role in ("window", "csa", "hca", "index"))
+
+    released, released_bytes = logits("released")
+    plain, plain_bytes = logits("bfloat16")
+    for a, b in zip(released, plain, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert released_bytes < 0.8 * plain_bytes
+
+
+def test_released_cache_needs_the_released_policy(cases):
+    case = cases["released-tiny"]
+    model = Transformer(case.config, policy="bfloat16")
+    cache = init_cache(case.config, 2, 8, dtype="released")
+    with pytest.raises(ValueError, match="needs the policy 'released'"):
+        model.apply({"params": case.params}, jnp.zeros((2, 4), jnp.int32), cache=cache)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_dequantised_weights_are_the_same_model(cases, dtype):
+    """Every released value is exact in bfloat16 products of a code and a power of two, so the logits are the same."""
+    case = cases["pro-tiny"]
+    config, params = load(DATA / "pro-tiny", dtype=dtype)
+    logits, *_ = run(case._replace(config=config, params=params), "float32")
+    np.testing.assert_allclose(logits, case.golden["logits"], atol=TOLERANCE, rtol=0)

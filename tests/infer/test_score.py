@@ -1,0 +1,176 @@
+"""Scores are the published logits' log-probabilities, whatever rows and chunks the texts went through."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from infer.score import Job, ScoreError, Scorer, read_jobs, schedule, write_lines
+from tests.conftest import DATA
+from v4_jax import Config
+from v4_jax.checkpoint import load
+from v4_jax.checkpoint.safetensors import SafetensorsFile
+from v4_jax.tokenizer import ByteTokenizer
+
+TOLERANCE = 2e-4  # of the published logits
+
+# (row of the published tokens, how many of them): more texts than batch rows, in no order of length
+TEXTS = [(0, 520), (1, 5), (0, 1), (1, 300), (0, 2), (1, 131), (0, 38), (0, 39), (1, 66)]
+
+
+@pytest.fixture(scope="module")
+def published():
+    path = DATA / "flash-tiny"
+    golden = SafetensorsFile(path / "golden.safetensors")
+    return *load(path), golden.read("tokens"), np.asarray(jax.nn.log_softmax(golden.read("logits")))
+
+
+@pytest.fixture(scope="module")
+def scorer(published):
+    return Scorer(
+        published[0],
+        longest=520,
+        policy="float32",
+        cache_dtype="float32",
+        batch=3,
+        chunk=37,
+    )
+
+
+def test_published_logits(published, scorer):
+    _, params, tokens, expected = published
+    jobs = [Job(line, tokens[row, :length].tolist(), id=line * 10) for line, (row, length) in enumerate(TEXTS)]
+    seen = []
+    scores = list(scorer.score(params, jobs, progress=lambda done, total: seen.append((done, total))))
+    assert [score.job for score in scores] == jobs
+    for (row, length), score in zip(TEXTS, scores, strict=True):
+        wanted = np.take_along_axis(expected[row, : length - 1], tokens[row, 1:length, None], axis=1)[:, 0]
+        np.testing.assert_allclose(score.logprobs, wanted, atol=TOLERANCE, rtol=0)
+        line = json.loads(json.dumps(score.as_json()))
+        assert line["id"] == score.job.id and line["tokens"] == tokens[row, :length].tolist()
+        assert line["logprobs"][0] is None and line["count"] == length - 1 == len(line["logprobs"]) - 1
+        assert line["total"] == pytest.approx(float(wanted.sum()), abs=TOLERANCE * length)
+    total = sum(length - 1 for _, length in TEXTS)
+    assert seen[-1] == (total, total) and seen == sorted(seen)
+
+
+def test_scores_come_before_everything_is_read(published, scorer):
+    _, params, tokens, _ = published
+    read = []
+    jobs = [Job(1, tokens[0, :5].tolist()), *(Job(2, tokens[0].tolist()) for _ in range(6))]
+    assert len(next(scorer.score(params, jobs, progress=lambda done, total: read.append(done))).logprobs) == 4
+    assert read[-1] < 300
+
+
+def test_damaged_weights(published, scorer):
+    _, params, tokens, _ = published
+    broken = params | {"norm": params["norm"] * math.nan}
+    with pytest.raises(ScoreError, match=r"line 7 .*not finite"):
+        list(scorer.score(broken, [Job(7, tokens[0, :5].tolist())]))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_schedule(batch):
+    lengths, chunk = [10, 0, 1, 25, 7, 7, 30, 0, 2], 7
+    read = {job: [] for job in range(len(lengths))}
+    owner = {}
+    steps = list(schedule(lengths, batch, chunk))
+    for number, pieces in enumerate(steps):
+        assert len(pieces) == batch
+        for row, piece in enumerate(pieces):
+            if piece:
+                assert 0 < piece.size <= chunk
+                assert owner.setdefault(piece.job, row) == row  # its cache is there
+                read[piece.job] += range(piece.begin, piece.begin + piece.size)
+        if None in pieces:  # a row rests only when no text waits
+            assert not any(piece and piece.begin == 0 for later in steps[number + 1 :] for piece in later)
+    assert all(read[job] == list(range(length)) for job, length in enumerate(lengths))
+
+
+CONFIG = Config.tiny()
+
+
+def read(*lines, **arguments):
+    return read_jobs(lines, CONFIG, lambda: ByteTokenizer(512), **arguments)
+
+
+def test_reading():
+    jobs = read(
+        '{"text": "hi", "id": {"a": 1}}\n', "  \n", '{"tokens": [5, 6]}', '{"text": "<｜begin▁of▁sentence｜>hi"}'
+    )
+    assert jobs[0].tokens == jobs[2].tokens == [0, *ByteTokenizer(512).encode("hi")]
+    assert [job.line for job in jobs] == [1, 3, 4]
+    assert [job.id for job in jobs] == [{"a": 1}, None, None]
+    assert jobs[1].tokens == [5, 6]
+    assert read('{"text": "hi"}', bos=False)[0].tokens == ByteTokenizer(512).encode("hi")
+
+
+def test_no_tokenizer_for_token_ids():
+    assert read_jobs(['{"tokens": [1]}'], CONFIG, lambda: pytest.fail("not needed"))[0].tokens == [1]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "hi"', "line 2 is not JSON .* column 14"),
+        ("[1, 2]", "line 2 cannot be scored: expected an object"),
+        ("{}", 'either "text" .* or "tokens"'),
+        ('{"text": "a", "tokens": [1]}', "line 2"),
+        ('{"text": 5}', "line 2"),
+        ('{"tokens": "1 2"}', "line 2"),
+        ('{"tokens": [1, true]}', "line 2"),
+        ('{"tokens": [1, 2.5]}', "line 2"),
+        ('{"tokens": []}', "line 2 .*empty"),
+        ('{"tokens": [1, 512]}', "line 2 .*token id 512 is outside of the vocabulary; legal ids are 0 to 511"),
+        ('{"text": "\\ud800"}', "line 2 .*surrogate"),
+        ("[" * 100000, "line 2"),
+        (json.dumps({"tokens": [1] * (2**20 + 1)}), "line 2 .*1048577 tokens exceed the model's 1048576"),
+    ],
+)
+def test_bad_lines(line, message):
+    with pytest.raises(ScoreError, match=message):
+        read('{"tokens": [1]}', line)
+
+
+def test_empty_text_without_bos():
+    assert read('{"text": ""}')[0].tokens == [0]
+    with pytest.raises(ScoreError, match=r"line 1 .*empty"):
+        read('{"text": ""}', bos=False)
+
+
+def test_nothing_to_score():
+    with pytest.raises(ScoreError, match="no lines"):
+        read("", "\n")
+
+
+def test_files_appear_when_complete(tmp_path):
+    path = tmp_path / "scores.jsonl"
+    write_lines(["a", "文字"], path)
+    assert path.read_bytes() == "a\n文字\n".encode()
+
+    def fails():
+        yield "b"
+        assert path.read_text(encoding="utf-8") == "a\n文字\n"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_lines(fails(), path)
+    assert path.read_text(encoding="utf-8") == "a\n文字\n"
+    assert [file.name for file in tmp_path.iterdir()] == ["scores.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch": 0}, "batch is 0"),
+        ({"chunk": 0}, "chunk is 0"),
+        ({"longest": 0}, "longest is 0"),
+        ({"longest": 2**21}, "1 to 1048576 tokens"),
+        ({"cache_dtype": "released"}, "needs the policy 'released'"),
+    ],
+)
+def test_bad_scorers(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Scorer(CONFIG, **({"longest": 10} | arguments))

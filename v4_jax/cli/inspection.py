@@ -1,0 +1,58 @@
+"""`v4-jax info`: what a model is and what it costs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from v4_jax.cli import info as card
+from v4_jax.cli.console import CommandError, bad_input, show
+from v4_jax.cli.options import JsonFlag, OptionalSize
+from v4_jax.cli.sizes import format_size, parse_size
+from v4_jax.config import Config
+
+PRESETS = {"flash": Config.flash, "pro": Config.pro, "tiny": Config.tiny}
+
+_DEFAULT_CONTEXT = parse_size("1M")
+
+Subject = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL", help_behavior_hint="")]
+
+
+def info(model: Subject, *, context: OptionalSize = None, as_json: JsonFlag = False) -> None:
+    """Prints a model's card: layers, parameters, FLOPs per token and cache, and how they compare with DeepSeek-V3.2.
+
+    Nothing but config.json is read.
+
+    Examples:
+      v4-jax info flash --context 1M
+      v4-jax info DeepSeek-V4-Pro --json
+
+    Args:
+      model: A directory with a config.json, or flash, pro or tiny.
+      context: Tokens in the sequence, such as 131072, 128K or 1M. Default: 1M, or the model's most if that is less.
+      as_json: Write the numbers as one JSON object.
+    """
+    config = _config(model)
+    longest = config.max_position_embeddings
+    context = min(_DEFAULT_CONTEXT, longest) if context is None else context
+    if context > longest:
+        raise CommandError(f"--context {format_size(context)} is more than the model's {format_size(longest)} tokens")
+    if as_json:
+        print(json.dumps(card.as_json(config, context), indent=2))
+    else:
+        show(card.render(config, context))
+
+
+def _config(model: str) -> Config:
+    path = Path(model)
+    if path.is_dir():
+        with bad_input():
+            return Config.from_hf(path)
+    if model in PRESETS:
+        return PRESETS[model]()
+    raise CommandError(
+        f"there is no directory {model}, nor a preset of that name; the presets are {', '.join(PRESETS)}"
+    )
