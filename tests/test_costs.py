@@ -180,12 +180,12 @@ def test_a_million_tokens_of_flash_cache():
     cache = FLASH.cache_bytes(MILLION)
     entry, key = 448 + 448 // 64 + 2 * 64, 128 // 2 + 128 // 32
     assert cache.by_role == {
-        "window": 43 * 128 * entry,
+        "window": 43 * (128 + 8) * entry,
         "csa": 21 * MILLION // 4 * entry,
         "hca": 20 * MILLION // 128 * entry,
         "index": 21 * MILLION // 4 * key,
-        "open blocks": 4 * (21 * 8 * 2 * (1024 + 256) + 20 * 128 * 1024),
-        "mtp": 128 * entry,
+        "open blocks": 4 * (21 * (8 + 8) * 2 * (1024 + 256) + 20 * (128 + 8) * 1024),
+        "mtp": (128 + 8) * entry,
     }
     shapes = jax.eval_shape(functools.partial(init_cache, FLASH, 1, MILLION, dtype="bfloat16"))
     assert costs.cache_bytes(FLASH, MILLION, "bfloat16").by_role == shapes.nbytes()

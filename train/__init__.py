@@ -1,1 +1,1 @@
-"""Continued pretraining: objective, optimiser, data, loop."""
+"""Continued pretraining. Nothing here yet."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from v4_jax import Cache, Config, Output, Transformer, declarations, init_cache
+from v4_jax.config import Yarn
 from v4_jax.parameters import is_parameter
 
 TOPK = 8
@@ -73,6 +74,7 @@ def make(seed: int = 0, **changes) -> Tiny:
         compress_ratios=(0, 4, 128, 4, 128, 4, 0),
         num_hash_layers=2,
         sliding_window=16,
+        rope_scaling=Yarn(original_max_position_embeddings=64),  # so that 300 tokens reach far beyond it
     )
     config = Config(**(values | changes))
     rng = np.random.default_rng(seed)
