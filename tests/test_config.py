@@ -103,6 +103,12 @@ REFUSED = {
     "groups": (dict(o_groups=7), "not a multiple of o_groups 7"),
     "expert": (dict(expert_dtype="int8"), "expert_dtype is 'int8'"),
     "twice": (dict(partial_rotary_factor=0.25), "is not qk_rope_head_dim 64"),
+    "text": (dict(hidden_size="big"), "hidden_size is 'big', expected a whole number"),
+    "fraction": (dict(hidden_size=64.5), "hidden_size is 64.5, expected a whole number"),
+    "truth": (dict(num_hash_layers=True), "num_hash_layers is True, expected a whole number"),
+    "layers": (dict(num_hidden_layers=5.5), "num_hidden_layers is 5.5"),
+    "ratio text": (dict(compress_ratios=["4"] * 44), "compress_ratios contains '4', expected whole numbers"),
+    "limit": (dict(swiglu_limit="10"), "swiglu_limit is '10', expected a number"),
     "negative": (dict(index_topk=-1), "index_topk is -1"),
 }
 

@@ -10,14 +10,18 @@ Letters in shape strings and einsums:
     E, N (arrays of blocks)     compressed entries of a chunk, of a cache
 """
 
-from v4_jax import chat
-from v4_jax.cache import Cache, init_cache
-from v4_jax.checkpoint import CheckpointError, load
-from v4_jax.config import Config, ConfigError
-from v4_jax.number_formats import BlockScaled
-from v4_jax.parameters import declarations, init
-from v4_jax.policy import Policy
-from v4_jax.transformer import Output, Routing, Transformer
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from v4_jax import chat
+    from v4_jax.cache import Cache, init_cache
+    from v4_jax.checkpoint import CheckpointError, load
+    from v4_jax.config import Config, ConfigError
+    from v4_jax.number_formats import BlockScaled
+    from v4_jax.parameters import declarations, init
+    from v4_jax.policy import Policy
+    from v4_jax.transformer import Output, Routing, Transformer
 
 __all__ = [
     "BlockScaled",
@@ -35,3 +39,28 @@ __all__ = [
     "init_cache",
     "load",
 ]
+
+# Imported when first used: the command line must answer --help, and Ctrl-C, before jax is there.
+_HOME = {
+    "BlockScaled": "number_formats",
+    "Cache": "cache",
+    "CheckpointError": "checkpoint",
+    "Config": "config",
+    "ConfigError": "config",
+    "Output": "transformer",
+    "Policy": "policy",
+    "Routing": "transformer",
+    "Transformer": "transformer",
+    "declarations": "parameters",
+    "init": "parameters",
+    "init_cache": "cache",
+    "load": "checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"v4_jax.{_HOME[name]}"), name)
+    if name == "chat":
+        return importlib.import_module("v4_jax.chat")
+    raise AttributeError(f"module 'v4_jax' has no attribute {name!r}")

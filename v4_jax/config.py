@@ -103,7 +103,7 @@ class Config:
     eos_token_id: int = 1
 
     def __post_init__(self):
-        problems = list(_problems(self))
+        problems = list(_mistyped(self)) or list(_problems(self))
         if problems:
             raise ConfigError("illegal configuration: " + "; ".join(problems))
 
@@ -267,6 +267,26 @@ class Config:
                 "weight_block_size": [128, 128],
             },
         }
+
+
+def _mistyped(config: Config):
+    """Yields fields that hold something else than declared, one sentence fragment each."""
+
+    def whole(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool)
+
+    for field in dataclasses.fields(Config):
+        value = getattr(config, field.name)
+        if field.type == "int" and not whole(value):
+            yield f"{field.name} is {value!r}, expected a whole number"
+        if field.type == "float" and not (whole(value) or isinstance(value, float)):
+            yield f"{field.name} is {value!r}, expected a number"
+    for ratio in config.compress_ratios:
+        if not whole(ratio):
+            yield f"compress_ratios contains {ratio!r}, expected whole numbers"
+    for name, value in dataclasses.asdict(config.rope_scaling).items():
+        if not (whole(value) or isinstance(value, float)):
+            yield f"rope_scaling {name} is {value!r}, expected a number"
 
 
 def _problems(config: Config):
@@ -452,6 +472,10 @@ def _layer_fields(hf: dict[str, Any]) -> dict[str, Any]:
     if "num_hidden_layers" not in hf:
         raise ConfigError("missing configuration keys ['num_hidden_layers']")
     count, mtp = hf["num_hidden_layers"], hf.get("num_nextn_predict_layers", 0)
+    if type(count) is not int or type(mtp) is not int:
+        raise ConfigError(
+            f"num_hidden_layers is {count!r} and num_nextn_predict_layers is {mtp!r}, expected whole numbers"
+        )
     types, kinds = hf.pop("layer_types", None), hf.pop("mlp_layer_types", None)
     rates = hf.pop("compress_rates", None) or {}
     for kind, rate in rates.items():

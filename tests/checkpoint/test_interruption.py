@@ -189,7 +189,7 @@ def test_disk_without_room_for_the_next_part(tmp_path, monkeypatch, write):
     with pytest.raises(CheckpointError) as caught:
         write(SOURCE, tmp_path / "out")
     assert is_clear(str(caught.value), tmp_path / "out")
-    assert "0.00 GB are free" in str(caught.value)
+    assert "0.1 MB are free" in str(caught.value)
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def require_space(working: Path, nbytes: int, part: str) -> None:
     free = shutil.disk_usage(working).free
     needed = nbytes + nbytes // 50  # headers and indices
     if free < needed:
-        raise disk_full(working, f"{part} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; ")
+        raise disk_full(working, f"{part} needs {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free; ")
 
 
 def disk_full(working: Path, detail: str = "") -> CheckpointError:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +44,9 @@ class SafetensorsFile:
             self._descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             raise CheckpointError(f"{path} does not exist") from None
+        if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+            os.close(self._descriptor)
+            raise CheckpointError(f"{path} is not a file, expected a shard in the safetensors format")
         try:
             self.header, self._entries = _read_header(path, self._descriptor)
         except BaseException:

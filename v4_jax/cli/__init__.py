@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 `verify` found a difference, 2 bad input (one sentence on 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
 import io
@@ -38,6 +39,21 @@ VERBS = {
 }
 
 
+def entry() -> None:
+    """The `v4-jax` program: runs one command and ends the process with its exit code.
+
+    An interrupted command ends at once, without waiting for the threads that compile or write: what they were making
+    has a working name, and letting the interpreter shut down under them can crash it.
+    """
+    code = main()
+    if code == _INTERRUPTED:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
@@ -50,8 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
       SystemExit: the arguments do not parse (code 2), or only help was asked for (code 0).
     """
-    from v4_jax.cli.console import CommandError
-
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and "utf" not in stream.encoding.lower():
             stream.reconfigure(errors="replace")  # a terminal that lacks a character must not end the program
@@ -59,9 +73,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()  # here, where a broken pipe is still ours to handle
         return code
-    except CommandError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return _BAD_INPUT
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:
@@ -74,6 +85,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     from v4_jax.cli.console import CommandError
 
+    try:
+        return _dispatch(arguments)
+    except CommandError as error:
+        return _refuse(str(error))
+
+
+def _refuse(sentence: str, verb: str = "") -> int:
+    print(f"{' '.join((PROGRAM, verb)).rstrip()}: {sentence}", file=sys.stderr)
+    return _BAD_INPUT
+
+
+def _dispatch(arguments: list[str]) -> int:
     name = arguments[0] if arguments else ""
     if name in ("-h", "--help", "help"):
         print(_overview())
@@ -85,7 +108,7 @@ def _run(arguments: list[str]) -> int:
         if not name:
             print(_overview(), file=sys.stderr)
             return _BAD_INPUT
-        raise CommandError(f"unknown verb {name!r}; expected one of {', '.join(VERBS)}")
+        return _refuse(f"unknown verb {name!r}; expected one of {', '.join(VERBS)}")
 
     import tyro
 
@@ -94,16 +117,38 @@ def _run(arguments: list[str]) -> int:
     # help is read for.
     function.__doc__ = re.sub(r"\n {4}(?=\S)", " ", inspect.cleandoc(function.__doc__ or ""))
     description = function.__doc__.split("\n\nArgs:\n")[0]
-    return (
-        tyro.cli(
-            function,
-            prog=f"{PROGRAM} {name}",
-            description=description,
-            args=arguments[1:],
-            config=(tyro.conf.OmitArgPrefixes,),
-        )
-        or 0
-    )
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            call = tyro.cli(
+                _parsed(function),
+                prog=f"{PROGRAM} {name}",
+                description=description,
+                args=arguments[1:],
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as end:
+        if end.code != _BAD_INPUT:
+            raise
+        return _refuse(f"{_sentence(box.getvalue())} (see {PROGRAM} {name} --help)", name)
+    return call() or 0
+
+
+def _parsed(function: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:
+    """The function with its arguments bound and not yet called, so that parsing and running can be told apart."""
+
+    @functools.wraps(function)
+    def bind(*positional: Any, **named: Any) -> Callable[[], Any]:
+        return functools.partial(function, *positional, **named)
+
+    return bind
+
+
+def _sentence(box: str) -> str:
+    """What tyro says in a box of several lines, as one sentence."""
+    lines = [line.strip("│ \n") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    rule = next((i for i, line in enumerate(lines) if line.startswith("─")), len(lines))
+    return " ".join(" ".join(lines[:rule]).split()).rstrip(".")
 
 
 def _overview() -> str:

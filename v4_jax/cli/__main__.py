@@ -1,8 +1,6 @@
 """`python -m v4_jax.cli` is `v4-jax`."""
 
-import sys
-
-from v4_jax.cli import main
+from v4_jax.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

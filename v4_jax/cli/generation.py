@@ -84,7 +84,7 @@ def generate(
       v4-jax generate DeepSeek-V4-Flash --prompt "Why is the sky blue?" --mode high
       v4-jax generate DeepSeek-V4-Flash --chat messages.json --mode max --context 384K
       cat essay.txt | v4-jax generate DeepSeek-V4-Flash-Base --raw --max-tokens 200 --temperature 0.7
-      v4-jax generate tiny --tokens "0, 17, 42" --greedy --json
+      v4-jax generate DeepSeek-V4-Flash --tokens "0, 17, 42" --greedy --json
 
     Args:
       model: A directory with a released model, or one made by convert.
@@ -178,6 +178,10 @@ class Limits(NamedTuple):
         if context is not None and context > longest:
             raise CommandError(
                 f"--context {format_size(context)} is more than the model's {format_size(longest)} tokens"
+            )
+        if max_tokens is not None and max_tokens > longest:
+            raise CommandError(
+                f"--max-tokens {format_size(max_tokens)} is more than the model's {format_size(longest)} tokens"
             )
         if context is None:
             context = min(longest, prompt + (DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens))
@@ -364,6 +368,9 @@ def _read_chat(path: Path) -> tuple[list[Any], dict[str, Any]]:
         content = content.get("messages")
     if not isinstance(content, list) or not all(isinstance(message, dict) for message in content):
         raise CommandError(f"{path} does not hold a list of messages; expected objects with a role and a content")
+    for number, message in enumerate(content, 1):
+        if message.get("role") == "user" and not message.get("content"):
+            raise CommandError(f"{path}: message {number} of the user has no content; expected text")
     return content, options
 
 

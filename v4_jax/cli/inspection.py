@@ -49,7 +49,9 @@ def info(model: Subject, *, context: OptionalSize = None, as_json: JsonFlag = Fa
 def _config(model: str) -> Config:
     path = Path(model)
     if path.is_dir():
-        with bad_input():
+        if not (path / "config.json").is_file():
+            raise CommandError(f"{path} has no config.json; expected the directory of a model")
+        with bad_input(f"{path / 'config.json'}: "):
             return Config.from_hf(path)
     if model in PRESETS:
         return PRESETS[model]()

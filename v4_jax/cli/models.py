@@ -33,8 +33,13 @@ class ModelDirectory:
         Raises:
           CommandError: there is none, or it holds no model.
         """
-        if not path.is_dir():
-            raise CommandError(f"there is no directory {path}; expected one that holds a released or converted model")
+        expected = "expected a directory that holds a released or converted model"
+        if path.exists() and not path.is_dir():
+            raise CommandError(f"{path} is a file; {expected}")
+        if not path.exists():
+            unfinished = path.absolute().with_name(f".{path.name}.partial")
+            hint = f" (its conversion is unfinished: {unfinished})" if unfinished.exists() else ""
+            raise CommandError(f"there is no directory {path}{hint}; {expected}")
         with bad_input():
             checkpoint = open_checkpoint(path)
         for note in checkpoint.notes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,6 +53,9 @@ def score(
     name = "stdin" if str(input) == "-" else str(input)
     if str(output) != "-" and not output.absolute().parent.is_dir():
         raise CommandError(f"there is no directory {output.absolute().parent} to write {output.name} in")
+    if str(output) != "-" and (output.is_dir() or not os.access(output.absolute().parent, os.W_OK)):
+        reason = "is a directory" if output.is_dir() else "is in a directory that cannot be written"
+        raise CommandError(f"--output {output} {reason}; expected the name of a file to make")
     with bad_input(f"{name}: "):
         # splitlines() would also split at characters that JSON strings may hold, such as U+2028
         jobs = read_jobs(read_text(input).split("\n"), directory.config, directory.tokenizer, bos=not no_bos)
