@@ -114,6 +114,16 @@ def test_router_is_float32_under_bfloat16():
     np.testing.assert_array_equal(affinities_low, affinities_high)
 
 
+def test_gradients_survive_affinities_that_underflow():
+    layer, params, y, tokens, valid = build("routed")
+    params = params | {"gate": params["gate"].at[3].set(-100 * jnp.sign(y[0, 0]))}
+
+    def loss(y):
+        return jnp.sum(layer.apply({"params": params}, y, tokens, valid)[0])
+
+    assert bool(jnp.isfinite(jax.grad(loss)(y)).all())
+
+
 def test_out_of_range_ids_read_the_table_edge():
     layer, params, y, _, valid = build("hash")
     edge, *_ = layer.apply({"params": params}, y, jnp.full((2, 9), 39), valid)

@@ -22,13 +22,14 @@ from v4_jax.layout import Blocks, Layout
 from v4_jax.lightning_indexer import LightningIndexer, index_queries, select
 from v4_jax.linear import linear
 from v4_jax.norm import rms_norm
-from v4_jax.number_formats import dequantise, fake_quant_kv
+from v4_jax.number_formats import BlockScaled, dequantise, fake_quant_kv
 from v4_jax.parameters import Module
 from v4_jax.policy import Policy, einsum
 from v4_jax.rotary import inverse_frequencies, rotate
 
-QUERY_BLOCK = 128  # queries that are attended together
-ENTRY_BLOCK = 512  # entries that HCA attends at once
+QUERY_BLOCK = 128  # queries of a row that are attended together,
+BATCH_BLOCK = 512  # and of all rows, which bounds the memory of a large batch
+ENTRY_BLOCK = 128  # entries that HCA attends at once
 
 Choose = Callable[[dict[str, Array]], Array]
 
@@ -166,11 +167,14 @@ class Attention(Module):
         else:
             window = Ring(cache.rows["window"], layer, layout.cached, dtype)
             keys = window.rows.stored(keys)
-            tail, rows = window.advance(keys, layout.counts, past)
-            cache = cache.store("window", rows)
+            before, rows = window.advance(keys, layout.counts, past)
+            tail, cache = before(), cache.store("window", rows)
 
-        # Expanded once for all query blocks; only this layer's matrices exist in the compute dtype at a time.
-        wq_b, wo_a, wo_b = (dequantise(weight, dtype) for weight in (wq_b, wo_a, wo_b))
+        # Expanded once for all query blocks; only this layer's matrices exist in the compute dtype at a time. Plain
+        # ones are cast by each block, so that their gradients add up over the blocks in their own dtype.
+        wq_b, wo_a, wo_b = (
+            dequantise(weight, dtype) if isinstance(weight, BlockScaled) else weight for weight in (wq_b, wo_a, wo_b)
+        )
         wo_a = wo_a.reshape(c.o_groups, c.o_lora_rank, -1)
         entries, cache, choose, choice_inputs = self._compress(y, layout, cache, slot, frequencies)
         ratio = self.roles.ratio
@@ -281,8 +285,8 @@ def by_query_blocks(block: Any, carry: Any, inputs: dict[str, Array]) -> tuple[A
     Returns:
       The outputs, [B, S, ...] again. The backward pass recomputes each block.
     """
-    size = next(iter(inputs.values())).shape[1]
-    count = -(-size // QUERY_BLOCK)
+    batch, size = next(iter(inputs.values())).shape[:2]
+    count = -(-size // min(QUERY_BLOCK, max(16, BATCH_BLOCK // batch)))
     width = -(-size // count)
     if count == 1:
         return block(carry, inputs | {"index": jnp.arange(size)})[1]

@@ -8,6 +8,7 @@ layers carries them and updates them in place. Every row has its own length.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -36,17 +37,30 @@ def projection_width(ratio: int, width: int) -> int:
 
 
 class Rows(struct.PyTreeNode):
-    """Rows [L, B, N, C] in one storage format.
+    """Rows [L, B, N, C] in one storage format, held as bit patterns.
+
+    Where a backend lacks a small float type, it updates one row of an array by converting the whole array to a type
+    that it has, and back. Integers of the same width are updated in place everywhere, so floats become bits.
 
     Attributes:
-      arrays: the stored parts: one array, or codes, scales and unquantised channels.
+      arrays: the stored parts: one array; or codes, scales and, for "kv", unquantised channels.
       kind: "plain"; "kv", the first channels in E4M3 and the rotary rest in bfloat16; or "index", E2M1.
+      dtype: number format of plain rows.
       rotary: channels of a "kv" row kept in bfloat16.
     """
 
     arrays: tuple[Array, ...]
     kind: Literal["plain", "kv", "index"] = struct.field(pytree_node=False, default="plain")
+    dtype: Any = struct.field(pytree_node=False, default=jnp.float32)
     rotary: int = struct.field(pytree_node=False, default=0)
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int, int], channels: int, **form: Any) -> Rows:
+        """Zeros [L, B, N] x channels in the format that the keyword arguments say."""
+        template = cls((), **form)
+        parts = jax.eval_shape(template.encode, jax.ShapeDtypeStruct((channels,), jnp.float32))
+        # The bits of zero are zero in every format; an E8M0 scale of zero bits is 2^-127, which scales zeros.
+        return template.replace(arrays=tuple(jnp.zeros((*shape, *part.shape), part.dtype) for part in parts))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -61,19 +75,22 @@ class Rows(struct.PyTreeNode):
     def encode(self, rows: Array) -> tuple[Array, ...]:
         """[..., C] rows as this format's parts."""
         if self.kind == "plain":
-            return (rows.astype(self.arrays[0].dtype),)
+            return (_bits(rows.astype(self.dtype)),)
         if self.kind == "index":
-            return encode_rows(rows, E2M1, INDEX_BLOCK)
+            codes, scales = encode_rows(rows, E2M1, INDEX_BLOCK)
+            return _bits(codes), _bits(scales)
         split = rows.shape[-1] - self.rotary
-        return (*encode_rows(rows[..., :split], E4M3, KV_BLOCK), rows[..., split:].astype(jnp.bfloat16))
+        codes, scales = encode_rows(rows[..., :split], E4M3, KV_BLOCK)
+        return _bits(codes), _bits(scales), _bits(rows[..., split:].astype(jnp.bfloat16))
 
     def decode(self, parts: tuple[Array, ...], dtype: Any) -> Array:
         """Inverse of `encode`: [..., C] of `dtype`."""
         if self.kind == "plain":
-            return parts[0].astype(dtype)
+            return _float(parts[0], self.dtype).astype(dtype)
         if self.kind == "index":
-            return decode_rows(parts[0], parts[1], dtype)
-        return jnp.concatenate([decode_rows(parts[0], parts[1], dtype), parts[2].astype(dtype)], axis=-1)
+            return decode_rows(_float(parts[0], E2M1), _float(parts[1], E8M0), dtype)
+        nope = decode_rows(_float(parts[0], E4M3), _float(parts[1], E8M0), dtype)
+        return jnp.concatenate([nope, _float(parts[2], jnp.bfloat16).astype(dtype)], axis=-1)
 
     def stored(self, rows: Array) -> Array:
         """[..., C] rows as they read back once stored, so that a chunk's own rows equal what later chunks will see."""
@@ -107,8 +124,8 @@ class Ring(struct.PyTreeNode):
     start: Array
     dtype: Any = struct.field(pytree_node=False)
 
-    def advance(self, tokens: Array, counts: Array, past: int) -> tuple[Array, Rows]:
-        """Stores a chunk and reads what came before it.
+    def advance(self, tokens: Array, counts: Array, past: int) -> tuple[Callable[[], Array], Rows]:
+        """Stores a chunk, and offers what came before it.
 
         Args:
           tokens: [B, S, C] rows of the chunk.
@@ -116,19 +133,23 @@ class Ring(struct.PyTreeNode):
           past: how many earlier tokens to read.
 
         Returns:
-          [B, past, C] the tokens before the chunk, oldest first (before a row's first token: whatever the slot holds),
-          and the role's rows with the chunk stored.
+          A function that reads the `past` tokens before the chunk [B, past, C], oldest first, zeros before a row's
+          first token; and the role's rows with the chunk stored.
         """
         if tokens.shape[1] + past <= self.rows.shape[2]:
             # Nothing that is read gets overwritten: storing first lets the compiler update the stack in place, where
             # reading first would make it copy all layers' rows in every layer.
             stored = self.replace(rows=self._append(tokens, counts))
-            return stored._history(past), stored.rows
-        return self._history(past), self._append(tokens, counts)
+            return lambda: stored._history(past), stored.rows
+        before = self._history(past)
+        return lambda: before, self._append(tokens, counts)
 
     def _history(self, count: int) -> Array:
-        slots = (self.start[:, None] - count + jnp.arange(count)) % self.rows.shape[2]
-        return self.rows.read(self.layer, _batch(self.start, 1), slots, self.dtype)
+        positions = self.start[:, None] - count + jnp.arange(count)
+        slots = positions % self.rows.shape[2]
+        rows = self.rows.read(self.layer, _batch(self.start, 1), slots, self.dtype)
+        # A slot may still hold an earlier row's token: it must not matter, not even if it is NaN.
+        return jnp.where(positions[..., None] >= 0, rows, 0)
 
     def _append(self, tokens: Array, counts: Array) -> Rows:
         size, chunk = self.rows.shape[2], tokens.shape[1]
@@ -157,7 +178,7 @@ class Entries(struct.PyTreeNode):
     @classmethod
     def local(cls, entries: Array) -> Entries:
         """Wraps entries [B, E, C] that live in no cache."""
-        return cls(Rows((entries[None],)), 0, entries.dtype)
+        return cls(Rows((_bits(entries[None]),), dtype=entries.dtype), 0, entries.dtype)
 
     @property
     def count(self) -> int:
@@ -194,7 +215,8 @@ class Cache(struct.PyTreeNode):
         "csa" and "hca" [layers of the role, B, max_length / ratio, head_dim], compressed entries;
         "index" [CSA layers, B, max_length / 4, index_head_dim], index keys;
         "csa state", "hca state" and "index state", float32 projections of the tokens whose block is open.
-      max_length: positions that the entries have room for.
+      max_length: positions that the entries have room for. Lengths are known only at run time: whoever feeds a cache
+        keeps within it, for the entries of tokens beyond it are dropped.
     """
 
     lengths: Array
@@ -246,26 +268,19 @@ def init_cache(config: Config, batch: int, max_length: int, *, dtype: CacheDtype
             f"found {config.nope_head_dim} and {config.index_head_dim}: use dtype='bfloat16'"
         )
 
+    released = dtype == "released"
+    plain = {"kind": "plain", "dtype": jnp.dtype("bfloat16" if released else dtype)}
+    key_form = {"kind": "kv", "rotary": config.qk_rope_head_dim} if released else plain
+    index_form = {"kind": "index"} if released else plain
+
     def keys(layers: int, count: int) -> Rows:
-        if dtype != "released":
-            return Rows((jnp.zeros((layers, batch, count, config.head_dim), dtype),))
-        shape, nope = (layers, batch, count), config.nope_head_dim
-        arrays = (
-            jnp.zeros((*shape, nope), E4M3),
-            jnp.ones((*shape, nope // KV_BLOCK), E8M0),
-            jnp.zeros((*shape, config.qk_rope_head_dim), jnp.bfloat16),
-        )
-        return Rows(arrays, "kv", config.qk_rope_head_dim)
+        return Rows.empty((layers, batch, count), config.head_dim, **key_form)
 
     def index_keys(layers: int, count: int) -> Rows:
-        size = config.index_head_dim
-        if dtype != "released":
-            return Rows((jnp.zeros((layers, batch, count, size), dtype),))
-        shape = (layers, batch, count)
-        return Rows((jnp.zeros((*shape, size), E2M1), jnp.ones((*shape, size // INDEX_BLOCK), E8M0)), "index")
+        return Rows.empty((layers, batch, count), config.index_head_dim, **index_form)
 
     def state(layers: int, ratio: int, width: int) -> Rows:
-        return Rows((jnp.zeros((layers, batch, span(ratio) + SPARE, projection_width(ratio, width)), jnp.float32),))
+        return Rows.empty((layers, batch, span(ratio) + SPARE), projection_width(ratio, width))
 
     attention = [layer.attention for layer in config.layers]
     ring = config.sliding_window + SPARE
@@ -289,3 +304,28 @@ def init_cache(config: Config, batch: int, max_length: int, *, dtype: CacheDtype
 def _batch(like: Array, trailing: int) -> Array:
     """Batch row numbers shaped to broadcast against an index with `trailing` more axes."""
     return jnp.arange(like.shape[0]).reshape(-1, *(1,) * trailing)
+
+
+def _bits(x: Array) -> Array:
+    """Floats narrower than 32 bits as unsigned integers; two 4-bit ones to a byte, along the last axis."""
+    if x.dtype == E2M1:
+        # By arithmetic: XLA:CPU has been seen to make invalid code of bitcasts that involve 4-bit types.
+        values = x.astype(jnp.float32)
+        size = jnp.abs(values)
+        code = jnp.where(size <= 2, 2 * size, 5 + (size > 3) + (size > 4)).astype(jnp.uint8)
+        code |= jnp.where(values < 0, 8, 0).astype(jnp.uint8)
+        return code[..., 0::2] | (code[..., 1::2] << 4)
+    width = x.dtype.itemsize
+    return x if width >= 4 else jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16}[width])
+
+
+def _float(x: Array, dtype: Any) -> Array:
+    """Inverse of `_bits`; E2M1 comes as float32."""
+    if x.dtype == dtype:
+        return x
+    if jnp.dtype(dtype) == E2M1:
+        code = jnp.stack([x & 15, x >> 4], axis=-1).reshape(*x.shape[:-1], 2 * x.shape[-1])
+        step = (code & 7).astype(jnp.float32)
+        size = jnp.where(step <= 4, step / 2, step - 2 + (step > 6))
+        return jnp.where(code >= 8, -size, size)
+    return jax.lax.bitcast_convert_type(x, dtype)

@@ -75,12 +75,12 @@ class Compressor(Module):
         gates = einsum("bsd,cd->bsc", y, wgate, dtype=jnp.float32) + ape[layout.phase % ratio]
         projections = jnp.concatenate([values, gates], axis=-1)
 
-        blocks, history, after = layout.blocks(ratio), None, None
+        blocks, before, after = layout.blocks(ratio), None, None
         if state is not None:
-            history, after = state.advance(projections, layout.counts, span(ratio) - 1)
+            before, after = state.advance(projections, layout.counts, span(ratio) - 1)
 
         def compress() -> Array:
-            own, previous = _gather(projections, history, blocks, ratio)
+            own, previous = _gather(projections, before() if before else None, blocks, ratio)
             entries = _pool(own, previous if blocks_per_token == 2 else None, blocks)
             entries = rms_norm(entries.astype(self.policy.compute_dtype), norm, c.rms_norm_eps)
             entries = rotate(entries, blocks.positions, self.frequencies)

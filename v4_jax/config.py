@@ -310,6 +310,8 @@ def _problems(config: Config):
         yield "the MTP block's compress_ratios entry is not 0: it is a sliding-window block"
     if config.num_nextn_predict_layers > 1:
         yield f"num_nextn_predict_layers is {config.num_nextn_predict_layers}, expected 0 or 1"
+    if config.sliding_window < 2:
+        yield f"sliding_window is {config.sliding_window}, expected at least 2"
     if config.qk_rope_head_dim % 2 or config.qk_rope_head_dim >= config.head_dim:
         yield f"qk_rope_head_dim is {config.qk_rope_head_dim}, expected an even number below head_dim {config.head_dim}"
     if config.index_head_dim < config.qk_rope_head_dim:

@@ -32,7 +32,7 @@ def map_groups(
       width: size of the output's last axis.
 
     Returns:
-      [M, width] in the dtype that `function` returns. Differentiable in `rows` and `weights`.
+      [M, width] in the dtype that `function` returns. Differentiable in `rows` and `weights` unless `layer` is given.
     """
     if layer is None:
         return _map_groups(function, width, rows, weights, sizes)
@@ -104,7 +104,8 @@ def _forward(function: Any, width: int, rows: Any, weights: Any, sizes: Array, l
     count = jax.tree.leaves(rows)[0].shape[0]
     tile = _tile_rows(count, sizes.shape[0])
     padded = _pad(rows, tile)
-    dtype = jax.eval_shape(function, _cut(padded, 0, tile), _group(weights, 0, 0 if layer is not None else None)).dtype
+    group_0 = functools.partial(_group, group=0, layer=None if layer is None else 0)
+    dtype = jax.eval_shape(lambda: function(_cut(padded, 0, tile), group_0(weights))).dtype
 
     def visit(out: Array, group_weights: Any, group: Any, first: Any) -> Array:
         del group

@@ -99,7 +99,9 @@ class MixtureOfExperts(Module):
             group="muon",
             init=normal(c),
         )
-        affinities = jnp.sqrt(jax.nn.softplus(einsum("bsd,ed->bse", y, gate, dtype=jnp.float32)))
+        logits = einsum("bsd,ed->bse", y, gate, dtype=jnp.float32)
+        # The smallest normal number keeps the root's slope and the weights' sum finite where softplus underflows.
+        affinities = jnp.sqrt(jnp.maximum(jax.nn.softplus(logits), jnp.finfo(jnp.float32).tiny))
         if self.role == "hash":
             table = self.declare(
                 "tid2eid",

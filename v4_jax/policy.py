@@ -55,13 +55,13 @@ def einsum(spec: str, *operands: Array, dtype: Any, accumulate: Any = None) -> A
     Args:
       spec: einsum letters from the glossary in `v4_jax`.
       *operands: arrays of any float dtype.
-      dtype: dtype the operands are cast to.
+      dtype: dtype the operands are cast to. Operands that are all bfloat16 stay so under float32: their products are
+        exact in float32, and a weight need not be copied.
       accumulate: dtype of the result; `dtype` when None.
     """
+    accumulate = dtype if accumulate is None else accumulate
+    if jnp.dtype(dtype) == jnp.float32 and all(operand.dtype == jnp.bfloat16 for operand in operands):
+        dtype = jnp.bfloat16
     precision = jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
-    return jnp.einsum(
-        spec,
-        *(operand.astype(dtype) for operand in operands),
-        precision=precision,
-        preferred_element_type=dtype if accumulate is None else accumulate,
-    )
+    cast = (operand.astype(dtype) for operand in operands)
+    return jnp.einsum(spec, *cast, precision=precision, preferred_element_type=accumulate)

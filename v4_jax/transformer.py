@@ -203,7 +203,8 @@ class Transformer(Module):
 
         Args:
           tokens: [B, S] int32 token ids.
-          positions: [B, S] int32 rotary positions; by default counted from each document's first token.
+          positions: [B, S] int32 rotary positions, consecutive within a document; by default counted from its first
+            token.
           segment_ids: [B, S] int32 document of each token, contiguous in a row; 0 is padding. Not with a cache.
           lengths: [B] int32 valid tokens of each row; the rest is padding on the right.
           cache: what earlier chunks left; rows may stand at different lengths.
@@ -214,8 +215,10 @@ class Transformer(Module):
         Raises:
           ValueError: arguments that contradict each other or have the wrong shape.
         """
-        if tokens.ndim != 2:
-            raise ValueError(f"tokens have shape {tuple(tokens.shape)}, expected [batch, sequence]")
+        if tokens.ndim != 2 or not tokens.size:
+            raise ValueError(
+                f"tokens have shape {tuple(tokens.shape)}, expected [batch, sequence] with at least one token"
+            )
         self._check_cache(cache, tokens)
         layout = Layout.of(
             tokens.shape,
@@ -296,7 +299,7 @@ class Transformer(Module):
         if which not in ("all", "last", "none"):
             raise ValueError(f"logits is {which!r}, expected 'all', 'last' or 'none'")
         if which == "last":
-            last = jnp.maximum(layout.counts - 1, 0)
+            last = jnp.max(jnp.where(layout.valid, jnp.arange(layout.size), 0), axis=1)
             streams = jnp.take_along_axis(streams, last[:, None, None, None], axis=1)
         x = rms_norm(collapse(streams), norm, self.config.rms_norm_eps)
         return None if which == "none" else einsum("bsd,vd->bsv", x, self.head_weight, dtype=jnp.float32)

@@ -116,8 +116,19 @@ def test_cache_and_segments_are_refused_together(tiny, tokens):
         tiny(tokens[:, :8], segment_ids=jnp.ones((2, 8), jnp.int32), cache=tiny.cache(2, 16))
 
 
+def test_last_logits_of_a_row_that_begins_with_padding(tiny, tokens):
+    segments = jnp.where(jnp.arange(40) < 6, 0, 1)[None]
+    segments = segments.at[0, 38:].set(0)
+    row = tokens[:1, :40]
+    everything = tiny(row, segment_ids=segments).logits
+    last = tiny.model.apply({"params": tiny.params}, row, segment_ids=segments, logits="last").logits
+    np.testing.assert_allclose(last[0, 0], everything[0, 37], atol=TOLERANCE)
+
+
 def test_wrong_shapes_are_refused(tiny, tokens):
     with pytest.raises(ValueError, match=r"lengths has shape \(3,\), expected \(2,\)"):
         tiny(tokens[:, :8], lengths=jnp.ones((3,), jnp.int32))
+    with pytest.raises(ValueError, match="with at least one token"):
+        tiny(tokens[:, :0])
     with pytest.raises(ValueError, match="the cache has 3 rows, the tokens 2"):
         tiny(tokens[:, :8], cache=tiny.cache(3, 16))
