@@ -59,28 +59,56 @@ class Rules:
         return Rules({**dict(self.table), **changes})
 
 
-# Weights are read once per token in decoding, so they are split as far as their structure allows; a prefill computes
-# with the same placement until it is given its own.
+# What tokens and weights are split over when a model answers. Experts are the bulk of the weights and go everywhere.
+# Entries of the cache are on all devices that share a batch row. Short chunks are on all devices but those of `data`.
 _SERVING = Rules(
     {
-        "layers": None,
-        "vocab": "tensor",
-        "embed": None,
-        "embed_out": None,
-        "q_lora": None,
+        "batch": "data",
+        "sequence": ("seq", "expert"),
+        "entries": ("seq", "expert", "tensor"),
+        "experts": ("data", "seq", "expert", "tensor"),
         "heads": "tensor",
-        "head_dim": None,
+        "index_heads": "tensor",
         "o_groups": "tensor",
         "sinks": "tensor",
-        "index_heads": "tensor",
+        "mlp": "tensor",
+        "vocab": "tensor",
         "compressed": None,
-        "experts": "expert",
-        "mlp": None,
+        "embed": None,
+        "embed_out": None,
+        "expert_embed": None,
+        "expert_hidden": None,
+        "group_input": None,
+        "head_dim": None,
+        "ids": None,
+        "latent": None,
+        "layers": None,
+        "q_lora": None,
         "streams": None,
     }
 )
 
-PRESETS: dict[str, Rules] = {"decode": _SERVING, "prefill": _SERVING}
+# Training splits the batch over `expert` too, and keeps every large dense matrix in shards that are joined for use.
+_DENSE = ("data", "seq", "expert")
+
+PRESETS: dict[str, Rules] = {
+    # One-token steps of many rows, or of a few long ones.
+    "decode": _SERVING,
+    # Prompts: `tensor` keeps splitting the weights while they are used.
+    "prefill": _SERVING,
+    # A sequence over all devices: the same placement of weights and cache, but in long chunks the weights come to the
+    # tokens along `tensor`.
+    "long-context": _SERVING.replace(sequence=("seq", "expert", "tensor")),
+    "train": _SERVING.replace(
+        batch=("data", "expert"),
+        sequence="seq",
+        entries=("seq", "tensor"),
+        embed=_DENSE,
+        latent=_DENSE,
+        group_input=_DENSE,
+        streams=_DENSE,
+    ),
+}
 
 
 def resolve(rules: Rules | str | None) -> Rules:

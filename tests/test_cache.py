@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sharding.split import UNSPLIT
 from tests.equivalence.tiny import make
 from v4_jax import Config, ConfigError, Transformer, init_cache
 from v4_jax.cache import Ring, Rows
+from v4_jax.layout import Layout
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,8 @@ def test_ring_keeps_the_last_tokens_in_order(chunk, form, exact):
         counts = rng.integers(0, chunk + 1, 2)
         tokens = jnp.stack([values[b, start[b] : start[b] + chunk] for b in range(2)])
         ring = Ring(rows, 1, jnp.array(start), jnp.float32)
-        before, rows = ring.advance(tokens, jnp.array(counts), 8)
+        layout = Layout.of(tokens.shape[:2], start=jnp.array(start), lengths=jnp.array(counts))
+        before, rows = ring.advance(tokens, layout, 8, UNSPLIT)
         for b in range(2):
             expected = np.zeros((8, 4), np.float32)
             kept = values[b, max(0, start[b] - 8) : start[b]]

@@ -58,7 +58,7 @@ def by_hand(params, y, tokens, role):
 @pytest.mark.parametrize("role", ["hash", "routed"])
 def test_by_hand(role):
     layer, params, y, tokens, valid = build(role)
-    out, chosen, _ = layer.apply({"params": params}, y, tokens, valid)
+    out, chosen, *_ = layer.apply({"params": params}, y, tokens, valid)
     expected, used = by_hand(params, y, tokens, role)
     np.testing.assert_array_equal(chosen, used)
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-3)
@@ -87,7 +87,7 @@ def test_routed_and_shared_experts_are_clamped_each(which):
 def test_the_bias_chooses_but_does_not_weigh():
     layer, params, y, tokens, valid = build("routed")
     biased = params | {"bias": jnp.where(jnp.arange(6) == 4, 100.0, params["bias"])}
-    out, chosen, _ = layer.apply({"params": biased}, y, tokens, valid)
+    out, chosen, *_ = layer.apply({"params": biased}, y, tokens, valid)
     assert (chosen[..., 0] == 4).all()
     shifted = params | {"bias": biased["bias"] + jnp.where(jnp.arange(6) == 4, 900.0, 0.0)}
     np.testing.assert_array_equal(layer.apply({"params": shifted}, y, tokens, valid)[0], out)
@@ -95,9 +95,9 @@ def test_the_bias_chooses_but_does_not_weigh():
 
 def test_replayed_choice():
     layer, params, y, tokens, valid = build("routed")
-    out, chosen, _ = layer.apply({"params": params}, y, tokens, valid)
+    out, chosen, *_ = layer.apply({"params": params}, y, tokens, valid)
     other = (chosen + 1) % 6
-    replayed, used, _ = layer.apply({"params": params}, y, tokens, valid, None, other)
+    replayed, used, *_ = layer.apply({"params": params}, y, tokens, valid, None, other)
     np.testing.assert_array_equal(used, other)
     assert jnp.abs(replayed - out).max() > 1e-2
     np.testing.assert_array_equal(layer.apply({"params": params}, y, tokens, valid, None, chosen)[0], out)
@@ -108,8 +108,8 @@ def test_router_is_float32_under_bfloat16():
     low, params, y, tokens, valid = build("routed", "bfloat16")
     high, *_ = build("routed")
     y = y.astype(jnp.bfloat16)
-    _, chosen_low, affinities_low = low.apply({"params": params}, y, tokens, valid)
-    _, chosen_high, affinities_high = high.apply({"params": params}, y.astype(jnp.float32), tokens, valid)
+    _, chosen_low, affinities_low, _ = low.apply({"params": params}, y, tokens, valid)
+    _, chosen_high, affinities_high, _ = high.apply({"params": params}, y.astype(jnp.float32), tokens, valid)
     np.testing.assert_array_equal(chosen_low, chosen_high)
     np.testing.assert_array_equal(affinities_low, affinities_high)
 

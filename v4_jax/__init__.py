@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from v4_jax.checkpoint import CheckpointError, load
     from v4_jax.config import Config, ConfigError
     from v4_jax.number_formats import BlockScaled
+    from v4_jax.outputs import Output, Routing
     from v4_jax.parameters import declarations, init
     from v4_jax.policy import Policy
-    from v4_jax.transformer import Output, Routing, Transformer
+    from v4_jax.transformer import Transformer
 
 __all__ = [
     "BlockScaled",
@@ -47,9 +48,9 @@ _HOME = {
     "CheckpointError": "checkpoint",
     "Config": "config",
     "ConfigError": "config",
-    "Output": "transformer",
+    "Output": "outputs",
     "Policy": "policy",
-    "Routing": "transformer",
+    "Routing": "outputs",
     "Transformer": "transformer",
     "declarations": "parameters",
     "init": "parameters",

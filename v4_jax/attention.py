@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from v4_jax.cache import Cache, Entries, Ring, Rows
+from sharding import collectives
+from sharding.collectives import Axes, all_gather, pmax, psum, reduce_scatter
+from v4_jax.cache import Cache, Entries, Ring, Rows, halo
 from v4_jax.compressor import Compressor
 from v4_jax.config import Config, Layer
 from v4_jax.layout import Blocks, Layout
@@ -30,6 +32,9 @@ from v4_jax.rotary import inverse_frequencies, rotate
 QUERY_BLOCK = 128  # queries of a row that are attended together,
 BATCH_BLOCK = 512  # and of all rows, which bounds the memory of a large batch
 ENTRY_BLOCK = 128  # entries that HCA attends at once
+FEW_QUERIES = (
+    16  # this many tokens of a row visit the devices that hold its entries; for more, the entries come to them
+)
 
 Choose = Callable[[dict[str, Array]], Array]
 
@@ -87,9 +92,58 @@ def finish(partial: Partial, sink: Array) -> Array:
     return partial.weighted * (rescale / total)[..., None]
 
 
+def combine(partial: Partial, axes: Axes, heads: Axes) -> Partial:
+    """Joins the softmaxes of all devices along `axes`, which each saw other keys.
+
+    Args:
+      partial: this device's, for all heads that any device along `heads` works on.
+      axes: mesh axes over which the keys are spread.
+      heads: those of them along which the heads' work is shared: a device gets its own heads back.
+    """
+    maximum = pmax(partial.maximum, axes)
+    rescale = jnp.exp(partial.maximum - maximum)
+    rest = tuple(axis for axis in axes if axis not in heads)
+
+    def total(x: Array) -> Array:
+        return psum(reduce_scatter(x, heads, 2), rest)
+
+    if heads:
+        own = partial.maximum.shape[2] // collectives.size(heads)
+        mine = collectives.index(heads) * own
+        maximum = jax.lax.dynamic_slice_in_dim(maximum, mine, own, axis=2)
+    return Partial(maximum, total(partial.total * rescale), total(partial.weighted * rescale[..., None]))
+
+
+def attend_picked(queries: Array, entries: Entries, picked: Array) -> Partial:
+    """Attention of each query over its own entries `picked` [B, Q, K] (-1 for none), as far as they lie here."""
+    slots = entries.slots(picked)
+    devices, count = collectives.size(entries.axes), slots.shape[-1]
+    if devices == 1:
+        return attend(queries, entries.gather(slots), slots >= 0)
+    # A device holds about one in `devices` of the picks: those first, in blocks, and no work for blocks without any.
+    width = min(count, -(-2 * count // devices))
+    slots = -jnp.sort(-slots, axis=-1)
+    slots = jnp.pad(slots, [(0, 0), (0, 0), (0, -count % width)], constant_values=-1)
+    blocks = jnp.moveaxis(slots.reshape(*slots.shape[:2], -1, width), 2, 0)
+
+    def step(partial: Partial, slots: Array) -> tuple[Partial, None]:
+        def join(partial: Partial) -> Partial:
+            return merge(partial, attend(queries, entries.gather(slots), slots >= 0))
+
+        return jax.lax.cond(jnp.any(slots >= 0), join, lambda partial: partial, partial), None
+
+    return jax.lax.scan(step, _nothing(queries), blocks)[0]
+
+
+def _nothing(queries: Array) -> Partial:
+    """Attention over no keys."""
+    shape = queries.shape[:3]
+    return Partial(jnp.full(shape, _MASKED), jnp.zeros(shape), jnp.zeros(queries.shape))
+
+
 def attend_range(queries: Array, entries: Entries, low: Array, high: Array) -> Partial:
-    """Attention over every entry in [low, high) [B, Q], by blocks of entries; blocks nobody sees are skipped."""
-    size = min(ENTRY_BLOCK, entries.count)
+    """Attention over the entries in [low, high) [B, Q] that lie here, by blocks; blocks nobody sees are skipped."""
+    size, low, high = min(ENTRY_BLOCK, entries.count), entries.below(low), entries.below(high)
 
     def block(wanted: Array) -> Partial:
         first = jnp.minimum(wanted, entries.count - size)  # the last block may reach back over the one before
@@ -104,9 +158,7 @@ def attend_range(queries: Array, entries: Entries, low: Array, high: Array) -> P
         seen = jnp.any((high > wanted) & (low < wanted + size))
         return jax.lax.cond(seen, lambda p, w: merge(p, block(w)), lambda p, w: p, partial, wanted), None
 
-    shape = queries.shape[:3]
-    empty = Partial(jnp.full(shape, _MASKED), jnp.zeros(shape), jnp.zeros(queries.shape))
-    return jax.lax.scan(step, empty, jnp.arange(0, entries.count, size, dtype=jnp.int32))[0]
+    return jax.lax.scan(step, _nothing(queries), jnp.arange(0, entries.count, size, dtype=jnp.int32))[0]
 
 
 class Attention(Module):
@@ -134,13 +186,13 @@ class Attention(Module):
           Output [B, S, D], the cache after the chunk, and the entries picked [B, S, K] (CSA) or None.
         """
         c, dtype = self.config, self.policy.compute_dtype
-        heads, size = c.num_attention_heads, c.head_dim
+        split, heads, size = self.split, c.num_attention_heads, c.head_dim
         frequencies = inverse_frequencies(c, self.roles)
         wq_a = self.linear("wq_a", (c.q_lora_rank, c.hidden_size), ("q_lora", "embed"), config=c)
-        wq_b = self.linear("wq_b", (heads * size, c.q_lora_rank), ("heads", "q_lora"), config=c)
+        wq_b = self.linear("wq_b", (heads * size, c.q_lora_rank), ("heads", "latent"), config=c)
         wkv = self.linear("wkv", (size, c.hidden_size), ("head_dim", "embed"), config=c)
         wo_a = self.linear(
-            "wo_a", (c.o_groups * c.o_lora_rank, heads * size // c.o_groups), ("o_groups", None), config=c
+            "wo_a", (c.o_groups * c.o_lora_rank, heads * size // c.o_groups), ("o_groups", "group_input"), config=c
         )
         wo_b = self.linear("wo_b", (c.hidden_size, c.o_groups * c.o_lora_rank), ("embed", "o_groups"), config=c)
         q_norm = self.norm("q_norm", c.q_lora_rank)
@@ -163,11 +215,11 @@ class Attention(Module):
 
         past = c.sliding_window - 1
         if cache is None:
-            tail = jnp.zeros((y.shape[0], past, size), dtype)
+            tail = halo(keys, jnp.zeros((y.shape[0], past, size), dtype), split)
         else:
             window = Ring(cache.rows["window"], layer, layout.cached, dtype)
             keys = window.rows.stored(keys)
-            before, rows = window.advance(keys, layout.counts, past)
+            before, rows = window.advance(keys, layout, past, split)
             tail, cache = before(), cache.store("window", rows)
 
         # Expanded once for all query blocks; only this layer's matrices exist in the compute dtype at a time. Plain
@@ -175,13 +227,16 @@ class Attention(Module):
         wq_b, wo_a, wo_b = (
             dequantise(weight, dtype) if isinstance(weight, BlockScaled) else weight for weight in (wq_b, wo_a, wo_b)
         )
-        wo_a = wo_a.reshape(c.o_groups, c.o_lora_rank, -1)
+        wo_a = wo_a.reshape(split.share("o_groups", c.o_groups), c.o_lora_rank, -1)
         entries, cache, choose, choice_inputs = self._compress(y, layout, cache, slot, frequencies)
         ratio = self.roles.ratio
         low, high = layout.visible(ratio) if ratio else (layout.first, layout.first)
+        shared = split.shared("heads")
+        spread = () if entries is None else entries.axes
+        visiting = tuple(axis for axis in shared if axis in spread)  # all heads visit what such an axis spreads
 
         def block(tail: Array, x: dict[str, Array]) -> tuple[Array, tuple[Array, Array | None]]:
-            queries = linear(x["latent"], wq_b, dtype).reshape(*x["latent"].shape[:2], heads, size)
+            queries = linear(x["latent"], wq_b, dtype).reshape(*x["latent"].shape[:2], -1, size)
             queries = rms_norm(queries, None, c.rms_norm_eps)
             queries = rotate(queries, x["positions"], frequencies)
             seen = jnp.concatenate([tail, x["keys"]], axis=1)
@@ -192,11 +247,13 @@ class Attention(Module):
             picked = None
             if choose is not None and entries is not None:
                 picked = choose(x) if picks is None else x["picks"]
-                partial = merge(partial, attend(queries, entries.gather(picked), picked >= 0))
+                distant = attend_picked(all_gather(queries, visiting, 2), entries, picked)
+                partial = merge(partial, combine(distant, spread, visiting))
             elif entries is not None:
-                partial = merge(partial, attend_range(queries, entries, x["low"], x["high"]))
+                distant = attend_range(all_gather(queries, visiting, 2), entries, x["low"], x["high"])
+                partial = merge(partial, combine(distant, spread, visiting))
             output = rotate(finish(partial, sink).astype(dtype), x["positions"], frequencies, inverse=True)
-            output = output.reshape(*output.shape[:2], c.o_groups, -1)
+            output = output.reshape(*output.shape[:2], wo_a.shape[0], -1)
             output = einsum("bqgi,goi->bqgo", output, wo_a, dtype=dtype)
             output = linear(output.reshape(*output.shape[:2], -1), wo_b, dtype)
             return seen[:, -past:], (output, picked)
@@ -213,7 +270,7 @@ class Attention(Module):
         if picks is not None:
             inputs["picks"] = picks
         output, picked = by_query_blocks(block, tail, inputs)
-        return output, cache, picked
+        return psum(output, split.shared("o_groups")), cache, picked
 
     def _compress(
         self, y: Array, layout: Layout, cache: Cache | None, slot: Any, frequencies: Any
@@ -224,7 +281,7 @@ class Attention(Module):
           The entries its queries may see, the cache after the chunk, how a query block picks entries (CSA), and the
           [B, S, ...] inputs which that takes.
         """
-        role, ratio, c, dtype = self.roles.attention, self.roles.ratio, self.config, self.policy.compute_dtype
+        role, ratio, c = self.roles.attention, self.roles.ratio, self.config
         if role == "sliding":
             return None, cache, None, {}
         make = Compressor(
@@ -234,29 +291,58 @@ class Attention(Module):
             ratio=ratio,
             width=c.head_dim,
             frequencies=frequencies,
+            split=self.split,
             name="compressor",
         )
-        state = _state(cache, role, slot, layout)
-        fresh, blocks, after = make(y, layout, state)
-        entries, cache = _store(fresh, blocks, after, cache, role, slot, dtype)
+        fresh, blocks, after = make(y, layout, _state(cache, role, slot, layout))
+        entries, cache = self._store(fresh, blocks, after, layout, cache, role, slot)
         if role == "hca":
             return entries, cache, None, {}
 
         indexer = LightningIndexer(
-            config=c, policy=self.policy, prefix=self.prefix + "indexer.", frequencies=frequencies, name="indexer"
+            config=c,
+            policy=self.policy,
+            prefix=self.prefix + "indexer.",
+            frequencies=frequencies,
+            split=self.split,
+            name="indexer",
         )
-        state = _state(cache, "index", slot, layout)
-        keys, blocks, after, weights, wq_b = indexer(y, layout, state)
-        index, cache = _store(keys, blocks, after, cache, "index", slot, dtype)
+        keys, blocks, after, weights, wq_b = indexer(y, layout, _state(cache, "index", slot, layout))
+        index, cache = self._store(keys, blocks, after, layout, cache, "index", slot)
 
         if index is None:
             return None, cache, None, {}
 
         def choose(x: dict[str, Array]) -> Array:
-            queries = index_queries(x["latent"], wq_b, x["positions"], frequencies, c, self.policy)
+            queries = index_queries(x["latent"], wq_b, x["positions"], frequencies, c, self.policy, self.split)
             return select(queries, x["weights"], index, x["low"], x["high"], c.index_topk)
 
         return entries, cache, choose, {"weights": weights}
+
+    def _store(
+        self,
+        fresh: Array,
+        blocks: Blocks,
+        state: Rows | None,
+        layout: Layout,
+        cache: Cache | None,
+        role: str,
+        slot: Any,
+    ) -> tuple[Entries | None, Cache | None]:
+        """Adds a chunk's entries to the cache and returns all that its queries may see; None when there are none."""
+        split, numbers = self.split, blocks.slots
+        if split.sequence:
+            fresh, numbers = (all_gather(x, split.sequence, 1) for x in (fresh, numbers))
+        if cache is None or state is None:
+            if layout.packed and split.sequence:  # a device's blocks end where its documents let them
+                fresh = _in_order(fresh, numbers)
+            return (Entries.local(fresh) if fresh.shape[1] else None), None
+        entries = Entries(cache.rows[role], slot, self.policy.compute_dtype, split.axes("entries"))
+        entries = entries.write(numbers, fresh)
+        cache = cache.store(role, entries.rows).store(role + " state", state)
+        if split.sequence or layout.size > FEW_QUERIES:
+            entries = entries.together(jnp.max(layout.visible(self.roles.ratio)[1]), split.everywhere)
+        return entries, cache
 
 
 def _state(cache: Cache | None, role: str, slot: Any, layout: Layout) -> Ring | None:
@@ -264,14 +350,9 @@ def _state(cache: Cache | None, role: str, slot: Any, layout: Layout) -> Ring | 
     return None if cache is None else Ring(cache.rows[role + " state"], slot, layout.cached, jnp.float32)
 
 
-def _store(
-    fresh: Array, blocks: Blocks, state: Rows | None, cache: Cache | None, role: str, slot: Any, dtype: Any
-) -> tuple[Entries | None, Cache | None]:
-    """Adds a chunk's entries to the cache and returns all that its queries may see; None when there are none."""
-    if cache is None or state is None:
-        return (Entries.local(fresh) if fresh.shape[1] else None), None
-    entries = Entries(cache.rows[role], slot, dtype).write(blocks.slots, fresh)
-    return entries, cache.store(role, entries.rows).store(role + " state", state)
+def _in_order(entries: Array, numbers: Array) -> Array:
+    """Entries [B, E, C] by rising number [B, E]."""
+    return jnp.take_along_axis(entries, jnp.argsort(numbers, axis=1)[..., None], axis=1)
 
 
 def by_query_blocks(block: Any, carry: Any, inputs: dict[str, Array]) -> tuple[Array, Array | None]:

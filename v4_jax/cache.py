@@ -8,6 +8,7 @@ layers carries them and updates them in place. Every row has its own length.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -15,8 +16,14 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sharding import collectives
+from sharding.axes import Rules, resolve, sharding
+from sharding.collectives import Axes, from_left, rows_at
+from sharding.split import Split
 from v4_jax.config import RATIO_OF_ROLE, Config
+from v4_jax.layout import Layout
 from v4_jax.number_formats import E2M1, E4M3, E8M0, INDEX_BLOCK, KV_BLOCK, bytes_of, decode_rows, encode_rows
 
 CacheDtype = Literal["float32", "bfloat16", "released"]
@@ -124,25 +131,26 @@ class Ring(struct.PyTreeNode):
     start: Array
     dtype: Any = struct.field(pytree_node=False)
 
-    def advance(self, tokens: Array, counts: Array, past: int) -> tuple[Callable[[], Array], Rows]:
+    def advance(self, tokens: Array, layout: Layout, past: int, split: Split) -> tuple[Callable[[], Array], Rows]:
         """Stores a chunk, and offers what came before it.
 
         Args:
-          tokens: [B, S, C] rows of the chunk.
-          counts: [B] int32 how many of them are valid.
+          tokens: [B, S, C] rows of the chunk, or of this device's shard of it.
+          layout: which of them are valid.
           past: how many earlier tokens to read.
+          split: how the sequence is split.
 
         Returns:
-          A function that reads the `past` tokens before the chunk [B, past, C], oldest first, zeros before a row's
-          first token; and the role's rows with the chunk stored.
+          A function that reads the `past` tokens before the chunk (on a split sequence, before this device's shard)
+          [B, past, C], oldest first, zeros before a row's first token; and the role's rows with the chunk stored.
         """
         if tokens.shape[1] + past <= self.rows.shape[2]:
             # Nothing that is read gets overwritten: storing first lets the compiler update the stack in place, where
             # reading first would make it copy all layers' rows in every layer.
-            stored = self.replace(rows=self._append(tokens, counts))
+            stored = self.replace(rows=self._append(tokens, layout, ()))
             return lambda: stored._history(past), stored.rows
-        before = self._history(past)
-        return lambda: before, self._append(tokens, counts)
+        before = halo(tokens, self._history(past), split)
+        return lambda: before, self._append(tokens, layout, split.sequence)
 
     def _history(self, count: int) -> Array:
         positions = self.start[:, None] - count + jnp.arange(count)
@@ -151,29 +159,39 @@ class Ring(struct.PyTreeNode):
         # A slot may still hold an earlier row's token: it must not matter, not even if it is NaN.
         return jnp.where(positions[..., None] >= 0, rows, 0)
 
-    def _append(self, tokens: Array, counts: Array) -> Rows:
-        size, chunk = self.rows.shape[2], tokens.shape[1]
-        if chunk <= size:
+    def _append(self, tokens: Array, layout: Layout, axes: Axes) -> Rows:
+        size, chunk, total = self.rows.shape[2], tokens.shape[1], layout.total[:, None]
+        if chunk <= size and not axes:
             index = jnp.broadcast_to(jnp.arange(chunk), tokens.shape[:2])
         else:  # only the last ones survive, and no two may meet in one slot
-            index = counts[:, None] - size + jnp.arange(size)
-            tokens = jnp.take_along_axis(tokens, jnp.maximum(index, 0)[..., None], axis=1)
-        slots = jnp.where((index >= 0) & (index < counts[:, None]), (self.start[:, None] + index) % size, size)
+            index = total - size + jnp.arange(size, dtype=jnp.int32)
+            tokens = rows_at(tokens, index, axes)
+        slots = jnp.where((index >= 0) & (index < total), (self.start[:, None] + index) % size, size)
         return self.rows.write(self.layer, _batch(self.start, 1), slots, tokens)
+
+
+def halo(tokens: Array, first: Array, split: Split) -> Array:
+    """The tokens [B, n, C] before this device's shard [B, S, C]: its left neighbour's last, or `first` [B, n, C]."""
+    return from_left(tokens[:, tokens.shape[1] - first.shape[1] :], first, split.sequence)
 
 
 class Entries(struct.PyTreeNode):
     """One layer's compressed entries, in order.
 
+    Spread over devices they lie round robin, number n on device n mod devices, so that every device holds the same
+    share at any length. Numbers are a row's own count of its entries; slots are places on this device.
+
     Attributes:
       rows: the role's rows, all layers.
       layer: which of them this is.
       dtype: dtype that is read.
+      axes: mesh axes over which the entries are spread.
     """
 
     rows: Rows
     layer: Any
     dtype: Any = struct.field(pytree_node=False)
+    axes: Axes = struct.field(pytree_node=False, default=())
 
     @classmethod
     def local(cls, entries: Array) -> Entries:
@@ -182,19 +200,67 @@ class Entries(struct.PyTreeNode):
 
     @property
     def count(self) -> int:
-        """Entries a row can hold."""
+        """Entries of a row that this device can hold."""
         return self.rows.shape[2]
 
-    def write(self, slots: Array, entries: Array) -> Entries:
-        """Stores `entries` [B, E, C] at `slots` [B, E], dropping those out of range."""
+    def slots(self, numbers: Array) -> Array:
+        """Slots of entries on this device; -1 for those that lie elsewhere, and for -1."""
+        devices = collectives.size(self.axes)
+        return jnp.where((numbers >= 0) & (numbers % devices == collectives.index(self.axes)), numbers // devices, -1)
+
+    def numbers(self, slots: Array) -> Array:
+        """Numbers of the entries at this device's slots; -1 for -1."""
+        return jnp.where(slots >= 0, slots * collectives.size(self.axes) + collectives.index(self.axes), -1)
+
+    def below(self, number: Array) -> Array:
+        """How many of the entries before `number` lie on this device."""
+        devices = collectives.size(self.axes)
+        return (number + devices - 1 - collectives.index(self.axes)) // devices
+
+    def write(self, numbers: Array, entries: Array) -> Entries:
+        """Stores `entries` [B, E, C] as `numbers` [B, E], dropping those out of range or of other devices."""
+        slots = self.slots(numbers)
+        slots = jnp.where(slots < 0, self.count, slots)
         return self.replace(rows=self.rows.write(self.layer, _batch(slots, 1), slots, entries))
 
-    def gather(self, index: Array) -> Array:
-        """Entries `index` [B, Q, K] (-1 reads an arbitrary row): [B, Q, K, C]."""
-        return self.rows.read(self.layer, _batch(index, 2), jnp.maximum(index, 0), self.dtype)
+    def gather(self, slots: Array) -> Array:
+        """Entries at `slots` [B, Q, K] (-1 reads an arbitrary row): [B, Q, K, C]."""
+        return self.rows.read(self.layer, _batch(slots, 2), jnp.maximum(slots, 0), self.dtype)
+
+    def together(self, limit: Array, everywhere: Axes) -> Entries:
+        """The layer's entries of all devices on each, in stored form; numbers are then slots.
+
+        Args:
+          limit: int32 entries that any row of this device needs.
+          everywhere: mesh axes whose devices must agree on how much to send.
+
+        Only as much travels as the fullest row of all devices needs, rounded up to a sixteenth, a quarter or all of
+        the room.
+        """
+        if not self.axes:
+            return self
+        devices = collectives.size(self.axes)
+        sizes = sorted({-(-self.count // 16), -(-self.count // 4), self.count})
+
+        def gathered(slots: int) -> Callable[[tuple[Array, ...]], tuple[Array, ...]]:
+            def gather(array: Array) -> Array:
+                cut = jax.lax.dynamic_slice(
+                    array, (self.layer, *(0,) * (array.ndim - 1)), (1, array.shape[1], slots, *array.shape[3:])
+                )
+                rows = jax.lax.all_gather(cut, self.axes, axis=3)  # numbers rise along devices, then along slots
+                rows = rows.reshape(*cut.shape[:2], slots * devices, *cut.shape[3:])
+                room = [(0, 0)] * 2 + [(0, (self.count - slots) * devices)] + [(0, 0)] * (array.ndim - 3)
+                return jnp.pad(rows, room)
+
+            return lambda arrays: tuple(gather(array) for array in arrays)
+
+        limit = collectives.pmax(limit, everywhere)
+        enough = sum((limit > slots * devices).astype(jnp.int32) for slots in sizes[:-1])
+        arrays = jax.lax.switch(enough, [gathered(slots) for slots in sizes], self.rows.arrays)
+        return Entries(self.rows.replace(arrays=arrays), 0, self.dtype)
 
     def block(self, first: Any, size: int) -> Array:
-        """Entries [first, first + size) of every row: [B, size, C]. `first + size` must not exceed `count`."""
+        """Slots [first, first + size) of every row: [B, size, C]. `first + size` must not exceed `count`."""
 
         def cut(array: Array) -> Array:
             starts = (self.layer, 0, first, *(0,) * (array.ndim - 3))
@@ -242,7 +308,32 @@ class Cache(struct.PyTreeNode):
         return sizes
 
 
-def init_cache(config: Config, batch: int, max_length: int, *, dtype: CacheDtype = "bfloat16") -> Cache:
+def cache_specs(cache: Any, rules: Rules, mesh: Mesh) -> Any:
+    """Where a cache's arrays lie: a tree of `PartitionSpec` like `cache`.
+
+    Windows and open blocks are on every device of a batch row; entries and index keys are spread over "entries".
+    """
+
+    def place(name: str) -> tuple[str, ...] | None:
+        return tuple(axis for axis in rules[name] if axis in mesh.shape) or None
+
+    def spec(role: str) -> PartitionSpec:
+        return PartitionSpec(None, place("batch"), place("entries") if role in ("csa", "hca", "index") else None)
+
+    rows = {role: jax.tree.map(lambda _, role=role: spec(role), rows) for role, rows in cache.rows.items()}
+    lengths = PartitionSpec(place("batch"))
+    return cache.replace(lengths=lengths, mtp_lengths=lengths, rows=rows)
+
+
+def init_cache(
+    config: Config,
+    batch: int,
+    max_length: int,
+    *,
+    dtype: CacheDtype = "bfloat16",
+    mesh: Mesh | None = None,
+    rules: Rules | str | None = None,
+) -> Cache:
     """An empty cache for `batch` rows of up to `max_length` tokens each.
 
     Args:
@@ -251,8 +342,11 @@ def init_cache(config: Config, batch: int, max_length: int, *, dtype: CacheDtype
       max_length: tokens (prompt and continuation) that a row may reach.
       dtype: "released" keeps keys/values in E4M3 with bfloat16 rotary channels and index keys in E2M1, which needs a
         policy that fake-quantises; "bfloat16" or "float32" keep them plain.
+      mesh: devices to place it on; None is the default device.
+      rules: which mesh axes split which logical axes ("batch", "entries"), a `sharding.axes.Rules` or a preset's name.
 
     Raises:
+      ShardingError: rows that do not split evenly over the mesh.
       ValueError: an unknown dtype, a length out of range, or head sizes that the released formats cannot hold.
     """
     if dtype not in ("float32", "bfloat16", "released"):
@@ -268,6 +362,22 @@ def init_cache(config: Config, batch: int, max_length: int, *, dtype: CacheDtype
             f"found {config.nope_head_dim} and {config.index_head_dim}: use dtype='bfloat16'"
         )
 
+    table = resolve(rules)
+    spread = 1 if mesh is None else math.prod(mesh.shape.get(axis, 1) for axis in table["entries"])
+    if mesh is not None:
+        sharding(mesh, ("batch",), (batch,), table, name="the cache")
+
+    def build() -> Cache:
+        return _empty(config, batch, max_length, dtype, spread)
+
+    if mesh is None:
+        return build()
+    specs = cache_specs(jax.eval_shape(build), table, mesh)
+    return jax.jit(build, out_shardings=jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))()
+
+
+def _empty(config: Config, batch: int, max_length: int, dtype: CacheDtype, spread: int) -> Cache:
+    """An empty cache; entries are padded to a multiple of the devices that they are spread over."""
     released = dtype == "released"
     plain = {"kind": "plain", "dtype": jnp.dtype("bfloat16" if released else dtype)}
     key_form = {"kind": "kv", "rotary": config.qk_rope_head_dim} if released else plain
@@ -288,7 +398,7 @@ def init_cache(config: Config, batch: int, max_length: int, *, dtype: CacheDtype
     for role in ("csa", "hca"):
         if layers := attention.count(role):
             ratio = RATIO_OF_ROLE[role]
-            count = max(1, max_length // ratio)
+            count = -(-max(1, max_length // ratio) // spread) * spread
             rows[role] = keys(layers, count)
             rows[role + " state"] = state(layers, ratio, config.head_dim)
             if role == "csa":

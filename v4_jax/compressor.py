@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from v4_jax.cache import Ring, Rows, span
+from v4_jax.cache import Ring, Rows, halo, span
 from v4_jax.config import Config
 from v4_jax.layout import Blocks, Layout
 from v4_jax.norm import rms_norm
@@ -75,9 +75,12 @@ class Compressor(Module):
         gates = einsum("bsd,cd->bsc", y, wgate, dtype=jnp.float32) + ape[layout.phase % ratio]
         projections = jnp.concatenate([values, gates], axis=-1)
 
-        blocks, before, after = layout.blocks(ratio), None, None
+        blocks, before, after, past = layout.blocks(ratio), None, None, span(ratio) - 1
         if state is not None:
-            before, after = state.advance(projections, layout.counts, span(ratio) - 1)
+            before, after = state.advance(projections, layout, past, self.split)
+        elif self.split.sequence:
+            first = jnp.zeros((y.shape[0], past, projections.shape[-1]), projections.dtype)
+            before = lambda: halo(projections, first, self.split)  # noqa: E731
 
         def compress() -> Array:
             own, previous = _gather(projections, before() if before else None, blocks, ratio)
@@ -102,6 +105,8 @@ def _gather(projections: Array, history: Array | None, blocks: Blocks, ratio: in
     count = blocks.first_token.shape[1]
     if not blocks.aligned:
         index = blocks.first_token[..., None] + jnp.arange(ratio)
+        if history is not None:
+            projections, index = jnp.concatenate([history, projections], axis=1), index + history.shape[1]
         rows = jnp.arange(batch)[:, None, None]
         return projections[rows, index], projections[rows, jnp.maximum(index - ratio, 0)]
     # Aligned rows are contiguous: one slice each, from the block before the first.

@@ -3,7 +3,8 @@
 Every batch row keeps its own length and position, and packed documents start anywhere; all of that is resolved here
 into plain index arrays, so that layers need not know whether a row is cached, ragged or packed.
 
-Chunk index: tokens of this call are numbered 0..S-1 in their row; what the cache already holds has negative indices.
+Chunk index: tokens of this call are numbered 0..S-1 in their row; what came before has negative indices. On a mesh that
+splits the sequence, a device sees its own shard as the chunk, and what the devices before it hold has negative indices.
 """
 
 from __future__ import annotations
@@ -39,10 +40,13 @@ class Layout(struct.PyTreeNode):
 
     Attributes:
       positions: [B, S] int32, rotary positions.
-      first: [B, S] int32, chunk index of the first token of each token's document; negative where it is cached.
+      first: [B, S] int32, chunk index of the first token of each token's document; negative where it came before.
       valid: [B, S] bool, False for padding.
-      start: [B] int32 tokens already cached in each row; None without a cache.
+      start: [B] int32 tokens of each row that came before the chunk; None when there are none (the chunk begins the
+        row), and in packed rows.
       packed: whether rows may hold several documents.
+      whole: the chunk that this one is a device's shard of; None when the sequence is not split.
+      offset: int32 index of its first token in `whole`.
     """
 
     positions: Array
@@ -50,6 +54,8 @@ class Layout(struct.PyTreeNode):
     valid: Array
     start: Array | None
     packed: bool = struct.field(pytree_node=False)
+    whole: Layout | None = None
+    offset: Array | int = 0
 
     @classmethod
     def of(
@@ -98,6 +104,18 @@ class Layout(struct.PyTreeNode):
             positions = index - first
         return cls(positions, first, valid, start, segment_ids is not None)
 
+    def shard(self, offset: Array, size: int) -> Layout:
+        """The tokens [offset, offset + size) as a device sees them that holds only these."""
+
+        def cut(x: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(x, offset, size, axis=1)
+
+        start = None
+        if not self.packed:
+            start = (0 if self.start is None else self.start) + jnp.full(self.valid.shape[:1], offset, jnp.int32)
+        first = cut(self.first) - offset
+        return Layout(cut(self.positions), first, cut(self.valid), start, self.packed, whole=self, offset=offset)
+
     @property
     def size(self) -> int:
         """Tokens of the chunk, padding included."""
@@ -105,10 +123,11 @@ class Layout(struct.PyTreeNode):
 
     @property
     def cached(self) -> Array:
-        """[B] tokens already cached in each row."""
-        if self.start is None:
+        """[B] tokens of each row in the cache when the call began."""
+        start = (self.whole or self).start
+        if start is None:
             raise ValueError("this layout describes rows without a cache")
-        return self.start
+        return start
 
     @property
     def phase(self) -> Array:
@@ -120,6 +139,28 @@ class Layout(struct.PyTreeNode):
         """[B] valid tokens of each row in this chunk."""
         return jnp.sum(self.valid, axis=1, dtype=jnp.int32)
 
+    @property
+    def total(self) -> Array:
+        """[B] valid tokens of each row in the chunk of all devices."""
+        return (self.whole or self).counts
+
+    @property
+    def last(self) -> Array:
+        """[B] index of each row's last valid token in the chunk of all devices."""
+        valid = (self.whole or self).valid
+        return jnp.max(jnp.where(valid, jnp.arange(valid.shape[1], dtype=jnp.int32), 0), axis=1)
+
+    def _closes(self, ratio: int) -> Array:
+        """[B, S] tokens that end a compression block of their document."""
+        return self.valid & (self.phase % ratio == ratio - 1)
+
+    def _closed_before(self, ratio: int) -> Array:
+        """[B, 1] blocks that end on earlier devices."""
+        if self.whole is None:
+            return jnp.zeros((self.valid.shape[0], 1), jnp.int32)
+        closes = self.whole._closes(ratio)
+        return jnp.sum(closes & (jnp.arange(closes.shape[1]) < self.offset), axis=1, keepdims=True, dtype=jnp.int32)
+
     def blocks(self, ratio: int) -> Blocks:
         """The compression blocks that end in this chunk (technical report, section 2.3)."""
         batch = self.positions.shape[0]
@@ -127,7 +168,7 @@ class Layout(struct.PyTreeNode):
         if self.packed:
             # At most floor(S / ratio) blocks, anywhere: list the tokens that close one.
             count = self.size // ratio
-            closes = self.valid & (self.phase % ratio == ratio - 1)
+            closes = self._closes(ratio)
             order = jnp.cumsum(closes, axis=1) - 1
             rows = jnp.arange(batch)[:, None]
             index = jnp.broadcast_to(jnp.arange(self.size, dtype=jnp.int32), closes.shape)
@@ -137,8 +178,8 @@ class Layout(struct.PyTreeNode):
             last = jnp.where(complete, last, ratio - 1)
             first_token = last - (ratio - 1)
             has_previous = complete & (jnp.take_along_axis(self.phase, last, axis=1) >= 2 * ratio - 1)
-            positions = jnp.take_along_axis(self.positions, first_token, axis=1)
-            slots = jnp.where(complete, jnp.arange(count), limit)
+            positions = jnp.take_along_axis(self.positions, last, axis=1) - (ratio - 1)
+            slots = jnp.where(complete, self._closed_before(ratio) + jnp.arange(count, dtype=jnp.int32), limit)
             return Blocks(first_token, complete, has_previous, positions, slots, aligned=False)
         # One document per row: blocks follow each other from the one that is open when the chunk begins.
         count = self.size // ratio if self.start is None else -(-self.size // ratio)
@@ -154,6 +195,5 @@ class Layout(struct.PyTreeNode):
         done = (self.phase + 1) // ratio
         if not self.packed:
             return jnp.zeros_like(done), done
-        closes = self.valid & (self.phase % ratio == ratio - 1)
-        high = jnp.cumsum(closes, axis=1, dtype=jnp.int32)
+        high = self._closed_before(ratio) + jnp.cumsum(self._closes(ratio), axis=1, dtype=jnp.int32)
         return high - done, high

@@ -13,6 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from sharding.collectives import all_gather
+from sharding.split import Split
+from sharding.top_k import distributed_top_k
 from v4_jax.cache import Entries, Ring, Rows
 from v4_jax.compressor import Compressor
 from v4_jax.config import RATIO_OF_ROLE, Config
@@ -48,7 +51,7 @@ class LightningIndexer(Module):
         """
         c = self.config
         heads, size = c.index_n_heads, c.index_head_dim
-        wq_b = self.linear("wq_b", (heads * size, c.q_lora_rank), ("index_heads", "q_lora"), config=c)
+        wq_b = self.linear("wq_b", (heads * size, c.q_lora_rank), ("index_heads", "latent"), config=c)
         project = self.linear(
             "weights_proj", (heads, c.hidden_size), ("index_heads", "embed"), config=c, storage="bf16"
         )
@@ -60,20 +63,26 @@ class LightningIndexer(Module):
             width=size,
             frequencies=self.frequencies,
             index=True,
+            split=self.split,
             name="compressor",
         )(y, layout, state)
         weights = einsum("bsd,hd->bsh", y, project, dtype=self.policy.compute_dtype).astype(jnp.float32)
+        weights = all_gather(weights, self.split.shared("index_heads"), -1)
         return keys, blocks, after, weights * (size * heads) ** -0.5, dequantise(wq_b, self.policy.compute_dtype)
 
 
 def index_queries(
-    latent: Array, wq_b: Array, positions: Array, frequencies: Any, config: Config, policy: Policy
+    latent: Array, wq_b: Array, positions: Array, frequencies: Any, config: Config, policy: Policy, split: Split
 ) -> Array:
-    """Index queries [B, Q, heads, index_head_dim] of a query block from its normed latent [B, Q, q_lora]."""
+    """Index queries [B, Q, heads, index_head_dim] of a query block from its normed latent [B, Q, q_lora].
+
+    Devices that share the heads' work each make some and join them: every entry is scored by all heads.
+    """
     queries = linear(latent, wq_b, policy.compute_dtype)
-    queries = queries.reshape(*latent.shape[:2], config.index_n_heads, config.index_head_dim)
+    queries = queries.reshape(*latent.shape[:2], -1, config.index_head_dim)
     queries = rotate(queries, positions, frequencies)
-    return fake_quant_index(queries) if policy.fake_quant else queries
+    queries = fake_quant_index(queries) if policy.fake_quant else queries
+    return all_gather(queries, split.shared("index_heads"), 2)
 
 
 def index_scores(queries: Array, weights: Array, keys: Array) -> Array:
@@ -89,7 +98,7 @@ def index_scores(queries: Array, weights: Array, keys: Array) -> Array:
 
 
 def select(queries: Array, weights: Array, keys: Entries, low: Array, high: Array, top: int) -> Array:
-    """The best-scoring visible entries of each query.
+    """The best-scoring visible entries of each query, wherever they lie.
 
     Args:
       queries: [B, Q, heads, C] index queries.
@@ -103,7 +112,16 @@ def select(queries: Array, weights: Array, keys: Entries, low: Array, high: Arra
       [B, Q, min(top, entries)] int32 entry numbers by falling score, -1 where fewer are visible. Equal scores keep the
       earlier entry.
     """
-    top, size = min(top, keys.count), min(ENTRY_BLOCK, keys.count)
+    low, high = keys.below(low), keys.below(high)
+    scores, slots = _best_here(queries, weights, keys, low, high, min(top, keys.count))
+    if not keys.axes:
+        return slots
+    return distributed_top_k(scores, keys.numbers(slots), top, keys.axes)
+
+
+def _best_here(queries: Array, weights: Array, keys: Entries, low: Array, high: Array, top: int) -> tuple[Array, Array]:
+    """Scores and slots [B, Q, top] of the best entries in the slots [low, high) of this device."""
+    size = min(ENTRY_BLOCK, keys.count)
     queries, weights = jax.lax.stop_gradient((queries, weights))
     best = (jnp.full((*low.shape, top), -jnp.inf), jnp.full((*low.shape, top), -1, jnp.int32))
 
@@ -118,10 +136,10 @@ def select(queries: Array, weights: Array, keys: Entries, low: Array, high: Arra
         return scores, jnp.where(scores > -jnp.inf, jnp.take_along_axis(numbers, order, axis=-1), -1)
 
     if size == keys.count:
-        return merge(best, jnp.int32(0))[1]
+        return merge(best, jnp.int32(0))
 
     def step(best: tuple[Array, Array], wanted: Array) -> tuple[tuple[Array, Array], None]:
         seen = jnp.any((high > wanted) & (low < wanted + size))
         return jax.lax.cond(seen, merge, lambda best, _: best, best, wanted), None
 
-    return jax.lax.scan(step, best, jnp.arange(0, keys.count, size, dtype=jnp.int32))[0][1]
+    return jax.lax.scan(step, best, jnp.arange(0, keys.count, size, dtype=jnp.int32))[0]

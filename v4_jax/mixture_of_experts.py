@@ -14,11 +14,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from sharding import collectives
+from sharding.dispatch import Choices, visit
+from sharding.split import Split
 from v4_jax.config import Config, FeedForwardRole
 from v4_jax.grouped_matmul import map_groups
 from v4_jax.linear import linear
 from v4_jax.parameters import EXPERTS, Initializer, Module, normal
 from v4_jax.policy import Policy, einsum
+
+FEW_TOKENS = 1024  # up to so many, every device sees all tokens and computes its experts' share of them
 
 
 class Experts(NamedTuple):
@@ -58,7 +63,7 @@ class MixtureOfExperts(Module):
         valid: Array,
         stacked: tuple[Experts, Any] | None = None,
         chosen: Array | None = None,
-    ) -> tuple[Array, Array, Array]:
+    ) -> tuple[Array, Array, Array, Array]:
         """Routes and computes.
 
         Args:
@@ -70,7 +75,8 @@ class MixtureOfExperts(Module):
           chosen: [B, S, top] expert ids to use instead of the router's choice, or None.
 
         Returns:
-          Output [B, S, D], the experts used [B, S, top] int32, and affinities [B, S, E] float32.
+          Output [B, S, D], the experts used [B, S, top] int32, affinities [B, S, E] float32, and tokens per expert [E]
+          int32, of all devices together.
         """
         c = self.config
         own = self._declare_experts()
@@ -83,9 +89,13 @@ class MixtureOfExperts(Module):
         flat = y.reshape(-1, c.hidden_size)
         experts, layer = (own, None) if stacked is None else stacked
         assigned = jnp.where(valid[..., None], chosen, c.n_routed_experts).reshape(flat.shape[0], -1)
-        routed = dispatch(flat, assigned, weights.reshape(assigned.shape), experts, layer, c, self.policy.compute_dtype)
-        output = routed + expert_ffn(flat, shared, None, c.swiglu_limit, self.policy.compute_dtype)
-        return output.astype(y.dtype).reshape(y.shape), chosen, affinities
+        weights = weights.reshape(assigned.shape)
+        routed = dispatch(flat, assigned, weights, experts, layer, c, self.policy.compute_dtype, self.split)
+        everyone = expert_ffn(flat, shared, None, c.swiglu_limit, self.policy.compute_dtype)
+        output = routed + collectives.psum(everyone, self.split.shared("mlp"))
+        load = jnp.bincount(assigned.reshape(-1), length=c.n_routed_experts).astype(jnp.int32)
+        load = collectives.psum(load, self.split.tokens)
+        return output.astype(y.dtype).reshape(y.shape), chosen, affinities, load
 
     def _route(self, y: Array, tokens: Array) -> tuple[Array, Array]:
         """Affinities [B, S, E] float32 and the experts chosen [B, S, top]."""
@@ -106,7 +116,7 @@ class MixtureOfExperts(Module):
             table = self.declare(
                 "tid2eid",
                 (c.vocab_size, c.num_experts_per_tok),
-                ("vocab", None),
+                ("ids", None),
                 released="gate.tid2eid",
                 storage="i64",
                 group="frozen",
@@ -129,8 +139,8 @@ class MixtureOfExperts(Module):
     def _declare_experts(self) -> Experts:
         c = self.config
 
-        def expert(name: str, out: int, into: int, axes: tuple[str | None, str | None]) -> Any:
-            return self.declare(
+        def expert(name: str, out: int, into: int, axes: tuple[str, str]) -> Any:
+            value = self.declare(
                 name,
                 (c.n_routed_experts, out, into),
                 (EXPERTS, *axes),
@@ -138,13 +148,15 @@ class MixtureOfExperts(Module):
                 storage="expert",
                 group="muon",
                 init=normal(c),
+                gather=False,
             )
+            return self.split.gather(value, (None, *axes))
 
         d, hidden = c.hidden_size, c.moe_intermediate_size
         return Experts(
-            expert("w1", hidden, d, ("mlp", "embed")),
-            expert("w2", d, hidden, ("embed", "mlp")),
-            expert("w3", hidden, d, ("mlp", "embed")),
+            expert("w1", hidden, d, ("expert_hidden", "expert_embed")),
+            expert("w2", d, hidden, ("expert_embed", "expert_hidden")),
+            expert("w3", hidden, d, ("expert_hidden", "expert_embed")),
         )
 
     def _declare_shared(self) -> Experts:
@@ -158,33 +170,96 @@ class MixtureOfExperts(Module):
 
 
 def dispatch(
-    x: Array, assigned: Array, weights: Array, experts: Experts, layer: Any, config: Config, dtype: Any
+    x: Array,
+    assigned: Array,
+    weights: Array,
+    experts: Experts,
+    layer: Any,
+    config: Config,
+    dtype: Any,
+    split: Split,
 ) -> Array:
-    """Sorts tokens by expert, computes, and sums each token's experts back.
+    """Computes every token's experts wherever they are, and sums them.
+
+    Experts lie on the devices along `split.axes("experts")`. Along those of these axes that also split the tokens, few
+    tokens visit all devices and many go to their experts' devices only; along the others every device has the same
+    tokens and adds its experts' share.
 
     Args:
       x: [T, D].
       assigned: [T, K] expert of each choice; `n_routed_experts` for none.
       weights: [T, K] float32 routing weights.
-      experts: weights; see `MixtureOfExperts.__call__`.
+      experts: this device's; see `MixtureOfExperts.__call__`.
       layer: layer number in stacked weights, or None.
       config: the architecture.
       dtype: compute dtype.
+      split: where experts and tokens are.
 
     Returns:
       [T, D] float32.
     """
-    count, top = assigned.shape
+    owners = split.axes("experts")
+    away = tuple(axis for axis in owners if axis in split.tokens)
+    same = tuple(axis for axis in owners if axis not in split.tokens)
+    own = config.n_routed_experts // split.count(owners)
+    local = functools.partial(local_experts, count=own, limit=config.swiglu_limit)
+
+    if x.shape[0] * split.count(away) <= FEW_TOKENS or not away:
+        first = collectives.index(owners) * own
+        rows, assigned, weights = (
+            collectives.all_gather(array, away, 0) for array in (x.astype(dtype), assigned, weights)
+        )
+        here = (assigned >= first) & (assigned < first + own)
+        total = local(rows, jnp.where(here, assigned - first, own), weights, experts, layer)
+        return collectives.psum(collectives.reduce_scatter(total, away, 0), same)
+
+    def work(rows: Array, extra: tuple[Array, Array], weights: tuple[Experts, Any]) -> Array:
+        number, weight = extra  # counted from 1, so that slots without a row have none
+        return local(rows, jnp.where(number > 0, number - 1, own)[:, None], weight[:, None], *weights)
+
+    places = dict(
+        zip(owners, jnp.unravel_index(assigned // own, [split.count((axis,)) for axis in owners]), strict=True)
+    )
+    mine = assigned < config.n_routed_experts
+    for axis in same:
+        mine &= places[axis] == collectives.index((axis,))
+    owner = jnp.zeros_like(assigned)
+    for axis in away:
+        owner = owner * split.count((axis,)) + places[axis]
+    owner = jnp.where(mine, owner, split.count(away))
+    choices = Choices(owner, (assigned % own + 1, weights))
+    total = visit(work, x.shape[-1], away, split.everywhere, x.astype(dtype), choices, (experts, layer))
+    return collectives.psum(total, same)
+
+
+def local_experts(
+    x: Array, assigned: Array, weights: Array, experts: Experts, layer: Any, *, count: int, limit: float
+) -> Array:
+    """Sorts tokens by expert, computes, and sums each token's experts back.
+
+    Args:
+      x: [T, D] in the compute dtype.
+      assigned: [T, K] which of this device's experts each choice is; `count` for none of them.
+      weights: [T, K] float32 routing weights.
+      experts: their weights; see `MixtureOfExperts.__call__`.
+      layer: layer number in stacked weights, or None.
+      count: experts of this device.
+      limit: bound of the experts' activations.
+
+    Returns:
+      [T, D] float32.
+    """
+    tokens, top = assigned.shape
     order = jnp.argsort(assigned.reshape(-1), stable=True)
-    sizes = jnp.bincount(assigned.reshape(-1), length=config.n_routed_experts).astype(jnp.int32)
+    sizes = jnp.bincount(assigned.reshape(-1), length=count).astype(jnp.int32)
 
     def run(rows: tuple[Array, Array], group: Experts) -> Array:
-        return expert_ffn(rows[0], group, rows[1], config.swiglu_limit, dtype)
+        return expert_ffn(rows[0], group, rows[1], limit, x.dtype)
 
-    rows = (x[order // top].astype(dtype), weights.reshape(-1)[order])
+    rows = (x[order // top], weights.reshape(-1)[order])
     out = map_groups(run, rows, experts, sizes, layer=layer, width=x.shape[-1])
     back = jnp.argsort(order)
-    return jnp.sum(out[back].reshape(count, top, -1), axis=1)
+    return jnp.sum(out[back].reshape(tokens, top, -1), axis=1)
 
 
 @functools.cache  # declarations compare initialisers by identity

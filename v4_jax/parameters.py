@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from sharding.split import UNSPLIT, Split
 from v4_jax.config import Config, Period
 from v4_jax.number_formats import BlockScaled
 
@@ -115,9 +116,11 @@ class Module(nn.Module, kw_only=True):
 
     Attributes:
       prefix: released name of the module, ending in a dot (`layers.3.attn.`, `layers.{layers[0]}.ffn.`).
+      split: how a mesh splits this call's tokens and the parameters; by default not at all.
     """
 
     prefix: str = ""
+    split: Split = UNSPLIT
 
     def declare(
         self,
@@ -130,8 +133,12 @@ class Module(nn.Module, kw_only=True):
         group: Group,
         init: Initializer,
         dtype: Any = jnp.float32,
+        gather: bool = True,
     ) -> Any:
         """Declares a parameter and returns its value: an array, or a `BlockScaled` where one was loaded.
+
+        On a mesh the value is this device's part of it, along the logical axes that `Split.shared` names; along all
+        others it is whole.
 
         Args:
           name: leaf name in the parameter tree.
@@ -142,6 +149,7 @@ class Module(nn.Module, kw_only=True):
           group: its optimiser group.
           init: initialiser for fresh models.
           dtype: dtype of a fresh parameter.
+          gather: False returns the device's shard as it is stored.
 
         Raises:
           ValueError: a supplied value has another shape than declared.
@@ -149,15 +157,17 @@ class Module(nn.Module, kw_only=True):
         if len(axes) != len(shape):
             raise ValueError(f"{self.prefix}{released}: {len(axes)} axes for a shape of {len(shape)} dimensions")
 
+        stored = self.split.stored(shape, axes)
+
         def boxed(key: Array) -> Parameter:
-            return Parameter(init(key, shape, dtype), axes, group, self.prefix + released, storage, init)
+            return Parameter(init(key, stored, dtype), axes, group, self.prefix + released, storage, init)
 
         value = self.param(name, boxed)
-        if tuple(value.shape) != shape:
+        if tuple(value.shape) != stored:
             raise ValueError(
-                f"{self.prefix}{released}: the given value has shape {tuple(value.shape)}, expected {shape}"
+                f"{self.prefix}{released}: the given value has shape {tuple(value.shape)}, expected {stored}"
             )
-        return value
+        return self.split.gather(value, axes) if gather else value
 
     def linear(
         self,
@@ -180,12 +190,12 @@ class Module(nn.Module, kw_only=True):
             init=normal(config),
         )
 
-    def norm(self, name: str, size: int, axis: str | None = None, *, released: str | None = None) -> Any:
+    def norm(self, name: str, size: int, *, released: str | None = None) -> Any:
         """Declares an RMSNorm weight [size]."""
         return self.declare(
             name,
             (size,),
-            (axis,),
+            (None,),
             released=(released or name) + ".weight",
             storage="bf16",
             group="adamw",

@@ -6,14 +6,19 @@ with the cache in its carry.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
+from jax.sharding import Mesh
 
+from sharding import collectives
+from sharding.axes import Rules
+from sharding.split import Split
 from v4_jax.attention import Attention
 from v4_jax.cache import Cache
 from v4_jax.config import Config, Layer
@@ -22,40 +27,10 @@ from v4_jax.layout import Layout
 from v4_jax.linear import linear
 from v4_jax.mixture_of_experts import Experts, MixtureOfExperts
 from v4_jax.norm import rms_norm
+from v4_jax.outputs import Logits, Output, Routing
 from v4_jax.parameters import LAYERS, Module, normal
+from v4_jax.placement import on_mesh
 from v4_jax.policy import Policy, einsum
-
-Logits = Literal["all", "last", "none"]
-
-
-class Routing(struct.PyTreeNode):
-    """Discrete decisions of a forward pass, to read or to replay.
-
-    Attributes:
-      experts: [layers, B, S, num_experts_per_tok] int32 experts of each token.
-      entries: [CSA layers, B, S, K] int32 compressed entries attended, -1 for none; None when there are no entries.
-      affinities: [layers, B, S, n_routed_experts] float32 router affinities; ignored in replay.
-    """
-
-    experts: Array | None = None
-    entries: Array | None = None
-    affinities: Array | None = None
-
-
-class Output(struct.PyTreeNode):
-    """What a forward pass returns.
-
-    Attributes:
-      logits: [B, S, V] float32; [B, 1, V] at each row's last valid token for `logits="last"`; None for "none".
-      cache: the cache after the chunk, or None.
-      streams: [B, S, hc, D] after the last block, before the final collapse.
-      routing: the decisions taken, when asked for.
-    """
-
-    logits: Array | None
-    cache: Cache | None
-    streams: Array
-    routing: Routing | None = None
 
 
 class Step(struct.PyTreeNode):
@@ -103,19 +78,28 @@ class Block(Module):
           Streams and cache after the layer, and its decisions without the layer axis.
         """
         c = self.config
-        y, mix = HyperConnection(config=c, prefix=self.prefix + "hc_attn_", name="hc_attn")(step.streams)
-        y = rms_norm(y, self.norm("attn_norm", c.hidden_size, "embed"), c.rms_norm_eps)
-        attention = Attention(config=c, policy=self.policy, roles=self.roles, prefix=self.prefix + "attn.", name="attn")
+        site = HyperConnection(config=c, prefix=self.prefix + "hc_attn_", split=self.split, name="hc_attn")
+        y, mix = site(step.streams)
+        y = rms_norm(y, self.norm("attn_norm", c.hidden_size), c.rms_norm_eps)
+        attention = Attention(
+            config=c, policy=self.policy, roles=self.roles, prefix=self.prefix + "attn.", split=self.split, name="attn"
+        )
         z, cache, entries = attention(y, context.layout, step.cache, layer, slot, replay.entries)
         streams = spread(step.streams, z, mix)
 
-        y, mix = HyperConnection(config=c, prefix=self.prefix + "hc_ffn_", name="hc_ffn")(streams)
-        y = rms_norm(y, self.norm("ffn_norm", c.hidden_size, "embed"), c.rms_norm_eps)
+        site = HyperConnection(config=c, prefix=self.prefix + "hc_ffn_", split=self.split, name="hc_ffn")
+        y, mix = site(streams)
+        y = rms_norm(y, self.norm("ffn_norm", c.hidden_size), c.rms_norm_eps)
         ffn = MixtureOfExperts(
-            config=c, policy=self.policy, role=self.roles.feed_forward, prefix=self.prefix + "ffn.", name="ffn"
+            config=c,
+            policy=self.policy,
+            role=self.roles.feed_forward,
+            prefix=self.prefix + "ffn.",
+            split=self.split,
+            name="ffn",
         )
-        z, experts, affinities = ffn(y, context.tokens, context.layout.valid, stacked, replay.experts)
-        return Step(spread(streams, z, mix), cache), Routing(experts, entries, affinities)
+        z, experts, affinities, load = ffn(y, context.tokens, context.layout.valid, stacked, replay.experts)
+        return Step(spread(streams, z, mix), cache), Routing(experts, entries, affinities, load)
 
 
 class PeriodBlocks(nn.Module):
@@ -123,6 +107,7 @@ class PeriodBlocks(nn.Module):
 
     config: Config
     policy: Policy
+    split: Split
 
     @nn.compact
     def __call__(
@@ -140,6 +125,7 @@ class PeriodBlocks(nn.Module):
                 policy=self.policy,
                 roles=self.config.layers[layer],
                 prefix=f"layers.{{layers[{place}]}}.",
+                split=self.split,
                 name=f"block_{place}",
             )
             stacked = None if stacks is None else (stacks[place], repeat)
@@ -155,10 +141,15 @@ class Transformer(Module):
     Attributes:
       config: the architecture.
       policy: precision, a `Policy` or the name of one.
+      mesh: devices that parameters, cache and tokens are split over; None runs on one device. On a mesh, every call
+        runs as one `jax.shard_map`, with exactly the communication that the layers write down.
+      rules: which mesh axes split which logical axes: a `sharding.axes.Rules` or the name of a preset.
     """
 
     config: Config
     policy: str | Policy = "bfloat16"
+    mesh: Mesh | None = None
+    rules: str | Rules | None = None
 
     def setup(self) -> None:  # noqa: D102 called by Linen
         c, precision = self.config, Policy.of(self.policy)
@@ -166,13 +157,27 @@ class Transformer(Module):
         table, axes = (c.vocab_size, c.hidden_size), ("vocab", "embed")
         for name in ("embed", "head"):
             weight = self.declare(
-                name, table, axes, released=name + ".weight", storage="bf16", group="adamw", init=normal(c)
+                name,
+                table,
+                axes,
+                released=name + ".weight",
+                storage="bf16",
+                group="adamw",
+                init=normal(c),
+                gather=False,
             )
             setattr(self, name + "_weight", weight)
-        self.norm_weight = self.norm("norm", c.hidden_size, "embed")
-        self.collapse = StreamCollapse(config=c, prefix="hc_head_", name="hc_head")
+        self.norm_weight = self.norm("norm", c.hidden_size)
+        self.collapse = StreamCollapse(config=c, prefix="hc_head_", split=self.split, name="hc_head")
         for i in _unrolled(c):
-            block = Block(config=c, policy=precision, roles=c.layers[i], prefix=f"layers.{i}.", name=f"layer_{i}")
+            block = Block(
+                config=c,
+                policy=precision,
+                roles=c.layers[i],
+                prefix=f"layers.{i}.",
+                split=self.split,
+                name=f"layer_{i}",
+            )
             setattr(self, f"layer_{i}", block)
         if c.period.repeats:
             scanned = nn.scan(
@@ -183,9 +188,11 @@ class Transformer(Module):
                 length=c.period.repeats,
                 metadata_params={LAYERS: c.period},
             )
-            self.period = scanned(config=c, policy=precision, name="period")
+            self.period = scanned(config=c, policy=precision, split=self.split, name="period")
         if c.num_nextn_predict_layers:
-            self.mtp_block = MultiTokenPrediction(config=c, policy=precision, prefix="mtp.0.", name="mtp")
+            self.mtp_block = MultiTokenPrediction(
+                config=c, policy=precision, prefix="mtp.0.", split=self.split, name="mtp"
+            )
 
     def __call__(
         self,
@@ -220,17 +227,19 @@ class Transformer(Module):
                 f"tokens have shape {tuple(tokens.shape)}, expected [batch, sequence] with at least one token"
             )
         self._check_cache(cache, tokens)
-        layout = Layout.of(
-            tokens.shape,
-            start=None if cache is None else cache.lengths,
-            lengths=lengths,
-            segment_ids=segment_ids,
-            positions=positions,
-        )
+        if self.mesh is not None and not self.is_initializing():
+            arguments: dict[str, Any] = dict(
+                tokens=tokens, positions=positions, segment_ids=segment_ids, lengths=lengths
+            )
+            arguments |= dict(cache=cache, routing=routing)
+            call = functools.partial(Transformer.__call__, logits=logits, return_routing=return_routing)
+            return on_mesh(self, call, arguments, logits, return_routing)
+        start = None if cache is None else cache.lengths
+        layout = self._layout(tokens, start, lengths, segment_ids, positions)
         streams = expand(self._embed(tokens), self.config.hc_mult)
         step, decisions = self._layers(Step(streams, cache), Context(tokens, layout), routing, return_routing)
         if step.cache is not None:
-            step = step.replace(cache=step.cache.replace(lengths=step.cache.lengths + layout.counts))
+            step = step.replace(cache=step.cache.replace(lengths=step.cache.lengths + layout.total))
         if self.is_initializing() and self.config.num_nextn_predict_layers:
             self.mtp(step.streams, tokens, logits="none")
         output = self._logits(step.streams, layout, logits, self.collapse, self.norm_weight)
@@ -269,16 +278,18 @@ class Transformer(Module):
         if streams.shape[:2] != next_tokens.shape:
             raise ValueError(f"streams {streams.shape[:2]} and next_tokens {next_tokens.shape} differ in [B, S]")
         self._check_cache(cache, next_tokens)
-        layout = Layout.of(
-            next_tokens.shape,
-            start=None if cache is None else cache.mtp_lengths,
-            lengths=lengths,
-            segment_ids=segment_ids,
-            positions=positions,
-        )
+        if self.mesh is not None:
+            arguments: dict[str, Any] = dict(
+                streams=streams, next_tokens=next_tokens, positions=positions, segment_ids=segment_ids
+            )
+            arguments |= dict(lengths=lengths, cache=cache)
+            call = functools.partial(Transformer.mtp, logits=logits)
+            return on_mesh(self, call, arguments, logits, False)
+        start = None if cache is None else cache.mtp_lengths
+        layout = self._layout(next_tokens, start, lengths, segment_ids, positions)
         streams, cache = self.mtp_block(streams, self._embed(next_tokens), Context(next_tokens, layout), cache)
         if cache is not None:
-            cache = cache.replace(mtp_lengths=cache.mtp_lengths + layout.counts)
+            cache = cache.replace(mtp_lengths=cache.mtp_lengths + layout.total)
         output = self._logits(streams, layout, logits, self.mtp_block.collapse, self.mtp_block.norm_weight)
         return Output(output, cache, streams)
 
@@ -290,19 +301,54 @@ class Transformer(Module):
         if cache.released and not self.precision.fake_quant:
             raise ValueError("a cache in the released formats needs the policy 'released', which rounds as they do")
 
+    def _layout(
+        self,
+        tokens: Array,
+        start: Array | None,
+        lengths: Array | None,
+        segment_ids: Array | None,
+        positions: Array | None,
+    ) -> Layout:
+        """Where the tokens stand; of a split sequence, where this device's shard of it does."""
+        axes, (batch, size) = self.split.sequence, tokens.shape
+        whole = Layout.of(
+            (batch, size * collectives.size(axes)),
+            start=start,
+            lengths=lengths,
+            segment_ids=segment_ids,
+            positions=positions,
+        )
+        return whole.shard(jnp.int32(size) * collectives.index(axes), size) if axes else whole
+
     def _embed(self, tokens: Array) -> Array:
-        """[B, S] ids -> [B, S, D]; out-of-range ids read the nearest row."""
-        return jnp.take(self.embed_weight, tokens, axis=0, mode="clip").astype(self.precision.compute_dtype)
+        """[B, S] ids -> [B, S, D]; out-of-range ids read the nearest row.
+
+        The vocabulary stays where it is: devices that split it each look up the ids they have, also each other's.
+        """
+        table = self.split.gather(self.embed_weight, (None, "embed"))
+        axes = self.split.axes("vocab")
+        away = tuple(axis for axis in axes if axis in self.split.sequence)
+        ids = collectives.all_gather(jnp.clip(tokens, 0, self.config.vocab_size - 1), away, 1)
+        ids = ids - collectives.index(axes) * table.shape[0]
+        rows = jnp.take(table, ids, axis=0, mode="clip").astype(self.precision.compute_dtype)
+        if not axes:
+            return rows
+        rows = jnp.where(((ids >= 0) & (ids < table.shape[0]))[..., None], rows, 0)
+        rows = collectives.reduce_scatter(rows, away, 1)
+        return collectives.psum(rows, tuple(axis for axis in axes if axis not in away))
 
     def _logits(self, streams: Array, layout: Layout, which: Logits, collapse: Any, norm: Array) -> Array | None:
         """Final collapse, norm and the float32 head."""
         if which not in ("all", "last", "none"):
             raise ValueError(f"logits is {which!r}, expected 'all', 'last' or 'none'")
+        split = self.split
         if which == "last":
-            last = jnp.max(jnp.where(layout.valid, jnp.arange(layout.size), 0), axis=1)
-            streams = jnp.take_along_axis(streams, last[:, None, None, None], axis=1)
+            streams, split = collectives.rows_at(streams, layout.last[:, None], split.sequence), split.short
         x = rms_norm(collapse(streams), norm, self.config.rms_norm_eps)
-        return None if which == "none" else einsum("bsd,vd->bsv", x, self.head_weight, dtype=jnp.float32)
+        if which == "none":
+            return None
+        head = split.gather(self.head_weight, ("vocab", "embed"))
+        return einsum("bsd,vd->bsv", x, head, dtype=jnp.float32)
 
     def _layers(
         self, step: Step, context: Context, replay: Routing | None, want_routing: bool
@@ -321,7 +367,8 @@ class Transformer(Module):
             step = run(i, step)
         if period.repeats:
             # Inference reads experts straight from the stack; training slices them, so that gradients are sliced too.
-            stacks = None if step.cache is None or self.is_initializing() else self._expert_stacks()
+            whole = not (self.split.axes("expert_embed") or self.split.axes("expert_hidden"))
+            stacks = self._expert_stacks() if step.cache is not None and whole and not self.is_initializing() else None
             replays = [
                 _stack_replays(c, replay, range(period.start + place, period.stop, period.length))
                 for place in range(period.length)
@@ -352,11 +399,13 @@ class MultiTokenPrediction(Module):
         square, axes = (c.hidden_size, c.hidden_size), ("embed_out", "embed")
         self.e_proj = self.linear("e_proj", square, axes, config=c)
         self.h_proj = self.linear("h_proj", square, axes, config=c)
-        self.enorm = self.norm("enorm", c.hidden_size, "embed")
-        self.hnorm = self.norm("hnorm", c.hidden_size, "embed")
-        self.norm_weight = self.norm("norm", c.hidden_size, "embed")
-        self.collapse = StreamCollapse(config=c, prefix=self.prefix + "hc_head_", name="hc_head")
-        self.block = Block(config=c, policy=self.policy, roles=c.mtp_layer, prefix=self.prefix, name="block")
+        self.enorm = self.norm("enorm", c.hidden_size)
+        self.hnorm = self.norm("hnorm", c.hidden_size)
+        self.norm_weight = self.norm("norm", c.hidden_size)
+        self.collapse = StreamCollapse(config=c, prefix=self.prefix + "hc_head_", split=self.split, name="hc_head")
+        self.block = Block(
+            config=c, policy=self.policy, roles=c.mtp_layer, prefix=self.prefix, split=self.split, name="block"
+        )
 
     def __call__(
         self, streams: Array, embedded: Array, context: Context, cache: Cache | None
@@ -404,4 +453,5 @@ def _stack(config: Config, decisions: dict[int, Routing]) -> Routing:
         jnp.stack([decision.experts for decision in ordered]),
         jnp.stack(entries) if entries else None,
         jnp.stack([decision.affinities for decision in ordered]),
+        jnp.stack([decision.load for decision in ordered]),
     )

@@ -20,8 +20,8 @@ from v4_jax.checkpoint import export, load, open_checkpoint, verify  # noqa: E40
 
 # Devices of one process are neighbours along "tensor", so the two processes hold different experts.
 MESH = Mesh(np.array(jax.devices()).reshape(4, 2), ("expert", "tensor"))
-# Beyond the preset, split experts' rows (w1, w3) and packed columns (w2) as well.
-RULES = resolve("decode").replace(mlp="tensor")
+# Unlike the preset, split experts' rows (w1, w3) and packed columns (w2) as well.
+RULES = resolve("decode").replace(experts="expert", expert_hidden="tensor")
 
 
 def stored_bytes(shard) -> int:

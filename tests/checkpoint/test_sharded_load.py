@@ -94,7 +94,7 @@ def test_illegal_meshes_are_refused():
         load(source, mesh=mesh(tensor=2), rules=resolve("decode").replace(vocab=None))
     assert "in multiples of 128: legal sizes are 1" in str(caught.value)
     with pytest.raises(CheckpointError, match="mesh axis 'expert' would split both"):
-        load(source, mesh=mesh(expert=1), rules=resolve("decode").replace(embed="expert"))
+        load(source, mesh=mesh(expert=1), rules=resolve("decode").replace(expert_embed="expert"))
 
 
 def test_rules_need_a_mesh():

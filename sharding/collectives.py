@@ -1,0 +1,73 @@
+"""Collectives over any tuple of mesh axes that vanish when the tuple is empty, and the halo of a split sequence.
+
+Everything here runs inside `jax.shard_map`. A tuple of axes counts its devices outermost axis first, as a
+`PartitionSpec` entry does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+Axes = tuple[str, ...]
+
+
+def size(axes: Axes) -> int:
+    """Devices along the axes; static."""
+    return int(jax.lax.axis_size(axes)) if axes else 1
+
+
+def index(axes: Axes) -> Array | int:
+    """This device's number along the axes."""
+    return jax.lax.axis_index(axes) if axes else 0
+
+
+def psum(x: Any, axes: Axes) -> Any:
+    """Sum over the devices, on every one of them."""
+    return jax.lax.psum(x, axes) if axes else x
+
+
+def pmax(x: Array, axes: Axes) -> Array:
+    """Maximum over the devices, on every one of them."""
+    return jax.lax.pmax(x, axes) if axes else x
+
+
+def all_gather(x: Array, axes: Axes, dimension: int) -> Array:
+    """The devices' shards along `dimension`, joined in order, on every one of them."""
+    return jax.lax.all_gather(x, axes, axis=dimension % x.ndim, tiled=True) if axes else x
+
+
+def reduce_scatter(x: Array, axes: Axes, dimension: int) -> Array:
+    """Sum over the devices, of which each keeps its own shard along `dimension`."""
+    if not axes:
+        return x
+    return jax.lax.psum_scatter(x, axes, scatter_dimension=dimension % x.ndim, tiled=True)
+
+
+def from_left(x: Array, first: Array, axes: Axes) -> Array:
+    """The left neighbour's `x`; `first` on the first device: the halo of a sequence split in contiguous shards."""
+    if not axes:
+        return first
+    moved = jax.lax.ppermute(x, axes, [(i, i + 1) for i in range(size(axes) - 1)])
+    return jnp.where(index(axes) == 0, first, moved)
+
+
+def rows_at(x: Array, wanted: Array, axes: Axes) -> Array:
+    """Rows of a sequence split in contiguous shards, wherever they live, on every device.
+
+    Args:
+      x: [B, S, ...] this device's shard.
+      wanted: [B, n] int32 indices into the whole sequence; the same on all devices.
+      axes: mesh axes that split the sequence.
+
+    Returns:
+      [B, n, ...]; zeros where `wanted` is out of range.
+    """
+    local = wanted - index(axes) * x.shape[1]
+    here = (local >= 0) & (local < x.shape[1])
+    extra = (1,) * (x.ndim - 2)
+    rows = jnp.take_along_axis(x, jnp.clip(local, 0, x.shape[1] - 1).reshape(*local.shape, *extra), axis=1)
+    return psum(jnp.where(here.reshape(*here.shape, *extra), rows, 0), axes)

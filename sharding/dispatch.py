@@ -1,0 +1,192 @@
+"""Rows to the devices that own what they need, and sums back: the exchange behind expert parallelism.
+
+Dropless with bounded memory: a pair of devices exchanges at most a fixed number of rows at a time, twice the mean, and
+as many rounds follow as the fullest pair needs. One round is the rule; a crowded expert costs another.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from sharding.collectives import Axes, index, pmax, size
+
+# Rows [R, D], what belongs to each row, and the weights -> [R, width]; rows without a valid choice are ignored.
+Work = Callable[[Array, Any, Any], Array]
+
+
+class Choices(NamedTuple):
+    """Which of a device's rows go where.
+
+    Attributes:
+      owner: [T, K] int32 device along the axes that each choice of each row goes to; its count for nowhere.
+      extra: pytree of [T, K] arrays that travel along.
+    """
+
+    owner: Array
+    extra: Any
+
+
+def visit(function: Work, width: int, axes: Axes, everywhere: Axes, x: Array, choices: Choices, weights: Any) -> Array:
+    """Runs every choice of every row on the device that owns it, and adds the results of a row up.
+
+    Args:
+      function: `function(rows, extra, weights)`, run on the owner with the rows that reached it. Slots that hold no row
+        come with every `extra` zero, and what they yield is not used.
+      width: size of the last axis of its output.
+      axes: mesh axes to exchange over.
+      everywhere: mesh axes whose devices must agree on the number of rounds: all that run this program together.
+      x: [T, D] this device's rows.
+      choices: where they go.
+      weights: this device's own weights, as `function` takes them.
+
+    Returns:
+      [T, width] float32. Differentiable in `x`, float `extra` and float `weights`.
+    """
+    return _visit(function, width, axes, everywhere, x, choices, weights)
+
+
+def capacity(rows: int, devices: int) -> int:
+    """Rows that a pair of devices exchanges at once: twice the mean, in multiples of 8."""
+    return min(rows, max(8, -(-2 * rows // devices // 8) * 8))
+
+
+class _Plan(NamedTuple):
+    """The order in which a device's choices leave it."""
+
+    order: Array  # [T * K] choices by owner
+    first: Array  # [devices] where each owner's begin
+    counts: Array  # [devices] how many each owner gets
+    rounds: Array
+
+
+def _plan(owner: Array, axes: Axes, everywhere: Axes) -> _Plan:
+    devices, flat = size(axes), owner.reshape(-1)
+    count = jnp.bincount(flat, length=devices).astype(jnp.int32)
+    rounds = -(-jnp.max(count) // capacity(flat.shape[0], devices))
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    return _Plan(order, jnp.cumsum(count) - count, count, pmax(rounds, everywhere))
+
+
+def _round(
+    function: Work, axes: Axes, number: Array, plan: _Plan, x: Array, extra: Any, weights: Any, width: int
+) -> Array:
+    """One exchange there and back."""
+    devices, (rows, top) = size(axes), jax.tree.leaves(extra)[0].shape
+    slots = capacity(rows * top, devices)
+    place = number * slots + jnp.arange(slots, dtype=jnp.int32)
+    used = place < plan.counts[:, None]
+    choice = plan.order[jnp.clip(plan.first[:, None] + place, 0, rows * top - 1)].reshape(-1)
+    used_flat = used.reshape(-1)
+    sent = jnp.sum(used, axis=1, dtype=jnp.int32)
+    got = jax.lax.all_to_all(sent, axes, 0, 0, tiled=True)
+
+    def there(values: Array) -> Array:
+        keep = used_flat.reshape(-1, *(1,) * (values.ndim - 1))
+        return exchange(jnp.where(keep, values, 0), sent, got, axes)
+
+    moved = jax.tree.map(lambda e: there(e.reshape(-1)[choice]), extra)
+    out = function(there(x[choice // top]), moved, weights)
+    back = exchange(out, got, sent, axes).astype(jnp.float32)
+    target = jnp.where(used_flat, choice // top, rows)
+    return jnp.zeros((rows, width), jnp.float32).at[target].add(back, mode="drop")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def exchange(x: Array, sent: Array, got: Array, axes: Axes) -> Array:
+    """Swaps slots of rows between all pairs of devices.
+
+    Args:
+      x: [devices * slots, ...] rows for each device; only the first `sent` of each slot block count.
+      sent: [devices] int32 rows for each device.
+      got: [devices] int32 rows from each device.
+      axes: mesh axes to exchange over.
+
+    Returns:
+      [devices * slots, ...] rows from each device. Beyond `got` they are whatever was sent, or zeros.
+    """
+
+    def dense(x: Array, sent: Array, got: Array) -> Array:
+        del sent, got
+        return jax.lax.all_to_all(x, axes, 0, 0, tiled=True)
+
+    def ragged(x: Array, sent: Array, got: Array) -> Array:
+        slots = x.shape[0] // size(axes)
+        start = jnp.arange(size(axes), dtype=jnp.int32) * slots
+        mine = jnp.full_like(start, index(axes) * slots)
+        return jax.lax.ragged_all_to_all(x, jnp.zeros_like(x), start, sent, mine, got, axis_name=axes)
+
+    if x.ndim == 1:  # a handful of bytes
+        return dense(x, sent, got)
+    # XLA:CPU has no ragged exchange; there the unused slots travel too.
+    return jax.lax.platform_dependent(x, sent, got, tpu=ragged, default=dense)
+
+
+def _exchange_forward(x: Array, sent: Array, got: Array, axes: Axes) -> tuple[Array, tuple[Array, Array]]:
+    return exchange(x, sent, got, axes), (sent, got)
+
+
+def _exchange_backward(axes: Axes, residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, None, None]:
+    sent, got = residuals
+    return exchange(gradient, got, sent, axes), None, None
+
+
+exchange.defvjp(_exchange_forward, _exchange_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _visit(function: Work, width: int, axes: Axes, everywhere: Axes, x: Array, choices: Choices, weights: Any) -> Array:
+    plan = _plan(choices.owner, axes, everywhere)
+
+    def step(number: Array, total: Array) -> Array:
+        return total + _round(function, axes, number, plan, x, choices.extra, weights, width)
+
+    return jax.lax.fori_loop(0, plan.rounds, step, jnp.zeros((x.shape[0], width), jnp.float32))
+
+
+def _visit_forward(
+    function: Work, width: int, axes: Axes, everywhere: Axes, x: Array, choices: Choices, weights: Any
+) -> tuple[Array, Any]:
+    return _visit(function, width, axes, everywhere, x, choices, weights), (x, choices, weights)
+
+
+def _visit_backward(function: Work, width: int, axes: Axes, everywhere: Axes, residuals: Any, gradient: Array) -> Any:
+    """Repeats each round and pulls the gradient back through it."""
+    x, choices, weights = residuals
+    plan = _plan(choices.owner, axes, everywhere)
+    floats, restore = _floats((x, choices.extra, weights))
+
+    def step(number: Array, total: list[Array]) -> list[Array]:
+        def run(floats: list[Array]) -> Array:
+            x, extra, weights = restore(floats)
+            return _round(function, axes, number, plan, x, extra, weights, width)
+
+        (part,) = jax.vjp(run, floats)[1](gradient)
+        return jax.tree.map(lambda a, b: a + b, total, part)
+
+    total = jax.lax.fori_loop(0, plan.rounds, step, [jnp.zeros_like(x) for x in floats])
+    of_x, of_extra, of_weights = restore(total, absent=None)
+    return of_x, Choices(cast(Any, None), of_extra), of_weights
+
+
+_visit.defvjp(_visit_forward, _visit_backward)
+
+
+def _floats(tree: Any) -> tuple[list[Array], Callable[..., Any]]:
+    """The leaves that have gradients, and a function that puts such leaves back among the others."""
+    leaves, structure = jax.tree.flatten(tree)
+    chosen = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
+
+    def restore(floats: list[Array], **others: Any) -> Any:
+        replaced = iter(floats)
+        filled = [
+            next(replaced) if yes else others.get("absent", leaf) for leaf, yes in zip(leaves, chosen, strict=True)
+        ]
+        return jax.tree.unflatten(structure, filled)
+
+    return [leaf for leaf, yes in zip(leaves, chosen, strict=True) if yes], restore

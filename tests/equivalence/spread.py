@@ -1,0 +1,45 @@
+"""A tiny model on a mesh."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from sharding.mesh import make_mesh, parse_mesh
+from tests.equivalence.tiny import Tiny
+from v4_jax import Transformer, init_cache
+from v4_jax.placement import placements
+
+
+class Spread:
+    """A `Tiny` on as many of the devices as its mesh names, called like it."""
+
+    def __init__(self, tiny: Tiny, mesh: str, preset: str, policy: str = "float32"):
+        count = 1
+        for size in parse_mesh(mesh).values():
+            count *= size
+        self.config, self.preset = tiny.config, preset
+        self.mesh = make_mesh(mesh, jax.devices()[:count])
+        self.model = Transformer(tiny.config, policy=policy, mesh=self.mesh, rules=preset)
+        self.params = jax.device_put(tiny.params, placements(tiny.config, self.mesh, preset))
+        self._programs = {}
+
+    def program(self, **arguments):
+        """`(params, tokens, traced arguments) -> Output`, jitted, and which of the arguments are traced."""
+        static = {name: value for name, value in arguments.items() if isinstance(value, (str, bool))}
+        traced = tuple(sorted(set(arguments) - set(static)))
+        key = (traced, tuple(sorted(static.items())))
+        if key not in self._programs:
+
+            def run(params, tokens, values):
+                return self.model.apply({"params": params}, tokens, **dict(zip(traced, values, strict=True)), **static)
+
+            self._programs[key] = jax.jit(run)
+        return self._programs[key], traced
+
+    def __call__(self, tokens, **arguments):
+        run, traced = self.program(**arguments)
+        return run(self.params, jnp.asarray(tokens), [arguments[name] for name in traced])
+
+    def cache(self, batch, length, dtype="float32"):
+        return init_cache(self.config, batch, length, dtype=dtype, mesh=self.mesh, rules=self.preset)

@@ -1,0 +1,134 @@
+"""Any mesh == one device: each axis alone and several together, in every way of running."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.equivalence.spread import Spread
+from tests.equivalence.tiny import TOLERANCE, make
+
+MESHES = {
+    "seq=8": "long-context",
+    "expert=8": "long-context",
+    "tensor=2": "prefill",
+    "data=2,seq=4": "train",
+    "seq=2,expert=2,tensor=2": "train",
+    "seq=4,tensor=2": "long-context",
+    "data=2,expert=2,tensor=2": "decode",
+}
+LENGTH = 1024  # 128 tokens on each of eight devices
+LENGTHS = np.array([LENGTH, 389])  # valid tokens of ragged rows
+DOCUMENTS = (131, 5, 388, 260, 30, 130, 70)  # most straddle shards, one covers several
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """One layer of each role and an MTP block; experts enough for eight devices."""
+    return make(num_hidden_layers=3, compress_ratios=(0, 4, 128, 0), num_hash_layers=1, n_routed_experts=8)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return jax.random.randint(jax.random.key(5), (2, 1700), 0, 64)
+
+
+@pytest.fixture(scope="module", params=list(MESHES))
+def spread(request, tiny):
+    return Spread(tiny, request.param, MESHES[request.param])
+
+
+@pytest.fixture(scope="module")
+def segments():
+    row = jnp.repeat(jnp.arange(1, len(DOCUMENTS) + 1), jnp.array(DOCUMENTS))
+    row = jnp.pad(row, (0, LENGTH - sum(DOCUMENTS)))
+    return jnp.stack([row, jnp.roll(row, 77)])
+
+
+@pytest.fixture(scope="module")
+def packed(tiny, tokens, segments):
+    return pull(tiny.model, tiny.params, tokens[:, :LENGTH], segments)
+
+
+@pytest.fixture(scope="module")
+def one_shot(tiny, tokens):
+    return tiny(tokens).logits
+
+
+def pull(model, params, tokens, segments):
+    """Trunk and MTP logits, and the gradient of every parameter."""
+    weights = jax.random.normal(jax.random.key(3), (*tokens.shape, 64)) / LENGTH
+
+    @functools.partial(jax.grad, allow_int=True, has_aux=True)
+    def gradient(params, tokens):
+        output = model.apply({"params": params}, tokens, segment_ids=segments)
+        following = jnp.roll(tokens, -1, 1)
+        mtp = model.apply({"params": params}, output.streams, following, segment_ids=segments, method="mtp")
+        losses = (jnp.sum(jax.nn.log_softmax(o.logits) * weights) for o in (output, mtp))
+        return sum(losses), (output.logits, mtp.logits)
+
+    return jax.jit(gradient)(params, tokens)
+
+
+@functools.cache
+def _routed(tiny):
+    return jax.jit(lambda t, n: tiny.model.apply({"params": tiny.params}, t, lengths=n, return_routing=True))
+
+
+def decisions(tiny, tokens, lengths):
+    return _routed(tiny)(tokens, lengths)
+
+
+def same(a, b, what=""):
+    np.testing.assert_allclose(a, b, atol=TOLERANCE, rtol=0, err_msg=what)
+
+
+def test_ragged_rows_and_decisions(tiny, spread, tokens, one_shot):
+    """Logits, streams and every routing decision of rows of different lengths; the last token's logits alone."""
+    lengths = jnp.asarray(LENGTHS)
+    expected = decisions(tiny, tokens[:, :LENGTH], lengths)
+    output = spread(tokens[:, :LENGTH], lengths=lengths, return_routing=True)
+    for row, length in enumerate(LENGTHS):
+        same(output.logits[row, :length], one_shot[row, :length])
+        same(output.streams[row, :length], expected.streams[row, :length])
+        for name in ("experts", "entries"):
+            found, wanted = (np.asarray(getattr(o.routing, name))[:, row, :length] for o in (output, expected))
+            np.testing.assert_array_equal(np.sort(found, -1), np.sort(wanted, -1), err_msg=name)
+    np.testing.assert_array_equal(output.routing.load, expected.routing.load)
+    assert output.routing.load.sum(axis=1).tolist() == [LENGTHS.sum() * tiny.config.num_experts_per_tok] * 3
+    last = spread(tokens[:, :LENGTH], lengths=lengths, logits="last").logits
+    same(last[:, 0], jnp.stack([one_shot[row, length - 1] for row, length in enumerate(LENGTHS)]))
+
+
+def test_packed_documents_and_gradients(spread, tokens, segments, packed):
+    """Documents that straddle devices, forward and backward, through the trunk and the MTP block."""
+    gradient, logits = pull(spread.model, spread.params, tokens[:, :LENGTH], segments)
+    valid = np.asarray(segments) > 0
+    for found, wanted in zip(logits, packed[1], strict=True):
+        same(np.asarray(found)[valid], np.asarray(wanted)[valid])
+    pairs = zip(jax.tree_util.tree_flatten_with_path(packed[0])[0], jax.tree.leaves(gradient), strict=True)
+    for (path, wanted), found in pairs:
+        if wanted.dtype != jax.dtypes.float0:
+            size = max(1.0, float(jnp.abs(wanted).max()))
+            np.testing.assert_allclose(found, wanted, atol=2e-4 * size, rtol=0, err_msg=jax.tree_util.keystr(path))
+
+
+def test_chunks_then_tokens(spread, tokens, one_shot):
+    """Rows in different phases: long chunks (split over the sequence), short ones (on all devices), single tokens."""
+    cache, done = spread.cache(2, 1700), np.zeros(2, int)
+    for size, counts in ((1024, (389, 1024)), (64, (64, 3)), (1024, (500, 260)), (1, (1, 1)), (3, (3, 0)), (1, (1, 1))):
+        chunk = np.zeros((2, size), np.int32)
+        for row, count in enumerate(counts):
+            chunk[row, :count] = tokens[row, done[row] : done[row] + count]
+        output = spread(chunk, lengths=jnp.array(counts), cache=cache)
+        cache = output.cache
+        for row, count in enumerate(counts):
+            same(
+                output.logits[row, :count], one_shot[row, done[row] : done[row] + count], f"chunk of {size}, row {row}"
+            )
+        done += counts
+    assert cache.lengths.tolist() == done.tolist()

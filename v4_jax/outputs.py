@@ -1,0 +1,44 @@
+"""What a forward pass returns."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from flax import struct
+from jax import Array
+
+from v4_jax.cache import Cache
+
+Logits = Literal["all", "last", "none"]
+
+
+class Routing(struct.PyTreeNode):
+    """Discrete decisions of a forward pass, to read or to replay.
+
+    Attributes:
+      experts: [layers, B, S, num_experts_per_tok] int32 experts of each token.
+      entries: [CSA layers, B, S, K] int32 compressed entries attended, -1 for none; None when there are no entries.
+      affinities: [layers, B, S, n_routed_experts] float32 router affinities; ignored in replay.
+      load: [layers, n_routed_experts] int32 tokens that each expert got, of all devices together; ignored in replay.
+    """
+
+    experts: Array | None = None
+    entries: Array | None = None
+    affinities: Array | None = None
+    load: Array | None = None
+
+
+class Output(struct.PyTreeNode):
+    """What a forward pass returns.
+
+    Attributes:
+      logits: [B, S, V] float32; [B, 1, V] at each row's last valid token for `logits="last"`; None for "none".
+      cache: the cache after the chunk, or None.
+      streams: [B, S, hc, D] after the last block, before the final collapse.
+      routing: the decisions taken, when asked for.
+    """
+
+    logits: Array | None
+    cache: Cache | None
+    streams: Array
+    routing: Routing | None = None

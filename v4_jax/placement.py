@@ -1,0 +1,91 @@
+"""The model on a mesh: which part of each argument a device gets, and the one `jax.shard_map` that runs a call.
+
+Inside, every layer sees its device's shards and writes its own communication (`sharding`); nothing is left for the
+compiler to partition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sharding.axes import Rules, resolve, sharding
+from sharding.split import Split
+from v4_jax.cache import cache_specs
+from v4_jax.config import RATIO_OF_ROLE, Config
+from v4_jax.outputs import Logits, Output, Routing
+from v4_jax.parameters import Parameter, declarations, is_parameter
+
+if TYPE_CHECKING:
+    from v4_jax.transformer import Transformer
+
+UNIT = RATIO_OF_ROLE["hca"]  # a device's share of a long sequence is a multiple of the longest compression block
+
+
+def placements(config: Config, mesh: Mesh, rules: Rules | str | None) -> Any:
+    """Where every parameter lies: a tree of `NamedSharding` like the parameters.
+
+    Raises:
+      ShardingError: a parameter that does not split evenly; the message lists the legal sizes.
+    """
+    table = resolve(rules)
+
+    def place(path: Any, parameter: Parameter) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return sharding(mesh, parameter.axes, parameter.shape, table, name=name)
+
+    return jax.tree_util.tree_map_with_path(place, declarations(config), is_leaf=is_parameter)
+
+
+def on_mesh(
+    model: Transformer, call: Callable[..., Output], arguments: dict[str, Any], logits: Logits, returns_routing: bool
+) -> Output:
+    """Runs `call(model, **arguments)` on every device of the model's mesh with that device's shards.
+
+    Args:
+      model: a bound model with a mesh.
+      call: one of its methods.
+      arguments: arrays of the whole mesh, by name; None is left out.
+      logits: which logits the call returns.
+      returns_routing: whether it returns routing decisions.
+
+    Raises:
+      ShardingError: something does not split evenly over the mesh.
+    """
+    mesh, table = model.mesh, resolve(model.rules)
+    assert mesh is not None
+    given = {name: value for name, value in arguments.items() if value is not None}
+    rows, length = given["tokens" if "tokens" in given else "next_tokens"].shape
+    sharding(mesh, ("batch",), (rows,), table, name="the batch")
+    split = Split.on(mesh, table, length, UNIT)
+    local = model.clone(parent=None, name=None, mesh=None, rules=None, split=split)
+
+    batch, sequence = (tuple(axes) or None for axes in (split.axes("batch"), split.sequence))
+    tokens, decisions, row = P(batch, sequence), P(None, batch, sequence), P(batch)
+    specs: dict[str, Any] = {name: tokens for name in ("tokens", "streams", "next_tokens")}
+    specs |= {name: row for name in ("positions", "segment_ids", "lengths")}
+    specs |= {"routing": decisions, "cache": cache_specs(given["cache"], table, mesh) if "cache" in given else None}
+    of_params = jax.tree.map(lambda place: place.spec, placements(model.config, mesh, table))
+    vocab = (split.short if logits == "last" else split).shared("vocab") or None
+    returned = {"logits": P(batch, None if logits == "last" else sequence, vocab), "cache": specs["cache"]}
+    returned |= {"streams": tokens, "routing": None}
+    if returns_routing:
+        decided: dict[str, Any] = dict.fromkeys(("experts", "entries", "affinities"), decisions)
+        returned["routing"] = Routing(**decided | {"load": P()})
+
+    def run(params: Any, given: dict[str, Any]) -> Any:
+        return local.apply({"params": params}, **given, method=call)
+
+    mapped = jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=(of_params, {name: specs[name] for name in given}),
+        out_specs=Output(**returned),
+        check_vma=False,
+    )
+    return mapped(nn.meta.unbox(model.variables["params"]), given)
