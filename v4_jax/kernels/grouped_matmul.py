@@ -49,9 +49,7 @@ def supports(weight: Weight, dtype: Any) -> bool:
     return weight.dtype == jnp.bfloat16
 
 
-def grouped_matmul(
-    rows: Array, weight: Weight, sizes: Array, *, layer: Any = None, interpret: bool = False
-) -> Array:
+def grouped_matmul(rows: Array, weight: Weight, sizes: Array, *, layer: Any = None, interpret: bool = False) -> Array:
     """Multiplies each row by its group's weight.
 
     Args:
@@ -67,6 +65,7 @@ def grouped_matmul(
 
     Raises:
       NotImplementedError: see `supports`.
+      ValueError: shapes disagree.
     """
     if not supports(weight, rows.dtype):
         raise NotImplementedError(
@@ -76,6 +75,8 @@ def grouped_matmul(
     if layer is None:
         weight, layer = jax.tree.map(lambda x: x[None], weight), 0
     (count, depth), (_, groups, width, _) = rows.shape, weight.shape
+    if sizes.shape != (groups,) or depth != weight.shape[-1]:
+        raise ValueError(f"rows {rows.shape} and sizes {sizes.shape} do not fit a weight {weight.shape}")
     tile = _tile_rows(count, groups)
     columns = min(COLUMNS, width)
     visits = _visits(sizes, count, tile)
@@ -166,9 +167,18 @@ def _cost(rows: Array, weight: Weight, columns: int) -> pl.CostEstimate:
 
 
 def _kernel(
-    layer: Any, group: Any, base: Any, first: Any, last: Any, rows: Any, codes: Any, *rest: Any, block: Any, across: bool
+    layer: Any,
+    group: Any,
+    base: Any,
+    first: Any,
+    last: Any,
+    rows: Any,
+    codes: Any,
+    *rest: Any,
+    block: Any,
+    across: bool,
 ) -> None:
-    """One visit: `rows` [tile, K] times `codes` [columns, K] into the visiting group's rows of `out` [tile, columns]."""
+    """One visit: `rows` [tile, K] times `codes` [columns, K] into the group's own rows of `out` [tile, columns]."""
     del layer
     *scales, out = rest
     n, visit = pl.program_id(0), pl.program_id(1)
