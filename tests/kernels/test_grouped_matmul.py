@@ -14,12 +14,12 @@ from v4_jax.mixture_of_experts import Experts, expert_ffn
 from v4_jax.number_formats import E2M1, E4M3, E8M0, FP4_BLOCK, BlockScaled, dequantise, quantise
 
 FORMATS = {"e2m1": E2M1, "e4m3": E4M3, "bfloat16": None}
-SIZES = {
+SIZES = {  # tiles are of 128 rows
     "some empty": [5, 0, 1, 7, 0, 3],
-    "one has all": [0, 0, 45, 0, 0, 0],
+    "one has all": [0, 0, 520, 0, 0, 0],
     "first and last": [20, 0, 0, 0, 0, 17],
-    "across tiles": [15, 17, 16, 1, 31, 33],
-    "on tile edges": [16, 32, 0, 16, 48, 16],
+    "across tiles": [127, 129, 128, 1, 100, 30],
+    "on tile edges": [128, 256, 0, 128, 0, 0],
     "several tiles each": [150, 3, 0, 201, 64, 90],
     "no row to spare": [129, 127, 8, 0, 0, 256],
     "one row each": [1, 1, 1, 1, 1, 1],
@@ -68,8 +68,15 @@ def check(out, rows, weight, sizes):
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_any_group_sizes(form, sizes):
-    count = 130 if sum(sizes) < 130 else 520  # tiles of 16 and of 64 rows
-    rows, weight = rows_of(count, 256), weights(form, len(sizes), 128, 256)
+    rows, weight = rows_of(520, 256), weights(form, len(sizes), 128, 256)
+    check(run(rows, weight, jnp.array(sizes)), rows, weight, sizes)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_large_groups(form):
+    """Tiles of 256 rows."""
+    sizes = [700, 500]
+    rows, weight = rows_of(1201, 128), weights(form, 2, 128, 128)
     check(run(rows, weight, jnp.array(sizes)), rows, weight, sizes)
 
 

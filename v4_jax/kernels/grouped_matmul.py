@@ -30,11 +30,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.number_formats import E2M1, E4M3, FP4_BLOCK, FP8_BLOCK, BlockScaled, Weight, bytes_of
 
-LANES = 128
+LANES, SUBLANES = 128, 8  # of a vector register
 COLUMNS = 512  # outputs of a weight tile: 1 MiB of E2M1 codes at K = 4,096, long enough to hide a grid step's overhead
 STRIP = 256  # outputs at a time within it: the widest matrix unit
 CHUNKS = (1024, 512, 256, 128)  # inputs at a time, the largest that divides K
-ROWS = (16, 256)  # fewest and most rows of a tile
+ROWS = (128, 256)  # rows of a tile: when groups are small, and when they are several tiles each
 VMEM_BYTES = 48 << 20  # of the 64 MiB or more that every generation from v5e on has
 
 _FORMATS = {jnp.dtype(E2M1): FP4_BLOCK, jnp.dtype(E4M3): FP8_BLOCK}
@@ -140,10 +140,12 @@ class _Visits(NamedTuple):
 
 
 def _tile_rows(count: int, groups: int) -> int:
-    """About the mean group: a larger tile is mostly other groups' rows, a smaller one leaves the matrix unit idle."""
-    fewest, most = ROWS
-    mean = max(1, count // groups)
-    return min(count, max(fewest, min(most, 1 << (mean.bit_length() - 1))))
+    """Rows of a tile. Every visit expands its weights anew, beside the matrix unit's work on the previous ones.
+
+    That takes about as long as the products of 128 rows: a smaller tile gains nothing, even where a group has one row.
+    """
+    few, many = ROWS
+    return min(count, many if count // groups >= 2 * many else few)
 
 
 def _visits(sizes: Array, count: int, tile: int) -> _Visits:
@@ -197,15 +199,14 @@ def _kernel(
             wide = scales[0][:, here].astype(jnp.float32).T if across else scales[0][here, :].astype(jnp.float32)
             exponents = _pair_exponents(wide)
         elif block == FP8_BLOCK:
-            spread = _spread_rows(scales[0][...], n * columns + start, strip)
+            lines = _block_lines(scales[0][...], n * columns + start, strip)
         total = jnp.zeros((count, strip), jnp.float32)
         for k in range(0, depth, chunk):
             stored = codes[here, k : k + chunk]
             if block == FP4_BLOCK:
                 expanded = _decode_e2m1(stored, _spread_lanes(exponents, FP4_BLOCK[1], k, chunk))
             elif block == FP8_BLOCK:
-                wide = stored.astype(jnp.float32) * _spread_lanes(spread, FP8_BLOCK[1], k, chunk)
-                expanded = wide.astype(jnp.bfloat16)
+                expanded = _scale_blocks(stored, _spread_lanes(lines, FP8_BLOCK[1], k, chunk))
             else:
                 expanded = stored
             total += jax.lax.dot_general(
@@ -249,15 +250,24 @@ def _decode_e2m1(codes: Array, exponents: Array) -> Array:
     return pltpu.bitcast(value | ((pair & _both(8)) << 12), jnp.bfloat16)
 
 
-def _spread_rows(scales: Array, start: Any, count: int) -> Array:
-    """Scales of 128 x 128 blocks [N / 128, K / 128] to those of `count` rows from `start` on: [count, K / 128] float32.
+def _block_lines(scales: Array, start: Any, count: int) -> Array:
+    """Scales of 128 x 128 blocks [N / 128, K / 128] for `count` outputs from `start` on: [count / 16, K / 128] float32.
 
-    By a product with ones and zeros, exact for powers of two.
+    Each block's scales come eight times, once for every row of a register. By a product with ones and zeros, exact for
+    powers of two, because registers cannot be cut at a row known only at run time.
     """
-    row = start + jax.lax.broadcasted_iota(jnp.int32, (count, scales.shape[0]), 0)
-    mine = (row >> 7) == jax.lax.broadcasted_iota(jnp.int32, (count, scales.shape[0]), 1)
-    narrow = scales.astype(jnp.float32).astype(jnp.bfloat16)
-    return jnp.dot(mine.astype(jnp.bfloat16), narrow, preferred_element_type=jnp.float32)
+    shape = (count // FP8_BLOCK[0] * SUBLANES, scales.shape[0])
+    # Shifts, since the sign that a division looks at lowers differently by chip, which a CPU host cannot tell.
+    line = (start >> 7) + (jax.lax.broadcasted_iota(jnp.int32, shape, 0) >> 3)
+    mine = (line == jax.lax.broadcasted_iota(jnp.int32, shape, 1)).astype(jnp.bfloat16)
+    return jnp.dot(mine, scales.astype(jnp.float32).astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+
+
+def _scale_blocks(codes: Array, lines: Array) -> Array:
+    """E4M3 codes [R, C] times scales [R / 16, C] as from `_block_lines`: [R, C] bfloat16."""
+    count, width = codes.shape
+    wide = codes.astype(jnp.float32).reshape(-1, FP8_BLOCK[0] // SUBLANES, SUBLANES, width)
+    return (wide * lines.reshape(-1, 1, SUBLANES, width)).astype(jnp.bfloat16).reshape(count, width)
 
 
 def _spread_lanes(scales: Array, block: int, start: int, count: int) -> Array:
