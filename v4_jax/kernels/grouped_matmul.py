@@ -235,7 +235,7 @@ def _pair_exponents(scales: Array) -> Array:
 def _decode_e2m1(codes: Array, exponents: Array) -> Array:
     """E2M1 codes [R, C] times two to their exponents [R / 2, C], see `_pair_exponents`: [R, C] bfloat16, exactly.
 
-    Half the vector unit's work of float32 arithmetic, and the same on all generations, with or without bfloat16
+    Two thirds of the instructions of float32 arithmetic, and the same on all generations, with or without bfloat16
     arithmetic. With magnitude bits a = e e m (value 0, .5, 1, 1.5, 2, 3, 4, 6) where bfloat16 keeps the low exponent
     bits and the first of the fraction, a is right from 2 on up to a constant; 1 lies one step of a too high, and 0 is
     no power of two.
