@@ -7,16 +7,17 @@ compiler to partition.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sharding.axes import Rules, resolve, sharding
 from sharding.split import Split
-from v4_jax.cache import cache_specs
+from v4_jax.cache import Cache, CacheDtype, cache_specs, init_cache
 from v4_jax.config import RATIO_OF_ROLE, Config
 from v4_jax.outputs import Logits, Output, Routing
 from v4_jax.parameters import Parameter, declarations, is_parameter
@@ -40,6 +41,67 @@ def placements(config: Config, mesh: Mesh, rules: Rules | str | None) -> Any:
         return sharding(mesh, parameter.axes, parameter.shape, table, name=name)
 
     return jax.tree_util.tree_map_with_path(place, declarations(config), is_leaf=is_parameter)
+
+
+class Place(NamedTuple):
+    """Where a job runs: a mesh and the rules for it, or the default device.
+
+    Attributes:
+      mesh: the devices; None is the default device.
+      rules: which mesh axes split which logical axes, or the name of a preset.
+    """
+
+    mesh: Mesh | None = None
+    rules: Rules | str | None = None
+
+    def cache(self, config: Config, batch: int, max_length: int, dtype: CacheDtype) -> Cache:
+        """An empty cache there."""
+        return init_cache(config, batch, max_length, dtype=dtype, mesh=self.mesh, rules=self.rules)
+
+    def cache_shapes(self, config: Config, batch: int, max_length: int, dtype: CacheDtype) -> Cache:
+        """The shapes of `cache` and where they lie, to compile for."""
+        shapes = jax.eval_shape(lambda: self.cache(config, batch, max_length, dtype))
+        if self.mesh is None:
+            return shapes
+        mesh, specs = self.mesh, cache_specs(shapes, resolve(self.rules), self.mesh)
+
+        def placed(array: jax.ShapeDtypeStruct, spec: P) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, spec))
+
+        return jax.tree.map(placed, shapes, specs)
+
+    def check(self, batch: int) -> None:
+        """Checks that rows split evenly.
+
+        Raises:
+          ShardingError: they do not.
+        """
+        if self.mesh is not None:
+            sharding(self.mesh, ("batch",), (batch,), resolve(self.rules), name="the batch")
+
+    def chunk(self, size: int) -> int:
+        """The smallest legal chunk of at least `size` tokens: short ones of any size are on all devices."""
+        if self.mesh is None:
+            return size
+        whole = Split.whole(self.mesh, resolve(self.rules), UNIT)
+        return size if size < whole else -(-size // whole) * whole
+
+    @property
+    def replicated(self) -> NamedSharding | None:
+        """On every device; None without a mesh."""
+        return None if self.mesh is None else NamedSharding(self.mesh, P())
+
+    def shape(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        """An input of a program that every device gets whole."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.replicated)
+
+    def put(self, tree: Any) -> Any:
+        """Host arrays, equal in all processes, to every device."""
+        return jax.tree.map(jnp.asarray, tree) if self.mesh is None else jax.device_put(tree, self.replicated)
+
+    def keep(self, tree: Any) -> Any:
+        """Within a program: makes arrays whole on every device, as for the last token's logits before sampling."""
+        return tree if self.mesh is None else jax.lax.with_sharding_constraint(tree, self.replicated)
 
 
 def on_mesh(
