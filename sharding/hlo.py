@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 KINDS = (
@@ -163,8 +163,15 @@ class _Term(NamedTuple):
     offset: int
 
 
+class _Arguments:
+    """What is known of a fusion's parameters, found out when asked for: few of them ever are, in deep chains."""
+
+    def __init__(self, find: Callable[[int], _Term | None]):
+        self.get = functools.cache(find)
+
+
 # What is known of the elements of a loop's tuple, or of a fusion's parameters; what is not listed is not known.
-_Known = dict[int, _Term]
+_Known = dict[int, _Term] | _Arguments
 
 
 class Program:
@@ -225,7 +232,7 @@ class Program:
 
     # ---- loops -------------------------------------------------------------------------------------------------------
 
-    def _trips(self, loop: Instruction, body: str, condition: str, start: _Known) -> int | None:
+    def _trips(self, loop: Instruction, body: str, condition: str, start: dict[int, _Term]) -> int | None:
         """How often a loop runs that counts from a known number to a known limit; None for all others."""
         written = loop.number("known_trip_count")
         if written is not None:
@@ -278,7 +285,7 @@ class Program:
         computation = self.computations[body]
         return self._term(computation, computation.root, None, element)
 
-    def _elements(self, computation: Computation, name: str, known: _Known) -> _Known:
+    def _elements(self, computation: Computation, name: str, known: _Known) -> dict[int, _Term]:
         """What is known of the elements of a tuple."""
         instruction = computation.instructions[name]
         if instruction.opcode == "tuple":
@@ -287,9 +294,8 @@ class Program:
         terms = (self._term(computation, name, known, i) for i in range(len(instruction.shapes)))
         return {i: term for i, term in enumerate(terms) if term is not None}
 
-    def _arguments(self, computation: Computation, call: Instruction, known: _Known | None) -> _Known:
-        terms = (self._term(computation, operand, known) for operand in call.operands)
-        return {i: term for i, term in enumerate(terms) if term is not None}
+    def _arguments(self, computation: Computation, call: Instruction, known: _Known | None) -> _Arguments:
+        return _Arguments(lambda place: self._term(computation, call.operands[place], known))
 
     def _term(
         self, computation: Computation, name: str, known: _Known | None, element: int | None = None
