@@ -28,8 +28,8 @@ from v4_jax.placement import Place
 from v4_jax.policy import Policy
 from v4_jax.transformer import Transformer
 
-# XLA:CPU's usual scheduler cuts a layer's weights out of their stack long before it needs them, and a single token waits
-# for them. Measured at 4,096 tokens of context: 1.1 to 1.2 times the tokens per second.
+# XLA:CPU's usual scheduler cuts a layer's weights out of their stack long before it needs them, and a single token
+# waits for them. Measured at 4,096 tokens of context: 1.1 to 1.2 times the tokens per second.
 _CPU_STEP = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 SMALLEST_CHUNK = 16  # shorter prompts are padded to this: fewer programs for no measurable time

@@ -370,6 +370,9 @@ def _group(instruction: Instruction, program: Program) -> int:
         return _chain([(int(a), int(b)) for a, b in re.findall(r"\{(\d+),\s*(\d+)\}", pairs[1])])
     if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=", text):
         return int(iota[1])
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
+        sizes = dict(re.findall(r"('\w+')=(\d+)", mesh[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'\w+'", mesh[2]))
     if first := re.search(r"replica_groups=\{\{([\d,\s]*)\}", text):
         return len(first[1].split(","))
     raise ValueError(f"the replica groups of {instruction.name} are not understood: {text[:200]}")
