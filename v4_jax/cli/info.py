@@ -63,6 +63,7 @@ def as_json(config: Config, context: int) -> dict[str, Any]:
         "comparison": {
             **against._asdict(),
             "flops_ratio": against.flops_ratio,
+            "headline_flops_ratio": against.headline_ratio,
             "cache_ratio": against.cache_ratio,
             "gqa_ratio": against.gqa_ratio,
         },
@@ -148,11 +149,12 @@ def _comparison_table(against: costs.Comparison) -> Table:
     table = _table(
         f"Against others at {format_size(against.context)} tokens",
         *("", "FLOPs per token", "V4 needs", "cache per row", "V4 needs"),
-        caption="FLOPs of decoding one token, FP8 equivalent; cache without the MTP block's",
+        caption="FLOPs of decoding one token, FP8 equivalent; cache without the MTP block's and without padding",
     )
     table.add_row("V4, this configuration", _operations(against.flops), "", _bytes(against.cache), "")
     shares = f"{against.flops_ratio:.1%}", f"{against.cache_ratio:.1%}"
     table.add_row("DeepSeek-V3.2", _operations(against.flops_v32), shares[0], _bytes(against.cache_v32), shares[1])
+    table.add_row("  by active parameters in whole billions", "", f"{against.headline_ratio:.1%}", "", "")
     table.add_row("8 KV heads x 128, bfloat16", "", "", _bytes(against.cache_gqa), f"{against.gqa_ratio:.1%}")
     return table
 
