@@ -118,7 +118,7 @@ class Collective:
     kind: str
     shapes: tuple[Shape, ...]
     group: int
-    runs: int | None
+    runs: float | None
     at_most: bool
     op_name: str
 
@@ -151,7 +151,7 @@ class Call(NamedTuple):
 
     instruction: Instruction
     computation: Computation
-    runs: int | None
+    runs: float | None
     at_most: bool
     fused: bool
 
@@ -161,6 +161,10 @@ class _Term(NamedTuple):
 
     element: int | None
     offset: int
+
+
+# Trip counts of loops whose own depends on the data; None where that stays unknown.
+Guess = Callable[[Instruction], float | None]
 
 
 class _Arguments:
@@ -198,16 +202,21 @@ class Program:
         if not self.entry:
             raise ValueError("no ENTRY computation found: expected the text of a compiled program")
 
-    def calls(self, unknown_runs: int | None = None) -> Iterator[Call]:
+    def calls(self, guess: Guess = lambda loop: None) -> Iterator[Call]:
         """Every instruction that runs, at each place that it is called from.
 
         Args:
-          unknown_runs: trip count of loops whose own depends on the data; None makes their runs None.
+          guess: how often to count a loop whose trip count depends on the data.
         """
-        yield from self._calls(self.entry, {}, 1, False, False, unknown_runs)
+        yield from self._calls(self.entry, {}, 1, False, False, guess)
+
+    def communicates(self, loop: Instruction) -> bool:
+        """Whether a loop's body has collectives."""
+        calls = self._calls(loop.called("body")[0], {}, 1, False, False, lambda loop: 1)
+        return any(call.instruction.opcode.removesuffix("-start") in KINDS for call in calls)
 
     def _calls(
-        self, name: str, known: _Known, runs: int | None, at_most: bool, fused: bool, unknown: int | None
+        self, name: str, known: _Known, runs: float | None, at_most: bool, fused: bool, guess: Guess
     ) -> Iterator[Call]:
         computation = self.computations[name]
         for instruction in computation.instructions.values():
@@ -216,19 +225,19 @@ class Program:
             if opcode == "while":
                 body, condition = instruction.called("body", "condition")
                 start = self._elements(computation, instruction.operands[0], known)
-                trips = self._trips(instruction, body, condition, start)
-                trips = unknown if trips is None else trips
+                counted = self._trips(instruction, body, condition, start)
+                trips = guess(instruction) if counted is None else counted
                 times = None if trips is None or runs is None else runs * trips
                 carried = {k: v for k, v in start.items() if v.element is None and self._keeps(body, k)}
-                yield from self._calls(body, carried, times, at_most, fused, unknown)
+                yield from self._calls(body, carried, times, at_most, fused, guess)
             elif opcode == "conditional":
                 roles = ("branch_computations", "true_computation", "false_computation")
                 for branch in instruction.called(*roles):
-                    yield from self._calls(branch, {}, runs, True, fused, unknown)
+                    yield from self._calls(branch, {}, runs, True, fused, guess)
             elif opcode in ("call", "fusion", "async-start"):
                 inner = fused or opcode == "fusion"
                 for callee in instruction.called("to_apply" if opcode == "call" else "calls"):
-                    yield from self._calls(callee, {}, runs, at_most, inner, unknown)
+                    yield from self._calls(callee, {}, runs, at_most, inner, guess)
 
     # ---- loops -------------------------------------------------------------------------------------------------------
 
@@ -337,21 +346,21 @@ class Program:
         return None
 
 
-def collectives(text: str | Program, unknown_runs: int | None = None) -> list[Collective]:
+def collectives(text: str | Program, guess: Guess = lambda loop: None) -> list[Collective]:
     """Every collective of a compiled program, in the order in which the program's text reaches them.
 
     A pair of "-start" and "-done" is one collective. Both branches of a conditional are listed.
 
     Args:
       text: `compiled.as_text()` of a program for CPU or TPU, or what was read from it.
-      unknown_runs: see `Program.calls`.
+      guess: see `Program.calls`.
 
     Raises:
       ValueError: the text is no compiled program.
     """
     program = text if isinstance(text, Program) else Program(text)
     found = []
-    for instruction, computation, runs, at_most, _ in program.calls(unknown_runs):
+    for instruction, computation, runs, at_most, _ in program.calls(guess):
         kind = instruction.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue

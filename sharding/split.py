@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from sharding import collectives
 from sharding.axes import Rules, ShardingError
@@ -41,7 +41,7 @@ class Split:
     long: bool = False
 
     @classmethod
-    def on(cls, mesh: Mesh, rules: Rules, length: int, unit: int) -> Split:
+    def on(cls, mesh: Mesh | AbstractMesh, rules: Rules, length: int, unit: int) -> Split:
         """The split of a call with `length` tokens per row.
 
         Args:
@@ -65,7 +65,7 @@ class Split:
         return dataclasses.replace(split, long=True)
 
     @staticmethod
-    def whole(mesh: Mesh, rules: Rules, unit: int) -> int:
+    def whole(mesh: Mesh | AbstractMesh, rules: Rules, unit: int) -> int:
         """The shortest sequence that is split: `unit` tokens on every device that a sequence is split over."""
         return unit * math.prod(mesh.shape.get(axis, 1) for axis in rules["sequence"])
 

@@ -43,10 +43,10 @@ def test_score(run, eight):
 @pytest.mark.parametrize(
     ("mesh", "said"),
     [
-        ("seq=3", "has 3 places, but there are 8 devices"),
+        ("seq=3", "mesh seq=3 has 3 places, but there are 8 devices; legal meshes of 8 devices are "),
         ("sequence=8", "found 'sequence=8', expected each of data, seq, expert, tensor at most once"),
         ("seq=0,expert=8", "found 'seq=0'"),
-        ("tensor=8", "cannot be split 8 ways over tensor: legal sizes are 1, 2"),
+        ("tensor=8", "legal meshes of 8 devices are expert=8; "),
         ("data=8", "the batch: axis 'batch' of size 1 cannot be split 8 ways over data"),
     ],
 )

@@ -12,7 +12,7 @@ from sharding.mesh import make_mesh, parse_mesh
 from v4_jax.cli.console import CommandError, say
 from v4_jax.cli.options import Preset
 from v4_jax.config import Config
-from v4_jax.placement import Place, placements
+from v4_jax.placement import Place, alternatives, check_mesh
 
 
 def join(distributed: bool) -> None:
@@ -44,7 +44,7 @@ def _number(variable: str) -> int | None:
     return int(value) if value and value.isdecimal() else None
 
 
-def place(config: Config, mesh: str | None, preset: Preset, batch: int) -> Place:
+def place(config: Config, mesh: str | None, preset: Preset, *, batch: int, native: bool) -> Place:
     """The mesh that `--mesh` names, after checking that the model and `batch` rows split over it.
 
     Raises:
@@ -56,10 +56,13 @@ def place(config: Config, mesh: str | None, preset: Preset, batch: int) -> Place
             say(f"note: using 1 of {jax.device_count()} devices; --mesh spreads the work over all of them")
         return Place()
     try:
-        made = make_mesh(parse_mesh(mesh))
-        placements(config, made, preset)
-        where = Place(made, preset)
-        where.check(batch)
+        sizes = parse_mesh(mesh)
     except ShardingError as error:
-        raise CommandError(f"--mesh {mesh}: {error}") from None
-    return where
+        raise CommandError(str(error)) from None
+    try:
+        made = make_mesh(sizes)
+        check_mesh(config, made, preset, batch=batch, native=native)
+    except ShardingError as error:
+        legal = alternatives(config, jax.device_count(), preset, batch=batch, native=native)
+        raise CommandError(f"--mesh {mesh}: {error}; {legal}") from None
+    return Place(made, preset)

@@ -137,7 +137,7 @@ def generate(
             f"warning: Think Max wants a context of at least {format_size(THINK_MAX_CONTEXT)} tokens, this one has "
             f"{format_size(limits.context)}; reasoning may be cut short (--context {format_size(THINK_MAX_CONTEXT)})"
         )
-    where = place(config, mesh, preset, batch=1)
+    where = place(config, mesh, preset, batch=1, native=dtype == "native")
     params = directory.load(dtype, where)
     with bad_input():
         generator = Generator(

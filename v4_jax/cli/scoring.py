@@ -68,7 +68,7 @@ def score(
     with bad_input(f"{name}: "):
         # splitlines() would also split at characters that JSON strings may hold, such as U+2028
         jobs = read_jobs(read_text(input).split("\n"), directory.config, directory.tokenizer, bos=not no_bos)
-    where = place(directory.config, mesh, preset, min(batch, len(jobs)))
+    where = place(directory.config, mesh, preset, batch=min(batch, len(jobs)), native=dtype == "native")
     with bad_input():
         scorer = Scorer(
             directory.config,
