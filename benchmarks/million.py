@@ -6,20 +6,20 @@
 A tiny model with every layer role reads 65,536, 262,144 and 1,048,576 tokens in chunks, each chunk split over eight
 virtual devices of this machine's CPU, and then writes 64 more. Every length is a process of its own, so that peak
 memory is its own. Seconds per token are compared with the FLOPs that `v4_jax.costs` predicts at each position, bytes of
-cache with what the configuration predicts, and at 65,536 tokens the logits with those of one device that holds
-everything: the run fails if they differ. docs/million.md explains the numbers.
+cache with what the configuration predicts, and at 65,536 tokens logits and decisions with those of one device that
+holds everything: the run fails if they differ. docs/million.md explains the numbers.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ LENGTHS, QUICK = (65536, 262144, 1048576), (16384, 65536)
 COMPARED = 65536  # the length at which one device computes everything again
 DECODED = 64
 TOLERANCE = 2e-4  # the project's contract for float32 logits
+NEAR_TIES = 1e-4  # share of picked entries that may differ: of two that score alike to the last digit, either is right
 MEGABYTE = 1e6
 
 # Eight devices share the cores: the first to reach a collective waits for all others' work, which XLA takes for a hang.
@@ -49,21 +50,17 @@ PATIENCE += " --xla_cpu_collective_call_terminate_timeout_seconds=3600"
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What one process measures.
+    """What one process does.
 
     Attributes:
       length: prompt tokens.
       chunk: prompt tokens processed at once.
-      split: over all devices, or everything on one.
-      outputs: file for the logits and the tokens that were fed.
-      replay: such a file, whose decoded tokens are fed instead of the own choices; empty for none.
+      compare: compare with one device instead of measuring.
     """
 
     length: int
     chunk: int
-    split: bool
-    outputs: str
-    replay: str = ""
+    compare: bool = False
 
 
 def architecture() -> Any:
@@ -113,21 +110,34 @@ def weights(config: Any) -> Any:
     return jax.tree.map(value, declarations(config), is_leaf=is_parameter)
 
 
-def run(task: Task) -> dict[str, Any]:
-    """Prefills and decodes; times every chunk and every token."""
+def prompt(task: Task) -> np.ndarray:
+    """Token ids; a shorter prompt is the beginning of a longer one."""
+    return np.random.default_rng(0).integers(0, architecture().vocab_size, task.length).astype(np.int32)
+
+
+def build(task: Task, split: bool) -> tuple[Any, Any, Any]:
+    """Model, parameters and an empty cache, on all devices or on the first."""
+    import jax
+
+    from sharding.mesh import make_mesh
+    from v4_jax import Transformer, init_cache
+    from v4_jax.placement import placements
+
+    config, mesh = architecture(), make_mesh(MESH) if split else None
+    model = Transformer(config, policy="float32", mesh=mesh, rules=PRESET)
+    params = jax.device_put(weights(config), placements(config, mesh, PRESET) if mesh else jax.devices()[0])
+    return model, params, init_cache(config, 1, task.length + DECODED, dtype="float32", mesh=mesh, rules=PRESET)
+
+
+def measure(task: Task) -> dict[str, Any]:
+    """Prefills and decodes on all devices; times every chunk and every token."""
     import jax
     import jax.numpy as jnp
 
-    from sharding.mesh import make_mesh
-    from v4_jax import Transformer, costs, init_cache
-    from v4_jax.placement import placements
+    from v4_jax import costs
 
-    config, room = architecture(), task.length + DECODED
-    mesh = make_mesh(MESH) if task.split else None
-    model = Transformer(config, policy="float32", mesh=mesh, rules=PRESET)
-    params = jax.device_put(weights(config), placements(config, mesh, PRESET) if mesh else None)
-    cache = init_cache(config, 1, room, dtype="float32", mesh=mesh, rules=PRESET)
-    on_each = bytes_on_first_device(cache)
+    model, params, cache = build(task, split=True)
+    config, room, on_each = model.config, task.length + DECODED, bytes_on_first_device(cache)
 
     def apply(params: Any, tokens: Any, cache: Any) -> tuple[Any, Any]:
         output = model.apply({"params": params}, tokens, cache=cache, logits="last")
@@ -137,9 +147,7 @@ def run(task: Task) -> dict[str, Any]:
         tokens = jax.ShapeDtypeStruct((1, size), jnp.int32)
         return jax.jit(apply, donate_argnums=2).lower(params, tokens, cache).compile()
 
-    prefill, decode = program(task.chunk), program(1)
-    tokens = np.random.default_rng(task.length).integers(0, config.vocab_size, task.length).astype(np.int32)
-    replayed = np.load(task.replay)["tokens"][task.length :] if task.replay else None
+    prefill, decode, tokens = program(task.chunk), program(1), prompt(task)
     compiled = peak_memory()
 
     logits, chunks, steps = [], [], []
@@ -161,17 +169,15 @@ def run(task: Task) -> dict[str, Any]:
                 }
             )
             progress.advance(bar, task.chunk)
-    for number in range(DECODED):
-        token = np.argmax(logits[-1]).astype(np.int32) if replayed is None else replayed[number]
-        tokens = np.append(tokens, token)
+    last = logits[-1]
+    for _ in range(DECODED):
         wall = time.perf_counter()
-        last, cache = decode(params, token[None, None], cache)
-        logits.append(np.asarray(last))
+        last, cache = decode(params, np.argmax(last).astype(np.int32)[None, None], cache)
+        last = np.asarray(last)
         steps.append(time.perf_counter() - wall)
-    np.savez(task.outputs, logits=np.stack(logits), tokens=tokens)
     seen = int(cache.lengths[0])
-    if seen != room:
-        raise SystemExit(f"the cache counts {seen} tokens after {room}")
+    if seen != room or not np.isfinite(last).all():
+        raise SystemExit(f"the cache counts {seen} tokens after {room}, or the last logits are not finite")
     return {
         "length": task.length,
         "chunk": task.chunk,
@@ -183,6 +189,7 @@ def run(task: Task) -> dict[str, Any]:
         "programs": {"prefill": memory_of(prefill), "decode": memory_of(decode)},
         "peak": peak_memory(),
         "peak before": compiled,
+        "first logits": np.stack(logits[: COMPARED // task.chunk]).tolist(),
     }
 
 
@@ -209,70 +216,126 @@ def peak_memory() -> int:
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
+def compare(task: Task) -> dict[str, Any]:
+    """All devices against one: logits at the last token of every chunk and at every decoded token, and all decisions.
+
+    One device runs twice: deciding for itself, and with the decisions of the split run replayed. Float sums in another
+    order turn a few near ties of the indexer or the router around, after which logits rightly differ by more than
+    rounding. Replay takes that away: what is left must be within the tolerance.
+    """
+    import jax
+
+    from v4_jax import Routing
+
+    def feed(split: bool, tokens: np.ndarray, replay: list[Any] | None = None) -> tuple[np.ndarray, np.ndarray, Any]:
+        """Logits, tokens with what was decoded, and decisions; tokens beyond the prompt are fed as given."""
+        model, params, cache = build(task, split)
+
+        @functools.partial(jax.jit, donate_argnums=2)
+        def step(params: Any, tokens: Any, cache: Any, routing: Any) -> tuple[Any, Any, Any]:
+            output = model.apply(
+                {"params": params}, tokens, cache=cache, logits="last", routing=routing, return_routing=True
+            )
+            return output.logits[0, -1], output.cache, Routing(output.routing.experts, output.routing.entries)
+
+        logits, decisions = [], []
+        for number in range(task.length // task.chunk + DECODED):
+            first = min(task.length, number * task.chunk) + max(0, number - task.length // task.chunk)
+            if first == len(tokens):
+                tokens = np.append(tokens, np.argmax(logits[-1]).astype(np.int32))
+            piece = tokens[None, first : first + (task.chunk if first < task.length else 1)]
+            last, cache, decided = step(params, piece, cache, replay[number] if replay else None)
+            logits.append(np.asarray(last, np.float64))
+            decisions.append(jax.tree.map(np.asarray, decided))
+        return np.stack(logits), tokens, decisions
+
+    def joined(decisions: list[Any], name: str) -> np.ndarray:
+        """All tokens' decisions of a kind, in no order: [layers, tokens, choices]."""
+        return np.sort(np.concatenate([getattr(decided, name)[:, 0] for decided in decisions], axis=1), axis=-1)
+
+    ours, tokens, decided = feed(True, prompt(task))
+    alone, _, decided_alone = feed(False, tokens)
+    replayed, _, _ = feed(False, tokens, decided)
+
+    picks, picks_alone = joined(decided, "entries"), joined(decided_alone, "entries")
+    other = sum(
+        len(np.setdiff1d(a, b))
+        for a, b in zip(picks.reshape(-1, picks.shape[-1]), picks_alone.reshape(-1, picks.shape[-1]), strict=True)
+        if (a != b).any()
+    )
+    experts = joined(decided, "experts") != joined(decided_alone, "experts")
+    as_many = bool(((picks >= 0).sum(-1) == (picks_alone >= 0).sum(-1)).all())
+    top = np.sort(replayed, axis=-1)
+    clear = top[:, -1] - top[:, -2] > TOLERANCE  # a closer pair may change places within the tolerance
+    moved = int(((ours.argmax(-1) != replayed.argmax(-1)) & clear).sum())
+    difference = float(np.abs(ours - replayed).max())
+    free = np.abs(ours - alone).max(axis=-1)
+    return {
+        "length": task.length,
+        "chunks": task.length // task.chunk,
+        "difference": difference,
+        "argmax differs": moved,
+        "largest logit": float(np.abs(replayed).max()),
+        "picks": picks.size,
+        "other picks": other,
+        "tokens with other experts": int(experts.any(-1).sum()),
+        "free difference": float(free.max()),
+        "free argmax differs": int((ours.argmax(-1) != alone.argmax(-1)).sum()),
+        "free within": int((free <= TOLERANCE).sum()),
+        "equal": difference <= TOLERANCE and not moved and as_many and other <= NEAR_TIES * picks.size,
+    }
+
+
 # ---- all of them -----------------------------------------------------------------------------------------------------
 
 
-def measure(task: Task) -> dict[str, Any]:
+def spawn(task: Task) -> dict[str, Any]:
     """Runs a task in a process of its own."""
     environment = dict(os.environ)
-    flags = f"--xla_force_host_platform_device_count={DEVICES if task.split else 1} {PATIENCE}"
+    flags = f"--xla_force_host_platform_device_count={DEVICES} {PATIENCE}"
     environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {flags}"
     environment["JAX_PLATFORMS"] = "cpu"
     command = [sys.executable, __file__, "--task", json.dumps(dataclasses.asdict(task))]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if done.returncode or not lines:
-        raise SystemExit(f"measuring {task} failed with status {done.returncode}")
-    result = json.loads(lines[-1].removeprefix("RESULT "))
-    where = f"{DEVICES} devices" if task.split else "1 device"
-    print(f"{task.length:,} tokens on {where}: {prefill_seconds(result):,.1f} s", file=sys.stderr, flush=True)
-    return result
+        raise SystemExit(f"{task} failed with status {done.returncode}")
+    return json.loads(lines[-1].removeprefix("RESULT "))
 
 
-def collect(lengths: tuple[int, ...], chunk: int) -> dict[str, Any]:
-    """Measures every length, and compares one of them with an unsplit run that is fed the same tokens."""
-    with tempfile.TemporaryDirectory() as folder:
-
-        def task(length: int, split: bool, **more: str) -> Task:
-            return Task(length, chunk, split, f"{folder}/{length}-{split}.npz", **more)
-
-        runs = [measure(task(length, True)) for length in lengths[: lengths.index(COMPARED) + 1]]
-        split = task(COMPARED, True).outputs
-        alone = task(COMPARED, False, replay=split)
-        unsplit = measure(alone)
-        equality = compare(split, alone.outputs) | {"unsplit seconds": prefill_seconds(unsplit)}
-        if not equality["equal"]:
-            raise SystemExit(f"split and unsplit run differ: {sentence(equality)}")
-        runs += [measure(task(length, True)) for length in lengths[len(runs) :]]
-    return {"devices": DEVICES, "cores": os.cpu_count(), "runs": runs, "equality": equality}
-
-
-def compare(split: str, unsplit: str) -> dict[str, Any]:
-    """Logits at the last token of every chunk and at every decoded token, of two runs over the same tokens."""
-    a, b = np.load(split), np.load(unsplit)
-    assert np.array_equal(a["tokens"], b["tokens"])
-    first, second = a["logits"].astype(np.float64), b["logits"].astype(np.float64)
-    difference = np.abs(first - second).max(axis=-1)
-    top = np.sort(second, axis=-1)
-    clear = top[:, -1] - top[:, -2] > TOLERANCE  # a closer pair may change places within the tolerance
-    moved = (first.argmax(axis=-1) != second.argmax(axis=-1)) & clear
-    return {
-        "tokens": len(difference),
-        "difference": float(difference.max()),
-        "typical difference": float(np.median(difference)),
-        "largest logit": float(np.abs(second).max()),
-        "argmax differs": int(moved.sum()),
-        "equal": bool(difference.max() <= TOLERANCE and not moved.any()),
-    }
+def collect(lengths: tuple[int, ...], chunk: int, saved: Path) -> dict[str, Any]:
+    """Compares at one length, and measures all; saves as it goes."""
+    equality = spawn(Task(COMPARED, chunk, compare=True))
+    print("\n".join(sentences(equality)), file=sys.stderr, flush=True)
+    if not equality["equal"]:
+        raise SystemExit("split and unsplit run differ")
+    runs: list[dict[str, Any]] = []
+    results = {"devices": DEVICES, "cores": os.cpu_count(), "equality": equality, "runs": runs}
+    starts: dict[int, Any] = {}
+    for length in lengths:
+        run = spawn(Task(length, chunk))
+        starts[length] = np.array(run.pop("first logits"))
+        if length > COMPARED:
+            run["difference of room"] = float(np.abs(starts[length] - starts[COMPARED]).max())
+        runs.append(run)
+        saved.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"{length:,} tokens: {prefill_seconds(run):,.1f} s", file=sys.stderr, flush=True)
+    return results
 
 
-def sentence(equality: dict[str, Any]) -> str:
-    return (
-        f"at {COMPARED:,} tokens, logits of {equality['tokens']} tokens (the last of every chunk, all decoded) differ "
-        f"by at most {equality['difference']:.1e} (median {equality['typical difference']:.1e}, allowed "
-        f"{TOLERANCE:.0e}, largest logit {equality['largest logit']:.1f}), and the likeliest token differs at "
-        f"{equality['argmax differs']} of them"
-    )
+def sentences(equality: dict[str, Any]) -> list[str]:
+    tokens = equality["chunks"] + DECODED
+    return [
+        f"Split against one device, {equality['length']:,} tokens and {DECODED} decoded, the split run's decisions "
+        f"replayed: logits at the ends of {equality['chunks']} chunks and of all decoded tokens differ by at most "
+        f"{equality['difference']:.1e} (allowed {TOLERANCE:.0e}; largest logit {equality['largest logit']:.1f}), "
+        f"another likeliest token at {equality['argmax differs']} of {tokens}.",
+        f"Deciding for itself, one device picks {equality['other picks']:,} of {equality['picks']:,} entries otherwise "
+        f"(near ties, allowed {NEAR_TIES:.0e} of them) and other experts for "
+        f"{equality['tokens with other experts']:,} tokens of all layers; logits are then within {TOLERANCE:.0e} at "
+        f"{equality['free within']} of {tokens} tokens, at most {equality['free difference']:.1e} apart, another "
+        f"likeliest token at {equality['free argmax differs']}.",
+    ]
 
 
 # ---- what it shows ---------------------------------------------------------------------------------------------------
@@ -366,16 +429,22 @@ def tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
 
 def remarks(results: dict[str, Any]) -> list[str]:
     """The fit and the comparison, one sentence each."""
-    runs, equality = results["runs"], results["equality"]
+    runs = results["runs"]
     fit, forecast = Fit.of(runs[-1]), Fit.of(runs[-2])
     ratio = forecast.seconds(runs[-1]) / prefill_seconds(runs[-1])
+    rooms = [run for run in runs if "difference of room" in run]
     return [
         f"Fit over the {len(runs[-1]['chunks'])} chunks of {runs[-1]['length']:,} tokens: {1e-9 / fit.index:.1f} "
         f"GFLOP/s in the indexer's scores, {1e-9 / fit.dense:.2f} in all else; it explains "
         f"{fit.explained(runs[-1]):.1%} of the variance.",
         f"The constants of {runs[-2]['length']:,} tokens alone forecast {ratio:.2f} times the seconds that "
         f"{runs[-1]['length']:,} took.",
-        f"Split against unsplit: {sentence(equality)}.",
+        *sentences(results["equality"]),
+        *(
+            f"In a cache with room for {run['length']:,}, the first {COMPARED:,} tokens give the same logits: greatest "
+            f"difference {run['difference of room']:.1e}."
+            for run in rooms
+        ),
     ]
 
 
@@ -456,7 +525,8 @@ def main() -> None:
     parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.task:
-        print("RESULT " + json.dumps(run(Task(**options.task))), flush=True)
+        task = Task(**options.task)
+        print("RESULT " + json.dumps(compare(task) if task.compare else measure(task)), flush=True)
         return
     if importlib.util.find_spec("matplotlib") is None:
         raise SystemExit("matplotlib not installed: pip install -e '.[benchmarks]'")
@@ -467,8 +537,7 @@ def main() -> None:
     if options.report:
         results = json.loads(saved.read_text())
     else:
-        results = collect(QUICK if options.quick else LENGTHS, options.chunk)
-        saved.write_text(json.dumps(results, indent=1) + "\n")
+        results = collect(QUICK if options.quick else LENGTHS, options.chunk, saved)
     show(results)
     draw(results, folder / "million.png")
     if not options.quick and not options.output:
