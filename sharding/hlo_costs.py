@@ -144,12 +144,11 @@ def _nbytes(call: Call, program: Program) -> float:
 def _fusion(instruction: Instruction, operands: list[Shape], program: Program) -> float:
     (callee,) = instruction.called("calls")
     inner = program.computations[callee]
-    users = _users(inner)
     total = 0.0
     for name, place in inner.parameters.items():
         shape = operands[place] if place < len(operands) else None
         if shape is not None and _held(shape):
-            total += min(shape.nbytes, _read(inner, name, shape, users))
+            total += min(shape.nbytes, shape.nbytes * _share(program, inner, name))
     root = inner.instructions[inner.root]
     roots = [inner.instructions[name] for name in root.operands] if root.opcode == "tuple" else [root]
     for result, shape in zip(roots, instruction.shapes, strict=False):
@@ -163,28 +162,31 @@ def _fusion(instruction: Instruction, operands: list[Shape], program: Program) -
     return total
 
 
-def _read(inner: Computation, name: str, shape: Shape, users: dict[str, list[Instruction]]) -> float:
-    """Bytes that a fusion reads of a parameter."""
-    total = 0.0
-    for user in users.get(name, []):
+def _share(program: Program, inner: Computation, name: str) -> float:
+    """The share of a parameter, or of what is made of it, that a fusion reads."""
+    total, whole = 0.0, max(1, _operand(inner, name).nbytes)
+    for user in _users(inner, name):
         if user.opcode in _SLICES and user.operands[0] == name:
-            total += user.shapes[0].nbytes * shape.nbytes / max(1, _operand(inner, name).nbytes)
+            total += user.shapes[0].nbytes / whole
         elif user.opcode in ("dynamic-update-slice", "scatter") and user.operands[0] == name:
             continue  # updated in place
-        elif user.opcode in _VIEWS or (user.opcode == "fusion" and len(user.operands) == 1):
-            total += _read(inner, user.name, shape, users)
+        elif user.opcode in _VIEWS:
+            total += _share(program, inner, user.name)
+        elif user.opcode == "fusion":
+            nested = program.computations[user.called("calls")[0]]
+            places = {place: parameter for parameter, place in nested.parameters.items()}
+            if _origin(nested, nested.instructions[nested.root]).opcode == "parameter":
+                total += _share(program, inner, user.name)
+            else:
+                total += _share(program, nested, places[user.operands.index(name)])
         else:
-            return float(shape.nbytes)
-    return total
+            return 1.0
+    return min(total, 1.0)
 
 
-def _users(computation: Computation) -> dict[str, list[Instruction]]:
-    users: dict[str, list[Instruction]] = {}
-    for instruction in computation.instructions.values():
-        if instruction.opcode not in ("parameter", "constant"):
-            for name in dict.fromkeys(instruction.operands):
-                users.setdefault(name, []).append(instruction)
-    return users
+def _users(computation: Computation, name: str) -> list[Instruction]:
+    instructions = computation.instructions.values()
+    return [i for i in instructions if name in i.operands and i.opcode not in ("parameter", "constant")]
 
 
 def _origin(computation: Computation, instruction: Instruction) -> Instruction:
