@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup demo test lint oracle clean
+.PHONY: help setup demo test lint oracle tpu clean
 
 help:
 	@echo "make demo    set up, then load, verify and run a small checkpoint in the released layout"
@@ -12,6 +12,7 @@ help:
 	@echo "make setup   only set up (.venv)"
 	@echo "make lint    ruff and mypy"
 	@echo "make oracle  compare with transformers (installs torch)"
+	@echo "make tpu     compile kernels and plans for TPUs, on any machine (installs libtpu)"
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, found " + sys.version.split()[0])'
@@ -29,6 +30,10 @@ $(VENV)/ready-oracle: $(VENV)/ready-test
 	@$(PIP) --editable '.[test,oracle]'
 	@touch $@
 
+$(VENV)/ready-tpu: $(VENV)/ready-test
+	@$(PIP) --editable '.[test,tpu]'
+	@touch $@
+
 setup: $(VENV)/ready-test
 
 demo: $(VENV)/ready
@@ -44,6 +49,9 @@ lint: $(VENV)/ready-test
 
 oracle: $(VENV)/ready-oracle
 	@$(BIN)/python -m pytest tests/oracle
+
+tpu: $(VENV)/ready-tpu
+	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/kernels/test_compiles_for_tpu.py tests/cli/test_plan.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

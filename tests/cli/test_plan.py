@@ -235,7 +235,7 @@ def test_a_small_model_for_a_tpu(run, tmp_path):
     (attempt,) = json.loads(result.out)["attempts"]
     assert attempt["weights"] <= attempt["arguments"] <= attempt["peak"] < 100 * MEGABYTE
     assert 0.5 < attempt["flops"] / attempt["least"]["flops"] < 20
-    assert {"all-reduce", "all-gather"} <= {kind["kind"] for kind in attempt["collectives"]}
+    assert "all-reduce" in {kind["kind"] for kind in attempt["collectives"]}
 
 
 def test_flash_does_not_fit_on_four_chips(run):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sharding.split import UNSPLIT
 from v4_jax import Config
 from v4_jax.kernels.grouped_matmul import grouped_matmul
 from v4_jax.mixture_of_experts import Experts, dispatch
@@ -91,7 +92,8 @@ def test_experts_of_a_scan_over_layers(place, form):
 
     def run(x, chosen, weights, stack):
         def layer(x, number):
-            return x + dispatch(x, chosen, weights, stack, number, config, jnp.bfloat16).astype(x.dtype), None
+            out = dispatch(x, chosen, weights, stack, number, config, jnp.bfloat16, UNSPLIT)
+            return x + out.astype(x.dtype), None
 
         return jax.lax.scan(layer, x, jnp.arange(layers))[0]
 
