@@ -131,6 +131,13 @@ def build(task: Task, split: bool) -> tuple[Any, Any, Any]:
     return model, params, init_cache(config, 1, task.length + DECODED, dtype="float32", mesh=mesh, rules=PRESET)
 
 
+def predicted(flops: Any) -> dict[str, float]:
+    """FLOPs of a token by whether they grow with its position; only a chunk's last token reaches the head."""
+    growing = flops.index + flops.attention["hca"]
+    every = sum(flops.linear.values()) - flops.linear["head"] + sum(flops.attention.values()) + flops.index
+    return {"constant": every - growing, "growing": growing}
+
+
 def measure(task: Task) -> dict[str, Any]:
     """Prefills and decodes on all devices; times every chunk and every token."""
     import jax
@@ -165,9 +172,7 @@ def measure(task: Task) -> dict[str, Any]:
                     "position": first + task.chunk // 2,
                     "seconds": time.perf_counter() - wall,
                     "cpu seconds": time.process_time() - busy,
-                    # Only a chunk's last token reaches the head.
-                    "dense": sum(flops.linear.values()) - flops.linear["head"] + sum(flops.attention.values()),
-                    "index": flops.index,
+                    **predicted(flops),
                 }
             )
             progress.advance(bar, task.chunk)
@@ -363,25 +368,25 @@ def cost(run: dict[str, Any]) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """Seconds of CPU per FLOP: one constant for the indexer's scores, one for everything else.
+    """Seconds of CPU per FLOP: of what grows with the position (index scores and HCA), and of everything else.
 
     CPU time of all threads, since whatever else runs on the machine moves the wall clock far more.
     """
 
-    dense: float
-    index: float
+    constant: float
+    growing: float
 
     @classmethod
     def of(cls, run: dict[str, Any]) -> Fit:
         """Least squares of the relative deviations over a run's chunks."""
-        work = np.stack(columns(run, "dense", "index"), axis=1) / cost(run)[:, None]
-        constants = np.linalg.lstsq(work, np.ones(len(work)), rcond=None)[0]
-        return cls(*(float(constant) for constant in constants))
+        work = np.stack(columns(run, "constant", "growing"), axis=1) / cost(run)[:, None]
+        rates = np.linalg.lstsq(work, np.ones(len(work)), rcond=None)[0]
+        return cls(*(float(rate) for rate in rates))
 
     def per_token(self, run: dict[str, Any]) -> np.ndarray:
         """Seconds of CPU per token in each chunk."""
-        dense, index = columns(run, "dense", "index")
-        return self.dense * dense + self.index * index
+        constant, growing = columns(run, "constant", "growing")
+        return self.constant * constant + self.growing * growing
 
     def seconds(self, run: dict[str, Any]) -> float:
         """Seconds of CPU of a whole prefill."""
@@ -458,11 +463,11 @@ def remarks(results: dict[str, Any]) -> list[str]:
         return " and ".join(f"{(total(b) - total(a)) / (b['length'] - a['length']):.1f}" for a, b in steps)
 
     return [
-        f"Fit over the {len(runs[-1]['chunks'])} chunks of {runs[-1]['length']:,} tokens: {1e-9 / fit.index:.1f} "
-        f"GFLOP/s in the indexer's scores, {1e-9 / fit.dense:.2f} in all else, of CPU time; it "
+        f"Fit over the {len(runs[-1]['chunks'])} chunks of {runs[-1]['length']:,} tokens: {1e-9 / fit.growing:.1f} "
+        f"GFLOP/s in index scores and HCA, {1e-9 / fit.constant:.2f} in all else, of CPU time; it "
         f"explains {fit.explained(runs[-1]):.1%} of the variance, and half of the chunks are within "
         f"{fit.deviation(runs[-1]):.1%} of it.",
-        f"The constants of {runs[-2]['length']:,} tokens alone forecast {ratio:.2f} times the CPU time that "
+        f"The rates of {runs[-2]['length']:,} tokens alone forecast {ratio:.2f} times the CPU time that "
         f"{runs[-1]['length']:,} took.",
         "Bytes per further token, from each length to the next: "
         f"{growth(lambda run: sum(run['cache'].values()))} of cache (predicted "

@@ -119,7 +119,8 @@ def sample(logits: Array, rows: SamplingRows, positions: Array) -> tuple[Array, 
 
 def log_probability(logits: Array, tokens: Array) -> Array:
     """Log-probabilities [...] of `tokens` [...] under `logits` [..., V]."""
-    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    here = jnp.arange(logits.shape[-1]) == tokens[..., None]  # a sum, which a split vocabulary adds up in place
+    chosen = jnp.sum(jnp.where(here, logits, 0), axis=-1)
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 

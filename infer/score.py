@@ -23,8 +23,9 @@ from jax import Array
 
 from infer.generate import Progress, check_ids, check_precision, chunk_size
 from infer.sampling import log_probability
-from v4_jax.cache import Cache, CacheDtype, init_cache
+from v4_jax.cache import Cache, CacheDtype
 from v4_jax.config import Config
+from v4_jax.placement import Place
 from v4_jax.policy import Policy
 from v4_jax.tokenizer import Tokenizer
 from v4_jax.transformer import Transformer
@@ -138,9 +139,12 @@ class Scorer:
       policy: precision, a `Policy` or its name.
       cache_dtype: number format of the cache; see `v4_jax.init_cache`.
       batch: texts at once.
-      chunk: tokens of each that are read at once; logits take batch * chunk * vocabulary * 4 bytes.
+      chunk: tokens of each that are read at once; logits take batch * chunk * vocabulary * 4 bytes. On a mesh that
+        splits the sequence it is rounded up to what splits evenly.
+      place: the mesh that the parameters lie on, with its rules.
 
     Raises:
+      ShardingError: the batch does not split evenly over the mesh.
       ValueError: sizes out of range, an unknown policy, or a cache format that the policy or the model does not allow.
     """
 
@@ -153,25 +157,29 @@ class Scorer:
         cache_dtype: CacheDtype = "bfloat16",
         batch: int = 4,
         chunk: int = 256,
+        place: Place = Place(),  # noqa: B008 (frozen)
     ) -> None:
         for name, value in (("longest", longest), ("batch", batch), ("chunk", chunk)):
             if value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
         check_precision(config, policy, cache_dtype)
-        self._model = Transformer(config, policy=policy)
-        self._batch, self._chunk = batch, chunk_size(longest, chunk)
+        place.check(batch)
+        self._place = place
+        self._model = Transformer(config, policy=policy, mesh=place.mesh, rules=place.rules)
+        self._batch, self._chunk = batch, place.chunk(chunk_size(longest, chunk))
         # Compiled, because a donated cache must not hold one buffer twice, as one made eagerly may.
-        self._new_cache = jax.jit(lambda: init_cache(config, batch, longest, dtype=cache_dtype))
-        self._cache = jax.eval_shape(self._new_cache)
+        self._new_cache = jax.jit(lambda: place.cache(config, batch, longest, cache_dtype))
+        self._cache = place.cache_shapes(config, batch, longest, cache_dtype)
         self._program: Any = None
 
     def compile(self, params: Any) -> None:
         """Compiles the program, unless that was done before; `score` would do so by itself."""
         if self._program is None:
-            block = jax.ShapeDtypeStruct((self._batch, self._chunk), jnp.int32)
-            counts, fresh = (jax.ShapeDtypeStruct((self._batch,), dtype) for dtype in (jnp.int32, bool))
-            lowered = jax.jit(self._step, donate_argnums=1).lower(params, self._cache, block, block, counts, fresh)
-            self._program = lowered.compile()
+            block = self._place.shape((self._batch, self._chunk), jnp.int32)
+            counts, fresh = (self._place.shape((self._batch,), dtype) for dtype in (jnp.int32, bool))
+            program = jax.jit(self._step, donate_argnums=1)
+            program.lower(params, self._cache, block, block, counts, fresh).compile()
+            self._program = program  # which now runs what was compiled
 
     def _step(
         self, params: Any, cache: Cache, tokens: Array, targets: Array, counts: Array, fresh: Array
@@ -182,7 +190,7 @@ class Scorer:
         """
         cache = cache.replace(lengths=jnp.where(fresh, 0, cache.lengths))
         output: Any = self._model.apply({"params": params}, tokens, lengths=counts, cache=cache)
-        return output.cache, log_probability(output.logits, targets)
+        return output.cache, self._place.keep(log_probability(output.logits, targets))
 
     def score(self, params: Any, jobs: Sequence[Job], progress: Progress | None = None) -> Iterator[Score]:
         """Yields the jobs' scores in their order, each as soon as it and all before it are done.
@@ -228,7 +236,7 @@ class Scorer:
                 text = jobs[piece.job].tokens
                 tokens[row, : piece.size] = text[piece.begin : piece.begin + piece.size]
                 targets[row, : piece.size] = text[piece.begin + 1 : piece.begin + piece.size + 1]
-        return tuple(map(jnp.asarray, (tokens, targets, counts, fresh)))
+        return self._place.put((tokens, targets, counts, fresh))
 
 
 def schedule(lengths: Sequence[int], batch: int, chunk: int) -> Iterator[list[Piece | None]]:

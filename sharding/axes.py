@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "seq", "expert", "tensor")
 
@@ -152,7 +152,7 @@ def spec(axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
 
 
 def sharding(
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     axes: Sequence[str | None],
     shape: Sequence[int],
     rules: Rules,
@@ -180,8 +180,8 @@ def sharding(
         present = tuple(axis for axis in _tuple(entry) if axis in mesh.shape)
         pieces = math.prod(mesh.shape[axis] for axis in present)
         multiple = multiples[dimension] if multiples else 1
-        legal = legal_sizes(shape[dimension], multiple)
-        if pieces not in legal:
+        if not divides(pieces, shape[dimension], multiple):
+            legal = legal_sizes(shape[dimension], multiple)
             unit = f" in multiples of {multiple}" if multiple > 1 else ""
             raise ShardingError(
                 f"{name}: axis {axes[dimension]!r} of size {shape[dimension]} cannot be split {pieces} ways over "
@@ -193,4 +193,9 @@ def sharding(
 
 def legal_sizes(size: int, multiple: int = 1) -> list[int]:
     """Numbers of equal shards that a dimension splits into, each shard a multiple of `multiple`; 1 is always legal."""
-    return [n for n in range(1, size + 1) if n == 1 or (size % n == 0 and size // n % multiple == 0)]
+    return [n for n in range(1, size + 1) if divides(n, size, multiple)]
+
+
+def divides(pieces: int, size: int, multiple: int = 1) -> bool:
+    """Whether a dimension splits into so many equal shards, each a multiple of `multiple`; one always is."""
+    return pieces == 1 or (size % pieces == 0 and size // pieces % multiple == 0)

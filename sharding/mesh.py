@@ -1,12 +1,13 @@
-"""Meshes from text: `data=1,seq=4,expert=2,tensor=1`."""
+"""Meshes from text, `data=1,seq=4,expert=2,tensor=1`, and all shapes that a number of devices can take."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from sharding.axes import MESH_AXES, ShardingError
 
@@ -43,7 +44,34 @@ def make_mesh(sizes: str | dict[str, int], devices: Sequence[jax.Device] | None 
     devices = jax.devices() if devices is None else devices
     wanted = math.prod(sizes[axis] for axis in MESH_AXES)
     if wanted != len(devices):
-        shown = ",".join(f"{axis}={sizes[axis]}" for axis in MESH_AXES)
-        raise ShardingError(f"mesh {shown} has {wanted} places, but there are {len(devices)} devices")
+        raise ShardingError(f"mesh {format_mesh(sizes)} has {wanted} places, but there are {len(devices)} devices")
     shape = tuple(sizes[axis] for axis in MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+    # A mesh axis may take part of an axis of the wires: 8 devices of a 4x4 slice, say.
+    placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def format_mesh(sizes: Mapping[str, int]) -> str:
+    """The text that `parse_mesh` reads back, without axes of size 1."""
+    named = [f"{axis}={sizes[axis]}" for axis in MESH_AXES if sizes[axis] > 1]
+    return ",".join(named) or f"{MESH_AXES[0]}=1"
+
+
+def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+    """A mesh of no devices in particular, for shapes and placements alone."""
+    shape = tuple(sizes[axis] for axis in MESH_AXES)
+    return AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def mesh_shapes(devices: int) -> Iterator[dict[str, int]]:
+    """Every way to lay out so many devices along the mesh axes."""
+
+    def shapes(devices: int, axes: tuple[str, ...]) -> Iterator[dict[str, int]]:
+        if len(axes) == 1:
+            yield {axes[0]: devices}
+            return
+        for size in (n for n in range(1, devices + 1) if devices % n == 0):
+            for rest in shapes(devices // size, axes[1:]):
+                yield {axes[0]: size, **rest}
+
+    yield from shapes(devices, MESH_AXES)

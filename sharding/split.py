@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from sharding import collectives
 from sharding.axes import Rules, ShardingError
@@ -41,7 +41,7 @@ class Split:
     long: bool = False
 
     @classmethod
-    def on(cls, mesh: Mesh, rules: Rules, length: int, unit: int) -> Split:
+    def on(cls, mesh: Mesh | AbstractMesh, rules: Rules, length: int, unit: int) -> Split:
         """The split of a call with `length` tokens per row.
 
         Args:
@@ -53,9 +53,8 @@ class Split:
         Raises:
           ShardingError: the sequence is too long to be on all devices, and does not split evenly.
         """
-        sizes = tuple((name, count) for name, count in mesh.shape.items() if count > 1)
-        split = cls(rules, sizes)
-        whole = unit * split.count(split.axes("sequence"))
+        split = cls(rules, tuple((name, count) for name, count in mesh.shape.items() if count > 1))
+        whole = cls.whole(mesh, rules, unit)
         if whole == unit or length < whole:
             return split
         if length % whole:
@@ -64,6 +63,11 @@ class Split:
                 f"multiples of {unit}: expected a multiple of {whole}, or fewer than {whole} tokens"
             )
         return dataclasses.replace(split, long=True)
+
+    @staticmethod
+    def whole(mesh: Mesh | AbstractMesh, rules: Rules, unit: int) -> int:
+        """The shortest sequence that is split: `unit` tokens on every device that a sequence is split over."""
+        return unit * math.prod(mesh.shape.get(axis, 1) for axis in rules["sequence"])
 
     def axes(self, name: str | None) -> tuple[str, ...]:
         """Mesh axes of more than one device that split a logical axis."""

@@ -1,13 +1,17 @@
 """The rules that place arrays on a mesh."""
 
+import math
+
 import jax
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from sharding.axes import PRESETS, Rules, ShardingError, legal_sizes, resolve, sharding, spec
+from sharding.mesh import format_mesh, mesh_shapes, parse_mesh
 from v4_jax.config import Config
 from v4_jax.parameters import declarations, is_parameter
+from v4_jax.placement import alternatives, legal_meshes
 
 RULES = Rules({"experts": "expert", "mlp": "tensor", "embed": None, "batch": ("data", "seq")})
 
@@ -94,3 +98,23 @@ def test_several_mesh_axes_on_one_dimension():
 def test_rank_mismatch():
     with pytest.raises(ShardingError, match=r"has shape \(8,\), but 2 logical axes"):
         sharding(abstract(expert=2), ("experts", "mlp"), (8,), RULES)
+
+
+def test_all_shapes_of_a_mesh():
+    shapes = list(mesh_shapes(12))
+    assert len(shapes) == len({tuple(shape.items()) for shape in shapes}) == 40
+    assert all(math.prod(shape.values()) == 12 for shape in shapes)
+    assert all(parse_mesh(format_mesh(shape)) == shape for shape in shapes)
+
+
+def test_legal_meshes():
+    config = Config.flash()
+    legal = legal_meshes(config, 16, "decode")
+    assert {"data": 1, "seq": 2, "expert": 1, "tensor": 8} in legal
+    assert not any(shape["data"] > 1 for shape in legal)  # one row
+    assert not any(shape["tensor"] > config.o_groups for shape in legal)
+    assert {"data": 2, "seq": 8, "expert": 1, "tensor": 1} in legal_meshes(config, 16, "decode", batch=2)
+    assert legal_meshes(config, 16, "long-context", length=128 * 32)
+    assert not legal_meshes(config, 16, "long-context", length=128 * 24)
+    assert "legal meshes of 2 devices are tensor=2; expert=2; seq=2" in alternatives(config, 2, "decode")
+    assert alternatives(config, 7, "decode") == "no mesh of 7 devices is legal"

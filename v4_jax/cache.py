@@ -30,6 +30,8 @@ CacheDtype = Literal["float32", "bfloat16", "released"]
 
 OVERLAPPING_RATIO = 4
 
+LANES = 128  # elements in a row of a TPU's memory tile
+
 SPARE = 8  # slots of a ring beyond the tokens that are ever read back, so that a short chunk can be stored first
 
 
@@ -49,22 +51,27 @@ class Rows(struct.PyTreeNode):
     Where a backend lacks a small float type, it updates one row of an array by converting the whole array to a type
     that it has, and back. Integers of the same width are updated in place everywhere, so floats become bits.
 
+    A "kv" row is one run of bytes: codes, scales, rotary channels, and zeros up to a multiple of 128, the width of a
+    TPU's memory tile. Rows of any other width would be laid out across, and copied around every gather.
+
     Attributes:
-      arrays: the stored parts: one array; or codes, scales and, for "kv", unquantised channels.
+      arrays: the stored parts: one array; for "index" codes and scales.
       kind: "plain"; "kv", the first channels in E4M3 and the rotary rest in bfloat16; or "index", E2M1.
       dtype: number format of plain rows.
-      rotary: channels of a "kv" row kept in bfloat16.
+      channels: channels of a row.
+      rotary: how many of a "kv" row's, the last ones, are kept in bfloat16.
     """
 
     arrays: tuple[Array, ...]
     kind: Literal["plain", "kv", "index"] = struct.field(pytree_node=False, default="plain")
     dtype: Any = struct.field(pytree_node=False, default=jnp.float32)
+    channels: int = struct.field(pytree_node=False, default=0)
     rotary: int = struct.field(pytree_node=False, default=0)
 
     @classmethod
     def empty(cls, shape: tuple[int, int, int], channels: int, **form: Any) -> Rows:
         """Zeros [L, B, N] x channels in the format that the keyword arguments say."""
-        template = cls((), **form)
+        template = cls((), channels=channels, **form)
         parts = jax.eval_shape(template.encode, jax.ShapeDtypeStruct((channels,), jnp.float32))
         # The bits of zero are zero in every format; an E8M0 scale of zero bits is 2^-127, which scales zeros.
         return template.replace(arrays=tuple(jnp.zeros((*shape, *part.shape), part.dtype) for part in parts))
@@ -79,6 +86,18 @@ class Rows(struct.PyTreeNode):
         """Bytes held."""
         return sum(bytes_of(array) for array in self.arrays)
 
+    @property
+    def padding(self) -> int:
+        """How many of them fill rows up."""
+        return 0 if self.kind != "kv" else math.prod(self.shape) * (self.arrays[0].shape[-1] - self._ends[-1])
+
+    @property
+    def _ends(self) -> tuple[int, int, int]:
+        """Where codes, scales and rotary channels end in the bytes of a "kv" row."""
+        codes = self.channels - self.rotary
+        scales = codes + codes // KV_BLOCK
+        return codes, scales, scales + 2 * self.rotary
+
     def encode(self, rows: Array) -> tuple[Array, ...]:
         """[..., C] rows as this format's parts."""
         if self.kind == "plain":
@@ -86,9 +105,12 @@ class Rows(struct.PyTreeNode):
         if self.kind == "index":
             codes, scales = encode_rows(rows, E2M1, INDEX_BLOCK)
             return _bits(codes), _bits(scales)
-        split = rows.shape[-1] - self.rotary
+        split = self.channels - self.rotary
         codes, scales = encode_rows(rows[..., :split], E4M3, KV_BLOCK)
-        return _bits(codes), _bits(scales), _bits(rows[..., split:].astype(jnp.bfloat16))
+        rotary = jax.lax.bitcast_convert_type(rows[..., split:].astype(jnp.bfloat16), jnp.uint8)
+        row = [_bits(codes), _bits(scales), rotary.reshape(*rows.shape[:-1], 2 * self.rotary)]
+        room = jnp.zeros((*rows.shape[:-1], -self._ends[-1] % LANES), jnp.uint8)
+        return (jnp.concatenate([*row, room], axis=-1),)
 
     def decode(self, parts: tuple[Array, ...], dtype: Any) -> Array:
         """Inverse of `encode`: [..., C] of `dtype`."""
@@ -96,8 +118,10 @@ class Rows(struct.PyTreeNode):
             return _float(parts[0], self.dtype).astype(dtype)
         if self.kind == "index":
             return decode_rows(_float(parts[0], E2M1), _float(parts[1], E8M0), dtype)
-        nope = decode_rows(_float(parts[0], E4M3), _float(parts[1], E8M0), dtype)
-        return jnp.concatenate([nope, _float(parts[2], jnp.bfloat16).astype(dtype)], axis=-1)
+        codes, scales, rotary, _ = jnp.split(parts[0], self._ends, axis=-1)
+        nope = decode_rows(_float(codes, E4M3), _float(scales, E8M0), dtype)
+        rotary = rotary.reshape(*rotary.shape[:-1], self.rotary, 2)
+        return jnp.concatenate([nope, jax.lax.bitcast_convert_type(rotary, jnp.bfloat16).astype(dtype)], axis=-1)
 
     def stored(self, rows: Array) -> Array:
         """[..., C] rows as they read back once stored, so that a chunk's own rows equal what later chunks will see."""

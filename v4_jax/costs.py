@@ -259,11 +259,13 @@ class CacheBytes:
       by_role: "window", "csa", "hca", "index", "open blocks" (the compressors' state) and "mtp", where the model has
         them.
       per_token: bytes per further token by role, those that grow; all others are constant.
+      padding: how many of all bytes fill rows up to whole memory tiles, outside of the MTP block.
     """
 
     dtype: str
     by_role: dict[str, int]
     per_token: dict[str, float]
+    padding: int
 
     @property
     def total(self) -> int:
@@ -292,7 +294,8 @@ def cache_bytes(config: Config, context: int, dtype: str = "released") -> CacheB
     ratios = {**RATIO_OF_ROLE, "index": RATIO_OF_ROLE["csa"]}
     entries = {role: rows for role, rows in cache.rows.items() if ratios.get(role)}
     per_token = {role: rows.nbytes / rows.shape[2] / ratios[role] for role, rows in entries.items()}
-    return CacheBytes(dtype, cache.nbytes(), per_token)
+    padding = sum(rows.padding for role, rows in cache.rows.items() if role != "mtp")
+    return CacheBytes(dtype, cache.nbytes(), per_token, padding)
 
 
 # ---- DeepSeek-V3.2 and plain attention, for comparison ---------------------------------------------------------------
@@ -378,7 +381,9 @@ class Comparison(NamedTuple):
       context: tokens.
       flops: FP8-equivalent FLOPs of decoding one token; see `Flops.equivalent_fp8`.
       flops_v32: the same of DeepSeek-V3.2.
-      cache: bytes of cache per row, without the MTP block's.
+      headline_ratio: FLOPs as a share of DeepSeek-V3.2's when both models' active parameters are first rounded to whole
+        billions, as headlines count them; below a billion they are not rounded.
+      cache: bytes of cache per row, without the MTP block's and without padding.
       cache_v32: the same of DeepSeek-V3.2.
       cache_gqa: the same of as many layers of grouped-query attention: 8 heads of 128 channels in bfloat16.
     """
@@ -386,6 +391,7 @@ class Comparison(NamedTuple):
     context: int
     flops: float
     flops_v32: float
+    headline_ratio: float
     cache: int
     cache_v32: int
     cache_gqa: int
@@ -415,19 +421,30 @@ def compare(config: Config, context: int, dtype: str = "released") -> Comparison
     Args:
       config: the architecture.
       context: tokens in the sequence.
-      dtype: cache format. An entry takes 583 bytes in "released": 448 codes, 7 scales and 64 bfloat16 channels; servers
-        that pad it to 584 hold 0.2% more.
+      dtype: cache format. An entry counts 583 bytes in "released": 448 codes, 7 scales and 64 bfloat16 channels; the
+        padding to the 640 that it takes in memory is left out.
 
     Raises:
       ValueError: as `init_cache`.
     """
-    v32 = DeepSeekV32()
+    v32, cache = DeepSeekV32(), cache_bytes(config, context, dtype)
+    flops = flops_per_token(config, context)
+    active, active_v32 = sum(flops.linear.values()) / 2, v32.parameters()[1]
+    rounded = flops.equivalent_fp8 + 2 * (_headline(active) - active)
+    rounded_v32 = v32.equivalent_fp8_flops(context) + 2 * (_headline(active_v32) - active_v32)
     keys_and_values, gqa_heads, gqa_size, bf16 = 2, 8, 128, 2
     return Comparison(
         context,
-        flops_per_token(config, context).equivalent_fp8,
+        flops.equivalent_fp8,
         v32.equivalent_fp8_flops(context),
-        cache_bytes(config, context, dtype).trunk,
+        rounded / rounded_v32,
+        cache.trunk - cache.padding,
         v32.cache_bytes(context),
         config.num_hidden_layers * context * keys_and_values * gqa_heads * gqa_size * bf16,
     )
+
+
+def _headline(parameters: float) -> float:
+    """A parameter count in whole billions, where it has any; halves go down, as 37.5B is called 37B."""
+    billions = parameters / 1e9
+    return parameters if billions < 1 else math.ceil(billions - 0.5) * 1e9

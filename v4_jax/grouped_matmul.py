@@ -2,7 +2,8 @@
 
 Groups are processed one after another in tiles of rows. A group's weights are cut out (and, where block-scaled,
 expanded) once, for that group alone; empty groups cost nothing. This is what XLA turns into plain matmuls on any
-backend, where `lax.ragged_dot` on CPU runs at a twentieth of a matmul's rate.
+backend, where `lax.ragged_dot` on CPU runs at a twentieth of a matmul's rate. A caller with a TPU kernel for the same
+work hands it in; the platform that the program is compiled for decides.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ TILE = 128  # most rows of one group that are multiplied at once
 
 
 def map_groups(
-    function: Callable[[Any, Any], Array], rows: Any, weights: Any, sizes: Array, *, layer: Any = None, width: int
+    function: Callable[[Any, Any], Array],
+    rows: Any,
+    weights: Any,
+    sizes: Array,
+    *,
+    layer: Any = None,
+    width: int,
+    kernel: Callable[[Any, Any, Array, Any], Array] | None = None,
 ) -> Array:
     """Applies `function(rows of a tile, weights of its group)` to every group.
 
@@ -30,18 +38,28 @@ def map_groups(
       sizes: [G] int32 rows of each group; their sum is at most M, and rows beyond it come out as zeros.
       layer: which layer of stacked weights to use, without cutting it out first.
       width: size of the output's last axis.
+      kernel: maps (rows, weights, sizes, layer) to the same result; takes the place of the loop over groups in programs
+        for TPUs, except where gradients are asked for.
 
     Returns:
       [M, width] in the dtype that `function` returns. Differentiable in `rows` and `weights` unless `layer` is given.
     """
     if layer is None:
-        return _map_groups(function, width, rows, weights, sizes)
-    return _forward(function, width, rows, weights, sizes, layer)
+        return _map_groups(function, width, kernel, rows, weights, sizes)
+    return _choose(function, width, kernel, rows, weights, sizes, layer)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _map_groups(function: Any, width: int, rows: Any, weights: Any, sizes: Array) -> Array:
-    return _forward(function, width, rows, weights, sizes, None)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _map_groups(function: Any, width: int, kernel: Any, rows: Any, weights: Any, sizes: Array) -> Array:
+    return _choose(function, width, kernel, rows, weights, sizes, None)
+
+
+def _choose(function: Any, width: int, kernel: Any, *operands: Any) -> Array:
+    """By the platform of the program, not of the process: a CPU host compiles for TPUs too."""
+    plain = functools.partial(_forward, function, width)
+    if kernel is None:
+        return plain(*operands)
+    return jax.lax.platform_dependent(*operands, tpu=kernel, default=plain)
 
 
 def _tile_rows(count: int, groups: int) -> int:
@@ -118,13 +136,16 @@ def _forward(function: Any, width: int, rows: Any, weights: Any, sizes: Array, l
     return _masked(out[:count], jnp.arange(count) < jnp.sum(sizes))
 
 
-def _forward_with_residuals(function: Any, width: int, rows: Any, weights: Any, sizes: Array) -> Any:
-    return _map_groups(function, width, rows, weights, sizes), (rows, weights, sizes)
+def _forward_with_residuals(
+    function: Any, width: int, kernel: Any, rows: Any, weights: Any, sizes: Array
+) -> tuple[Array, Any]:
+    del kernel
+    return _forward(function, width, rows, weights, sizes, None), (rows, weights, sizes)
 
 
-def _backward(function: Any, width: int, residuals: Any, gradient: Array) -> Any:
+def _backward(function: Any, width: int, kernel: Any, residuals: Any, gradient: Array) -> Any:
     """Recomputes each tile and pulls the gradient back through it; weight gradients accumulate per group."""
-    del width
+    del width, kernel
     rows, weights, sizes = residuals
     count = gradient.shape[0]
     tile = _tile_rows(count, sizes.shape[0])

@@ -19,6 +19,7 @@ from sharding.dispatch import Choices, visit
 from sharding.split import Split
 from v4_jax.config import Config, FeedForwardRole
 from v4_jax.grouped_matmul import map_groups
+from v4_jax.kernels.grouped_matmul import grouped_matmul, supports
 from v4_jax.linear import linear
 from v4_jax.parameters import EXPERTS, Initializer, Module, normal
 from v4_jax.policy import Policy, einsum
@@ -40,12 +41,17 @@ def swiglu(gate: Array, up: Array, limit: float) -> Array:
     return jax.nn.silu(jnp.minimum(gate, limit)) * jnp.clip(up, -limit, limit)
 
 
-def expert_ffn(x: Array, weights: Experts, scale: Array | None, limit: float, dtype: Any) -> Array:
-    """One expert on rows [T, D]: [T, D] float32. `scale` [T] multiplies the hidden activation before its rounding."""
-    hidden = swiglu(linear(x, weights.w1, dtype), linear(x, weights.w3, dtype), limit)
+def expert_ffn(
+    x: Array, weights: Experts, scale: Array | None, limit: float, dtype: Any, product: Any = linear
+) -> Array:
+    """One expert on rows [T, D]: [T, D] float32. `scale` [T] multiplies the hidden activation before its rounding.
+
+    Or each row's own expert, when `product` (of rows, weights and dtype) is a grouped one.
+    """
+    hidden = swiglu(product(x, weights.w1, dtype), product(x, weights.w3, dtype), limit)
     if scale is not None:
         hidden = hidden * scale[:, None]
-    return linear(hidden.astype(dtype), weights.w2, dtype).astype(jnp.float32)
+    return product(hidden.astype(dtype), weights.w2, dtype).astype(jnp.float32)
 
 
 class MixtureOfExperts(Module):
@@ -256,8 +262,15 @@ def local_experts(
     def run(rows: tuple[Array, Array], group: Experts) -> Array:
         return expert_ffn(rows[0], group, rows[1], limit, x.dtype)
 
+    def run_all(rows: tuple[Array, Array], experts: Experts, sizes: Array, layer: Any) -> Array:
+        def product(x: Array, weight: Any, dtype: Any) -> Array:
+            return grouped_matmul(x.astype(dtype), weight, sizes, layer=layer)
+
+        return expert_ffn(rows[0], experts, rows[1], limit, x.dtype, product)
+
     rows = (x[order // top], weights.reshape(-1)[order])
-    out = map_groups(run, rows, experts, sizes, layer=layer, width=x.shape[-1])
+    kernel = run_all if all(supports(weight, x.dtype) for weight in experts) else None
+    out = map_groups(run, rows, experts, sizes, layer=layer, width=x.shape[-1], kernel=kernel)
     back = jnp.argsort(order)
     return jnp.sum(out[back].reshape(tokens, top, -1), axis=1)
 

@@ -77,12 +77,23 @@ def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ..
     return (*leading, -(-rows // block[0]), -(-columns // block[1]))
 
 
+def scale_values(scales: Array) -> Array:
+    """Scales as float32. An E8M0 byte is float32's exponent field; byte 0, 2^-127, is the one below its range.
+
+    By integers rather than by a conversion, which the TPU compiler has been seen to crash on (v5p).
+    """
+    if scales.dtype != E8M0:
+        return scales.astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(scales, jnp.uint8).astype(jnp.uint32) << 23
+    return jax.lax.bitcast_convert_type(jnp.maximum(bits, 1 << 22), jnp.float32)
+
+
 def dequantise(weight: Weight, dtype: Any) -> Array:
     """The weight as a plain array [..., out, in] of `dtype`. A plain array is only cast."""
     if not isinstance(weight, BlockScaled):
         return weight.astype(dtype)
     rows, columns = weight.shape[-2:]
-    scales = weight.scales.astype(jnp.float32)
+    scales = scale_values(weight.scales)
     scales = _spread(scales, weight.block[0], rows, axis=-2)
     scales = _spread(scales, weight.block[1], columns, axis=-1)
     return (weight.codes.astype(jnp.float32) * scales).astype(dtype)
@@ -152,7 +163,7 @@ def encode_rows(rows: Array, dtype: Any, block: int) -> tuple[Array, Array]:
 def decode_rows(codes: Array, scales: Array, dtype: Any) -> Array:
     """Inverse of `encode_rows`: [..., channels] of `dtype`."""
     block = codes.shape[-1] // scales.shape[-1]
-    spread = _spread(scales.astype(jnp.float32), block, codes.shape[-1], axis=-1)
+    spread = _spread(scale_values(scales), block, codes.shape[-1], axis=-1)
     return (codes.astype(jnp.float32) * spread).astype(dtype)
 
 

@@ -17,7 +17,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
+from jax.sharding import Mesh
 
+from sharding.axes import Rules
 from sharding.split import UNSPLIT, Split
 from v4_jax.config import Config, Period
 from v4_jax.number_formats import BlockScaled
@@ -213,11 +215,24 @@ def declarations(config: Config) -> Any:
     return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
 
 
-def init(config: Config, key: Array) -> Any:
-    """Fresh float32 parameters (int32 for the hash tables) from the declarations: an unboxed tree."""
-    leaves, tree = jax.tree.flatten(declarations(config), is_leaf=is_parameter)
+def init(config: Config, key: Array, *, mesh: Mesh | None = None, rules: Rules | str | None = None) -> Any:
+    """Fresh float32 parameters (int32 for the hash tables) from the declarations: an unboxed tree.
 
-    @jax.jit
+    Args:
+      config: the architecture.
+      key: a random key; the same key gives the same parameters on any mesh.
+      mesh: devices to place them on, each its own shards; None is the default device.
+      rules: which mesh axes split which logical axes, or the name of a preset.
+
+    Raises:
+      ShardingError: a parameter that does not split evenly.
+    """
+    from v4_jax.placement import placements
+
+    leaves, tree = jax.tree.flatten(declarations(config), is_leaf=is_parameter)
+    places = None if mesh is None else jax.tree.leaves(placements(config, mesh, rules))
+
+    @functools.partial(jax.jit, out_shardings=places)
     def draw(key: Array) -> list[Array]:
         keys = jax.random.split(key, len(leaves))
         return [leaf.fresh(key) for leaf, key in zip(leaves, keys, strict=True)]

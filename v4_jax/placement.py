@@ -6,18 +6,23 @@ compiler to partition.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
 import jax
-from jax.sharding import Mesh, NamedSharding
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sharding.axes import Rules, resolve, sharding
+from sharding.axes import Rules, ShardingError, resolve, sharding
+from sharding.mesh import abstract_mesh, format_mesh, mesh_shapes
 from sharding.split import Split
-from v4_jax.cache import cache_specs
+from v4_jax.cache import Cache, CacheDtype, cache_specs, init_cache
 from v4_jax.config import RATIO_OF_ROLE, Config
+from v4_jax.number_formats import FP4_BLOCK, FP8_BLOCK
 from v4_jax.outputs import Logits, Output, Routing
 from v4_jax.parameters import Parameter, declarations, is_parameter
 
@@ -27,7 +32,7 @@ if TYPE_CHECKING:
 UNIT = RATIO_OF_ROLE["hca"]  # a device's share of a long sequence is a multiple of the longest compression block
 
 
-def placements(config: Config, mesh: Mesh, rules: Rules | str | None) -> Any:
+def placements(config: Config, mesh: Mesh | AbstractMesh, rules: Rules | str | None) -> Any:
     """Where every parameter lies: a tree of `NamedSharding` like the parameters.
 
     Raises:
@@ -40,6 +45,139 @@ def placements(config: Config, mesh: Mesh, rules: Rules | str | None) -> Any:
         return sharding(mesh, parameter.axes, parameter.shape, table, name=name)
 
     return jax.tree_util.tree_map_with_path(place, declarations(config), is_leaf=is_parameter)
+
+
+class Place(NamedTuple):
+    """Where a job runs: a mesh and the rules for it, or the default device.
+
+    Attributes:
+      mesh: the devices; None is the default device.
+      rules: which mesh axes split which logical axes, or the name of a preset.
+    """
+
+    mesh: Mesh | None = None
+    rules: Rules | str | None = None
+
+    def cache(self, config: Config, batch: int, max_length: int, dtype: CacheDtype) -> Cache:
+        """An empty cache there."""
+        return init_cache(config, batch, max_length, dtype=dtype, mesh=self.mesh, rules=self.rules)
+
+    def cache_shapes(self, config: Config, batch: int, max_length: int, dtype: CacheDtype) -> Cache:
+        """The shapes of `cache` and where they lie, to compile for."""
+        shapes = jax.eval_shape(lambda: self.cache(config, batch, max_length, dtype))
+        if self.mesh is None:
+            return shapes
+        mesh, specs = self.mesh, cache_specs(shapes, resolve(self.rules), self.mesh)
+
+        def placed(array: jax.ShapeDtypeStruct, spec: P) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, spec))
+
+        return jax.tree.map(placed, shapes, specs)
+
+    def check(self, batch: int) -> None:
+        """Checks that rows split evenly.
+
+        Raises:
+          ShardingError: they do not.
+        """
+        if self.mesh is not None:
+            sharding(self.mesh, ("batch",), (batch,), resolve(self.rules), name="the batch")
+
+    def chunk(self, size: int) -> int:
+        """The smallest legal chunk of at least `size` tokens: short ones of any size are on all devices."""
+        if self.mesh is None:
+            return size
+        whole = Split.whole(self.mesh, resolve(self.rules), UNIT)
+        return size if size < whole else -(-size // whole) * whole
+
+    @property
+    def replicated(self) -> NamedSharding | None:
+        """On every device; None without a mesh."""
+        return None if self.mesh is None else NamedSharding(self.mesh, P())
+
+    def shape(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        """An input of a program that every device gets whole."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.replicated)
+
+    def put(self, tree: Any) -> Any:
+        """Host arrays, equal in all processes, to every device."""
+        return jax.tree.map(jnp.asarray, tree) if self.mesh is None else jax.device_put(tree, self.replicated)
+
+    def keep(self, tree: Any) -> Any:
+        """Within a program: makes arrays whole on every device, as for the last token's logits before sampling."""
+        return tree if self.mesh is None else jax.lax.with_sharding_constraint(tree, self.replicated)
+
+
+def check_mesh(
+    config: Config,
+    mesh: Mesh | AbstractMesh,
+    rules: Rules | str | None,
+    *,
+    batch: int = 1,
+    length: int = 1,
+    native: bool = True,
+) -> None:
+    """Checks that the model, `batch` rows and chunks of `length` tokens per row split evenly over a mesh.
+
+    Args:
+      config: the architecture.
+      mesh: the devices, or a mesh of none in particular.
+      rules: which mesh axes split which logical axes.
+      batch: rows.
+      length: tokens per row.
+      native: whether weights are in their released formats, whose blocks of one scale are not split.
+
+    Raises:
+      ShardingError: they do not; the message says what does not, and what would.
+    """
+    table = resolve(rules)
+    for axes, shape, multiples, name in _distinct(config, native):
+        sharding(mesh, axes, shape, table, multiples=multiples, name=name)
+    sharding(mesh, ("batch",), (batch,), table, name="the batch")
+    Split.on(mesh, table, length, UNIT)
+
+
+def legal_meshes(
+    config: Config, devices: int, rules: Rules | str | None, *, batch: int = 1, length: int = 1, native: bool = True
+) -> list[dict[str, int]]:
+    """All mesh shapes of so many devices that pass `check_mesh`."""
+    found = []
+    for sizes in mesh_shapes(devices):
+        try:
+            check_mesh(config, abstract_mesh(sizes), rules, batch=batch, length=length, native=native)
+        except ShardingError:
+            continue
+        found.append(sizes)
+    return found
+
+
+def alternatives(config: Config, devices: int, rules: Rules | str | None, *, most: int = 12, **call: Any) -> str:
+    """The legal meshes as an error's last clause: at most `most` of them by name; `call` as in `legal_meshes`."""
+    legal = [format_mesh(sizes) for sizes in legal_meshes(config, devices, rules, **call)]
+    if not legal:
+        return f"no mesh of {devices} devices is legal"
+    more = f" and {len(legal) - most} more" if len(legal) > most else ""
+    return f"legal meshes of {devices} devices are {'; '.join(legal[:most])}{more}"
+
+
+@functools.lru_cache(maxsize=32)
+def _distinct(config: Config, native: bool) -> tuple[tuple[Any, ...], ...]:
+    """(axes, shape, multiples, name) of every parameter, leaving out those that others stand for.
+
+    A shard holds whole heads and groups and, in the released formats, whole blocks of one scale.
+    """
+    block = {"fp8": FP8_BLOCK, "expert": FP8_BLOCK if config.expert_dtype == "fp8" else FP4_BLOCK} if native else {}
+    whole = {"heads": config.num_attention_heads, "index_heads": config.index_n_heads, "o_groups": config.o_groups}
+    found: dict[Any, str] = {}
+    for path, parameter in jax.tree_util.tree_leaves_with_path(declarations(config), is_leaf=is_parameter):
+        units = (1,) * len(parameter.shape) + block.get(parameter.storage, (1, 1))
+        multiples = tuple(
+            math.lcm(unit, size // whole.get(name, size))
+            for unit, size, name in zip(units[-len(parameter.shape) :], parameter.shape, parameter.axes, strict=True)
+        )
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        found.setdefault((parameter.axes, parameter.shape, multiples), name)
+    return tuple((*key, name) for key, name in found.items())
 
 
 def on_mesh(

@@ -9,8 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sharding.axes import ShardingError
+from sharding.mesh import make_mesh
 from tests.equivalence.spread import Spread
 from tests.equivalence.tiny import TOLERANCE, make
+from v4_jax import Config, init
+from v4_jax.placement import placements
 
 MESHES = {
     "seq=8": "long-context",
@@ -132,3 +136,21 @@ def test_chunks_then_tokens(spread, tokens, one_shot):
             )
         done += counts
     assert cache.lengths.tolist() == done.tolist()
+
+
+def test_fresh_parameters():
+    """Drawn in their shards, they are those of one device."""
+    config = Config.tiny()
+    mesh = make_mesh("seq=2,expert=2,tensor=2")
+    one, spread = init(config, jax.random.key(1)), init(config, jax.random.key(1), mesh=mesh, rules="train")
+    for a, b, place in zip(*map(jax.tree.leaves, (one, spread, placements(config, mesh, "train"))), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert b.sharding.is_equivalent_to(place, b.ndim)
+
+
+def test_sequences_that_do_not_split(tiny, tokens):
+    spread = Spread(tiny, "seq=8", "long-context")
+    with pytest.raises(ShardingError, match=r"1100 tokens do not split over 8 devices .* expected a multiple of 1024"):
+        spread(tokens[:, :1100])
+    with pytest.raises(ShardingError, match="'batch' of size 2 cannot be split 8 ways over data"):
+        Spread(tiny, "data=8", "train")(tokens[:, :128])

@@ -35,6 +35,7 @@ VERBS = {
     "score": Verb("scoring", "log-probabilities of given texts, JSON lines in and out"),
     "convert": Verb("checkpoints", "released checkpoint -> Orbax, in the released number formats"),
     "export": Verb("checkpoints", "Orbax (or released) -> released layout"),
+    "plan": Verb("compilation", "compile for a TPU topology: fit, cost, and the mesh to use"),
     "verify": Verb("checkpoints", "compare two checkpoints, tensor by tensor"),
 }
 

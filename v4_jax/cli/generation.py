@@ -15,6 +15,7 @@ from infer.generate import Generation, Generator, check_ids, check_precision
 from infer.sampling import Sampling
 from v4_jax import chat
 from v4_jax.cli.console import CommandError, bad_input, progress_bar, read_json, read_text, say, working
+from v4_jax.cli.devices import join, place
 from v4_jax.cli.models import GenerationDefaults, ModelDirectory, cache_format
 from v4_jax.cli.options import (
     CacheFormat,
@@ -30,6 +31,7 @@ from v4_jax.cli.options import (
     OptionalSize,
     OptionalText,
     PolicyName,
+    Preset,
     Texts,
 )
 from v4_jax.cli.reply import Reply, Writer
@@ -71,6 +73,9 @@ def generate(
     policy: PolicyName = "bfloat16",
     cache_dtype: CacheFormat = "auto",
     prefill_chunk: Count = 512,
+    mesh: OptionalText = None,
+    preset: Preset = "long-context",
+    distributed: Flag = False,
     show_reasoning: Flag = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -83,6 +88,7 @@ def generate(
     Examples:
       v4-jax generate DeepSeek-V4-Flash --prompt "Why is the sky blue?" --mode high
       v4-jax generate DeepSeek-V4-Flash --chat messages.json --mode max --context 384K
+      v4-jax generate DeepSeek-V4-Flash --mesh tensor=8 --prompt "Why is the sky blue?"
       cat essay.txt | v4-jax generate DeepSeek-V4-Flash-Base --raw --max-tokens 200 --temperature 0.7
       v4-jax generate DeepSeek-V4-Flash --tokens "0, 17, 42" --greedy --json
 
@@ -108,10 +114,15 @@ def generate(
       dtype: How weights are held: as released, or expanded.
       policy: Precision of the computation; released is bfloat16 with the release's rounding of keys and values.
       cache_dtype: Number format of the cache; auto is the policy's.
-      prefill_chunk: Prompt tokens read at once.
+      prefill_chunk: Prompt tokens read at once; with a mesh, rounded up to what splits evenly.
+      mesh: How to spread the model over all devices: sizes of data, seq, expert and tensor, such as
+        seq=4,expert=2. Default: one device.
+      preset: Which mesh axes split what; long-context splits long prompts over all axes but data.
+      distributed: This is one of several processes, one per host, that run the same command together.
       show_reasoning: Write reasoning and answer under headings where stdout is not a terminal.
       as_json: Write one JSON object at the end: reply, token ids, log-probabilities, speed.
     """
+    join(distributed)
     directory = ModelDirectory.open(model)
     config, tokenizer, defaults = directory.config, directory.tokenizer(), directory.generation_defaults()
     cache = cache_format(cache_dtype, policy)
@@ -126,7 +137,8 @@ def generate(
             f"warning: Think Max wants a context of at least {format_size(THINK_MAX_CONTEXT)} tokens, this one has "
             f"{format_size(limits.context)}; reasoning may be cut short (--context {format_size(THINK_MAX_CONTEXT)})"
         )
-    params = directory.load(dtype)
+    where = place(config, mesh, preset, batch=1, native=dtype == "native")
+    params = directory.load(dtype, where)
     with bad_input():
         generator = Generator(
             config,
@@ -135,6 +147,7 @@ def generate(
             policy=policy,
             cache_dtype=cache,
             prefill_chunk=prefill_chunk,
+            place=where,
         )
     writer = None
     if not as_json:

@@ -63,6 +63,7 @@ def as_json(config: Config, context: int) -> dict[str, Any]:
         "comparison": {
             **against._asdict(),
             "flops_ratio": against.flops_ratio,
+            "headline_flops_ratio": against.headline_ratio,
             "cache_ratio": against.cache_ratio,
             "gqa_ratio": against.gqa_ratio,
         },
@@ -91,7 +92,7 @@ def _layer_table(config: Config) -> Table:
     if period.repeats:
         roles = ", ".join(layers[i].attention for i in period.layers(0))
         caption = f"layers {period.start} to {period.stop - 1}: ({roles}) x {period.repeats}, run as one scan"
-    table = _table(f"{len(layers)} layers", "role", "layers", "which", caption=caption)
+    table = make_table(f"{len(layers)} layers", "role", "layers", "which", caption=caption)
     for kind in ("attention", "feed_forward"):
         for role in dict.fromkeys(getattr(layer, kind) for layer in layers):
             which = [i for i, layer in enumerate(layers) if getattr(layer, kind) == role]
@@ -104,13 +105,15 @@ def _layer_table(config: Config) -> Table:
 
 def _parameter_table(config: Config) -> Table:
     counts, native, plain = costs.parameter_counts(config), costs.parameter_bytes(config), _bfloat16(config)
-    table = _table("Parameters", "", "count", "as released", "bfloat16")
-    table.add_row("trunk", _count(counts.total), _bytes(native.total - native.mtp), _bytes(plain.total - plain.mtp))
+    table = make_table("Parameters", "", "count", "as released", "bfloat16")
+    table.add_row(
+        "trunk", _count(counts.total), bytes_text(native.total - native.mtp), bytes_text(plain.total - plain.mtp)
+    )
     table.add_row("  active per token", _count(counts.active), "", "")
-    table.add_row("MTP block", _count(counts.mtp), _bytes(native.mtp), _bytes(plain.mtp), end_section=True)
-    table.add_row("checkpoint", _count(counts.checkpoint), _bytes(native.total), _bytes(plain.total))
+    table.add_row("MTP block", _count(counts.mtp), bytes_text(native.mtp), bytes_text(plain.mtp), end_section=True)
+    table.add_row("checkpoint", _count(counts.checkpoint), bytes_text(native.total), bytes_text(plain.total))
     for name, _ in _largest_first(plain.by_format | native.by_format):
-        held = [_bytes(sizes[name]) if name in sizes else "" for sizes in (native.by_format, plain.by_format)]
+        held = [bytes_text(sizes[name]) if name in sizes else "" for sizes in (native.by_format, plain.by_format)]
         table.add_row(f"  {name}", "", *held)
     return table
 
@@ -118,46 +121,49 @@ def _parameter_table(config: Config) -> Table:
 def _flops_table(config: Config, context: int) -> Table:
     flops = _flops(config, context)
     decode, prefill = flops["decode"], flops["prefill"]
-    table = _table(
+    table = make_table(
         f"FLOPs per token at {format_size(context)} tokens",
         *("", "decoding", "prefill, mean"),
         caption="FP8 equivalent: attention core twice, index scores half",
     )
     for role, value in _largest_first(decode.linear):
-        table.add_row(f"linear: {role}", _operations(value), _operations(prefill.linear[role]))
+        table.add_row(f"linear: {role}", operations_text(value), operations_text(prefill.linear[role]))
     for role, value in decode.attention.items():
-        table.add_row(f"attention core: {role}", _operations(value), _operations(prefill.attention[role]))
-    table.add_row("index scores", _operations(decode.index), _operations(prefill.index), end_section=True)
-    table.add_row("total", _operations(decode.total), _operations(prefill.total))
-    table.add_row("FP8 equivalent", _operations(decode.equivalent_fp8), _operations(prefill.equivalent_fp8))
+        table.add_row(f"attention core: {role}", operations_text(value), operations_text(prefill.attention[role]))
+    table.add_row("index scores", operations_text(decode.index), operations_text(prefill.index), end_section=True)
+    table.add_row("total", operations_text(decode.total), operations_text(prefill.total))
+    table.add_row("FP8 equivalent", operations_text(decode.equivalent_fp8), operations_text(prefill.equivalent_fp8))
     return table
 
 
 def _cache_table(cache: costs.CacheBytes, context: int) -> Table:
     title = f"Cache per row at {format_size(context)} tokens, {cache.dtype} format"
-    table = _table(title, "", "held", "bytes per further token")
+    table = make_table(title, "", "held", "bytes per further token")
     for role, size in _largest_first(cache.by_role):
         per_token = f"{cache.per_token[role]:,.1f}" if role in cache.per_token else "constant"
-        table.add_row(role, _bytes(size), per_token)
+        table.add_row(role, bytes_text(size), per_token)
     table.add_section()
-    table.add_row("total", _bytes(cache.total), f"{sum(cache.per_token.values()):,.1f}")
+    table.add_row("total", bytes_text(cache.total), f"{sum(cache.per_token.values()):,.1f}")
     return table
 
 
 def _comparison_table(against: costs.Comparison) -> Table:
-    table = _table(
+    table = make_table(
         f"Against others at {format_size(against.context)} tokens",
         *("", "FLOPs per token", "V4 needs", "cache per row", "V4 needs"),
-        caption="FLOPs of decoding one token, FP8 equivalent; cache without the MTP block's",
+        caption="FLOPs of decoding one token, FP8 equivalent; cache without the MTP block's and without padding",
     )
-    table.add_row("V4, this configuration", _operations(against.flops), "", _bytes(against.cache), "")
+    table.add_row("V4, this configuration", operations_text(against.flops), "", bytes_text(against.cache), "")
     shares = f"{against.flops_ratio:.1%}", f"{against.cache_ratio:.1%}"
-    table.add_row("DeepSeek-V3.2", _operations(against.flops_v32), shares[0], _bytes(against.cache_v32), shares[1])
-    table.add_row("8 KV heads x 128, bfloat16", "", "", _bytes(against.cache_gqa), f"{against.gqa_ratio:.1%}")
+    table.add_row(
+        "DeepSeek-V3.2", operations_text(against.flops_v32), shares[0], bytes_text(against.cache_v32), shares[1]
+    )
+    table.add_row("  by active parameters in whole billions", "", f"{against.headline_ratio:.1%}", "", "")
+    table.add_row("8 KV heads x 128, bfloat16", "", "", bytes_text(against.cache_gqa), f"{against.gqa_ratio:.1%}")
     return table
 
 
-def _table(title: str, *columns: str, caption: str | None = None) -> Table:
+def make_table(title: str, *columns: str, caption: str | None = None) -> Table:
     """A table whose first column holds names and whose others hold numbers."""
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for i, column in enumerate(columns):
@@ -195,11 +201,13 @@ def _count(value: float) -> str:
     return _scaled(value, (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)))
 
 
-def _operations(value: float) -> str:
+def operations_text(value: float) -> str:
+    """FLOPs with a unit."""
     return _scaled(value, (("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3)))
 
 
-def _bytes(value: float) -> str:
+def bytes_text(value: float) -> str:
+    """Bytes with a unit."""
     return _scaled(value, ((" TB", 1e12), (" GB", 1e9), (" MB", 1e6), (" kB", 1e3)), " B")
 
 

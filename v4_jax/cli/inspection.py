@@ -35,7 +35,7 @@ def info(model: Subject, *, context: OptionalSize = None, as_json: JsonFlag = Fa
       context: Tokens in the sequence, such as 131072, 128K or 1M. Default: 1M, or the model's most if that is less.
       as_json: Write the numbers as one JSON object.
     """
-    config = _config(model)
+    config = config_of(model)
     longest = config.max_position_embeddings
     context = min(_DEFAULT_CONTEXT, longest) if context is None else context
     if context > longest:
@@ -46,7 +46,12 @@ def info(model: Subject, *, context: OptionalSize = None, as_json: JsonFlag = Fa
         show(card.render(config, context))
 
 
-def _config(model: str) -> Config:
+def config_of(model: str) -> Config:
+    """The configuration of a directory or a preset.
+
+    Raises:
+      CommandError: there is neither of that name.
+    """
     path = Path(model)
     if path.is_dir():
         if not (path / "config.json").is_file():

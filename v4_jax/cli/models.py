@@ -11,6 +11,7 @@ from v4_jax.checkpoint import Checkpoint, load, open_checkpoint
 from v4_jax.cli.console import CommandError, bad_input, read_json, say, watched
 from v4_jax.cli.options import CacheFormat, Dtype, PolicyName
 from v4_jax.config import Config
+from v4_jax.placement import Place
 from v4_jax.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -69,8 +70,8 @@ class ModelDirectory:
         path = self.path / "generation_config.json"
         return GenerationDefaults.of(path, read_json(path) if path.exists() else {}, self.config)
 
-    def load(self, dtype: Dtype) -> Any:
-        """Reads the weights.
+    def load(self, dtype: Dtype, place: Place = Place()) -> Any:  # noqa: B008 (frozen)
+        """Reads the weights, of which each process reads what its own devices hold.
 
         Raises:
           CommandError: they are damaged.
@@ -78,7 +79,7 @@ class ModelDirectory:
         source = self.checkpoint
         already = source.bytes_read
         with bad_input(), watched(f"loading {self.path.name}", lambda: source.bytes_read - already, source.nbytes):
-            return load(source, dtype=dtype)[1]
+            return load(source, dtype=dtype, mesh=place.mesh, rules=place.rules)[1]
 
 
 @dataclasses.dataclass(frozen=True)

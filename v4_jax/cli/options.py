@@ -57,6 +57,7 @@ JsonFlag = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(name="jso
 Directory = Annotated[Path, tyro.conf.Positional, _plain]
 Model = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL", help_behavior_hint="")]
 
+Preset = Literal["decode", "prefill", "long-context", "train"]
 Dtype = Literal["native", "bfloat16", "float32"]
 PolicyName = Literal["float32", "bfloat16", "released"]
 CacheFormat = Literal["auto", "float32", "bfloat16", "released"]

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from infer.score import ScoreError, Scorer, read_jobs, write_lines
 from v4_jax.cli.console import CommandError, Report, bad_input, progress_bar, read_text, say, working
+from v4_jax.cli.devices import join, place
 from v4_jax.cli.models import ModelDirectory, cache_format
-from v4_jax.cli.options import CacheFormat, Count, Dtype, File, Flag, Model, PolicyName
+from v4_jax.cli.options import CacheFormat, Count, Dtype, File, Flag, Model, OptionalText, PolicyName, Preset
 
 
 def score(
@@ -26,6 +27,9 @@ def score(
     dtype: Dtype = "native",
     policy: PolicyName = "bfloat16",
     cache_dtype: CacheFormat = "auto",
+    mesh: OptionalText = None,
+    preset: Preset = "long-context",
+    distributed: Flag = False,
 ) -> None:
     """Computes the log-probability of every token of given texts.
 
@@ -47,7 +51,12 @@ def score(
       dtype: How weights are held: as released, or expanded.
       policy: Precision of the computation; released is bfloat16 with the release's rounding of keys and values.
       cache_dtype: Number format of the cache; auto is the policy's.
+      mesh: How to spread the model over all devices: sizes of data, seq, expert and tensor, such as
+        seq=4,expert=2. Default: one device.
+      preset: Which mesh axes split what; long-context splits long prompts over all axes but data.
+      distributed: This is one of several processes, one per host, that run the same command together.
     """
+    join(distributed)
     directory = ModelDirectory.open(model)
     cache = cache_format(cache_dtype, policy)
     name = "stdin" if str(input) == "-" else str(input)
@@ -59,6 +68,7 @@ def score(
     with bad_input(f"{name}: "):
         # splitlines() would also split at characters that JSON strings may hold, such as U+2028
         jobs = read_jobs(read_text(input).split("\n"), directory.config, directory.tokenizer, bos=not no_bos)
+    where = place(directory.config, mesh, preset, batch=min(batch, len(jobs)), native=dtype == "native")
     with bad_input():
         scorer = Scorer(
             directory.config,
@@ -67,8 +77,9 @@ def score(
             cache_dtype=cache,
             batch=min(batch, len(jobs)),
             chunk=chunk,
+            place=where,
         )
-    params = directory.load(dtype)
+    params = directory.load(dtype, where)
     with working("compiling"):
         scorer.compile(params)
     started, total, count = time.perf_counter(), [], 0

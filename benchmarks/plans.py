@@ -1,0 +1,131 @@
+"""Compiles a list of programs for TPU pods that are not there, and writes what each needs to docs/plans.md.
+
+Every number comes from the TPU compiler or from the text of the program that it made, none from an estimate, and
+nothing is run. The full plans are kept in benchmarks/plans/ as JSON.
+
+    python benchmarks/plans.py                 all of them: an hour on two cores
+    python benchmarks/plans.py --only flash    those whose name has "flash" in it; the others keep their last result
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import jax
+
+from sharding.mesh import parse_mesh
+from v4_jax import Config
+from v4_jax.ahead_of_time import Job, PlanError, compile_for_tpu, without_mtp
+from v4_jax.chips import Topology
+from v4_jax.cli.info import bytes_text
+from v4_jax.cli.plan import Attempt, as_json
+from v4_jax.cli.sizes import format_size, parse_size
+from v4_jax.planning import estimate
+
+ROOT = Path(__file__).resolve().parent.parent
+KEPT, PAGE = ROOT / "benchmarks" / "plans", ROOT / "docs" / "plans.md"
+MODELS = {"flash": Config.flash, "pro": Config.pro}
+
+# model, task, context, rows, chunk, topology, mesh, preset
+PLANS = (
+    ("flash", "decode", "1M", 1, "1", "v6e:2x4", "tensor=8", "decode"),
+    ("flash", "decode", "1M", 1, "1", "tpu7x:2x2x1", "tensor=8", "decode"),
+    ("flash", "decode", "32K", 128, "1", "v6e:4x4", "seq=2,tensor=8", "decode"),
+    ("flash", "decode", "32K", 128, "1", "v5e:4x8", "seq=4,tensor=8", "decode"),
+    ("flash", "prefill", "1M", 1, "8K", "v6e:4x4", "seq=16", "long-context"),
+    ("flash", "prefill", "1M", 1, "8K", "v5p:2x2x2", "seq=8", "long-context"),
+    ("pro", "decode", "1M", 1, "1", "v6e:8x8", "seq=8,tensor=8", "decode"),
+    ("pro", "decode", "1M", 1, "1", "tpu7x:2x2x4", "seq=4,tensor=8", "decode"),
+    ("pro", "prefill", "1M", 1, "16K", "v5p:4x4x8", "seq=128", "long-context"),
+)
+
+HEADER = """# Plans
+
+What the TPU compiler says about DeepSeek-V4 on slices of several generations, compiled on a machine without TPUs by
+`python benchmarks/plans.py`; `v4-jax plan` does the same for one program of your own. Nothing here was run or timed.
+
+Numbers are of one device, which is a chip, and half of one on tpu7x. *Peak* is weights, cache and temporaries together,
+against the memory of the device. *Floor* is the least time that a call can take: the largest of its FLOPs, memory
+traffic and interconnect traffic at the vendor's best figures. *Over least* is how many times the FLOPs and the bytes
+exceed what the algorithm needs: two FLOPs per active weight and the attention's own; every weight that the tokens reach
+and the cache they see, read once. Loops are multiplied out; of a conditional all branches count, as at the end of a
+full context.
+
+"""
+COLUMNS = (
+    *("model", "task", "context", "rows", "slice", "mesh", "peak of memory", "floor", "bound by", "tokens/s at most"),
+    "FLOPs, bytes over least",
+)
+
+
+def name_of(plan: tuple) -> str:
+    model, task, context, rows, _, topology, mesh, _ = plan
+    return f"{model}-{task}-{context}-{rows}-{topology}-{mesh}".replace(":", "-").replace(",", "-").replace("=", "")
+
+
+def run(plan: tuple) -> dict:
+    model, task, context, rows, chunk, topology, mesh, preset = plan
+    config, slice_ = without_mtp(MODELS[model]()), Topology.parse(topology)
+    sizes = (parse_size(context), rows, parse_size(chunk))
+    job = Job(config, task, *sizes, slice_, parse_mesh(mesh), preset, "native")
+    try:
+        outcome = compile_for_tpu(job)
+    except PlanError as error:
+        outcome = error
+    return as_json([Attempt(job, outcome)], [estimate(job)])
+
+
+def row(plan: tuple, found: dict) -> str:
+    model, task, context, rows, chunk, topology, mesh, _ = plan
+    task += f" of {format_size(parse_size(chunk))}" if task == "prefill" else ""
+    cells = [model.capitalize(), task, context, str(rows), topology, mesh]
+    (attempt,) = found["attempts"]
+    if not attempt["fits"]:
+        return "| " + " | ".join([*cells, "does not compile (below)", *("",) * (len(COLUMNS) - 7)]) + " |"
+    least, floor = attempt["least"], attempt["floor"]
+    bound = {"flops": "FLOPs", "hbm": "memory", "ici": "interconnect"}[floor["bound"]]
+    over = f"{attempt['flops'] / least['flops']:.1f}, {attempt['hbm'] / (least['weights'] + least['cache']):.0f}"
+    cells += [
+        f"{bytes_text(attempt['peak'])} of {bytes_text(attempt['hbm_capacity'])}",
+        f"{1e3 * floor['seconds']:,.1f} ms",
+        *(bound, f"{attempt['tokens_per_second']:,.0f}", over),
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def refused(plan: tuple, found: dict) -> str:
+    model, task, context, rows, _, topology, mesh, _ = plan
+    error = found["attempts"][0]["error"]
+    return f"- {model.capitalize()} {task}, {context}, {rows} rows, {topology}, {mesh}: {error}."
+
+
+def page(results: dict[str, dict]) -> str:
+    known = [(plan, results[name_of(plan)]) for plan in PLANS if name_of(plan) in results]
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|", *(row(*one) for one in known)]
+    text = HEADER + "\n".join(lines) + "\n"
+    failed = [refused(plan, found) for plan, found in known if not found["attempts"][0]["fits"]]
+    return text + ("\nWhat does not compile, and why:\n\n" + "\n".join(failed) + "\n" if failed else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="TEXT", help="compile those whose name contains this")
+    only = parser.parse_args().only
+    jax.config.update("jax_platforms", "cpu")
+    KEPT.mkdir(exist_ok=True)
+    for plan in PLANS:
+        if only in name_of(plan):
+            start = time.monotonic()
+            found = run(plan)
+            (KEPT / f"{name_of(plan)}.json").write_text(json.dumps(found, indent=2) + "\n")
+            fits = found["attempts"][0]["fits"]
+            print(f"{name_of(plan)}: {'fits' if fits else 'does not'}, {time.monotonic() - start:.0f} s", flush=True)
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page({path.stem: json.loads(path.read_text()) for path in sorted(KEPT.glob("*.json"))}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Compiled programs communicate what the layers write down, and nothing else: by kind and size of every collective.
+
+A partitioner that slips in an all-gather of activations, weights or experts shows here as a shape without a name.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from sharding.axes import resolve
+from sharding.dispatch import capacity
+from sharding.hlo import collectives
+from sharding.split import Split
+from tests.equivalence.spread import Spread
+from tests.equivalence.tiny import make
+from v4_jax import declarations
+from v4_jax.cache import SPARE, projection_width, span
+from v4_jax.parameters import is_parameter
+
+CONTEXT = 16384
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return make(num_hidden_layers=3, compress_ratios=(0, 4, 128, 0), num_hash_layers=1, n_routed_experts=8)
+
+
+def served(spread, batch, size):
+    """The collectives of a chunk with a cache."""
+    cache = spread.cache(batch, CONTEXT)
+
+    def run(params, tokens, cache):
+        output = spread.model.apply({"params": params}, tokens, cache=cache, logits="last")
+        return output.logits, output.cache
+
+    tokens = jax.ShapeDtypeStruct((batch, size), jnp.int32)
+    return collectives(jax.jit(run, donate_argnums=2).lower(spread.params, tokens, cache).compile().as_text())
+
+
+def unnamed(found, named):
+    """Shapes of collectives that `named` ({kind: {name: dimensions}}) does not list, axes of one element aside."""
+
+    def bare(dimensions):
+        return tuple(size for size in dimensions if size > 1)
+
+    legal = {kind: {bare(dimensions) for dimensions in shapes} for kind, shapes in named.items()}
+    return sorted(
+        {
+            (collective.kind, shape.dimensions, collective.op_name.rpartition("Transformer.")[2])
+            for collective in found
+            for shape in collective.shapes
+            if bare(shape.dimensions) not in legal.get(collective.kind, set())
+        }
+    )
+
+
+def test_long_chunk(tiny):
+    """A prompt split over eight devices: halos, compressed entries, the last rows, tokens on their way to experts."""
+    c, size, devices = tiny.config, 2048, 8
+    roles = {"csa": (4, c.head_dim), "hca": (128, c.head_dim), "index": (4, c.index_head_dim)}
+    slots = devices * capacity(size // devices * c.num_experts_per_tok, devices)
+    widths = {role: projection_width(ratio, width) for role, (ratio, width) in roles.items()}
+    cached = [
+        (-(-CONTEXT // ratio // devices // part), devices, width)
+        for ratio, width in roles.values()
+        for part in (1, 4, 16)
+    ]
+    named = {
+        # left neighbour's last keys, and the projections of blocks that straddle devices
+        "collective-permute": [
+            (c.sliding_window - 1, c.head_dim),
+            *((span(ratio) - 1, widths[role]) for role, (ratio, _) in roles.items()),
+        ],
+        # the chunk's entries and which ones they are; the layer's entries so far, in a sixteenth, a quarter or all of
+        # the room
+        "all-gather": [
+            *((size // ratio, width) for ratio, width in roles.values()),
+            *((size // ratio,) for ratio, _ in roles.values()),
+            *cached,
+        ],
+        # what stays of the chunk in window and open blocks; the last token's streams; agreement on counts
+        "all-reduce": [
+            (c.sliding_window + SPARE, c.head_dim),
+            *((span(ratio) + SPARE, widths[role]) for role, (ratio, _) in roles.items()),
+            (c.hc_mult, c.hidden_size),
+            (),
+        ],
+        # rows to their experts and back; expert and weight of each; how many
+        "all-to-all": [(slots, c.hidden_size), (slots,), (devices,)],
+    }
+    found = served(Spread(tiny, "seq=8", "long-context"), 1, size)
+    assert not unnamed(found, split_all_to_all(named, devices))
+    kinds = {collective.kind for collective in found}
+    assert kinds == set(named)
+
+
+def split_all_to_all(named, devices):
+    """XLA:CPU may hand an all-to-all one operand per device."""
+    shapes = named["all-to-all"]
+    parts = [(shape[0] // devices, *shape[1:]) for shape in shapes if shape[0] % devices == 0]
+    return named | {"all-to-all": [*shapes, *parts, *((devices, *part) for part in parts)]}
+
+
+@pytest.mark.parametrize("mesh", ["seq=8", "seq=2,expert=2,tensor=2"])
+def test_one_token(tiny, mesh):
+    """Decoding: queries, candidates and partial softmaxes of the one token; never a layer's entries, nor weights."""
+    c, rows = tiny.config, 2
+    tensor = 2 if "tensor" in mesh else 1
+    heads, own = c.num_attention_heads, c.num_attention_heads // tensor
+    largest = max(rows * c.hidden_size, rows * heads * c.head_dim, rows * c.index_n_heads * c.index_head_dim)
+    named = {
+        # the heads' queries and weights, where heads are shared out but entries need all of them; the best candidates
+        # of each device, mesh axis by mesh axis
+        "all-gather": [
+            (rows, heads, c.head_dim),
+            (rows, c.index_n_heads, c.index_head_dim),
+            (rows, c.index_n_heads),
+            *((rows, c.index_topk * count) for count in (2, 8)),
+        ],
+        # softmax statistics and sums; shares of the output projection, the experts and the embedding
+        "all-reduce": [(rows, heads), (rows, own), (rows, own, c.head_dim), (rows, c.hidden_size)],
+        "reduce-scatter": [(rows, own), (rows, own, c.head_dim)],
+    }
+    found = served(Spread(tiny, mesh, "long-context"), rows, 1)
+    assert not unnamed(found, named)
+    assert max(math.prod(shape.dimensions) for collective in found for shape in collective.shapes) <= largest
+    assert {collective.kind for collective in found} == set(named) - (set() if tensor > 1 else {"reduce-scatter"})
+
+
+def test_training_step(tiny):
+    """The backward pass mirrors the forward one; weights in shards are joined for use, their gradients reduced back."""
+    c, rows, size = tiny.config, 2, 2048
+    spread = Spread(tiny, "seq=2,expert=2,tensor=2", "train")
+    split = Split.on(spread.mesh, resolve("train"), size, 128)
+
+    @functools.partial(jax.grad, allow_int=True)
+    def gradient(params, tokens):
+        return jnp.sum(jnp.sin(spread.model.apply({"params": params}, tokens).logits))
+
+    tokens = jax.ShapeDtypeStruct((rows, size), jnp.int32)
+    found = collectives(jax.jit(gradient).lower(spread.params, tokens).compile().as_text())
+
+    parameters = [p for p in jax.tree.leaves(declarations(c), is_leaf=is_parameter) if "experts" not in p.axes]
+    shards = [split.stored(p.shape, p.axes) for p in parameters]
+    whole = [split.used(p.shape, p.axes) for p in parameters]
+    local, exchanged = size // 2, 4 // 2  # tokens of a device (one row, half of it); devices that exchange tokens
+    slots = 2 * exchanged * capacity(local * c.num_experts_per_tok, 2 * exchanged)
+    roles = {"csa": (4, c.head_dim), "hca": (128, c.head_dim), "index": (4, c.index_head_dim)}
+    activations = (local, c.hidden_size)
+    named = {
+        "collective-permute": [
+            (c.sliding_window - 1, c.head_dim),
+            *((span(ratio) - 1, projection_width(ratio, width)) for ratio, width in roles.values()),
+        ],
+        # entries of the whole sequence; index queries and head weights of all heads, by blocks of queries
+        "all-gather": [
+            *whole,
+            *((size // ratio, width) for ratio, width in roles.values()),
+            (128, c.index_n_heads, c.index_head_dim),
+            (local, c.index_n_heads),
+        ],
+        "reduce-scatter": [*shards, *((local // ratio, width) for ratio, width in roles.values())],
+        # gradients of what several devices hold; shares of heads, experts and vocabulary
+        "all-reduce": [*shards, activations, ()],
+        "all-to-all": [(slots, c.hidden_size), (slots,), (2 * exchanged,)],
+    }
+    assert not unnamed(found, split_all_to_all(named, 2 * exchanged))
+    assert {collective.kind for collective in found} == set(named)

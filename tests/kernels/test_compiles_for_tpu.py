@@ -1,0 +1,107 @@
+"""The TPU compiler accepts the kernels at the real models' shapes, and expands or copies no weights in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from v4_jax import Config
+from v4_jax.kernels.grouped_matmul import grouped_matmul
+from v4_jax.mixture_of_experts import Experts, dispatch
+from v4_jax.number_formats import E2M1, E4M3, E8M0, FP4_BLOCK, FP8_BLOCK, BlockScaled, scale_shape
+
+pytest.importorskip("libtpu")
+pytestmark = pytest.mark.skipif(jax.default_backend() == "tpu", reason="other topologies need a host without TPUs")
+
+TOPOLOGIES = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
+CODES = {"e2m1": (E2M1, FP4_BLOCK), "e4m3": (E4M3, FP8_BLOCK)}
+SPARE = 4 << 20  # bytes: lists of visits and rows of a decode step; one expert in bfloat16 has 16 MiB
+
+
+@pytest.fixture(scope="module", params=TOPOLOGIES)
+def place(request):
+    """Maps shapes to those of arrays on one chip of the topology."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=request.param)
+    mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("x",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def shape(dtype, *sizes):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def weight(form, *sizes):
+    if form == "bfloat16":
+        return shape(jnp.bfloat16, *sizes)
+    codes, block = CODES[form]
+    return BlockScaled(shape(codes, *sizes), shape(E8M0, *scale_shape(sizes, block)), block)
+
+
+def copied(compiled):
+    """Bytes of the largest weight-like array that is copied or converted, wherever to."""
+    kinds, moves = "f4|f8|s4|u8|bf16", "copy|transpose|bitcast-convert|convert"
+    made = re.findall(rf"= (?:{kinds})\w*\[([\d,]+)\]\S* (?:{moves})\(", compiled.as_text())
+    return max((int(np.prod([int(size) for size in sizes.split(",")])) for sizes in made), default=0)
+
+
+@pytest.mark.parametrize(
+    ("form", "rows", "groups", "width", "depth"),
+    [
+        ("e2m1", 48, 32, 2048, 4096),  # Flash w1 and w3 on 8 chips: a few tokens
+        ("e2m1", 768, 32, 4096, 2048),  # Flash w2: 128 tokens
+        ("e2m1", 6144, 32, 2048, 4096),  # prefill
+        ("e2m1", 6, 48, 3072, 7168),  # Pro w1 and w3: one token
+        ("e2m1", 48, 48, 7168, 3072),  # Pro w2
+        ("e4m3", 48, 32, 2048, 4096),  # the Base models
+        ("bfloat16", 48, 32, 2048, 4096),
+    ],
+)
+def test_one_product(place, form, rows, groups, width, depth):
+    arguments = place((shape(jnp.bfloat16, rows, depth), weight(form, groups, width, depth), shape(jnp.int32, groups)))
+    compiled = jax.jit(grouped_matmul).lower(*arguments).compile()
+    output = 2 * rows * width
+    assert compiled.memory_analysis().temp_size_in_bytes < SPARE + output  # at most the rows before they are masked
+    assert copied(compiled) <= max(SPARE, output)
+    assert compiled.cost_analysis()["flops"] >= 2 * rows * width * depth
+
+
+@pytest.mark.parametrize("form", ["e2m1", "e4m3", "bfloat16"])
+def test_experts_of_a_scan_over_layers(place, form):
+    """The kernel is chosen for the platform compiled for, and reads its layer's experts out of the stack."""
+    layers, groups = 3, 32
+    config = dataclasses.replace(Config.flash(), n_routed_experts=groups)
+    d, hidden = config.hidden_size, config.moe_intermediate_size
+    stack = Experts(
+        weight(form, layers, groups, hidden, d),
+        weight(form, layers, groups, d, hidden),
+        weight(form, layers, groups, hidden, d),
+    )
+    tokens, top = 8, config.num_experts_per_tok
+
+    def run(x, chosen, weights, stack):
+        def layer(x, number):
+            return x + dispatch(x, chosen, weights, stack, number, config, jnp.bfloat16).astype(x.dtype), None
+
+        return jax.lax.scan(layer, x, jnp.arange(layers))[0]
+
+    arguments = (
+        shape(jnp.bfloat16, tokens, d),
+        shape(jnp.int32, tokens, top),
+        shape(jnp.float32, tokens, top),
+        stack,
+    )
+    compiled = jax.jit(run).lower(*place(arguments)).compile()
+    assert "tpu_custom_call" in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < SPARE
+    assert copied(compiled) <= SPARE

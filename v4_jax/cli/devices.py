@@ -1,0 +1,68 @@
+"""The devices of a command: one, or a mesh of all that one or several processes have."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import jax
+
+from sharding.axes import ShardingError
+from sharding.mesh import make_mesh, parse_mesh
+from v4_jax.cli.console import CommandError, say
+from v4_jax.cli.options import Preset
+from v4_jax.config import Config
+from v4_jax.placement import Place, alternatives, check_mesh
+
+
+def join(distributed: bool) -> None:
+    """Makes the devices of all processes known to each. Only the first process writes to stdout and reports progress.
+
+    JAX finds the others by itself on TPU slices, Slurm and Kubernetes; elsewhere the environment names them.
+
+    Raises:
+      CommandError: they are not found.
+    """
+    if not distributed:
+        return
+    try:
+        jax.distributed.initialize(
+            num_processes=_number("JAX_NUM_PROCESSES"),
+            process_id=_number("JAX_PROCESS_ID"),
+        )
+    except (RuntimeError, ValueError) as error:
+        raise CommandError(
+            f"--distributed found no other processes ({str(error).splitlines()[0]}); expected a TPU slice, Slurm or "
+            "Kubernetes, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment"
+        ) from None
+    if jax.process_index():
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 open until the process ends
+
+
+def _number(variable: str) -> int | None:
+    value = os.environ.get(variable)
+    return int(value) if value and value.isdecimal() else None
+
+
+def place(config: Config, mesh: str | None, preset: Preset, *, batch: int, native: bool) -> Place:
+    """The mesh that `--mesh` names, after checking that the model and `batch` rows split over it.
+
+    Raises:
+      CommandError: no such mesh can be made of these devices, or the model does not split so; the sentence says what
+        is legal.
+    """
+    if mesh is None:
+        if jax.device_count() > 1 and jax.default_backend() != "cpu":  # virtual CPU devices are one processor
+            say(f"note: using 1 of {jax.device_count()} devices; --mesh spreads the work over all of them")
+        return Place()
+    try:
+        sizes = parse_mesh(mesh)
+    except ShardingError as error:
+        raise CommandError(str(error)) from None
+    try:
+        made = make_mesh(sizes)
+        check_mesh(config, made, preset, batch=batch, native=native)
+    except ShardingError as error:
+        legal = alternatives(config, jax.device_count(), preset, batch=batch, native=native)
+        raise CommandError(f"--mesh {mesh}: {error}; {legal}") from None
+    return Place(made, preset)

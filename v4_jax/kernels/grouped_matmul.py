@@ -1,0 +1,286 @@
+"""Grouped matmul for TPUs that reads expert weights in their stored format and expands them on the chip.
+
+    out[m] = rows[m] . weights[group of row m]^T        rows sorted by group, group sizes known only at run time
+
+XLA would first write the bfloat16 copy of the weights to memory: four times the bytes of E2M1, and for a whole layer
+at once. Here a tile of codes travels as it is stored and becomes bfloat16 in VMEM, next to the matrix unit. The
+reference is `map_groups` with `linear`, which rounds where this does: weights to bfloat16 (exact for both formats),
+products summed in float32, the sum to bfloat16.
+
+The grid is (tiles of N, visits). A visit is a pair (group, tile of rows) that share rows; a tile of rows in which one
+group ends and the next begins is visited by both, and each stores its own rows. The list of visits is computed from
+the sizes and prefetched as scalars, and its length is the grid's, so empty groups and unused rows cost nothing. A
+weight tile spans all of K: successive visits by one group find it already there, and every chosen expert's weights
+cross from HBM once per call, however its rows fall into tiles.
+
+Decoding E2M1 is what bounds a step with few rows, so it works on two codes at a time, as integers.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from v4_jax.number_formats import E2M1, E4M3, FP4_BLOCK, FP8_BLOCK, BlockScaled, Weight, bytes_of
+
+LANES, SUBLANES = 128, 8  # of a vector register
+COLUMNS = 512  # outputs of a weight tile: 1 MiB of E2M1 codes at K = 4,096, long enough to hide a grid step's overhead
+STRIP = 256  # outputs at a time within it: the widest matrix unit
+CHUNKS = (1024, 512, 256, 128)  # inputs at a time, the largest that divides K
+ROWS = (128, 256)  # rows of a tile: when groups are small, and when they are several tiles each
+VMEM_BYTES = 48 << 20  # of the 64 MiB or more that every generation from v5e on has
+
+_FORMATS = {jnp.dtype(E2M1): FP4_BLOCK, jnp.dtype(E4M3): FP8_BLOCK}
+
+
+def supports(weight: Weight, dtype: Any) -> bool:
+    """Whether `grouped_matmul` takes this weight [..., N, K] and compute dtype."""
+    if jnp.dtype(dtype) != jnp.bfloat16 or any(size % LANES for size in weight.shape[-2:]):
+        return False
+    if isinstance(weight, BlockScaled):
+        return _FORMATS.get(jnp.dtype(weight.codes.dtype)) == weight.block
+    return weight.dtype == jnp.bfloat16
+
+
+def grouped_matmul(rows: Array, weight: Weight, sizes: Array, *, layer: Any = None, interpret: bool = False) -> Array:
+    """Multiplies each row by its group's weight.
+
+    Args:
+      rows: [M, K] bfloat16, sorted by group.
+      weight: [G, N, K], or [L, G, N, K] when `layer` is given: bfloat16, or block-scaled E2M1 or E4M3. N and K are
+        multiples of 128.
+      sizes: [G] int32 rows of each group; their sum is at most M, and rows beyond it come out as zeros.
+      layer: int32 scalar, which layer of stacked weights to read; the others are not touched.
+      interpret: run as plain JAX on any backend, for tests.
+
+    Returns:
+      [M, N] bfloat16. Not differentiable.
+
+    Raises:
+      NotImplementedError: see `supports`.
+      ValueError: shapes disagree.
+    """
+    if not supports(weight, rows.dtype):
+        raise NotImplementedError(
+            f"rows {rows.dtype}, weight {jax.tree.map(jnp.shape, weight)}: expected bfloat16 rows, a bfloat16, E2M1 or "
+            f"E4M3 weight in the released blocks, and its last two axes multiples of {LANES}"
+        )
+    if layer is None:
+        weight, layer = jax.tree.map(lambda x: x[None], weight), 0
+    (count, depth), (_, groups, width, _) = rows.shape, weight.shape
+    if sizes.shape != (groups,) or depth != weight.shape[-1]:
+        raise ValueError(f"rows {rows.shape} and sizes {sizes.shape} do not fit a weight {weight.shape}")
+    tile = _tile_rows(count, groups)
+    columns = min(COLUMNS, width)
+    visits = _visits(sizes, count, tile)
+    total = jnp.maximum(visits.total, 1)  # a grid of no steps is not worth finding out about: without rows, visit one
+    scalars = (jnp.asarray(layer, jnp.int32).reshape(1), *visits[:-1])
+
+    def weight_map(n: Any, v: Any, layer: Any, group: Any, *_: Any) -> Any:
+        return layer[0], group[v], n, 0
+
+    def across_map(n: Any, v: Any, layer: Any, group: Any, *_: Any) -> Any:
+        return layer[0], group[v], 0, n
+
+    def whole_map(n: Any, v: Any, layer: Any, group: Any, *_: Any) -> Any:
+        return layer[0], group[v], 0, 0
+
+    specs = [
+        pl.BlockSpec((tile, depth), lambda n, v, layer, group, base, *_: (base[group[v]] + v, 0)),
+        pl.BlockSpec((None, None, columns, depth), weight_map),
+    ]
+    operands = [rows, weight.codes if isinstance(weight, BlockScaled) else weight]
+    block, across = None, False
+    if isinstance(weight, BlockScaled):
+        block, scales = weight.block, weight.scales
+        # XLA stores the scales with N innermost unless K / 32 fills the lanes; seen so, they need no copy.
+        across = block == FP4_BLOCK and scales.shape[-1] % LANES != 0
+        if across:
+            scales = jnp.swapaxes(scales, -1, -2)
+            specs.append(pl.BlockSpec((None, None, scales.shape[-2], columns), across_map))
+        elif block == FP4_BLOCK:
+            specs.append(pl.BlockSpec((None, None, columns, scales.shape[-1]), weight_map))
+        else:
+            specs.append(pl.BlockSpec((None, None, *scales.shape[-2:]), whole_map))
+        operands.append(scales)
+    out = pl.pallas_call(
+        functools.partial(_kernel, block=block, across=across),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(pl.cdiv(width, columns), total),
+            in_specs=specs,
+            out_specs=pl.BlockSpec((tile, columns), lambda n, v, layer, group, base, *_: (base[group[v]] + v, n)),
+        ),
+        out_shape=jax.ShapeDtypeStruct((count, width), rows.dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+        ),
+        cost_estimate=_cost(rows, weight, columns),
+        interpret=interpret,
+        name="grouped_matmul",
+    )(*scalars, *operands)
+    return jnp.where(jnp.arange(count)[:, None] < jnp.sum(sizes), out, 0)
+
+
+class _Visits(NamedTuple):
+    """The pairs (group, tile of rows) to compute, in row order: visit v is of tile `base[group[v]] + v`."""
+
+    group: Array  # [V] int32; entries from `total` on are not read
+    base: Array  # [G] int32
+    first: Array  # [G] int32, first row of each group
+    last: Array  # [G] int32, one beyond its last
+    total: Array  # int32
+
+
+def _tile_rows(count: int, groups: int) -> int:
+    """Rows of a tile. Every visit expands its weights anew, beside the matrix unit's work on the previous ones.
+
+    That takes about as long as the products of 128 rows: a smaller tile gains nothing, even where a group has one row.
+    """
+    few, many = ROWS
+    return min(count, many if count // groups >= 2 * many else few)
+
+
+def _visits(sizes: Array, count: int, tile: int) -> _Visits:
+    """Lists the visits; V is the most there can be: each tile once, and once more for each boundary between groups."""
+    last = jnp.cumsum(sizes.astype(jnp.int32))
+    first = last - sizes
+    tiles = jnp.where(sizes > 0, (last - 1) // tile - first // tile + 1, 0)
+    ends = jnp.cumsum(tiles)
+    visits = jnp.arange(pl.cdiv(count, tile) + min(count, sizes.shape[0]) - 1)
+    group = jnp.sum(ends <= visits[:, None], axis=1, dtype=jnp.int32)
+    return _Visits(jnp.minimum(group, sizes.shape[0] - 1), first // tile - (ends - tiles), first, last, ends[-1])
+
+
+def _cost(rows: Array, weight: Weight, columns: int) -> pl.CostEstimate:
+    """Useful products, and the bytes when as many groups as can be are hit: fewer rows than groups touch fewer."""
+    (count, depth), (layers, groups, width, _) = rows.shape, weight.shape
+    per_group = (weight.nbytes if isinstance(weight, BlockScaled) else bytes_of(weight)) // (layers * groups)
+    passes = pl.cdiv(width, columns)
+    traffic = min(count, groups) * per_group + (passes * depth + width) * count * rows.dtype.itemsize
+    return pl.CostEstimate(flops=2 * count * width * depth, bytes_accessed=traffic, transcendentals=0)
+
+
+def _kernel(
+    layer: Any,
+    group: Any,
+    base: Any,
+    first: Any,
+    last: Any,
+    rows: Any,
+    codes: Any,
+    *rest: Any,
+    block: Any,
+    across: bool,
+) -> None:
+    """One visit: `rows` [tile, K] times `codes` [columns, K] into the group's own rows of `out` [tile, columns]."""
+    del layer
+    *scales, out = rest
+    n, visit = pl.program_id(0), pl.program_id(1)
+    own = group[visit]
+    count, depth = rows.shape
+    columns = codes.shape[0]
+    strip = next(size for size in (STRIP, LANES) if columns % size == 0)
+    chunk = next(size for size in CHUNKS if depth % size == 0)
+    row = (base[own] + visit) * count + jax.lax.broadcasted_iota(jnp.int32, (count, strip), 0)
+    mine = (first[own] <= row) & (row < last[own])
+
+    def each_strip(i: Any, carry: None) -> None:
+        start = pl.multiple_of(i * strip, strip)
+        here = pl.ds(start, strip)
+        if block == FP4_BLOCK:
+            wide = scales[0][:, here].astype(jnp.float32).T if across else scales[0][here, :].astype(jnp.float32)
+            exponents = _pair_exponents(wide)
+        elif block == FP8_BLOCK:
+            lines = _block_lines(scales[0][...], n * columns + start, strip)
+        total = jnp.zeros((count, strip), jnp.float32)
+        for k in range(0, depth, chunk):
+            stored = codes[here, k : k + chunk]
+            if block == FP4_BLOCK:
+                expanded = _decode_e2m1(stored, _spread_lanes(exponents, FP4_BLOCK[1], k, chunk))
+            elif block == FP8_BLOCK:
+                expanded = _scale_blocks(stored, _spread_lanes(lines, FP8_BLOCK[1], k, chunk))
+            else:
+                expanded = stored
+            total += jax.lax.dot_general(
+                rows[:, k : k + chunk], expanded, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+            )
+        out[:, here] = jnp.where(mine, total.astype(out.dtype), out[:, here])
+        return carry
+
+    jax.lax.fori_loop(0, columns // strip, each_strip, None)
+
+
+def _both(bits: int) -> int:
+    """The same 16 bits in both halves of a word, as a signed integer."""
+    return int(np.uint32(bits << 16 | bits).astype(np.int32))
+
+
+def _pair_exponents(scales: Array) -> Array:
+    """Scales [R, K / 32] float32 to [R / 2, K / 32] int32: those of rows 2r and 2r + 1 as the halves of a word.
+
+    A power of two in bfloat16 is its exponent at bit 7. They come less what `_decode_e2m1` is to add to its codes.
+    """
+    scales = jnp.clip(scales, 2.0**-125, 2.0**125)  # beyond, bfloat16 could not hold the products
+    return pltpu.bitcast(scales.astype(jnp.bfloat16), jnp.int32) - _both(3 << 6)
+
+
+def _decode_e2m1(codes: Array, exponents: Array) -> Array:
+    """E2M1 codes [R, C] times two to their exponents [R / 2, C], see `_pair_exponents`: [R, C] bfloat16, exactly.
+
+    Two thirds of the instructions of float32 arithmetic, and the same on all generations, with or without bfloat16
+    arithmetic. With magnitude bits a = e e m (value 0, .5, 1, 1.5, 2, 3, 4, 6) where bfloat16 keeps the low exponent
+    bits and the first of the fraction, a is right from 2 on up to a constant; 1 lies one step of a too high, and 0 is
+    no power of two.
+    """
+    pair = pltpu.bitcast(codes, jnp.uint8).astype(jnp.int32)  # rows 2r and 2r + 1 in a byte, low bits first
+    pair = pair | (pair << 12)  # four bits in each half
+    magnitude = (pair & _both(7)) << 6
+    from_two = ((magnitude + _both(6 << 6)) & _both(8 << 6)) >> 3
+    from_one = (magnitude + _both(0x7FC0)) & _both(0x8000)
+    keep = from_one - jax.lax.shift_right_logical(from_one, jnp.full_like(from_one, 15))
+    value = (magnitude + from_two + exponents) & keep
+    return pltpu.bitcast(value | ((pair & _both(8)) << 12), jnp.bfloat16)
+
+
+def _block_lines(scales: Array, start: Any, count: int) -> Array:
+    """Scales of 128 x 128 blocks [N / 128, K / 128] for `count` outputs from `start` on: [count / 16, K / 128] float32.
+
+    Each block's scales come eight times, once for every row of a register. By a product with ones and zeros, exact for
+    powers of two, because registers cannot be cut at a row known only at run time.
+    """
+    shape = (count // FP8_BLOCK[0] * SUBLANES, scales.shape[0])
+    # Shifts, since the sign that a division looks at lowers differently by chip, which a CPU host cannot tell.
+    line = (start >> 7) + (jax.lax.broadcasted_iota(jnp.int32, shape, 0) >> 3)
+    mine = (line == jax.lax.broadcasted_iota(jnp.int32, shape, 1)).astype(jnp.bfloat16)
+    return jnp.dot(mine, scales.astype(jnp.float32).astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+
+
+def _scale_blocks(codes: Array, lines: Array) -> Array:
+    """E4M3 codes [R, C] times scales [R / 16, C] as from `_block_lines`: [R, C] bfloat16."""
+    count, width = codes.shape
+    wide = codes.astype(jnp.float32).reshape(-1, FP8_BLOCK[0] // SUBLANES, SUBLANES, width)
+    return (wide * lines.reshape(-1, 1, SUBLANES, width)).astype(jnp.bfloat16).reshape(count, width)
+
+
+def _spread_lanes(scales: Array, block: int, start: int, count: int) -> Array:
+    """Repeats 32-bit scales [R, K / block] over the `count` inputs from `start` on: [R, count].
+
+    A gather within 128 lanes at a time; `jnp.repeat` compiles to five times the instructions of all the rest.
+    """
+    lane = jax.lax.broadcasted_iota(jnp.int32, (scales.shape[0], LANES), 1)
+    parts = []
+    for k in range(start, start + count, LANES):
+        base = k // block // LANES * LANES
+        window = scales[:, base : base + LANES]
+        window = jnp.pad(window, ((0, 0), (0, LANES - window.shape[1])))
+        index = (lane >> (block.bit_length() - 1)) + (k // block - base)
+        parts.append(jnp.take_along_axis(window, index, axis=1, mode="promise_in_bounds"))
+    return jnp.concatenate(parts, axis=1)
