@@ -352,38 +352,53 @@ def prefill_seconds(run: dict[str, Any]) -> float:
     return sum(chunk["seconds"] for chunk in run["chunks"])
 
 
+def cpu_seconds(run: dict[str, Any]) -> float:
+    return sum(chunk["cpu seconds"] for chunk in run["chunks"])
+
+
 def columns(run: dict[str, Any], *names: str) -> list[np.ndarray]:
     """Numbers of all chunks, one array for each name."""
     return [np.array([chunk[name] for chunk in run["chunks"]]) for name in names]
 
 
+def cost(run: dict[str, Any]) -> np.ndarray:
+    """Seconds of CPU per token in each chunk."""
+    return columns(run, "cpu seconds")[0] / run["chunk"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """Seconds per FLOP: one rate for what grows with the position (index scores and HCA), one for everything else."""
+    """Seconds of CPU per FLOP: of what grows with the position (index scores and HCA), and of everything else.
+
+    CPU time of all threads, since whatever else runs on the machine moves the wall clock far more.
+    """
 
     constant: float
     growing: float
 
     @classmethod
     def of(cls, run: dict[str, Any]) -> Fit:
-        """Least squares over a run's chunks."""
-        constant, growing, seconds = columns(run, "constant", "growing", "seconds")
-        rates = np.linalg.lstsq(np.stack([constant, growing], axis=1), seconds / run["chunk"], rcond=None)[0]
+        """Least squares of the relative deviations over a run's chunks."""
+        work = np.stack(columns(run, "constant", "growing"), axis=1) / cost(run)[:, None]
+        rates = np.linalg.lstsq(work, np.ones(len(work)), rcond=None)[0]
         return cls(*(float(rate) for rate in rates))
 
     def per_token(self, run: dict[str, Any]) -> np.ndarray:
-        """Seconds per token in each chunk."""
+        """Seconds of CPU per token in each chunk."""
         constant, growing = columns(run, "constant", "growing")
         return self.constant * constant + self.growing * growing
 
     def seconds(self, run: dict[str, Any]) -> float:
-        """Seconds of a whole prefill."""
+        """Seconds of CPU of a whole prefill."""
         return float(self.per_token(run).sum() * run["chunk"])
 
     def explained(self, run: dict[str, Any]) -> float:
-        """Share of the variance of a run's seconds per token that it explains (R squared)."""
-        seconds = columns(run, "seconds")[0] / run["chunk"]
-        return float(1 - np.sum((seconds - self.per_token(run)) ** 2) / np.sum((seconds - seconds.mean()) ** 2))
+        """Share of the variance of a run's cost per token that it explains (R squared)."""
+        return float(1 - np.sum((cost(run) - self.per_token(run)) ** 2) / np.sum((cost(run) - cost(run).mean()) ** 2))
+
+    def deviation(self, run: dict[str, Any]) -> float:
+        """Median relative deviation of a run's chunks."""
+        return float(np.median(np.abs(self.per_token(run) / cost(run) - 1)))
 
 
 def tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -403,6 +418,7 @@ def tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
             [
                 f"{run['length']:,}",
                 f"{seconds:,.1f}",
+                f"{cpu_seconds(run):,.1f}",
                 f"{fit.seconds(run):,.1f}",
                 f"{run['length'] / seconds:,.0f}",
                 f"{1e3 * np.median(run['decode seconds']):.1f}",
@@ -411,7 +427,7 @@ def tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
                 f"{run['peak'] / MEGABYTE:,.0f}",
             ]
         )
-    headings = ["tokens", "prefill, s", "by the fit, s", "tokens/s", "decode, ms/token"]
+    headings = ["tokens", "prefill, s", "CPU, s", "CPU by the fit, s", "tokens/s", "decode, ms/token"]
     headings += ["prefill, MB on a device (temporaries)", "decode, MB on a device (temporaries)", "peak of all, MB"]
     first = (f"Prefill and {DECODED} decoded tokens, {results['devices']} virtual devices", headings, overall)
 
@@ -438,7 +454,7 @@ def remarks(results: dict[str, Any]) -> list[str]:
     """The fit and the comparison, one sentence each."""
     runs = results["runs"]
     fit, forecast = Fit.of(runs[-1]), Fit.of(runs[-2])
-    ratio = forecast.seconds(runs[-1]) / prefill_seconds(runs[-1])
+    ratio = forecast.seconds(runs[-1]) / cpu_seconds(runs[-1])
     rooms = [run for run in runs if "difference of room" in run]
 
     def growth(total: Callable[[dict[str, Any]], int]) -> str:
@@ -447,10 +463,11 @@ def remarks(results: dict[str, Any]) -> list[str]:
         return " and ".join(f"{(total(b) - total(a)) / (b['length'] - a['length']):.1f}" for a, b in steps)
 
     return [
-        f"Fit over the {len(runs[-1]['chunks'])} chunks of {runs[-1]['length']:,} tokens: {1e-9 / fit.growing:.2f} "
-        f"GFLOP/s in index scores and HCA, {1e-9 / fit.constant:.2f} in all else; it explains "
-        f"{fit.explained(runs[-1]):.1%} of the variance.",
-        f"The constants of {runs[-2]['length']:,} tokens alone forecast {ratio:.2f} times the seconds that "
+        f"Fit over the {len(runs[-1]['chunks'])} chunks of {runs[-1]['length']:,} tokens: {1e-9 / fit.growing:.1f} "
+        f"GFLOP/s in index scores and HCA, {1e-9 / fit.constant:.2f} in all else, of CPU time; it "
+        f"explains {fit.explained(runs[-1]):.1%} of the variance, and half of the chunks are within "
+        f"{fit.deviation(runs[-1]):.1%} of it.",
+        f"The rates of {runs[-2]['length']:,} tokens alone forecast {ratio:.2f} times the CPU time that "
         f"{runs[-1]['length']:,} took.",
         "Bytes per further token, from each length to the next: "
         f"{growth(lambda run: sum(run['cache'].values()))} of cache (predicted "
@@ -505,33 +522,40 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
     runs = results["runs"]
     fit = Fit.of(runs[-1])
-    figure, (cost, memory) = pyplot.subplots(1, 2, figsize=(13, 5), constrained_layout=True)
+    figure, (per_token, memory) = pyplot.subplots(1, 2, figsize=(13, 5), constrained_layout=True)
 
-    for run in runs:
-        position, seconds = columns(run, "position", "seconds")
-        label = f"measured, {run['length'] // 1024}K tokens"
-        cost.plot(position / 1024, 1000 * seconds / run["chunk"], ".", label=label)
+    for number, run in enumerate(runs):
+        position, wall = columns(run, "position", "seconds")
+        longest = run is runs[-1]
+        name = "wall clock: with whatever else ran" if longest else None
+        per_token.plot(position / 1024, 1000 * wall / run["chunk"], ".", color="0.85", label=name, zorder=0)
+        label = f"CPU time, {run['length'] // 1024}K tokens"
+        per_token.plot(position / 1024, 1000 * cost(run), ".", color=f"C{number}", label=label)
     position = columns(runs[-1], "position")[0]
-    cost.plot(position / 1024, 1000 * fit.per_token(runs[-1]), "k-", linewidth=1, label="predicted FLOPs, two rates")
-    cost.set(xlabel="position, thousands (K) of tokens", ylabel="seconds per 1,000 tokens", title="Cost of a token")
+    line = 1000 * fit.per_token(runs[-1])
+    per_token.plot(position / 1024, line, "k-", linewidth=1, label="predicted FLOPs, two rates")
+    per_token.set(
+        xlabel="position, thousands (K) of tokens", ylabel="seconds per 1,000 tokens", title="Cost of a token"
+    )
 
     lengths = [run["length"] / 1024 for run in runs]
 
-    def line(label: str, values: list[float], style: str) -> None:
+    def curve(label: str, values: list[float], style: str) -> None:
         memory.plot(lengths, np.array(values) / MEGABYTE, style, label=label)
 
-    line("peak of the whole process", [run["peak"] for run in runs], "s-")
+    curve("peak of the whole process", [run["peak"] for run in runs], "s-")
     for name in ("prefill", "decode"):
-        line(f"{name}: a device, arguments and temporaries", [sum(r["programs"][name].values()) for r in runs], "o-")
-    line("cache, all devices", [sum(run["cache"].values()) for run in runs], "^-")
-    line("cache, predicted", [sum(run["predicted cache"].values()) for run in runs], "k:")
-    line("cache, a device", [sum(run["cache per device"].values()) for run in runs], "v-")
+        curve(f"{name}: a device, arguments and temporaries", [sum(r["programs"][name].values()) for r in runs], "o-")
+    curve("cache, all devices", [sum(run["cache"].values()) for run in runs], "^-")
+    curve("cache, predicted", [sum(run["predicted cache"].values()) for run in runs], "k:")
+    curve("cache, a device", [sum(run["cache per device"].values()) for run in runs], "v-")
     memory.set(xlabel="length, thousands (K) of tokens", ylabel="MB", title="Memory", xscale="log", yscale="log")
     memory.set_xticks(lengths, [f"{length:.0f}" for length in lengths])
     memory.minorticks_off()
-    for axes in (cost, memory):
+    memory.set_ylim(top=30 * max(run["peak"] for run in runs) / MEGABYTE)  # room for the legend
+    for axes in (per_token, memory):
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc="upper left")
     figure.savefig(path, dpi=120)
 
 
