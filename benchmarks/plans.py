@@ -51,8 +51,8 @@ Numbers are of one device, which is a chip, and half of one on tpu7x. *Peak* is 
 against the memory of the device. *Floor* is the least time that a call can take: the largest of its FLOPs, memory
 traffic and interconnect traffic at the vendor's best figures. *Over least* is how many times the FLOPs and the bytes
 exceed what the algorithm needs: two FLOPs per active weight and the attention's own; every weight that the tokens reach
-and the cache they see, read once. Loops are multiplied out; of a conditional all branches count, as at the end of a
-full context.
+and the cache they see, read once. Weights are in the released formats, the cache in bfloat16. Loops are multiplied out;
+of a conditional all branches count, as at the end of a full context.
 
 """
 COLUMNS = (

@@ -61,7 +61,8 @@ def plan(
       mesh: Sizes of the mesh axes data, seq, expert and tensor, such as seq=4,tensor=2. Default: the best of all.
       preset: Which mesh axes split what: decode, prefill, long-context or train. Default: what suits the task.
       chunk: Tokens of each row that one prefill call takes. Default: 8K, or 128 per device if that is more.
-      dtype: native: weights and cache in the released formats; bfloat16: both in that.
+      dtype: native: weights in the released formats, computing with its rounding; bfloat16: both in that. The cache is
+        bfloat16 in either case.
       as_json: Write the plan as one JSON object.
     """
     jax.config.update("jax_platforms", "cpu")  # only shapes are computed here, also where there are TPUs
