@@ -5,6 +5,7 @@ mesh         meshes from text
 split        one device's view of a mesh during one call
 collectives  collectives that vanish on axes of size one, and the sequence halo
 top_k        the best of all devices' candidates
-hlo          the collectives of a compiled program
 dispatch     rows to the devices that own what they need, and sums back
+hlo          the collectives of a compiled program
+hlo_costs    its FLOPs and memory traffic, with loops multiplied out
 """
