@@ -30,7 +30,7 @@ from v4_jax.transformer import Transformer
 
 # XLA:CPU's usual scheduler cuts a layer's weights out of their stack long before it needs them, and a single token
 # waits for them. Measured at 4,096 tokens of context: 1.1 to 1.2 times the tokens per second.
-_CPU_STEP = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+CPU_STEP = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 SMALLEST_CHUNK = 16  # shorter prompts are padded to this: fewer programs for no measurable time
 
@@ -203,7 +203,7 @@ class Generator:
                     jax.tree.map(lambda x: place.shape(x.shape, x.dtype), jax.eval_shape(make))
                     for make in (lambda: _nothing_sampled(batch), lambda: SamplingRows.of([GREEDY] * batch))
                 )
-                options = _CPU_STEP if chunk == 1 and jax.default_backend() == "cpu" else None
+                options = CPU_STEP if chunk == 1 and jax.default_backend() == "cpu" else None
                 program = jax.jit(self._step, donate_argnums=1, compiler_options=options)
                 tokens = place.shape((batch, chunk), jnp.int32)
                 program.lower(self._params, shapes, newest, tokens, rows, flags, samplings).compile()
