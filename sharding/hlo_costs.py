@@ -3,7 +3,9 @@
 The compiler's own analysis counts a loop's body once. Here each instruction counts as often as it runs, and a matrix
 product as its 2mnk. Bytes are what instructions read from and write to main memory: operands in on-chip memory are
 free, a slice counts as itself and not as what it is cut from, an update in place as the update. A Pallas kernel counts
-as its `CostEstimate` says, or as its operands and results without one. Branches of a conditional all count.
+as its `CostEstimate` says, or as its operands and results without one. Branches of a conditional all count, so that a
+walk over blocks of which most are skipped counts as if none were. Products of a single row that the compiler turns into
+elementwise work are not seen.
 """
 
 from __future__ import annotations

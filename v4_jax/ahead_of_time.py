@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -379,6 +380,8 @@ def _crash(code: int, stderr: str) -> str:
         where = re.search(r'op_name="([^"]*)"', check[1])
         place = f" at {where[1]}" if where else ""
         return f"the compiler crashed{place}: {check[1].split(', metadata=')[0]}"
+    if code < 0:
+        return f"the compiler was ended by {signal.Signals(-code).name}, as when the machine runs out of memory"
     last = [line for line in stderr.splitlines() if line.strip()][-1:]
     return f"the compiler ended with code {code}: {last[0] if last else 'it said nothing'}"
 

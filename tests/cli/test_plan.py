@@ -143,6 +143,7 @@ def test_a_crash_is_told_in_a_sentence():
     assert (
         ahead_of_time._crash(-6, stderr) == "the compiler crashed at a/b: a == b No window for %x = f32[64] convert(%y)"
     )
+    assert "was ended by SIGKILL" in ahead_of_time._crash(-9, "https://symbolize/r/?trace=7f96ad51f9b3\n")
     assert ahead_of_time._crash(1, "x\nboom\n\n") == "the compiler ended with code 1: boom"
 
 
