@@ -1,11 +1,7 @@
 """Loading on a mesh equals loading whole, and each process reads the bytes of its own shards only."""
 
 import dataclasses
-import os
 import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -16,6 +12,7 @@ from jax.sharding import Mesh
 from sharding.axes import resolve
 from tests.checkpoint.directories import random_params
 from tests.conftest import DATA
+from tests.processes import finish, start, start_two
 from v4_jax.checkpoint import CheckpointError, convert, export, load
 from v4_jax.config import Config
 
@@ -40,22 +37,6 @@ def directory(tmp_path_factory):
     return path
 
 
-def start(devices: int, *arguments) -> subprocess.Popen:
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
-    }
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
-
-
 def bytes_read(output: str) -> int:
     return int(re.search(r"native read (\d+) of", output)[1])
 
@@ -64,14 +45,11 @@ def bytes_read(output: str) -> int:
 def test_eight_devices(directory, tmp_path, kind):
     if kind == "orbax":
         convert(directory, tmp_path / "orbax")
-    finish(start(8, directory if kind == "released" else tmp_path / "orbax", tmp_path))
+    finish(start(SCRIPT, 8, directory if kind == "released" else tmp_path / "orbax", tmp_path))
 
 
 def test_two_processes(directory, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    processes = [start(4, directory, tmp_path, number, address) for number in range(2)]
+    processes = start_two(SCRIPT, 4, directory, tmp_path)
     outputs = [finish(process) for process in processes]
     assert bytes_read(outputs[0]) == bytes_read(outputs[1])
 
