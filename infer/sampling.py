@@ -17,6 +17,8 @@ import numpy as np
 from flax import struct
 from jax import Array
 
+from v4_jax.head import log_probability
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -115,13 +117,6 @@ def sample(logits: Array, rows: SamplingRows, positions: Array) -> tuple[Array, 
 
     tokens = jax.lax.cond(jnp.any(rows.temperature > 0), draw, lambda: greedy).astype(jnp.int32)
     return tokens, log_probability(logits, tokens)
-
-
-def log_probability(logits: Array, tokens: Array) -> Array:
-    """Log-probabilities [...] of `tokens` [...] under `logits` [..., V]."""
-    here = jnp.arange(logits.shape[-1]) == tokens[..., None]  # a sum, which a split vocabulary adds up in place
-    chosen = jnp.sum(jnp.where(here, logits, 0), axis=-1)
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def keep(scaled: Array, rows: SamplingRows) -> Array:

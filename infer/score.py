@@ -6,12 +6,9 @@ chunk after one ends: short and long texts mix without anyone waiting for the lo
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,9 +19,10 @@ import numpy as np
 from jax import Array
 
 from infer.generate import Progress, check_ids, check_precision, chunk_size
-from infer.sampling import log_probability
 from v4_jax.cache import Cache, CacheDtype
 from v4_jax.config import Config
+from v4_jax.files import complete
+from v4_jax.head import log_probability
 from v4_jax.placement import Place
 from v4_jax.policy import Policy
 from v4_jax.tokenizer import Tokenizer
@@ -260,25 +258,8 @@ def write_lines(lines: Iterable[str], path: Path) -> None:
     Raises:
       OSError: the directory cannot be written.
     """
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            for line in lines:
-                file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # temporary files are private, results are like any other file
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    with complete(path) as working, working.open("w", encoding="utf-8") as file:
+        file.writelines(line + "\n" for line in lines)
 
 
 def _finished(job: Job, logprobs: np.ndarray) -> Score:

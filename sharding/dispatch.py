@@ -32,6 +32,7 @@ class Choices(NamedTuple):
     extra: Any
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def visit(function: Work, width: int, axes: Axes, everywhere: Axes, x: Array, choices: Choices, weights: Any) -> Array:
     """Runs every choice of every row on the device that owns it, and adds the results of a row up.
 
@@ -48,7 +49,12 @@ def visit(function: Work, width: int, axes: Axes, everywhere: Axes, x: Array, ch
     Returns:
       [T, width] float32. Differentiable in `x`, float `extra` and float `weights`.
     """
-    return _visit(function, width, axes, everywhere, x, choices, weights)
+    plan = _plan(choices.owner, axes, everywhere)
+
+    def step(number: Array, total: Array) -> Array:
+        return total + _round(function, axes, number, plan, x, choices.extra, weights, width)
+
+    return jax.lax.fori_loop(0, plan.rounds, step, jnp.zeros((x.shape[0], width), jnp.float32))
 
 
 def capacity(rows: int, devices: int) -> int:
@@ -139,20 +145,10 @@ def _exchange_backward(axes: Axes, residuals: tuple[Array, Array], gradient: Arr
 exchange.defvjp(_exchange_forward, _exchange_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _visit(function: Work, width: int, axes: Axes, everywhere: Axes, x: Array, choices: Choices, weights: Any) -> Array:
-    plan = _plan(choices.owner, axes, everywhere)
-
-    def step(number: Array, total: Array) -> Array:
-        return total + _round(function, axes, number, plan, x, choices.extra, weights, width)
-
-    return jax.lax.fori_loop(0, plan.rounds, step, jnp.zeros((x.shape[0], width), jnp.float32))
-
-
 def _visit_forward(
     function: Work, width: int, axes: Axes, everywhere: Axes, x: Array, choices: Choices, weights: Any
 ) -> tuple[Array, Any]:
-    return _visit(function, width, axes, everywhere, x, choices, weights), (x, choices, weights)
+    return visit(function, width, axes, everywhere, x, choices, weights), (x, choices, weights)
 
 
 def _visit_backward(function: Work, width: int, axes: Axes, everywhere: Axes, residuals: Any, gradient: Array) -> Any:
@@ -174,7 +170,7 @@ def _visit_backward(function: Work, width: int, axes: Axes, everywhere: Axes, re
     return of_x, Choices(cast(Any, None), of_extra), of_weights
 
 
-_visit.defvjp(_visit_forward, _visit_backward)
+visit.defvjp(_visit_forward, _visit_backward)
 
 
 def _floats(tree: Any) -> tuple[list[Array], Callable[..., Any]]:

@@ -11,6 +11,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK}".strip()
 
 from pathlib import Path  # noqa: E402
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
 
 DATA = Path(__file__).parent / "data"
@@ -23,3 +24,20 @@ CHECKPOINTS = ("flash-tiny", "pro-tiny", "flash-base-tiny", "released-tiny")
 def released(request) -> Path:
     """Each of the released-layout directories in turn."""
     return DATA / request.param
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory):
+    """Where compiled programs are kept: many tests need the same few."""
+    path = str(tmp_path_factory.mktemp("programs"))
+    settings = {
+        "jax_compilation_cache_dir": path,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield path
+    for name, value in before.items():
+        jax.config.update(name, value)

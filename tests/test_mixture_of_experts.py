@@ -58,10 +58,25 @@ def by_hand(params, y, tokens, role):
 @pytest.mark.parametrize("role", ["hash", "routed"])
 def test_by_hand(role):
     layer, params, y, tokens, valid = build(role)
-    out, chosen, *_ = layer.apply({"params": params}, y, tokens, valid)
+    out, routing = layer.apply({"params": params}, y, tokens, valid)
     expected, used = by_hand(params, y, tokens, role)
-    np.testing.assert_array_equal(chosen, used)
+    np.testing.assert_array_equal(routing.experts, used)
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-3)
+    np.testing.assert_array_equal(routing.load, np.bincount(used.reshape(-1), minlength=6))
+
+
+def test_balance_by_hand():
+    """Sum over experts of their share of choices times their mean affinity, of each row's valid tokens alone."""
+    layer, params, y, tokens, valid = build("routed")
+    valid = valid.at[1, 5:].set(False)
+    _, routing = layer.apply({"params": params}, y, tokens, valid)
+    for row in range(2):
+        inside = np.asarray(valid[row])
+        shares = np.asarray(routing.affinities[row])[inside]
+        mean = (shares / shares.sum(axis=1, keepdims=True)).mean(axis=0)
+        counts = np.bincount(np.asarray(routing.experts[row])[inside].reshape(-1), minlength=6)
+        expected = np.sum(6 * counts / (2 * inside.sum()) * mean)
+        np.testing.assert_allclose(routing.balance[row], expected, rtol=1e-5)
 
 
 def test_the_clamp_is_active_and_one_sided_for_the_gate():
@@ -87,18 +102,19 @@ def test_routed_and_shared_experts_are_clamped_each(which):
 def test_the_bias_chooses_but_does_not_weigh():
     layer, params, y, tokens, valid = build("routed")
     biased = params | {"bias": jnp.where(jnp.arange(6) == 4, 100.0, params["bias"])}
-    out, chosen, *_ = layer.apply({"params": biased}, y, tokens, valid)
-    assert (chosen[..., 0] == 4).all()
+    out, routing = layer.apply({"params": biased}, y, tokens, valid)
+    assert (routing.experts[..., 0] == 4).all()
     shifted = params | {"bias": biased["bias"] + jnp.where(jnp.arange(6) == 4, 900.0, 0.0)}
     np.testing.assert_array_equal(layer.apply({"params": shifted}, y, tokens, valid)[0], out)
 
 
 def test_replayed_choice():
     layer, params, y, tokens, valid = build("routed")
-    out, chosen, *_ = layer.apply({"params": params}, y, tokens, valid)
+    out, routing = layer.apply({"params": params}, y, tokens, valid)
+    chosen = routing.experts
     other = (chosen + 1) % 6
-    replayed, used, *_ = layer.apply({"params": params}, y, tokens, valid, None, other)
-    np.testing.assert_array_equal(used, other)
+    replayed, used = layer.apply({"params": params}, y, tokens, valid, None, other)
+    np.testing.assert_array_equal(used.experts, other)
     assert jnp.abs(replayed - out).max() > 1e-2
     np.testing.assert_array_equal(layer.apply({"params": params}, y, tokens, valid, None, chosen)[0], out)
 
@@ -108,10 +124,10 @@ def test_router_is_float32_under_bfloat16():
     low, params, y, tokens, valid = build("routed", "bfloat16")
     high, *_ = build("routed")
     y = y.astype(jnp.bfloat16)
-    _, chosen_low, affinities_low, _ = low.apply({"params": params}, y, tokens, valid)
-    _, chosen_high, affinities_high, _ = high.apply({"params": params}, y.astype(jnp.float32), tokens, valid)
-    np.testing.assert_array_equal(chosen_low, chosen_high)
-    np.testing.assert_array_equal(affinities_low, affinities_high)
+    _, low = low.apply({"params": params}, y, tokens, valid)
+    _, high = high.apply({"params": params}, y.astype(jnp.float32), tokens, valid)
+    np.testing.assert_array_equal(low.experts, high.experts)
+    np.testing.assert_array_equal(low.affinities, high.affinities)
 
 
 def test_gradients_survive_affinities_that_underflow():

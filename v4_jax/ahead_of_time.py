@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import importlib.util
 import json
 import math
@@ -30,7 +29,7 @@ from sharding.axes import resolve
 from sharding.hlo import Instruction, Program, collectives
 from sharding.hlo_costs import costs
 from sharding.mesh import make_mesh
-from v4_jax.cache import CacheDtype, cache_specs, init_cache
+from v4_jax.cache import CacheDtype, cache_shapes
 from v4_jax.chips import GIB, Topology
 from v4_jax.config import Config
 from v4_jax.grouped_matmul import TILE
@@ -226,20 +225,7 @@ def abstract_params(config: Config, mesh: Mesh | AbstractMesh, rules: Any, dtype
 
 def abstract_cache(job: Job, mesh: Mesh | AbstractMesh) -> Any:
     """The cache's shapes, dtypes and places."""
-    table = resolve(job.preset)
-    spread = math.prod(mesh.shape.get(axis, 1) for axis in table["entries"])
-    make = functools.partial(init_cache, job.config, job.batch, job.context, dtype=job.cache_dtype)
-    if isinstance(mesh, Mesh):
-        make = functools.partial(make, mesh=mesh, rules=table)
-    cache = jax.eval_shape(make)
-    specs = cache_specs(cache, table, cast(Mesh, mesh))
-
-    def array(x: Any, spec: P) -> jax.ShapeDtypeStruct:
-        entries = spec[2] if len(spec) > 2 else None
-        shape = x.shape if entries is None else (*x.shape[:2], -(-x.shape[2] // spread) * spread, *x.shape[3:])
-        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=NamedSharding(mesh, spec))
-
-    return jax.tree.map(array, cache, specs)
+    return cache_shapes(job.config, job.batch, job.context, dtype=job.cache_dtype, mesh=mesh, rules=job.preset)
 
 
 def bytes_per_device(tree: Any) -> int:
@@ -345,7 +331,7 @@ def compile_for_tpu(job: Job) -> Compiled:
       PlanError: the compiler cannot compile it.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise MissingCompiler("the TPU compiler is not installed; it comes with pip install 'v4_jax[tpu]'")
+        raise MissingCompiler("the TPU compiler is not installed; it comes with pip install 'v4-jax[tpu]'")
     run = subprocess.run(
         [sys.executable, "-m", __name__],
         input=json.dumps(job.to_json()),

@@ -21,22 +21,20 @@ from v4_jax.cache import Cache, Entries, Ring, Rows, halo
 from v4_jax.compressor import Compressor
 from v4_jax.config import Config, Layer
 from v4_jax.layout import Blocks, Layout
-from v4_jax.lightning_indexer import LightningIndexer, index_queries, select
+from v4_jax.lightning_indexer import LightningIndexer, divergence, index_queries, index_scores, select
 from v4_jax.linear import linear
 from v4_jax.norm import rms_norm
 from v4_jax.number_formats import BlockScaled, dequantise, fake_quant_kv
+from v4_jax.outputs import Routing
 from v4_jax.parameters import Module
 from v4_jax.policy import Policy, einsum
 from v4_jax.rotary import inverse_frequencies, rotate
+from v4_jax.stages import SPARSE, Stage, keep, recompute
 
 QUERY_BLOCK = 128  # queries of a row that are attended together,
 BATCH_BLOCK = 512  # and of all rows, which bounds the memory of a large batch
 ENTRY_BLOCK = 128  # entries that HCA attends at once
-FEW_QUERIES = (
-    16  # this many tokens of a row visit the devices that hold its entries; for more, the entries come to them
-)
-
-Choose = Callable[[dict[str, Array]], Array]
+FEW_QUERIES = 16  # so many tokens of a row visit the devices that hold its entries; for more, the entries come to them
 
 _MASKED = -1e30  # finite, so that a row with nothing to see stays free of NaN
 
@@ -64,13 +62,30 @@ def attend(queries: Array, keys: Array, mask: Array) -> Partial:
       mask: [B, Q, K] True where visible.
     """
     letters = "bkc" if keys.ndim == 3 else "bqkc"
-    logits = einsum(f"bqhc,{letters}->bqhk", queries, keys, dtype=queries.dtype, accumulate=jnp.float32)
     mask = mask[:, :, None, :]
-    logits = jnp.where(mask, logits * queries.shape[-1] ** -0.5, _MASKED)
+    logits = jnp.where(mask, _logits(queries, keys), _MASKED)
     maximum = jnp.max(logits, axis=-1)
     shares = jnp.where(mask, jnp.exp(logits - maximum[..., None]), 0.0)
     weighted = einsum(f"bqhk,{letters}->bqhc", shares, keys, dtype=keys.dtype, accumulate=jnp.float32)
     return Partial(maximum, jnp.sum(shares, axis=-1), weighted)
+
+
+def mass(queries: Array, keys: Array, mask: Array, log_total: Array) -> Array:
+    """The attention [B, Q, K] that each key gets, all heads added up, of softmaxes with known denominators.
+
+    Args:
+      queries: [B, Q, H, C].
+      keys: as for `attend`.
+      mask: [B, Q, K] True where visible.
+      log_total: [B, Q, H] logarithm of the softmax's denominator over all keys there are.
+    """
+    return jnp.sum(jnp.where(mask[:, :, None], jnp.exp(_logits(queries, keys) - log_total[..., None]), 0), axis=2)
+
+
+def _logits(queries: Array, keys: Array) -> Array:
+    letters = "bkc" if keys.ndim == 3 else "bqkc"
+    logits = einsum(f"bqhc,{letters}->bqhk", queries, keys, dtype=queries.dtype, accumulate=jnp.float32)
+    return logits * queries.shape[-1] ** -0.5
 
 
 def merge(a: Partial, b: Partial) -> Partial:
@@ -92,6 +107,11 @@ def finish(partial: Partial, sink: Array) -> Array:
     return partial.weighted * (rescale / total)[..., None]
 
 
+def log_denominator(partial: Partial, sink: Array) -> Array:
+    """Logarithm [B, Q, H] of the softmax's denominator, the sink logit [H] included."""
+    return jnp.logaddexp(partial.maximum + jnp.log(partial.total), sink)
+
+
 def combine(partial: Partial, axes: Axes, heads: Axes) -> Partial:
     """Joins the softmaxes of all devices along `axes`, which each saw other keys.
 
@@ -100,6 +120,8 @@ def combine(partial: Partial, axes: Axes, heads: Axes) -> Partial:
       axes: mesh axes over which the keys are spread.
       heads: those of them along which the heads' work is shared: a device gets its own heads back.
     """
+    if not axes:
+        return partial
     maximum = pmax(partial.maximum, axes)
     rescale = jnp.exp(partial.maximum - maximum)
     rest = tuple(axis for axis in axes if axis not in heads)
@@ -161,17 +183,107 @@ def attend_range(queries: Array, entries: Entries, low: Array, high: Array) -> P
     return jax.lax.scan(step, _nothing(queries), jnp.arange(0, entries.count, size, dtype=jnp.int32))[0]
 
 
+class Attended(NamedTuple):
+    """How a block of queries attends entries.
+
+    Attributes:
+      queries: [B, Q, H, C].
+      log_total: [B, Q, H] logarithm of the softmax's denominator over window, entries and sink.
+      entries: the entries, all on this device.
+    """
+
+    queries: Array
+    log_total: Array
+    entries: Entries
+
+
+class Scored(NamedTuple):
+    """How the indexer scores the same entries for the same queries.
+
+    Attributes:
+      queries: [B, Q, heads, C] index queries.
+      weights: [B, Q, heads] float32 head weights.
+      keys: the entries' index keys.
+    """
+
+    queries: Array
+    weights: Array
+    keys: Entries
+
+
+def indexer_loss(
+    attended: Attended, scored: Scored, picked: Array | None, low: Array, high: Array, heads: Axes
+) -> Array:
+    """How far the indexer's scores are from the attention that entries get: a KL divergence per query.
+
+    The technical report does not describe this loss; the form is that of DeepSeek-V3.2 (facts, section 6).
+
+    Args:
+      attended: how the entries are attended; no gradient flows back to it.
+      scored: how they are scored.
+      picked: [B, Q, K] entries to compare over, -1 for none; None compares over all visible ones.
+      low: [B, Q] first visible entry.
+      high: [B, Q] one past the last visible entry.
+      heads: mesh axes over which the heads' work is shared.
+
+    Returns:
+      [B, Q] float32.
+    """
+    queries, log_total, entries = jax.lax.stop_gradient(attended)
+
+    def compare(rows: Array, keys: Array, mask: Array) -> tuple[Array, Array]:
+        return mass(queries, rows, mask, log_total), index_scores(scored.queries, scored.weights, keys)
+
+    if picked is not None:
+        visible = picked >= 0
+        got, scores = compare(entries.gather(picked), scored.keys.gather(picked), visible)
+        return divergence(scores, psum(got, heads), visible)
+
+    size = min(ENTRY_BLOCK, entries.count)
+
+    def block(wanted: Array) -> tuple[Array, Array, Array]:
+        first = jnp.minimum(wanted, entries.count - size)
+        number = first + jnp.arange(size)
+        mask = (number >= wanted) & (number >= low[..., None]) & (number < high[..., None])
+        return *compare(entries.block(first, size), scored.keys.block(first, size), mask), mask
+
+    blocks = jax.lax.map(recompute(block), jnp.arange(0, entries.count, size, dtype=jnp.int32))
+    got, scores, visible = map(_joined, blocks)
+    return divergence(scores, psum(got, heads), visible)
+
+
+def _joined(blocks: Array) -> Array:
+    """[n, B, Q, size] -> [B, Q, n * size]."""
+    joined = jnp.moveaxis(blocks, 0, 2)
+    return joined.reshape(*joined.shape[:2], -1)
+
+
+class Index(NamedTuple):
+    """What a CSA layer picks entries by.
+
+    Attributes:
+      keys: an index key of every entry.
+      weights: [B, S, heads] float32 head weights of every query.
+      queries: index queries [B, Q, heads, C] of a block, from its inputs.
+    """
+
+    keys: Entries
+    weights: Array
+    queries: Callable[[dict[str, Array]], Array]
+
+
 class Attention(Module):
     """One attention sublayer of any role; `prefix` ends in `attn.`."""
 
     config: Config
     policy: Policy
     roles: Layer
+    stage: Stage = SPARSE
 
     @nn.compact
     def __call__(
         self, y: Array, layout: Layout, cache: Cache | None, layer: Any, slot: Any, picks: Array | None
-    ) -> tuple[Array, Cache | None, Array | None]:
+    ) -> tuple[Array, Cache | None, Routing]:
         """Attends.
 
         Args:
@@ -183,7 +295,8 @@ class Attention(Module):
           picks: [B, S, K] entries to attend instead of the indexer's choice (CSA), or None.
 
         Returns:
-          Output [B, S, D], the cache after the chunk, and the entries picked [B, S, K] (CSA) or None.
+          Output [B, S, D], the cache after the chunk, and the entries picked with the indexer's loss, without a layer
+          axis and as far as there are any.
         """
         c, dtype = self.config, self.policy.compute_dtype
         split, heads, size = self.split, c.num_attention_heads, c.head_dim
@@ -192,7 +305,11 @@ class Attention(Module):
         wq_b = self.linear("wq_b", (heads * size, c.q_lora_rank), ("heads", "latent"), config=c)
         wkv = self.linear("wkv", (size, c.hidden_size), ("head_dim", "embed"), config=c)
         wo_a = self.linear(
-            "wo_a", (c.o_groups * c.o_lora_rank, heads * size // c.o_groups), ("o_groups", "group_input"), config=c
+            "wo_a",
+            (c.o_groups * c.o_lora_rank, heads * size // c.o_groups),
+            ("o_groups", "group_input"),
+            config=c,
+            matrices=c.o_groups,
         )
         wo_b = self.linear("wo_b", (c.hidden_size, c.o_groups * c.o_lora_rank), ("embed", "o_groups"), config=c)
         q_norm = self.norm("q_norm", c.q_lora_rank)
@@ -228,14 +345,14 @@ class Attention(Module):
             dequantise(weight, dtype) if isinstance(weight, BlockScaled) else weight for weight in (wq_b, wo_a, wo_b)
         )
         wo_a = wo_a.reshape(split.share("o_groups", c.o_groups), c.o_lora_rank, -1)
-        entries, cache, choose, choice_inputs = self._compress(y, layout, cache, slot, frequencies)
+        entries, index, cache = self._compress(y, layout, cache, slot, frequencies)
         ratio = self.roles.ratio
         low, high = layout.visible(ratio) if ratio else (layout.first, layout.first)
         shared = split.shared("heads")
         spread = () if entries is None else entries.axes
         visiting = tuple(axis for axis in shared if axis in spread)  # all heads visit what such an axis spreads
 
-        def block(tail: Array, x: dict[str, Array]) -> tuple[Array, tuple[Array, Array | None]]:
+        def block(tail: Array, x: dict[str, Array]) -> tuple[Array, tuple[Array, Array | None, Array | None]]:
             queries = linear(x["latent"], wq_b, dtype).reshape(*x["latent"].shape[:2], -1, size)
             queries = rms_norm(queries, None, c.rms_norm_eps)
             queries = rotate(queries, x["positions"], frequencies)
@@ -244,19 +361,27 @@ class Attention(Module):
             oldest = jnp.maximum(x["first"], x["index"] - past)
             mask = (number >= oldest[..., None]) & (number <= x["index"][:, None])
             partial = attend(queries, seen, mask)
-            picked = None
-            if choose is not None and entries is not None:
-                picked = choose(x) if picks is None else x["picks"]
-                distant = attend_picked(all_gather(queries, visiting, 2), entries, picked)
+            picked = loss = scored = None
+            if index is not None:
+                scored = Scored(index.queries(x), x["weights"], index.keys)
+                if not self.stage.dense:
+                    chosen = select(*scored, x["low"], x["high"], c.index_topk) if picks is None else x["picks"]
+                    picked = keep(chosen, "picked")
+            if entries is not None:
+                visitors = all_gather(queries, visiting, 2)
+                if picked is None:
+                    distant = attend_range(visitors, entries, x["low"], x["high"])
+                else:
+                    distant = attend_picked(visitors, entries, picked)
                 partial = merge(partial, combine(distant, spread, visiting))
-            elif entries is not None:
-                distant = attend_range(all_gather(queries, visiting, 2), entries, x["low"], x["high"])
-                partial = merge(partial, combine(distant, spread, visiting))
+                if scored is not None and self.stage.indexer_loss:
+                    attended = Attended(queries, log_denominator(partial, sink), entries)
+                    loss = indexer_loss(attended, scored, picked, x["low"], x["high"], shared)
             output = rotate(finish(partial, sink).astype(dtype), x["positions"], frequencies, inverse=True)
             output = output.reshape(*output.shape[:2], wo_a.shape[0], -1)
             output = einsum("bqgi,goi->bqgo", output, wo_a, dtype=dtype)
             output = linear(output.reshape(*output.shape[:2], -1), wo_b, dtype)
-            return seen[:, -past:], (output, picked)
+            return seen[:, -past:], (output, picked, loss)
 
         inputs = {
             "latent": latent,
@@ -265,25 +390,26 @@ class Attention(Module):
             "first": layout.first,
             "low": low,
             "high": high,
-            **choice_inputs,
         }
+        if index is not None:
+            inputs["weights"] = index.weights
         if picks is not None:
             inputs["picks"] = picks
-        output, picked = by_query_blocks(block, tail, inputs)
-        return psum(output, split.shared("o_groups")), cache, picked
+        output, picked, loss = by_query_blocks(block, tail, inputs)
+        output = keep(psum(output, split.shared("o_groups")), "attention")
+        return output, cache, Routing(entries=picked, indexer_loss=loss)
 
     def _compress(
         self, y: Array, layout: Layout, cache: Cache | None, slot: Any, frequencies: Any
-    ) -> tuple[Entries | None, Cache | None, Choose | None, dict[str, Array]]:
+    ) -> tuple[Entries | None, Index | None, Cache | None]:
         """Runs the layer's compressors.
 
         Returns:
-          The entries its queries may see, the cache after the chunk, how a query block picks entries (CSA), and the
-          [B, S, ...] inputs which that takes.
+          The entries its queries may see, what they are picked by (CSA), and the cache after the chunk.
         """
         role, ratio, c = self.roles.attention, self.roles.ratio, self.config
         if role == "sliding":
-            return None, cache, None, {}
+            return None, None, cache
         make = Compressor(
             config=c,
             policy=self.policy,
@@ -297,7 +423,7 @@ class Attention(Module):
         fresh, blocks, after = make(y, layout, _state(cache, role, slot, layout))
         entries, cache = self._store(fresh, blocks, after, layout, cache, role, slot)
         if role == "hca":
-            return entries, cache, None, {}
+            return entries, None, cache
 
         indexer = LightningIndexer(
             config=c,
@@ -305,19 +431,16 @@ class Attention(Module):
             prefix=self.prefix + "indexer.",
             frequencies=frequencies,
             split=self.split,
+            part="indexer",
             name="indexer",
         )
         keys, blocks, after, weights, wq_b = indexer(y, layout, _state(cache, "index", slot, layout))
-        index, cache = self._store(keys, blocks, after, layout, cache, "index", slot)
+        index_keys, cache = self._store(keys, blocks, after, layout, cache, "index", slot)
 
-        if index is None:
-            return None, cache, None, {}
+        def queries(x: dict[str, Array]) -> Array:
+            return index_queries(x["latent"], wq_b, x["positions"], frequencies, c, self.policy, self.split)
 
-        def choose(x: dict[str, Array]) -> Array:
-            queries = index_queries(x["latent"], wq_b, x["positions"], frequencies, c, self.policy, self.split)
-            return select(queries, x["weights"], index, x["low"], x["high"], c.index_topk)
-
-        return entries, cache, choose, {"weights": weights}
+        return entries, None if index_keys is None else Index(index_keys, weights, queries), cache
 
     def _store(
         self,
@@ -355,7 +478,7 @@ def _in_order(entries: Array, numbers: Array) -> Array:
     return jnp.take_along_axis(entries, jnp.argsort(numbers, axis=1)[..., None], axis=1)
 
 
-def by_query_blocks(block: Any, carry: Any, inputs: dict[str, Array]) -> tuple[Array, Array | None]:
+def by_query_blocks(block: Any, carry: Any, inputs: dict[str, Array]) -> Any:
     """Runs `block(carry, inputs of one block) -> (carry, outputs)` over blocks of at most `QUERY_BLOCK` queries.
 
     Args:
@@ -364,7 +487,7 @@ def by_query_blocks(block: Any, carry: Any, inputs: dict[str, Array]) -> tuple[A
       inputs: [B, S, ...] arrays.
 
     Returns:
-      The outputs, [B, S, ...] again. The backward pass recomputes each block.
+      The outputs, [B, S, ...] again. The backward pass recomputes each block, but for the entries it picked.
     """
     batch, size = next(iter(inputs.values())).shape[:2]
     count = -(-size // min(QUERY_BLOCK, max(16, BATCH_BLOCK // batch)))
@@ -382,5 +505,5 @@ def by_query_blocks(block: Any, carry: Any, inputs: dict[str, Array]) -> tuple[A
 
     blocks = {name: cut(x) for name, x in inputs.items()}
     blocks["index"] = jnp.arange(count * width).reshape(count, width)
-    outputs = jax.lax.scan(jax.checkpoint(block), carry, blocks)[1]
+    outputs = jax.lax.scan(recompute(block), carry, blocks)[1]
     return jax.tree.map(join, outputs)

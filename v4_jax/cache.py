@@ -8,6 +8,7 @@ layers carries them and updates them in place. Every row has its own length.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from sharding import collectives
 from sharding.axes import Rules, resolve, sharding
@@ -219,8 +220,11 @@ class Entries(struct.PyTreeNode):
 
     @classmethod
     def local(cls, entries: Array) -> Entries:
-        """Wraps entries [B, E, C] that live in no cache."""
-        return cls(Rows((_bits(entries[None]),), dtype=entries.dtype), 0, entries.dtype)
+        """Wraps entries [B, E, C] that live in no cache, differentiably.
+
+        They are held in float32, in which the gradients that reach an entry from all query blocks are then added up.
+        """
+        return cls(Rows((entries[None].astype(jnp.float32),), dtype=jnp.float32), 0, entries.dtype)
 
     @property
     def count(self) -> int:
@@ -332,7 +336,7 @@ class Cache(struct.PyTreeNode):
         return sizes
 
 
-def cache_specs(cache: Any, rules: Rules, mesh: Mesh) -> Any:
+def cache_specs(cache: Any, rules: Rules, mesh: Mesh | AbstractMesh) -> Any:
     """Where a cache's arrays lie: a tree of `PartitionSpec` like `cache`.
 
     Windows and open blocks are on every device of a batch row; entries and index keys are spread over "entries".
@@ -373,6 +377,39 @@ def init_cache(
       ShardingError: rows that do not split evenly over the mesh.
       ValueError: an unknown dtype, a length out of range, or head sizes that the released formats cannot hold.
     """
+    build = functools.partial(_empty, config, batch, max_length, dtype, _spread(mesh, resolve(rules)))
+    if mesh is None:
+        return build()
+    sharding(mesh, ("batch",), (batch,), resolve(rules), name="the cache")
+    shapes = cache_shapes(config, batch, max_length, dtype=dtype, mesh=mesh, rules=rules)
+    return jax.jit(build, out_shardings=jax.tree.map(lambda x: x.sharding, shapes))()
+
+
+def cache_shapes(
+    config: Config,
+    batch: int,
+    max_length: int,
+    *,
+    dtype: CacheDtype = "bfloat16",
+    mesh: Mesh | AbstractMesh | None = None,
+    rules: Rules | str | None = None,
+) -> Any:
+    """What `init_cache` makes, as `jax.ShapeDtypeStruct`s that say where each array lies; for a mesh of none too."""
+    table = resolve(rules)
+    shapes = jax.eval_shape(lambda: _empty(config, batch, max_length, dtype, _spread(mesh, table)))
+    if mesh is None:
+        return shapes
+    places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), cache_specs(shapes, table, mesh))
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
+
+
+def _spread(mesh: Mesh | AbstractMesh | None, rules: Rules) -> int:
+    """Devices that a row's entries are spread over."""
+    return 1 if mesh is None else math.prod(mesh.shape.get(axis, 1) for axis in rules["entries"])
+
+
+def _empty(config: Config, batch: int, max_length: int, dtype: CacheDtype, spread: int) -> Cache:
+    """An empty cache; entries are padded to a multiple of the devices that they are spread over."""
     if dtype not in ("float32", "bfloat16", "released"):
         raise ValueError(f"unknown cache dtype {dtype!r}, expected 'float32', 'bfloat16' or 'released'")
     if batch < 1 or not 0 < max_length <= config.max_position_embeddings:
@@ -386,22 +423,6 @@ def init_cache(
             f"found {config.nope_head_dim} and {config.index_head_dim}: use dtype='bfloat16'"
         )
 
-    table = resolve(rules)
-    spread = 1 if mesh is None else math.prod(mesh.shape.get(axis, 1) for axis in table["entries"])
-    if mesh is not None:
-        sharding(mesh, ("batch",), (batch,), table, name="the cache")
-
-    def build() -> Cache:
-        return _empty(config, batch, max_length, dtype, spread)
-
-    if mesh is None:
-        return build()
-    specs = cache_specs(jax.eval_shape(build), table, mesh)
-    return jax.jit(build, out_shardings=jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))()
-
-
-def _empty(config: Config, batch: int, max_length: int, dtype: CacheDtype, spread: int) -> Cache:
-    """An empty cache; entries are padded to a multiple of the devices that they are spread over."""
     released = dtype == "released"
     plain = {"kind": "plain", "dtype": jnp.dtype("bfloat16" if released else dtype)}
     key_form = {"kind": "kv", "rotary": config.qk_rope_head_dim} if released else plain

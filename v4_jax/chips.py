@@ -53,6 +53,23 @@ CHIPS = {
     )
 }
 
+# What JAX calls their devices.
+_OF_DEVICE_KIND = {
+    "TPU v4": "v4",
+    "TPU v5e": "v5e",
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6e": "v6e",
+    "TPU v6 lite": "v6e",
+    "TPU7x": "tpu7x",
+}
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The generation of a `jax.Device.device_kind`; None if it is no TPU that is known here."""
+    return CHIPS.get(_OF_DEVICE_KIND.get(device_kind, ""))
+
 
 @dataclasses.dataclass(frozen=True)
 class Topology:

@@ -58,8 +58,11 @@ class Compressor(Module):
         blocks_per_token = span(ratio) // ratio
         channels = blocks_per_token * width
         shape, axes = (channels, c.hidden_size), ("compressed", "embed")
-        wkv = self.linear("wkv", shape, axes, config=c, storage="bf16")
-        wgate = self.linear("wgate", shape, axes, config=c, storage="bf16")
+        # With overlap, one matrix serves the block after a token's own, another the token's own block.
+        wkv, wgate = (
+            self.linear(name, shape, axes, config=c, storage="bf16", matrices=blocks_per_token)
+            for name in ("wkv", "wgate")
+        )
         ape = self.declare(
             "ape",
             (ratio, channels),

@@ -312,8 +312,8 @@ def _problems(config: Config):
         yield f"num_nextn_predict_layers is {config.num_nextn_predict_layers}, expected 0 or 1"
     if config.sliding_window < 2:
         yield f"sliding_window is {config.sliding_window}, expected at least 2"
-    if config.qk_rope_head_dim % 2 or config.qk_rope_head_dim >= config.head_dim:
-        yield f"qk_rope_head_dim is {config.qk_rope_head_dim}, expected an even number below head_dim {config.head_dim}"
+    if config.qk_rope_head_dim % 2 or config.qk_rope_head_dim > config.head_dim:
+        yield f"qk_rope_head_dim is {config.qk_rope_head_dim}, expected an even number up to head_dim {config.head_dim}"
     if config.index_head_dim < config.qk_rope_head_dim:
         yield f"index_head_dim is {config.index_head_dim}, expected at least qk_rope_head_dim {config.qk_rope_head_dim}"
     if config.num_attention_heads % config.o_groups:

@@ -59,11 +59,15 @@ def sinkhorn(logits: Array, iterations: int, eps: float) -> Array:
     both, second index first. The matrix axes lead so that each step is one pass over long vectors.
     """
 
+    # Row by row: the transpose of a broadcast would be a reduction, one tiny kernel after another in the backward pass.
     def over_first(m: Array) -> Array:
-        return m / (functools.reduce(jnp.add, m) + eps)[None]
+        total = functools.reduce(jnp.add, m) + eps
+        return jnp.stack([row / total for row in m])
 
     def over_second(m: Array) -> Array:
-        return m / (functools.reduce(jnp.add, jnp.moveaxis(m, 1, 0)) + eps)[:, None]
+        columns = [m[:, k] for k in range(m.shape[1])]
+        total = functools.reduce(jnp.add, columns) + eps
+        return jnp.stack([column / total for column in columns], axis=1)
 
     matrix = over_first(jax.nn.softmax(logits, axis=1) + eps)
     return jax.lax.fori_loop(0, iterations - 1, lambda _, m: over_first(over_second(m)), matrix)

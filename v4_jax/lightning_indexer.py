@@ -29,6 +29,8 @@ from v4_jax.rotary import rotate
 
 ENTRY_BLOCK = 2048  # entries scored at once
 
+_MASKED = -1e30  # finite, so that a query with nothing to see stays free of NaN
+
 
 class LightningIndexer(Module):
     """Parameters of the indexer and its key compressor; `prefix` ends in `attn.indexer.`."""
@@ -42,7 +44,7 @@ class LightningIndexer(Module):
         """Prepares what the per-block selection needs.
 
         Args:
-          y: [B, S, D] normed input of the layer.
+          y: [B, S, D] normed input of the layer, to which no gradient flows back.
           layout: where its tokens stand.
           state: the key compressor's open blocks, or None without a cache.
 
@@ -52,6 +54,7 @@ class LightningIndexer(Module):
         """
         c = self.config
         heads, size = c.index_n_heads, c.index_head_dim
+        y = jax.lax.stop_gradient(y)
         wq_b = self.linear("wq_b", (heads * size, c.q_lora_rank), ("index_heads", "latent"), config=c)
         project = self.linear(
             "weights_proj", (heads, c.hidden_size), ("index_heads", "embed"), config=c, storage="bf16"
@@ -65,6 +68,7 @@ class LightningIndexer(Module):
             frequencies=self.frequencies,
             index=True,
             split=self.split,
+            part=self.part,
             name="compressor",
         )(y, layout, state)
         weights = einsum("bsd,hd->bsh", y, project, dtype=self.policy.compute_dtype).astype(jnp.float32)
@@ -77,9 +81,10 @@ def index_queries(
 ) -> Array:
     """Index queries [B, Q, heads, index_head_dim] of a query block from its normed latent [B, Q, q_lora].
 
-    Devices that share the heads' work each make some and join them: every entry is scored by all heads.
+    No gradient flows back to the latent. Devices that share the heads' work each make some and join them: every entry
+    is scored by all heads.
     """
-    queries = linear(latent, wq_b, policy.compute_dtype)
+    queries = linear(jax.lax.stop_gradient(latent), wq_b, policy.compute_dtype)
     queries = queries.reshape(*latent.shape[:2], -1, config.index_head_dim)
     queries = rotate(queries, positions, frequencies)
     queries = fake_quant_index(queries) if policy.fake_quant else queries
@@ -92,9 +97,10 @@ def index_scores(queries: Array, weights: Array, keys: Array) -> Array:
     Args:
       queries: [B, Q, heads, C].
       weights: [B, Q, heads] float32.
-      keys: [B, K, C].
+      keys: [B, K, C] shared by the queries, or [B, Q, K, C] with each query's own.
     """
-    products = einsum("bqhc,bkc->bqhk", queries, keys, dtype=queries.dtype, accumulate=jnp.float32)
+    letters = "bkc" if keys.ndim == 3 else "bqkc"
+    products = einsum(f"bqhc,{letters}->bqhk", queries, keys, dtype=queries.dtype, accumulate=jnp.float32)
     # Head by head: XLA:CPU hands a product that ends in a sum over its axis to a kernel tens of times slower.
     heads = (jax.nn.relu(products[:, :, h]) * weights[:, :, h, None] for h in range(weights.shape[-1]))
     return functools.reduce(jnp.add, heads)
@@ -120,6 +126,20 @@ def select(queries: Array, weights: Array, keys: Entries, low: Array, high: Arra
     if not keys.axes:
         return slots
     return distributed_top_k(scores, keys.numbers(slots), top, keys.axes)
+
+
+def divergence(scores: Array, mass: Array, visible: Array) -> Array:
+    """KL divergence [B, Q] of the indexer's distribution over entries from the attention's; 0 where none is visible.
+
+    Args:
+      scores: [B, Q, K] index scores; their softmax is the indexer's distribution.
+      mass: [B, Q, K] attention that each entry gets, heads added up; no gradient flows back to it.
+      visible: [B, Q, K] which entries there are.
+    """
+    mass = jnp.where(visible, jax.lax.stop_gradient(mass), 0)
+    share = mass / jnp.maximum(jnp.sum(mass, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    guess = jax.nn.log_softmax(jnp.where(visible, scores, _MASKED), axis=-1)
+    return jnp.sum(jnp.where(share > 0, share * (jnp.log(jnp.where(share > 0, share, 1)) - guess), 0), axis=-1)
 
 
 def _best_here(queries: Array, weights: Array, keys: Entries, low: Array, high: Array, top: int) -> tuple[Array, Array]:

@@ -21,8 +21,10 @@ from v4_jax.config import Config, FeedForwardRole
 from v4_jax.grouped_matmul import map_groups
 from v4_jax.kernels.grouped_matmul import grouped_matmul, supports
 from v4_jax.linear import linear
+from v4_jax.outputs import Routing
 from v4_jax.parameters import EXPERTS, Initializer, Module, normal
 from v4_jax.policy import Policy, einsum
+from v4_jax.stages import keep
 
 FEW_TOKENS = 1024  # up to so many, every device sees all tokens and computes its experts' share of them
 
@@ -69,7 +71,7 @@ class MixtureOfExperts(Module):
         valid: Array,
         stacked: tuple[Experts, Any] | None = None,
         chosen: Array | None = None,
-    ) -> tuple[Array, Array, Array, Array]:
+    ) -> tuple[Array, Routing]:
         """Routes and computes.
 
         Args:
@@ -81,8 +83,7 @@ class MixtureOfExperts(Module):
           chosen: [B, S, top] expert ids to use instead of the router's choice, or None.
 
         Returns:
-          Output [B, S, D], the experts used [B, S, top] int32, affinities [B, S, E] float32, and tokens per expert [E]
-          int32, of all devices together.
+          Output [B, S, D], and the decisions without a layer axis.
         """
         c = self.config
         own = self._declare_experts()
@@ -101,7 +102,22 @@ class MixtureOfExperts(Module):
         output = routed + collectives.psum(everyone, self.split.shared("mlp"))
         load = jnp.bincount(assigned.reshape(-1), length=c.n_routed_experts).astype(jnp.int32)
         load = collectives.psum(load, self.split.tokens)
-        return output.astype(y.dtype).reshape(y.shape), chosen, affinities, load
+        output = keep(output.astype(y.dtype).reshape(y.shape), "feed_forward")
+        balance = jnp.zeros(y.shape[0]) if self.role == "hash" else self._balance(affinities, chosen, valid)
+        return output, Routing(experts=chosen, affinities=affinities, load=load, balance=balance)
+
+    def _balance(self, affinities: Array, chosen: Array, valid: Array) -> Array:
+        """The sequence-wise balance [B] (DeepSeek-V3 technical report, equations 17 to 20): over experts, the sum of E
+        times the share of the row's choices that fell on the expert, times the row's mean affinity for it.
+        """
+        c, sequence = self.config, self.split.sequence
+        tokens = jnp.maximum(collectives.psum(jnp.sum(valid, axis=1), sequence), 1)[:, None]
+        shares = affinities / jnp.sum(affinities, axis=-1, keepdims=True)
+        mean = collectives.psum(jnp.sum(jnp.where(valid[..., None], shares, 0), axis=1), sequence) / tokens
+        rows = jnp.arange(valid.shape[0])[:, None, None]
+        counts = jnp.zeros(mean.shape).at[rows, chosen].add(valid[..., None].astype(jnp.float32))
+        frequency = collectives.psum(counts, sequence) * c.n_routed_experts / (c.num_experts_per_tok * tokens)
+        return jnp.sum(frequency * mean, axis=-1)
 
     def _route(self, y: Array, tokens: Array) -> tuple[Array, Array]:
         """Affinities [B, S, E] float32 and the experts chosen [B, S, top]."""
@@ -136,7 +152,7 @@ class MixtureOfExperts(Module):
             (None,),
             released="gate.bias",
             storage="f32",
-            group="frozen",
+            group="bias",
             init=nn.initializers.zeros,
         )
         scores = jax.lax.stop_gradient(affinities + bias)
@@ -205,8 +221,8 @@ def dispatch(
       [T, D] float32.
     """
     owners = split.axes("experts")
-    away = tuple(axis for axis in owners if axis in split.tokens)
-    same = tuple(axis for axis in owners if axis not in split.tokens)
+    same = split.shared("experts")
+    away = tuple(axis for axis in owners if axis not in same)
     own = config.n_routed_experts // split.count(owners)
     local = functools.partial(local_experts, count=own, limit=config.swiglu_limit)
 

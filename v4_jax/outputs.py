@@ -20,12 +20,18 @@ class Routing(struct.PyTreeNode):
       entries: [CSA layers, B, S, K] int32 compressed entries attended, -1 for none; None when there are no entries.
       affinities: [layers, B, S, n_routed_experts] float32 router affinities; ignored in replay.
       load: [layers, n_routed_experts] int32 tokens that each expert got, of all devices together; ignored in replay.
+      balance: [layers, B] float32 how unevenly each row's tokens spread over the experts, 1 when even; differentiable.
+        0 in layers that route by token id. Ignored in replay.
+      indexer_loss: [CSA layers, B, S] float32 divergence of the indexer's scores from the attention that entries get;
+        None unless `Stage.indexer_loss` asks for it. Its gradients concern the indexer alone.
     """
 
     experts: Array | None = None
     entries: Array | None = None
     affinities: Array | None = None
     load: Array | None = None
+    balance: Array | None = None
+    indexer_loss: Array | None = None
 
 
 class Output(struct.PyTreeNode):

@@ -24,9 +24,12 @@ from sharding.split import UNSPLIT, Split
 from v4_jax.config import Config, Period
 from v4_jax.number_formats import BlockScaled
 
-# Who updates a parameter: the two optimisers of the technical report (section 2.4), or nobody ("frozen": the hash
-# table, and the router bias that a rule moves).
-Group = Literal["muon", "adamw", "frozen"]
+# Who updates a parameter: the two optimisers of the technical report (section 2.4), the rule that balances the experts'
+# load ("bias", the router's), or nobody ("frozen", the hash table).
+Group = Literal["muon", "adamw", "bias", "frozen"]
+
+# Which loss trains a parameter: the model's, or the indexer's own.
+Part = Literal["model", "indexer"]
 
 # How the release stores it: "fp8" (E4M3 in 128x128 blocks), "expert" (as `Config.expert_dtype` says), or plain.
 Storage = Literal["fp8", "expert", "bf16", "f32", "i64"]
@@ -54,6 +57,8 @@ class Parameter(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
         and `{layers[p]}`, the number of the layer at place p of a repeat of the period, on the "layers" axis.
       storage: number format in the released checkpoint.
       init: initialiser of one layer's value.
+      matrices: independent matrices of equal size that lie one below the other in a [out, in] weight.
+      part: which loss trains it.
       period: the layers that the "layers" axis stands for; None without one.
     """
 
@@ -63,6 +68,8 @@ class Parameter(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
     released: str = struct.field(pytree_node=False)
     storage: Storage = struct.field(pytree_node=False)
     init: Initializer = struct.field(pytree_node=False)
+    matrices: int = struct.field(pytree_node=False, default=1)
+    part: Part = struct.field(pytree_node=False, default="model")
     period: Period | None = struct.field(pytree_node=False, default=None)
 
     def unbox(self) -> Any:
@@ -119,10 +126,12 @@ class Module(nn.Module, kw_only=True):
     Attributes:
       prefix: released name of the module, ending in a dot (`layers.3.attn.`, `layers.{layers[0]}.ffn.`).
       split: how a mesh splits this call's tokens and the parameters; by default not at all.
+      part: which loss trains the module's parameters.
     """
 
     prefix: str = ""
     split: Split = UNSPLIT
+    part: Part = "model"
 
     def declare(
         self,
@@ -136,6 +145,7 @@ class Module(nn.Module, kw_only=True):
         init: Initializer,
         dtype: Any = jnp.float32,
         gather: bool = True,
+        matrices: int = 1,
     ) -> Any:
         """Declares a parameter and returns its value: an array, or a `BlockScaled` where one was loaded.
 
@@ -152,6 +162,7 @@ class Module(nn.Module, kw_only=True):
           init: initialiser for fresh models.
           dtype: dtype of a fresh parameter.
           gather: False returns the device's shard as it is stored.
+          matrices: see `Parameter`.
 
         Raises:
           ValueError: a supplied value has another shape than declared.
@@ -162,7 +173,8 @@ class Module(nn.Module, kw_only=True):
         stored = self.split.stored(shape, axes)
 
         def boxed(key: Array) -> Parameter:
-            return Parameter(init(key, stored, dtype), axes, group, self.prefix + released, storage, init)
+            value = init(key, stored, dtype)
+            return Parameter(value, axes, group, self.prefix + released, storage, init, matrices, self.part)
 
         value = self.param(name, boxed)
         if tuple(value.shape) != stored:
@@ -180,8 +192,9 @@ class Module(nn.Module, kw_only=True):
         config: Config,
         storage: Storage = "fp8",
         released: str | None = None,
+        matrices: int = 1,
     ) -> Any:
-        """Declares a [out, in] matrix updated by Muon."""
+        """Declares a [out, in] matrix, or several one below the other, updated by Muon."""
         return self.declare(
             name,
             shape,
@@ -190,6 +203,7 @@ class Module(nn.Module, kw_only=True):
             storage=storage,
             group="muon",
             init=normal(config),
+            matrices=matrices,
         )
 
     def norm(self, name: str, size: int, *, released: str | None = None) -> Any:

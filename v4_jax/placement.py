@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sharding.axes import Rules, ShardingError, resolve, sharding
 from sharding.mesh import abstract_mesh, format_mesh, mesh_shapes
 from sharding.split import Split
-from v4_jax.cache import Cache, CacheDtype, cache_specs, init_cache
+from v4_jax.cache import Cache, CacheDtype, cache_shapes, cache_specs, init_cache
 from v4_jax.config import RATIO_OF_ROLE, Config
 from v4_jax.number_formats import FP4_BLOCK, FP8_BLOCK
 from v4_jax.outputs import Logits, Output, Routing
@@ -64,15 +65,7 @@ class Place(NamedTuple):
 
     def cache_shapes(self, config: Config, batch: int, max_length: int, dtype: CacheDtype) -> Cache:
         """The shapes of `cache` and where they lie, to compile for."""
-        shapes = jax.eval_shape(lambda: self.cache(config, batch, max_length, dtype))
-        if self.mesh is None:
-            return shapes
-        mesh, specs = self.mesh, cache_specs(shapes, resolve(self.rules), self.mesh)
-
-        def placed(array: jax.ShapeDtypeStruct, spec: P) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, spec))
-
-        return jax.tree.map(placed, shapes, specs)
+        return cache_shapes(config, batch, max_length, dtype=dtype, mesh=self.mesh, rules=self.rules)
 
     def check(self, batch: int) -> None:
         """Checks that rows split evenly.
@@ -81,7 +74,7 @@ class Place(NamedTuple):
           ShardingError: they do not.
         """
         if self.mesh is not None:
-            sharding(self.mesh, ("batch",), (batch,), resolve(self.rules), name="the batch")
+            _check_rows(self.mesh, resolve(self.rules), batch)
 
     def chunk(self, size: int) -> int:
         """The smallest legal chunk of at least `size` tokens: short ones of any size are on all devices."""
@@ -133,8 +126,12 @@ def check_mesh(
     table = resolve(rules)
     for axes, shape, multiples, name in _distinct(config, native):
         sharding(mesh, axes, shape, table, multiples=multiples, name=name)
-    sharding(mesh, ("batch",), (batch,), table, name="the batch")
+    _check_rows(mesh, table, batch)
     Split.on(mesh, table, length, UNIT)
+
+
+def _check_rows(mesh: Mesh | AbstractMesh, rules: Rules, batch: int) -> None:
+    sharding(mesh, ("batch",), (batch,), rules, name="the batch")
 
 
 def legal_meshes(
@@ -195,26 +192,20 @@ def on_mesh(
     Raises:
       ShardingError: something does not split evenly over the mesh.
     """
-    mesh, table = model.mesh, resolve(model.rules)
-    assert mesh is not None
     given = {name: value for name, value in arguments.items() if value is not None}
-    rows, length = given["tokens" if "tokens" in given else "next_tokens"].shape
-    sharding(mesh, ("batch",), (rows,), table, name="the batch")
-    split = Split.on(mesh, table, length, UNIT)
-    local = model.clone(parent=None, name=None, mesh=None, rules=None, split=split)
+    mesh, table, split, local = _local(model, *given["tokens" if "tokens" in given else "next_tokens"].shape)
 
     batch, sequence = (tuple(axes) or None for axes in (split.axes("batch"), split.sequence))
     tokens, decisions, row = P(batch, sequence), P(None, batch, sequence), P(batch)
     specs: dict[str, Any] = {name: tokens for name in ("tokens", "streams", "next_tokens")}
     specs |= {name: row for name in ("positions", "segment_ids", "lengths")}
     specs |= {"routing": decisions, "cache": cache_specs(given["cache"], table, mesh) if "cache" in given else None}
-    of_params = jax.tree.map(lambda place: place.spec, placements(model.config, mesh, table))
     vocab = (split.short if logits == "last" else split).shared("vocab") or None
     returned = {"logits": P(batch, None if logits == "last" else sequence, vocab), "cache": specs["cache"]}
     returned |= {"streams": tokens, "routing": None}
     if returns_routing:
-        decided: dict[str, Any] = dict.fromkeys(("experts", "entries", "affinities"), decisions)
-        returned["routing"] = Routing(**decided | {"load": P()})
+        decided: dict[str, Any] = dict.fromkeys(("experts", "entries", "affinities", "indexer_loss"), decisions)
+        returned["routing"] = Routing(**decided | {"load": P(), "balance": P(None, batch)})
 
     def run(params: Any, given: dict[str, Any]) -> Any:
         return local.apply({"params": params}, **given, method=call)
@@ -222,8 +213,39 @@ def on_mesh(
     mapped = jax.shard_map(
         run,
         mesh=mesh,
-        in_specs=(of_params, {name: specs[name] for name in given}),
+        in_specs=(_param_specs(model), {name: specs[name] for name in given}),
         out_specs=Output(**returned),
         check_vma=False,
     )
     return mapped(nn.meta.unbox(model.variables["params"]), given)
+
+
+def scored_on_mesh(model: Transformer, call: Callable[..., Array], streams: Array, targets: Array) -> Array:
+    """Runs `call(model, streams, targets)` [B, S] on every device of the model's mesh, as `on_mesh` does.
+
+    Raises:
+      ShardingError: something does not split evenly over the mesh.
+    """
+    mesh, _, split, local = _local(model, *targets.shape)
+    tokens = P(tuple(split.axes("batch")) or None, tuple(split.sequence) or None)
+
+    def run(params: Any, streams: Array, targets: Array) -> Any:
+        return local.apply({"params": params}, streams, targets, method=call)
+
+    specs = (_param_specs(model), tokens, tokens)
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=tokens, check_vma=False)
+    return mapped(nn.meta.unbox(model.variables["params"]), streams, targets)
+
+
+def _local(model: Transformer, rows: int, length: int) -> tuple[Mesh, Rules, Split, Transformer]:
+    """The mesh and rules of a model, how they split a call, and the model that runs on one of its devices."""
+    mesh, table = model.mesh, resolve(model.rules)
+    assert mesh is not None
+    _check_rows(mesh, table, rows)
+    split = Split.on(mesh, table, length, UNIT)
+    return mesh, table, split, model.clone(parent=None, name=None, mesh=None, rules=None, split=split)
+
+
+def _param_specs(model: Transformer) -> Any:
+    assert model.mesh is not None
+    return jax.tree.map(lambda place: place.spec, placements(model.config, model.mesh, model.rules))

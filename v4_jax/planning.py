@@ -193,8 +193,8 @@ def _exchanged(job: Job, split: Split, mesh: AbstractMesh) -> float:
     config, layers = job.config, job.config.num_hidden_layers
     tokens = job.tokens / split.count(split.tokens)
     row = 2 * config.hidden_size
-    away = tuple(axis for axis in split.axes("experts") if axis in split.tokens)
-    same = tuple(axis for axis in split.axes("experts") if axis not in split.tokens)
+    same = split.shared("experts")
+    away = tuple(axis for axis in split.axes("experts") if axis not in same)
     sent = 0.0
     if away and tokens * split.count(away) > FEW_TOKENS:
         sent += layers * 2 * tokens * config.num_experts_per_tok * row  # there and back

@@ -6,6 +6,7 @@ with the cache in its carry.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -17,11 +18,12 @@ from jax import Array
 from jax.sharding import Mesh
 
 from sharding import collectives
-from sharding.axes import Rules
+from sharding.axes import Rules, ShardingError
 from sharding.split import Split
 from v4_jax.attention import Attention
 from v4_jax.cache import Cache
 from v4_jax.config import Config, Layer
+from v4_jax.head import by_token_blocks, log_probability
 from v4_jax.hyper_connections import HyperConnection, StreamCollapse, expand, spread
 from v4_jax.layout import Layout
 from v4_jax.linear import linear
@@ -29,8 +31,9 @@ from v4_jax.mixture_of_experts import Experts, MixtureOfExperts
 from v4_jax.norm import rms_norm
 from v4_jax.outputs import Logits, Output, Routing
 from v4_jax.parameters import LAYERS, Module, normal
-from v4_jax.placement import on_mesh
+from v4_jax.placement import on_mesh, scored_on_mesh
 from v4_jax.policy import Policy, einsum
+from v4_jax.stages import SPARSE, Remat, Stage, rematerialised
 
 
 class Step(struct.PyTreeNode):
@@ -53,6 +56,7 @@ class Block(Module):
     config: Config
     policy: Policy
     roles: Layer
+    stage: Stage = SPARSE
 
     @nn.compact
     def __call__(
@@ -82,9 +86,15 @@ class Block(Module):
         y, mix = site(step.streams)
         y = rms_norm(y, self.norm("attn_norm", c.hidden_size), c.rms_norm_eps)
         attention = Attention(
-            config=c, policy=self.policy, roles=self.roles, prefix=self.prefix + "attn.", split=self.split, name="attn"
+            config=c,
+            policy=self.policy,
+            roles=self.roles,
+            stage=self.stage,
+            prefix=self.prefix + "attn.",
+            split=self.split,
+            name="attn",
         )
-        z, cache, entries = attention(y, context.layout, step.cache, layer, slot, replay.entries)
+        z, cache, picked = attention(y, context.layout, step.cache, layer, slot, replay.entries)
         streams = spread(step.streams, z, mix)
 
         site = HyperConnection(config=c, prefix=self.prefix + "hc_ffn_", split=self.split, name="hc_ffn")
@@ -98,8 +108,9 @@ class Block(Module):
             split=self.split,
             name="ffn",
         )
-        z, experts, affinities, load = ffn(y, context.tokens, context.layout.valid, stacked, replay.experts)
-        return Step(spread(streams, z, mix), cache), Routing(experts, entries, affinities, load)
+        z, routing = ffn(y, context.tokens, context.layout.valid, stacked, replay.experts)
+        routing = routing.replace(entries=picked.entries, indexer_loss=picked.indexer_loss)
+        return Step(spread(streams, z, mix), cache), routing
 
 
 class PeriodBlocks(nn.Module):
@@ -108,6 +119,8 @@ class PeriodBlocks(nn.Module):
     config: Config
     policy: Policy
     split: Split
+    stage: Stage = SPARSE
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(
@@ -117,13 +130,15 @@ class PeriodBlocks(nn.Module):
         repeat, replay = x
         period, decisions = self.config.period, []
         roles = [roles.attention for roles in self.config.layers]
+        make = rematerialised(Block, self.remat, in_scan=True)
         for place, layer in enumerate(period.layers(0)):
             slot = _slot(self.config, layer)
             per_repeat = roles[period.start : period.start + period.length].count(roles[layer])
-            block = Block(
+            block = make(
                 config=self.config,
                 policy=self.policy,
                 roles=self.config.layers[layer],
+                stage=self.stage,
                 prefix=f"layers.{{layers[{place}]}}.",
                 split=self.split,
                 name=f"block_{place}",
@@ -144,12 +159,16 @@ class Transformer(Module):
       mesh: devices that parameters, cache and tokens are split over; None runs on one device. On a mesh, every call
         runs as one `jax.shard_map`, with exactly the communication that the layers write down.
       rules: which mesh axes split which logical axes: a `sharding.axes.Rules` or the name of a preset.
+      stage: how CSA layers attend, and whether their indexers learn; see `v4_jax.stages`.
+      remat: what the backward pass recomputes: "none", "sublayers" or "layers"; see `v4_jax.stages.rematerialised`.
     """
 
     config: Config
     policy: str | Policy = "bfloat16"
     mesh: Mesh | None = None
     rules: str | Rules | None = None
+    stage: Stage = SPARSE
+    remat: Remat = "none"
 
     def setup(self) -> None:  # noqa: D102 called by Linen
         c, precision = self.config, Policy.of(self.policy)
@@ -169,11 +188,13 @@ class Transformer(Module):
             setattr(self, name + "_weight", weight)
         self.norm_weight = self.norm("norm", c.hidden_size)
         self.collapse = StreamCollapse(config=c, prefix="hc_head_", split=self.split, name="hc_head")
+        make = rematerialised(Block, self.remat, in_scan=False)
         for i in _unrolled(c):
-            block = Block(
+            block = make(
                 config=c,
                 policy=precision,
                 roles=c.layers[i],
+                stage=self.stage,
                 prefix=f"layers.{i}.",
                 split=self.split,
                 name=f"layer_{i}",
@@ -188,10 +209,12 @@ class Transformer(Module):
                 length=c.period.repeats,
                 metadata_params={LAYERS: c.period},
             )
-            self.period = scanned(config=c, policy=precision, split=self.split, name="period")
+            self.period = scanned(
+                config=c, policy=precision, split=self.split, stage=self.stage, remat=self.remat, name="period"
+            )
         if c.num_nextn_predict_layers:
             self.mtp_block = MultiTokenPrediction(
-                config=c, policy=precision, prefix="mtp.0.", split=self.split, name="mtp"
+                config=c, policy=precision, remat=self.remat, prefix="mtp.0.", split=self.split, name="mtp"
             )
 
     def __call__(
@@ -227,6 +250,8 @@ class Transformer(Module):
                 f"tokens have shape {tuple(tokens.shape)}, expected [batch, sequence] with at least one token"
             )
         self._check_cache(cache, tokens)
+        if cache is not None and self.stage.indexer_loss:
+            raise ValueError("the indexer's loss is computed over whole rows: expected a call without a cache")
         if self.mesh is not None and not self.is_initializing():
             arguments: dict[str, Any] = dict(
                 tokens=tokens, positions=positions, segment_ids=segment_ids, lengths=lengths
@@ -255,6 +280,8 @@ class Transformer(Module):
         lengths: Array | None = None,
         cache: Cache | None = None,
         logits: Logits = "all",
+        routing: Routing | None = None,
+        return_routing: bool = False,
     ) -> Output:
         """Runs the multi-token-prediction block (technical report, section 2.1): from token i+1 predicts token i+2.
 
@@ -266,6 +293,8 @@ class Transformer(Module):
           lengths: [B] valid positions of each row.
           cache: the trunk's cache, of which only the MTP block's part is read and advanced.
           logits: as for the trunk.
+          routing: as for the trunk; the layer axis has size 1.
+          return_routing: as for the trunk.
 
         Returns:
           Output whose `streams` are the block's own, before its collapse.
@@ -282,16 +311,46 @@ class Transformer(Module):
             arguments: dict[str, Any] = dict(
                 streams=streams, next_tokens=next_tokens, positions=positions, segment_ids=segment_ids
             )
-            arguments |= dict(lengths=lengths, cache=cache)
-            call = functools.partial(Transformer.mtp, logits=logits)
-            return on_mesh(self, call, arguments, logits, False)
+            arguments |= dict(lengths=lengths, cache=cache, routing=routing)
+            call = functools.partial(Transformer.mtp, logits=logits, return_routing=return_routing)
+            return on_mesh(self, call, arguments, logits, return_routing)
         start = None if cache is None else cache.mtp_lengths
         layout = self._layout(next_tokens, start, lengths, segment_ids, positions)
-        streams, cache = self.mtp_block(streams, self._embed(next_tokens), Context(next_tokens, layout), cache)
+        replay = jax.tree.map(lambda x: x[0], routing or Routing())
+        context = Context(next_tokens, layout)
+        streams, cache, decided = self.mtp_block(streams, self._embed(next_tokens), context, cache, replay)
         if cache is not None:
             cache = cache.replace(mtp_lengths=cache.mtp_lengths + layout.total)
         output = self._logits(streams, layout, logits, self.mtp_block.collapse, self.mtp_block.norm_weight)
-        return Output(output, cache, streams)
+        return Output(output, cache, streams, jax.tree.map(lambda x: x[None], decided) if return_routing else None)
+
+    def log_probabilities(self, streams: Array, targets: Array, *, mtp: bool = False) -> Array:
+        """Log-probabilities of given tokens, without an array of [tokens, vocabulary] at once.
+
+        Args:
+          streams: [B, S, hc, D] `Output.streams` of the trunk, or of the MTP block.
+          targets: [B, S] int32 the token whose log-probability is wanted at each position; out-of-range ids stand for
+            the nearest one.
+          mtp: whether the streams are the MTP block's, which has a collapse and a norm of its own.
+
+        Returns:
+          [B, S] float32. The backward pass computes the logits again, block by block.
+        """
+        if self.mesh is not None:
+            return scored_on_mesh(self, functools.partial(Transformer.log_probabilities, mtp=mtp), streams, targets)
+        collapse = self.mtp_block.collapse if mtp else self.collapse
+        norm = self.mtp_block.norm_weight if mtp else self.norm_weight
+        head = self.split.gather(self.head_weight, ("vocab", "embed"))
+        axes = self.split.shared("vocab")
+        first = collectives.index(axes) * head.shape[0]
+
+        def block(x: tuple[Array, Array]) -> Array:
+            streams, targets = x
+            hidden = rms_norm(collapse(streams[None]), norm, self.config.rms_norm_eps)[0]
+            logits = einsum("td,vd->tv", hidden, head, dtype=jnp.float32)
+            return log_probability(logits, jnp.clip(targets, 0, self.config.vocab_size - 1) - first, axes)
+
+        return by_token_blocks(block, (streams, targets))
 
     def _check_cache(self, cache: Cache | None, tokens: Array) -> None:
         if cache is None:
@@ -328,6 +387,10 @@ class Transformer(Module):
         table = self.split.gather(self.embed_weight, (None, "embed"))
         axes = self.split.axes("vocab")
         away = tuple(axis for axis in axes if axis in self.split.sequence)
+        if batched := set(axes) & set(self.split.axes("batch")):
+            raise ShardingError(
+                f"'vocab' is split over {sorted(batched)}, which also split the batch: place it on other axes"
+            )
         ids = collectives.all_gather(jnp.clip(tokens, 0, self.config.vocab_size - 1), away, 1)
         ids = ids - collectives.index(axes) * table.shape[0]
         rows = jnp.take(table, ids, axis=0, mode="clip").astype(self.precision.compute_dtype)
@@ -393,6 +456,7 @@ class MultiTokenPrediction(Module):
 
     config: Config
     policy: Policy
+    remat: Remat = "none"
 
     def setup(self) -> None:  # noqa: D102 called by Linen
         c = self.config
@@ -403,22 +467,22 @@ class MultiTokenPrediction(Module):
         self.hnorm = self.norm("hnorm", c.hidden_size)
         self.norm_weight = self.norm("norm", c.hidden_size)
         self.collapse = StreamCollapse(config=c, prefix=self.prefix + "hc_head_", split=self.split, name="hc_head")
-        self.block = Block(
+        self.block = rematerialised(Block, self.remat, in_scan=False)(
             config=c, policy=self.policy, roles=c.mtp_layer, prefix=self.prefix, split=self.split, name="block"
         )
 
     def __call__(
-        self, streams: Array, embedded: Array, context: Context, cache: Cache | None
-    ) -> tuple[Array, Cache | None]:
-        """Streams [B, S, hc, D] and embedded next tokens [B, S, D] -> the block's streams, and the cache after them."""
+        self, streams: Array, embedded: Array, context: Context, cache: Cache | None, replay: Routing
+    ) -> tuple[Array, Cache | None, Routing]:
+        """Streams [B, S, hc, D], embedded next tokens [B, S, D] -> the block's streams, cache after them, decisions."""
         dtype, eps = self.policy.compute_dtype, self.config.rms_norm_eps
         z = linear(rms_norm(embedded, self.enorm, eps), self.e_proj, dtype)
         streams = linear(rms_norm(streams.astype(dtype), self.hnorm, eps), self.h_proj, dtype) + z[:, :, None]
         own = None if cache is None else cache.store("window", cache.rows["mtp"])
-        step, _ = self.block(Step(streams, own), context, 0, 0, Routing())
+        step, routing = self.block(Step(streams, own), context, 0, 0, replay)
         if cache is not None and step.cache is not None:
             cache = cache.store("mtp", step.cache.rows["window"])
-        return step.streams, cache
+        return step.streams, cache, routing
 
 
 def _unrolled(config: Config) -> list[int]:
@@ -448,10 +512,30 @@ def _stack_replays(config: Config, replay: Routing | None, layers: range | list[
 def _stack(config: Config, decisions: dict[int, Routing]) -> Routing:
     """Layers' decisions as one `Routing`."""
     ordered = [decisions[i] for i in range(config.num_hidden_layers)]
-    entries = [decision.entries for decision in ordered if decision.entries is not None]
-    return Routing(
-        jnp.stack([decision.experts for decision in ordered]),
-        jnp.stack(entries) if entries else None,
-        jnp.stack([decision.affinities for decision in ordered]),
-        jnp.stack([decision.load for decision in ordered]),
-    )
+
+    def stacked(name: str) -> Array | None:
+        present = [value for decision in ordered if (value := getattr(decision, name)) is not None]
+        return jnp.stack(present) if present else None
+
+    return Routing(**{field.name: stacked(field.name) for field in dataclasses.fields(Routing)})
+
+
+def by_layer(config: Config, values: Any) -> list[tuple[tuple[str, ...], Any]]:
+    """Values of all layers, arranged as parameters are.
+
+    Args:
+      config: the architecture.
+      values: [layers, ...] array, with the MTP block's as the last where there is one.
+
+    Returns:
+      Pairs of the path of a layer's parameters in the tree, or of one place of the repeating period, and its value; in
+      the period they are stacked.
+    """
+    period = config.period
+    found: list[tuple[tuple[str, ...], Any]] = [((f"layer_{i}",), values[i]) for i in _unrolled(config)]
+    if period.repeats:
+        for place in range(period.length):
+            found.append((("period", f"block_{place}"), values[period.start + place : period.stop : period.length]))
+    if config.num_nextn_predict_layers:
+        found.append((("mtp",), values[-1]))
+    return found

@@ -66,6 +66,21 @@ def write_directory(path: Path, config: dict, tensors: dict[str, np.ndarray], sh
     return path
 
 
+def write_run(path: Path, config: Config, trees: dict[int, dict], **options) -> Path:
+    """The directory that a training run leaves, with the parameters of each of its steps."""
+    import orbax.checkpoint as ocp
+
+    path.mkdir(parents=True)
+    (path / "run.json").write_text('{"format": "v4-jax training run", "version": 1}')
+    (path / "config.json").write_text(json.dumps(config.to_hf()))
+    with ocp.CheckpointManager(path / "checkpoints") as manager:
+        for step, tree in trees.items():
+            moments = ocp.args.StandardSave({"embed": tree["embed"]})
+            params, progress = ocp.args.StandardSave(tree, **options), ocp.args.JsonSave({"step": step})
+            manager.save(step, args=ocp.args.Composite(params=params, optimizer=moments, progress=progress))
+    return path
+
+
 def config_of(path: Path) -> dict:
     return json.loads((path / "config.json").read_text())
 

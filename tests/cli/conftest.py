@@ -56,23 +56,6 @@ def logprobs_of(model):
     return logprobs
 
 
-@pytest.fixture(scope="session")
-def programs(tmp_path_factory):
-    """Where compiled programs are kept: most commands here need the same few."""
-    path = str(tmp_path_factory.mktemp("programs"))
-    settings = {
-        "jax_compilation_cache_dir": path,
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield path
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 @pytest.fixture
 def run(capsys, monkeypatch, programs):
     """Runs a command in this process: `run("generate", ...)`, with text for stdin as `stdin=`."""

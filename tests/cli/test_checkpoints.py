@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
+from tests.checkpoint.directories import write_run
 from v4_jax.checkpoint import load
 
 
@@ -67,3 +68,18 @@ def test_a_converted_directory_generates_alike(run, model, tmp_path):
     arguments = ("--tokens", "5 6", "--max-tokens", "4", "--policy", "float32", "--prefill-chunk", "16")
     texts = [run("generate", path, *arguments).out for path in (model, tmp_path / "converted")]
     assert texts[0] == texts[1] != ""
+
+
+def test_a_training_run(run, model, tmp_path):
+    config, params = load(model, dtype="float32")
+    training = write_run(tmp_path / "training", config, {3: params})
+    exported, step = tmp_path / "exported", training / "checkpoints" / "3"
+    assert run("export", training, exported).code == 0
+    assert run("verify", step, exported).code == 0
+    for path in (training, step):
+        assert run("info", path).out == run("info", exported).out
+    arguments = ("--tokens", "5 6", "--max-tokens", "4", "--policy", "float32", "--prefill-chunk", "16")
+    texts = [run("generate", path, *arguments).out for path in (step, exported)]
+    assert texts[0] == texts[1] != ""
+    result = run("export", tmp_path, tmp_path / "target")
+    assert (result.code, result.err.count("\n")) == (2, 1) and "has no config.json" in result.err

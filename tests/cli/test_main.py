@@ -25,7 +25,7 @@ def test_help_explains_each_verb_with_an_example(run, verb):
     assert "Examples:" in result.out and f"  v4-jax {verb} " in result.out.replace(
         f"v4-jax {verb}\n", f"v4-jax {verb} "
     )
-    assert "None" not in result.out and ("(required)" in result.out or verb == "demo")
+    assert "None" not in result.out and ("(required)" in result.out or verb in ("demo", "train"))
 
 
 def test_unknown_verb(run):

@@ -213,7 +213,7 @@ def test_bad_input(run, arguments, said):
 def test_a_missing_compiler(run, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     result = run("plan", "--model", "flash", "--task", "decode", "--topology", "v6e:2x4", "--mesh", "tensor=8")
-    assert result.code == 2 and "pip install 'v4_jax[tpu]'" in result.err and result.err.count("\n") == 1
+    assert result.code == 2 and "pip install 'v4-jax[tpu]'" in result.err and result.err.count("\n") == 1
 
 
 # ---- with the TPU compiler -------------------------------------------------------------------------------------------

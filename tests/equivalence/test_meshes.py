@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sharding.axes import ShardingError
+from sharding.axes import PRESETS, ShardingError
 from sharding.mesh import make_mesh
 from tests.equivalence.spread import Spread
 from tests.equivalence.tiny import TOLERANCE, make
 from v4_jax import Config, init
 from v4_jax.placement import placements
+from v4_jax.stages import Stage
 
 MESHES = {
     "seq=8": "long-context",
@@ -64,16 +65,26 @@ def one_shot(tiny, tokens):
 
 
 def pull(model, params, tokens, segments):
-    """Trunk and MTP logits, and the gradient of every parameter."""
-    weights = jax.random.normal(jax.random.key(3), (*tokens.shape, 64)) / LENGTH
+    """The gradient of every parameter, of all that training minimises; trunk and MTP logits."""
+    weights = jax.random.normal(jax.random.key(3), tokens.shape)
+    model = model.clone(stage=Stage(indexer_loss=True), remat="sublayers")
 
     @functools.partial(jax.grad, allow_int=True, has_aux=True)
     def gradient(params, tokens):
-        output = model.apply({"params": params}, tokens, segment_ids=segments)
-        following = jnp.roll(tokens, -1, 1)
-        mtp = model.apply({"params": params}, output.streams, following, segment_ids=segments, method="mtp")
-        losses = (jnp.sum(jax.nn.log_softmax(o.logits) * weights) for o in (output, mtp))
-        return sum(losses), (output.logits, mtp.logits)
+        def call(*inputs, **arguments):
+            return model.apply({"params": params}, *inputs, segment_ids=segments, return_routing=True, **arguments)
+
+        def likelihood(streams, ahead):
+            targets, mtp = jnp.roll(tokens, -ahead, 1), ahead == 2
+            found = model.apply({"params": params}, streams, targets, mtp=mtp, method="log_probabilities")
+            return jnp.sum(found * weights)
+
+        output = call(tokens)
+        mtp = call(output.streams, jnp.roll(tokens, -1, 1), method="mtp")
+        loss = likelihood(output.streams, 1) + likelihood(mtp.streams, 2)
+        balance = jnp.sum(output.routing.balance) + jnp.sum(mtp.routing.balance)
+        divergence = jnp.sum(jnp.where(segments > 0, output.routing.indexer_loss, 0))
+        return loss / 10 + balance + divergence, (output.logits, mtp.logits)
 
     return jax.jit(gradient)(params, tokens)
 
@@ -154,3 +165,5 @@ def test_sequences_that_do_not_split(tiny, tokens):
         spread(tokens[:, :1100])
     with pytest.raises(ShardingError, match="'batch' of size 2 cannot be split 8 ways over data"):
         Spread(tiny, "data=8", "train")(tokens[:, :128])
+    with pytest.raises(ShardingError, match=r"'vocab' is split over \['data'\], which also split the batch"):
+        Spread(tiny, "data=2", PRESETS["decode"].replace(vocab="data"))(tokens[:, :128])

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from infer.sampling import GREEDY, Sampling, SamplingRows, keep, log_probability, sample
+from infer.sampling import GREEDY, Sampling, SamplingRows, keep, sample
+from v4_jax.head import log_probability
 
 DRAWS = 8000
 LOGITS = jnp.asarray([2.0, -1.0, 0.5, 2.0, 0.0, -30.0, 1.0, 0.5])

@@ -1,5 +1,7 @@
 """The whole model's float32 logits are transformers', at every length where something begins, and through the cache."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +11,11 @@ pytest.importorskip("transformers")
 pytest.importorskip("torch")
 
 import v4_jax
+from tests.checkpoint.directories import write_run
 from tests.conftest import DATA
 from tests.oracle import hf
 from v4_jax import Transformer, init_cache
+from v4_jax.checkpoint import export
 
 TOLERANCE = 2e-4  # the contract; 1e-5 is usual. Logits have a standard deviation of 2.
 
@@ -84,9 +88,55 @@ def test_a_wrong_weight_is_seen(pair, tokens):
 @pytest.mark.parametrize("name", ["flash-tiny", "pro-tiny"])
 def test_released_checkpoint(name):
     """A released directory, loaded by us: transformers computes the same from those weights."""
-    config, params = v4_jax.load(DATA / name, dtype="float32")
+    assert_same_logits(DATA / name, filled_from(DATA / name))
+
+
+@pytest.fixture(scope="module")
+def exported(pair, tmp_path_factory):
+    """A released directory made from what a training run saved."""
+    folder = tmp_path_factory.mktemp("runs")
+    # Whole blocks of 32 for the experts, as transformers takes the size of a block from the number of its scales.
+    config = dataclasses.replace(pair.config, moe_intermediate_size=64)
+    trained = hf.build(config)
+    hf.randomise(trained, config, seed=5)
+    run = write_run(folder / "run", config, {1: hf.params_from_state(hf.state_of(trained), config)})
+    export(run, folder / "out")
+    return folder / "out"
+
+
+def test_exported_run(exported):
+    """The directory loaded by us."""
+    assert_same_logits(exported, filled_from(exported))
+
+
+def test_exported_run_as_transformers_reads_it(exported):
+    """The directory loaded by transformers: its own reader of names, blocks, scales and the configuration."""
+    pytest.importorskip("accelerate")  # without it transformers refuses to read FP8
+    import torch
+    from transformers import DeepseekV4ForCausalLM, FineGrainedFP8Config
+
+    theirs, found = DeepseekV4ForCausalLM.from_pretrained(
+        exported,
+        dtype=torch.float32,
+        quantization_config=FineGrainedFP8Config(dequantize=True),
+        attn_implementation="eager",
+        output_loading_info=True,
+    )
+    assert not any(found.values())
+    assert_same_logits(exported, theirs.float().eval())  # plain tensors were left in bfloat16
+
+
+def filled_from(directory):
+    """transformers' model with the weights that we load."""
+    config, params = v4_jax.load(directory, dtype="float32")
     theirs = hf.build(config)
     hf.write_state(hf.state_of(theirs), params, config)
+    return theirs
+
+
+def assert_same_logits(directory, theirs):
+    """Our model of a directory against transformers'."""
+    config, params = v4_jax.load(directory, dtype="float32")
     tokens = np.random.default_rng(4).integers(0, config.vocab_size, (2, 150)).astype(np.int32)
     model = Transformer(config, policy="float32")
     logits = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens).logits)(params, tokens)

@@ -1,10 +1,12 @@
-"""Checkpoints: the released directories as they are, the same tensors in Orbax, and parameters in memory.
+"""Checkpoints: the released directories as they are, the same tensors in Orbax, training runs, parameters in memory.
 
     released directory  --convert-->  Orbax directory  --export-->  released directory
              |                              |                             ^
              +------------ load ------------+----> (config, params) ------+ export
+             |                                                            |
+        training run -----------------------------------------------------+
 
-All three present the released tensors (`Checkpoint`), and every tensor is accounted for. Native formats survive any
+All four present the released tensors (`Checkpoint`), and every tensor is accounted for. Native formats survive any
 path bit for bit; `verify` shows it.
 """
 
@@ -14,6 +16,7 @@ from v4_jax.checkpoint.exporting import export
 from v4_jax.checkpoint.interface import Checkpoint, CheckpointError, Progress, TensorInfo
 from v4_jax.checkpoint.loading import load
 from v4_jax.checkpoint.opening import Source, open_checkpoint
+from v4_jax.checkpoint.trained import run_of
 from v4_jax.checkpoint.verification import Comparison, Kind, Row, verify
 
 __all__ = [
@@ -30,5 +33,6 @@ __all__ = [
     "export",
     "load",
     "open_checkpoint",
+    "run_of",
     "verify",
 ]

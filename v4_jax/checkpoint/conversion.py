@@ -18,6 +18,7 @@ from v4_jax.checkpoint.converted import MANIFEST, manifest
 from v4_jax.checkpoint.interface import Checkpoint, Progress
 from v4_jax.checkpoint.mapping import Entry, entries, part_names
 from v4_jax.checkpoint.opening import Source, opened
+from v4_jax.checkpoint.orbax_arrays import chunking, nested
 
 # TensorStore copies what it writes and holds it until a file is full: at its default of 2 GB that doubles a layer.
 _FILE_BYTES = 64 << 20
@@ -96,8 +97,8 @@ def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     import orbax.checkpoint as ocp
     from orbax.checkpoint import type_handlers
 
-    tree = _nested(arrays)
-    chunks = _nested({key: _chunking(array) for key, array in arrays.items()})
+    tree = nested(arrays)
+    chunks = nested({key: chunking(array) for key, array in arrays.items()})
     with _quiet():
         # By default Orbax copies every array first, against changes by the caller; these are ours alone.
         handlers = type_handlers.create_type_handler_registry(
@@ -112,25 +113,6 @@ def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         with ocp.Checkpointer(handler) as checkpointer:
             options = ocp.args.PyTreeSave(tree, save_args=chunks, ocdbt_target_data_file_size=_FILE_BYTES)
             checkpointer.save(path, args=options)
-
-
-def _chunking(array: np.ndarray) -> Any:
-    """One chunk per expert, as whole experts are what shards are made of; otherwise pieces of bounded size."""
-    import orbax.checkpoint as ocp
-
-    return ocp.SaveArgs(shard_axes=(0,)) if array.ndim == 3 else ocp.SaveArgs(chunk_byte_size=16 << 20)
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a.b": x} to {"a": {"b": x}}."""
-    tree: dict[str, Any] = {}
-    for key, value in flat.items():
-        *parents, leaf = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return tree
 
 
 def _return_freed_memory() -> None:

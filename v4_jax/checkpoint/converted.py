@@ -7,8 +7,7 @@
     target/head/, target/mtp.0/
 
 Keys are the released names split at their dots, with the experts stacked on a leading axis (one chunk each on disk).
-FP4 stays packed (int8) and scales stay E8M0, so the directory is as large as the release. Orbax restores each part;
-here the arrays are opened with TensorStore directly, because a mesh needs slices of them.
+FP4 stays packed (int8) and scales stay E8M0, so the directory is as large as the release. Orbax restores each part.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ import numpy as np
 from v4_jax.checkpoint.block_formats import Formats
 from v4_jax.checkpoint.interface import NAME_OF_DTYPE, Checkpoint, CheckpointError, TensorInfo
 from v4_jax.checkpoint.mapping import Entry, account, entries, part_names
+from v4_jax.checkpoint.orbax_arrays import open_arrays, read_array
 from v4_jax.checkpoint.released import companions, in_release_order, read_config, read_json
 from v4_jax.config import Config
 
@@ -76,7 +76,7 @@ class Converted(Checkpoint):
         self._stores: dict[tuple[str, str], Any] = {}
         for part in part_names(self.config):
             if (path / part).is_dir():
-                self._stores.update(((part, key), store) for key, store in _open_part(path / part))
+                self._stores.update(((part, key), store) for key, store in open_arrays(path / part))
             elif strict:
                 raise CheckpointError(f"{path} lacks the part {part}, expected {', '.join(part_names(self.config))}")
         self._places: dict[str, tuple[tuple[str, str], int | None]] = {}
@@ -115,10 +115,7 @@ class Converted(Checkpoint):
             index += (rows,)
         if columns != slice(None):
             index += (columns,)
-        try:
-            return self._count(np.asarray(self._stores[place][index].read().result()))
-        except ValueError as error:  # TensorStore's own errors run over many lines
-            raise CheckpointError(f"{self.label}: {name} cannot be read: {str(error).splitlines()[0]}") from None
+        return self._count(read_array(self._stores[place], index, f"{self.label}: {name}"))
 
     def close(self) -> None:
         """Drops the arrays' handles."""
@@ -148,25 +145,3 @@ def _check_manifest(path: Path, record: dict[str, Any], config: Config) -> Forma
             f"{path}: config.expert_dtype is {config.expert_dtype!r}, but {MANIFEST} recorded {formats.expert!r}"
         )
     return formats
-
-
-def _open_part(part: Path) -> Iterator[tuple[str, Any]]:
-    """Yields the key and the TensorStore of each array that Orbax wrote (zarr arrays in an OCDBT database)."""
-    import tensorstore
-
-    database = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{part}/"}}
-    try:
-        keys = [key.decode() for key in tensorstore.KvStore.open(database).result().list().result()]
-        names = [key.removesuffix("/.zarray") for key in keys if key.endswith("/.zarray")]
-        opening = [
-            tensorstore.open(
-                # A chunk that is not there must be an error; by default it would read as zeros.
-                {"driver": "zarr", "kvstore": {**database, "path": f"{name}/"}, "fill_missing_data_reads": False},
-                read=True,
-                open=True,
-            )
-            for name in names
-        ]
-        yield from zip(names, [future.result() for future in opening], strict=True)
-    except ValueError as error:
-        raise CheckpointError(f"{part} is damaged: {str(error).splitlines()[0]}") from None

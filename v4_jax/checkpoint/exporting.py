@@ -24,7 +24,7 @@ def export(source: Source, target: str | Path, *, progress: Progress | None = No
     and an interrupted run from a directory is continued by calling again.
 
     Args:
-      source: a directory, released or converted; or (config, params).
+      source: a directory, released or converted; a training run or one of its steps; or (config, params).
       target: directory to make; must not exist.
       progress: called as progress(shard, done bytes, total bytes).
 

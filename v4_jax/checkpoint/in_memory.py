@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +30,7 @@ class InMemory(Checkpoint):
         Args:
           config: the architecture.
           params: the tree of `v4_jax.declarations(config)`; leaves that the release stores in blocks are `BlockScaled`
-            or float arrays, boxed or not.
+            or float arrays, boxed or not. Anything with a shape, a dtype and an index for the stacked axes is an array.
 
         Raises:
           CheckpointError: a missing, unknown or mis-shaped leaf, or one in another format than the configuration's.
@@ -54,20 +55,29 @@ class InMemory(Checkpoint):
         self.formats = Formats(config.expert_dtype, scales.get("fp8", "F8_E8M0"), scales.get("expert", "F8_E8M0"))
         self._entries = entries(config, self.formats)
         self.tensors = {name: entry.info for name, entry in self._entries.items()}
-        self._last: tuple[Any, Mapping[Role, np.ndarray]] = (None, {})
+        self._last = threading.local()  # loading reads with several threads, each a tensor of its own
 
     def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> np.ndarray:
         """Reads a tensor or a rectangle of it; see `Checkpoint.read`."""
         entry = self._entries[name]
         wanted = entry.path, entry.place
-        if self._last[0] != wanted:  # codes and scales are asked for one after the other
-            self._last = wanted, self._tensor(name, entry)
-        array = self._last[1][entry.role]
+        if getattr(self._last, "place", None) != wanted:  # codes and scales are asked for one after the other
+            self._last.place, self._last.arrays = wanted, self._tensor(name, entry)
+        array = self._last.arrays[entry.role]
+        return self._count(array[rows] if columns == slice(None) else array[rows, columns])
+
+    def unrounded(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> np.ndarray | None:
+        """Reads a rectangle of a float leaf as it is; see `Checkpoint.unrounded`."""
+        entry = self._entries[name]
+        leaf = self._leaves[entry.path]
+        if isinstance(leaf, BlockScaled) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return None
+        array = _on_host(leaf, entry.place)
         return self._count(array[rows] if columns == slice(None) else array[rows, columns])
 
     def close(self) -> None:
-        """Forgets the tensor read last."""
-        self._last = None, {}
+        """Forgets the tensors read last."""
+        self._last = threading.local()
 
     def _tensor(self, name: str, entry: Entry) -> Mapping[Role, np.ndarray]:
         """One layer's or expert's share of a leaf, as stored."""

@@ -1,7 +1,7 @@
 """What every kind of checkpoint offers: named tensors of the release, read piece by piece.
 
-A released directory, a converted one and parameters in memory all present the same view, the released one. Loading,
-conversion, export and comparison are written once against it.
+A released directory, a converted one, a training run and parameters in memory all present the same view, the released
+one. Loading, conversion, export and comparison are written once against it.
 """
 
 from __future__ import annotations
@@ -113,6 +113,19 @@ class Checkpoint(abc.ABC):
           rows: range of the first dimension, in stored elements.
           columns: range of the second; must be left out for vectors.
         """
+
+    def unrounded(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> np.ndarray | None:
+        """Reads the values of a tensor, or a rectangle of it, where they are held in floats that `read` would round.
+
+        Args:
+          name: released name of a plain tensor or of a weight.
+          rows: range of the first dimension, in elements.
+          columns: range of the second; must be left out for vectors.
+
+        Returns:
+          The values in the dtype they are held in; None where `read` gives all that there is.
+        """
+        return None
 
     @abc.abstractmethod
     def close(self) -> None:

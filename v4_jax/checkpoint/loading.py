@@ -45,10 +45,12 @@ def load(
     """Loads a checkpoint.
 
     Args:
-      path: a released directory, one made by `convert`, or an open checkpoint.
+      path: a released directory, one made by `convert`, a training run (of which the newest complete step is read) or
+        one of its steps, or an open checkpoint.
       dtype: "native" keeps the released formats: block-scaled weights become `BlockScaled` (E4M3 or E2M1 codes with
         their scales as stored), BF16 stays BF16. Otherwise both become plain arrays of this dtype. Float32 tensors stay
-        float32 and expert ids become int32 in either case.
+        float32 and expert ids become int32 in either case. A training run holds all floats in float32: "native" rounds
+        them to what `export` writes, "float32" returns them exactly.
       mesh: devices to place the parameters on; None is the default device.
       rules: which mesh axes split which logical axes: a `sharding.axes.Rules` or the name of a preset.
 
@@ -137,13 +139,7 @@ class _Leaf(NamedTuple):
 
         def read(item: tuple[tuple[int, ...], str]) -> None:
             place, name = item
-            if self.form is None:
-                values = self.checkpoint.read(name, *index[lead:])
-                if self.parameter.storage == "i64":
-                    check_expert_ids(name, values, self.checkpoint.config)
-            else:
-                values = self._decoded(name, *index[lead:])
-            out[place] = values.astype(self.target)
+            out[place] = self._values(name, *index[lead:]).astype(self.target)
 
         list(self.pool.map(read, self._tensors(index)))
         return (out,)
@@ -163,6 +159,18 @@ class _Leaf(NamedTuple):
 
         list(self.pool.map(read, self._tensors(index)))
         return codes, scales
+
+    def _values(self, name: str, *parts: slice) -> np.ndarray:
+        """Values of a rectangle of one released tensor, as exactly as the checkpoint has them."""
+        values = self.checkpoint.unrounded(name, *parts)
+        if values is not None:
+            return values
+        if self.form is not None:
+            return self._decoded(name, *parts)
+        values = self.checkpoint.read(name, *parts)
+        if self.parameter.storage == "i64":
+            check_expert_ids(name, values, self.checkpoint.config)
+        return values
 
     def _decoded(self, name: str, rows: slice, columns: slice) -> np.ndarray:
         """Float32 values of a rectangle of a block-scaled tensor that may begin and end anywhere."""

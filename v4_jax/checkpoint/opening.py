@@ -12,6 +12,7 @@ from v4_jax.checkpoint.converted import MANIFEST, Converted
 from v4_jax.checkpoint.in_memory import InMemory
 from v4_jax.checkpoint.interface import Checkpoint
 from v4_jax.checkpoint.released import Released
+from v4_jax.checkpoint.trained import Trained, run_of
 from v4_jax.config import Config
 
 logger = logging.getLogger("v4_jax")
@@ -21,15 +22,17 @@ Source = str | Path | Checkpoint | tuple[Config, Any]
 
 
 def open_checkpoint(path: str | Path, *, strict: bool = True) -> Checkpoint:
-    """Opens a released directory or one made by `convert`; use it in a `with` statement.
+    """Opens a released directory, one made by `convert`, or a training run; use it in a `with` statement.
 
     Args:
-      path: the directory.
-      strict: whether its tensors must be exactly those of its configuration.
+      path: the directory; of a training run, either its own (the newest complete step is read) or `checkpoints/STEP`.
+      strict: whether its tensors must be exactly those of its configuration; those of a training run always must.
 
     Raises:
       CheckpointError: it cannot be read, or does not hold what it should.
     """
+    if run_of(path):
+        return Trained(path)
     kind = Converted if (Path(path) / MANIFEST).exists() else Released
     return kind(path, strict=strict)
 

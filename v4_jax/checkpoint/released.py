@@ -93,7 +93,9 @@ def read_config(path: Path) -> tuple[Config, dict[str, Any]]:
         raise CheckpointError(f"{path} {found}, expected a checkpoint directory{hint if unfinished.exists() else ''}")
     file = path / "config.json"
     if not file.exists():
-        raise CheckpointError(f"{path} has no config.json, expected a released or converted checkpoint directory")
+        raise CheckpointError(
+            f"{path} has no config.json, expected a released or converted checkpoint directory, or a training run"
+        )
     hf_config = read_json(file)
     try:
         return Config.from_hf(hf_config), hf_config

@@ -92,7 +92,7 @@ def verify(a: Source, b: Source, *, progress: Progress | None = None) -> Compari
     Neither has to hold what its configuration says: what one side lacks is a finding, not an error.
 
     Args:
-      a: a released or converted directory, or (config, params).
+      a: a released or converted directory, a training run or one of its steps, or (config, params).
       b: what to compare it with.
       progress: called as progress(tensor, done bytes, total bytes).
 

@@ -34,8 +34,10 @@ VERBS = {
     "generate": Verb("generation", "continue a prompt or answer a chat, streaming"),
     "score": Verb("scoring", "log-probabilities of given texts, JSON lines in and out"),
     "convert": Verb("checkpoints", "released checkpoint -> Orbax, in the released number formats"),
-    "export": Verb("checkpoints", "Orbax (or released) -> released layout"),
+    "export": Verb("checkpoints", "Orbax, a training run (or released) -> released layout"),
     "plan": Verb("compilation", "compile for a TPU topology: fit, cost, and the mesh to use"),
+    "train": Verb("training", "continued pretraining with Muon, from released weights or from nothing"),
+    "plot": Verb("plotting", "a training run's metrics, or several runs', as curves in a PNG"),
     "verify": Verb("checkpoints", "compare two checkpoints, tensor by tensor"),
 }
 

@@ -37,15 +37,16 @@ def convert(source: Directory, target: Directory, /) -> None:
 def export(source: Directory, target: Directory, /) -> None:
     """Writes a checkpoint in the released layout: safetensors shards, their index and config.json.
 
-    What is held in the released formats is written bit for bit. TARGET appears when it is complete; an interrupted run
-    is continued by giving the same command again.
+    What is held in the released formats is written bit for bit; a training run's newest complete step is rounded to
+    them. TARGET appears when it is complete; an interrupted run is continued by giving the same command again.
 
     Examples:
       v4-jax export flash-orbax DeepSeek-V4-Flash-again
       v4-jax verify DeepSeek-V4-Flash DeepSeek-V4-Flash-again
+      v4-jax export my-run my-model
 
     Args:
-      source: A converted or released directory.
+      source: A converted or released directory, a training run, or RUN/checkpoints/STEP for an older step of one.
       target: The directory to make.
     """
     _write(checkpoint.export, source, target, "exporting")
@@ -54,14 +55,14 @@ def export(source: Directory, target: Directory, /) -> None:
 def verify(a: Directory, b: Directory, /, *, rows: Count = 20) -> int:
     """Compares two checkpoints tensor by tensor and bit by bit, a few megabytes at a time.
 
-    Released and converted directories can be compared in any combination. The exit code is 0 if they hold the same
-    configuration and the same tensors, and 1 if they differ.
+    Released and converted directories and training runs (as they would be exported) can be compared in any
+    combination. The exit code is 0 if they hold the same configuration and the same tensors, and 1 if they differ.
 
     Examples:
       v4-jax verify DeepSeek-V4-Flash flash-orbax
 
     Args:
-      a: A released or converted directory.
+      a: A released or converted directory, or a training run.
       b: The directory to compare it with.
       rows: Most tensors that differ to list.
     """
@@ -142,4 +143,4 @@ def _write(action: Callable[..., Written], source: Path, target: Path, label: st
 
 def _require(path: Path) -> None:
     if not path.is_dir():
-        raise CommandError(f"there is no directory {path}; expected a released or converted checkpoint")
+        raise CommandError(f"there is no directory {path}; expected a released or converted one, or a training run")

@@ -52,6 +52,22 @@ def bad_input(what: str = "") -> Iterator[None]:
         raise CommandError(f"{what}{error}") from None
 
 
+@contextlib.contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Imports of libraries that only some verbs need.
+
+    Args:
+      extra: the optional dependencies of this package that bring them.
+
+    Raises:
+      CommandError: one is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise CommandError(f"{error.name} is not installed; it comes with pip install 'v4-jax[{extra}]'") from None
+
+
 def read_text(path: Path) -> str:
     """The text of a file, or of stdin for "-".
 

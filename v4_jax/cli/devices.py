@@ -44,8 +44,8 @@ def _number(variable: str) -> int | None:
     return int(value) if value and value.isdecimal() else None
 
 
-def place(config: Config, mesh: str | None, preset: Preset, *, batch: int, native: bool) -> Place:
-    """The mesh that `--mesh` names, after checking that the model and `batch` rows split over it.
+def place(config: Config, mesh: str | None, preset: Preset, *, batch: int, native: bool, length: int = 1) -> Place:
+    """The mesh that `--mesh` names, after checking that the model and rows [batch, length] split over it.
 
     Raises:
       CommandError: no such mesh can be made of these devices, or the model does not split so; the sentence says what
@@ -61,8 +61,8 @@ def place(config: Config, mesh: str | None, preset: Preset, *, batch: int, nativ
         raise CommandError(str(error)) from None
     try:
         made = make_mesh(sizes)
-        check_mesh(config, made, preset, batch=batch, native=native)
+        check_mesh(config, made, preset, batch=batch, length=length, native=native)
     except ShardingError as error:
-        legal = alternatives(config, jax.device_count(), preset, batch=batch, native=native)
+        legal = alternatives(config, jax.device_count(), preset, batch=batch, length=length, native=native)
         raise CommandError(f"--mesh {mesh}: {error}; {legal}") from None
     return Place(made, preset)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from v4_jax.checkpoint import run_of
 from v4_jax.cli import info as card
 from v4_jax.cli.console import CommandError, bad_input, show
 from v4_jax.cli.options import JsonFlag, OptionalSize
@@ -52,7 +53,7 @@ def config_of(model: str) -> Config:
     Raises:
       CommandError: there is neither of that name.
     """
-    path = Path(model)
+    path = run_of(model) or Path(model)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise CommandError(f"{path} has no config.json; expected the directory of a model")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from v4_jax.cache import CacheDtype
-from v4_jax.checkpoint import Checkpoint, load, open_checkpoint
+from v4_jax.checkpoint import Checkpoint, load, open_checkpoint, run_of
 from v4_jax.cli.console import CommandError, bad_input, read_json, say, watched
 from v4_jax.cli.options import CacheFormat, Dtype, PolicyName
 from v4_jax.config import Config
@@ -17,10 +17,10 @@ from v4_jax.tokenizer import Tokenizer, load_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class ModelDirectory:
-    """A released or converted directory.
+    """A released or converted directory, or a training run.
 
     Attributes:
-      path: the directory.
+      path: the directory; of a run's step, the run's.
       checkpoint: its tensors, accounted for but not read.
     """
 
@@ -34,7 +34,7 @@ class ModelDirectory:
         Raises:
           CommandError: there is none, or it holds no model.
         """
-        expected = "expected a directory that holds a released or converted model"
+        expected = "expected a directory that holds a released or converted model, or a training run"
         if path.exists() and not path.is_dir():
             raise CommandError(f"{path} is a file; {expected}")
         if not path.exists():
@@ -45,7 +45,7 @@ class ModelDirectory:
             checkpoint = open_checkpoint(path)
         for note in checkpoint.notes:
             say(f"note: {checkpoint.label}: {note}")
-        return cls(path, checkpoint)
+        return cls(run_of(path) or path, checkpoint)
 
     @property
     def config(self) -> Config:

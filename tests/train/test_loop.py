@@ -1,0 +1,256 @@
+"""A run goes on as if nothing had happened, whatever happened: stops, spikes, damage, a full disk, another mesh."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from sharding.mesh import make_mesh
+from tests.equivalence.tiny import make
+from train import loop
+from train.checkpoints import SaveError
+from train.loop import Trainer, TrainingError
+from train.settings import read_settings
+from train.setup import Origin, open_rows, open_run
+from v4_jax.placement import Place
+
+STEPS, EVERY = 8, 3
+
+
+@pytest.fixture(scope="module")
+def architecture():
+    """Two layers, sliding and CSA, the second of which chooses its experts; few entries are picked."""
+    tiny = make(
+        num_hidden_layers=2,
+        compress_ratios=(0, 4),
+        num_nextn_predict_layers=0,
+        num_hash_layers=1,
+        vocab_size=320,
+        n_routed_experts=8,
+    )
+    return tiny.config.to_hf()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    for i in range(30):
+        words = rng.choice(["expert", "token", "entry", "window", "stream"], 40)
+        (folder / f"{i}.txt").write_text(" ".join(words))
+    return folder
+
+
+class Losses:
+    """A log that remembers, and may do something at a step."""
+
+    def __init__(self, at=None, action=None):
+        self.losses, self.metrics, self.rewinds, self.at, self.action = {}, {}, [], at, action
+
+    def write(self, step, metrics):
+        self.losses[step], self.metrics[step] = metrics["loss"], metrics
+        if step == self.at:
+            self.at = None
+            self.action()
+
+    def rewind(self, step):
+        self.rewinds.append(step)
+
+
+@pytest.fixture
+def trainer(tmp_path, architecture, corpus, programs):
+    """`trainer(log, name, *changes)`: a run of eight steps with a checkpoint every three."""
+
+    def build(log, name="run", *changes, mesh=None, say=lambda text: None):
+        settings = read_settings(
+            None,
+            [
+                f"run={tmp_path / name}",
+                f"architecture={json.dumps(architecture)}",
+                f"data={{sources: [{{path: {corpus}}}], open_rows: 2, threads: 1}}",
+                f"stages=[{{steps: {STEPS}, length: 128, rows: 4}}]",
+                f"checkpoints={{every: {EVERY}, keep: 2}}",
+                "policy=float32",
+                "optimizer={learning_rate: 0.01}",
+                "stability={ahead: 2, hold: 3, rollbacks: 1, window: 100}",
+                *changes,
+            ],
+        )
+        origin = Origin.of(settings)
+        open_run(settings, origin)
+        place = Place() if mesh is None else Place(make_mesh(mesh), "train")
+        rows = open_rows(settings, origin)
+        return Trainer(settings, origin.config, place, rows, lambda: origin.fresh(place, 0), log, say)
+
+    return build
+
+
+@pytest.fixture
+def expected(trainer):
+    log = Losses()
+    assert trainer(log, "uninterrupted").run() == "done"
+    assert sorted(log.losses) == list(range(1, STEPS + 1))
+    assert log.losses[STEPS] < log.losses[1]
+    return log.losses
+
+
+def ask_to_stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def spikes_at(monkeypatch, *steps):
+    """Makes the losses of these steps look like spikes, each once."""
+    left, real = list(steps), loop.SpikeDetector.spiked
+
+    def spiked(self, loss):
+        if left and self.count + 1 == left[0]:
+            left.pop(0)
+            return True
+        return real(self, loss)
+
+    monkeypatch.setattr(loop.SpikeDetector, "spiked", spiked)
+
+
+def test_stopped_and_continued(trainer, expected):
+    """Bit for bit the losses of a run that was not stopped, and its parameters."""
+    first, second = Losses(4, ask_to_stop), Losses()
+    assert trainer(first).run() == "stopped"
+    said = []
+    assert trainer(second, say=said.append).run() == "done"
+    assert said == [f"continuing after step {max(first.losses)} of {STEPS}"]
+    assert first.losses | second.losses == expected
+    assert not set(first.losses) & set(second.losses)
+
+
+def test_continued_on_a_mesh(trainer, expected):
+    assert trainer(Losses(4, ask_to_stop)).run() == "stopped"
+    log = Losses()
+    assert trainer(log, mesh="data=2,expert=2,tensor=2").run() == "done"
+    for step, loss in log.losses.items():
+        assert loss == pytest.approx(expected[step], rel=1e-4)
+    assert max(log.losses) == STEPS
+
+
+def test_a_longer_run_is_continued(trainer, expected):
+    log = Losses()
+    assert trainer(log, "run", "stages.0.steps=5").run() == "done"
+    assert trainer(log).run() == "done"
+    assert log.losses == expected
+
+
+def test_spike(trainer, expected, monkeypatch):
+    """Back to the newest checkpoint, on with anticipatory routing for a while, and off again."""
+    spikes_at(monkeypatch, 5)
+    log, said = Losses(), []
+    assert trainer(log, say=said.append).run() == "done"
+    assert said == [
+        "the loss of step 5 jumped or is not finite: back to step 3, with anticipatory routing until step 8"
+    ]
+    assert log.rewinds == [0, 3]
+    on = [step for step, metrics in log.metrics.items() if metrics["anticipatory_routing"]]
+    assert on == [4, 5, 6, 7, 8]
+    assert {step: log.losses[step] for step in (1, 2, 3)} == {step: expected[step] for step in (1, 2, 3)}
+    assert log.losses[8] == pytest.approx(expected[8], rel=0.05)
+    assert log.losses[8] != expected[8]
+
+
+def test_stopped_while_anticipating(trainer, monkeypatch):
+    """The experts chosen ahead are part of the checkpoint."""
+    spikes_at(monkeypatch, 5)
+    whole = Losses()
+    assert trainer(whole, "whole").run() == "done"
+    spikes_at(monkeypatch, 5)
+    first, second = Losses(), Losses()
+    # The second time that step 5 is noted, after the spike.
+    first.rewind = lambda step: setattr(first, "at", 5 if step == 3 else None)
+    first.action = ask_to_stop
+    assert trainer(first).run() == "stopped"
+    assert trainer(second).run() == "done"
+    assert first.losses | second.losses == whole.losses
+    assert 0 < len(second.losses) < STEPS - 3
+
+
+def test_a_spike_that_comes_again_ends_the_run(trainer, monkeypatch):
+    spikes_at(monkeypatch, 5, 5)
+    with pytest.raises(
+        TrainingError, match=r"step 5 jumped or is not finite again after 1 attempts .* stays at step 3"
+    ):
+        trainer(Losses()).run()
+
+
+def test_a_spike_before_the_first_checkpoint_starts_anew(trainer, expected, monkeypatch):
+    spikes_at(monkeypatch, 2)
+    log = Losses()
+    assert trainer(log).run() == "done"
+    assert log.rewinds == [0, 0]
+    assert log.losses[1] == expected[1]
+
+
+def test_damaged_checkpoint_is_put_aside(trainer, expected, tmp_path):
+    assert trainer(Losses(6, ask_to_stop)).run() == "stopped"
+    steps = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
+    newest = tmp_path / "run" / "checkpoints" / str(steps[-1]) / "params"
+    for file in newest.rglob("*"):
+        if file.is_file() and file.parent.name == "d":
+            file.write_bytes(file.read_bytes()[:100])
+    log, said = Losses(), []
+    assert trainer(log, say=said.append).run() == "done"
+    assert said[0].startswith(f"the checkpoint of step {steps[-1]} cannot be read (")
+    assert (tmp_path / "run" / "damaged" / str(steps[-1])).is_dir()
+    assert said[1] == f"continuing after step {steps[-2]} of {STEPS}"
+    assert log.losses == {step: loss for step, loss in expected.items() if step > steps[-2]}
+
+
+def test_full_disk(trainer, expected, tmp_path, monkeypatch):
+    """A checkpoint that cannot be written ends the run with a sentence; the one before is kept and continued from."""
+    import orbax.checkpoint as ocp
+
+    real = ocp.StandardCheckpointHandler.async_save
+
+    async def full(self, directory, *arguments, **named):
+        if "/6" in str(directory):
+            raise ValueError("RESOURCE_EXHAUSTED: No space left on device\nmany more lines")
+        return await real(self, directory, *arguments, **named)
+
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, "async_save", full)
+    with pytest.raises(
+        SaveError, match=r"cannot be written to .*: .*No space left on device; the newest one is that of step 3$"
+    ):
+        trainer(Losses()).run()
+    monkeypatch.undo()
+    log = Losses()
+    assert trainer(log).run() == "done"
+    assert log.losses == {step: loss for step, loss in expected.items() if step > 3}
+
+
+def test_stages(trainer, tmp_path):
+    """Dense attention without the indexer, then the indexer alone, then sparse attention on longer rows."""
+    stages = (
+        "[{steps: 2, length: 128, rows: 4, attention: dense}, {steps: 2, length: 128, rows: 2, attention: indexer},"
+    )
+    stages += "{steps: 2, length: 256, rows: 2, microbatches: 2}]"
+    log, params = Losses(), {}
+    run = trainer(log, "run", f"stages={stages}")
+    real = run._take
+
+    def take(state, step):
+        params[step] = jax.tree.map(np.asarray, state.params)
+        return real(state, step)
+
+    run._take = take
+    assert run.run() == "done"
+    assert [log.metrics[step]["tokens"] for step in (1, 3, 5)] == [512, 256, 512]
+
+    def moved(a, b):
+        leaves = jax.tree_util.tree_leaves_with_path(jax.tree.map(lambda x, y: bool((x != y).any()), a, b))
+        return {jax.tree_util.keystr(path, simple=True, separator="/") for path, yes in leaves if yes}
+
+    assert all("indexer" in name or name.endswith("bias") for name in moved(params[2], params[4]))
+    assert any("indexer" in name for name in moved(params[2], params[4]))
+    assert not any("indexer" in name for name in moved(params[0], params[2]))
+    assert {"embed", "layer_1/attn/wkv", "layer_1/attn/indexer/wq_b"} <= moved(params[4], params[5])

@@ -1,0 +1,315 @@
+"""Training batches: an endless shuffled mixture of documents, packed into rows.
+
+A `Corpus` numbers the documents of the endless stream: document n is a function of n, the seed and the files alone.
+So the state of `Rows`, which packs them, is a few numbers: which document comes next, and which ones stand in rows
+that are not full yet. Every process of a pod reads the same stream and keeps the rows it needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from train.batch import Batch
+from train.documents import TOKENS, DataError, Document, Source, read_documents
+
+__all__ = ["Batch", "Corpus", "DataError", "Rows", "Source"]
+
+
+class Corpus:
+    """An endless stream of tokenised documents, with random access.
+
+    Sources are mixed by document, to 1% of the smallest weight. Each is repeated for ever, in another order each time.
+
+    Args:
+      sources: the parts of the mixture.
+      encode: text to token ids, called by several threads; None is enough where all sources hold token ids.
+      vocab_size: legal ids are below it.
+      bos_id: put before each text; None for nothing. Documents stored as token ids are used as they are.
+      eos_id: put after each text, in the same way.
+      seed: of the order; any integer from 0 on.
+      shuffle: False takes each source's documents in the order of its files.
+
+    Raises:
+      DataError: a source cannot be opened, or an argument is not legal.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        encode: Callable[[str], list[int]] | None,
+        *,
+        vocab_size: int,
+        bos_id: int | None,
+        eos_id: int | None,
+        seed: int,
+        shuffle: bool = True,
+    ) -> None:
+        if not sources:
+            raise DataError("there are no sources; expected at least one")
+        if seed < 0:
+            raise DataError(f"seed is {seed}; expected 0 or more")
+        for name, token in (("bos_id", bos_id), ("eos_id", eos_id)):
+            if token is not None and not 0 <= token < vocab_size:
+                raise DataError(f"{name} is {token}; legal ids are 0 to {vocab_size - 1}")
+        for source in sources:
+            if encode is None and source.field != TOKENS:
+                raise DataError(f"{source.path!r} holds text; expected a tokenizer, or the field {TOKENS!r}")
+        tokenise = functools.partial(
+            _tokenise,
+            encode=encode,
+            vocab_size=vocab_size,
+            before=[] if bos_id is None else [bos_id],
+            after=[] if eos_id is None else [eos_id],
+        )
+        parts = [read_documents(source) for source in sources]
+        weights = [source.weight for source in sources]
+        #: What must be the same for a state of `Rows` to make sense.
+        self.identity = {
+            "documents": [len(part) for part in parts],
+            "weights": weights,
+            "seed": seed,
+            "shuffle": shuffle,
+        }
+        #: Among this many documents in a row there is each one of each source; the mixture's rounding is covered.
+        self.longest_pass = max(
+            2 * int(len(part) * sum(weights) / weight) + 2 for part, weight in zip(parts, weights, strict=True)
+        )
+        if shuffle:
+            # A seed for each source, so that a file that stands in two of them is not read in step.
+            seeds = np.random.SeedSequence(seed).generate_state(len(parts))
+            parts = [part.shuffle(seed=int(s)) for part, s in zip(parts, seeds, strict=True)]
+        mixture = grain.MapDataset.mix([part.repeat() for part in parts], weights)
+        #: The documents, each [n] int32, n = 0 for an empty one.
+        self.documents: grain.MapDataset[np.ndarray] = mixture.map(tokenise)
+
+
+def _tokenise(
+    document: Document,
+    *,
+    encode: Callable[[str], list[int]] | None,
+    vocab_size: int,
+    before: list[int],
+    after: list[int],
+) -> np.ndarray:
+    content, where = document
+    if not len(content):
+        return np.zeros(0, np.int32)
+    if isinstance(content, str):
+        assert encode is not None  # checked when the corpus was opened
+        try:
+            ids = encode(content)
+        except ValueError as error:
+            raise DataError(f"{where} cannot be tokenised: {error}") from None
+        content = np.asarray([*before, *ids, *after] if ids else [], np.int64)
+    illegal = content[(content < 0) | (content >= vocab_size)]
+    if len(illegal):
+        raise DataError(f"{where} has token id {illegal[0]}; legal ids are 0 to {vocab_size - 1}")
+    return content.astype(np.int32)
+
+
+class _Piece(NamedTuple):
+    """Tokens [n] of a document of the stream, from the position `begin` of it on."""
+
+    document: int
+    begin: int
+    tokens: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class _Position:
+    """Between two batches: everything drawn from the stream that was not handed out yet.
+
+    Only the last piece of a document is shorter than a row, and full rows are handed out. So what is held of a
+    document is always its end, and two numbers name it: the document, and where the piece begins.
+
+    Attributes:
+      following: the document to draw next.
+      length: of the open rows.
+      rows: the open rows' pieces.
+      waiting: pieces of any size that go before the next document.
+    """
+
+    following: int = 0
+    length: int = 0
+    rows: tuple[tuple[_Piece, ...], ...] = ()
+    waiting: tuple[_Piece, ...] = ()
+
+
+class Rows:
+    """Packs a corpus into rows, from its first document on.
+
+    A document goes whole into the first open row with room for it. If there is none, the oldest open row is done and
+    a new one begins. What is longer than a row is cut into pieces, each a segment of its own. The next batch is made
+    in the background, on the guess that it has the shape of the last one.
+
+    Args:
+      corpus: the documents.
+      open_rows: rows that wait for documents that fit. More of them take less padding, and more memory and time
+        until the first batch.
+      threads: that read and tokenise.
+
+    Raises:
+      DataError: `open_rows` or `threads` is not positive.
+    """
+
+    def __init__(self, corpus: Corpus, *, open_rows: int = 16, threads: int = 8) -> None:
+        for name, value in (("open_rows", open_rows), ("threads", threads)):
+            if value < 1:
+                raise DataError(f"{name} is {value}; expected at least 1")
+        self._corpus, self._open_rows = corpus, open_rows
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=8 * threads)
+        self._documents = iter(corpus.documents.to_iter_dataset(options))
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="rows")
+        self._position = _Position()
+        self._ahead: tuple[tuple[int, int], Future[tuple[Batch, _Position]]] | None = None
+
+    def next_batch(self, rows: int, length: int) -> Batch:
+        """Returns the next rows. Both numbers may change from call to call.
+
+        With another length, what stood in open rows is packed anew: no document is lost and none comes twice.
+
+        Args:
+          rows: how many rows.
+          length: tokens of each.
+
+        Raises:
+          DataError: a number is not positive, a document cannot be used, or all documents are empty. The state stays
+            as it was.
+        """
+        for name, value in (("rows", rows), ("length", length)):
+            if value < 1:
+                raise DataError(f"{name} is {value}; expected at least 1")
+        shape = rows, length
+        if self._ahead is None or self._ahead[0] != shape:
+            self._guess(shape)
+        assert self._ahead is not None
+        future, self._ahead = self._ahead[1], None
+        batch, self._position = future.result()
+        self._guess(shape)
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        """Returns what `restore` needs to hand out exactly the following batches; JSON, without any tokens."""
+
+        def names(pieces: Sequence[_Piece]) -> list[list[int]]:
+            return [[piece.document, piece.begin] for piece in pieces]
+
+        return {
+            "corpus": self._corpus.identity,
+            "following": self._position.following,
+            "length": self._position.length,
+            "rows": [names(row) for row in self._position.rows],
+            "waiting": names(self._position.waiting),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes to where `state` was taken.
+
+        Raises:
+          DataError: it was taken with another corpus.
+        """
+        if state["corpus"] != self._corpus.identity:
+            raise DataError(
+                f"the data state was saved with the corpus {state['corpus']}, but this one is {self._corpus.identity}"
+            )
+
+        def pieces(names: list[list[int]]) -> tuple[_Piece, ...]:
+            return tuple(_Piece(document, begin, self._read(document)[begin:]) for document, begin in names)
+
+        self._settle()
+        length = state["length"]
+        rows, waiting = tuple(map(pieces, state["rows"])), pieces(state["waiting"])
+        held = [piece for row in (*rows, waiting) for piece in row]
+        if not all(len(piece.tokens) for piece in held) or any(_used(row) >= length for row in rows):
+            raise DataError("the data state was saved with other documents or another tokenizer than this corpus has")
+        self._position = _Position(state["following"], length, rows, waiting)
+
+    def _read(self, document: int) -> np.ndarray:
+        return self._corpus.documents[document]
+
+    def _settle(self) -> None:
+        """Ends background work, whose result is dropped."""
+        if self._ahead is not None:
+            wait([self._ahead[1]])
+            self._ahead = None
+
+    def _guess(self, shape: tuple[int, int]) -> None:
+        self._settle()
+        self._ahead = shape, self._background.submit(self._pack, self._position, *shape)
+
+    def _pack(self, position: _Position, count: int, length: int) -> tuple[Batch, _Position]:
+        """Returns a batch of [count, length] and the position after it."""
+        rows, waiting, following = list(map(list, position.rows)), deque(position.waiting), position.following
+        if length != position.length:
+            held = [piece for row in (*rows, waiting) for piece in row]
+            rows, waiting = [], deque(sorted(held, key=lambda piece: piece[:2]))
+        room = [length - _used(row) for row in rows]
+        done: list[list[_Piece]] = []
+        empty = 0
+        while len(done) < count:
+            if not waiting:
+                document = _Piece(following, 0, self._draw(following))
+                following += 1
+                empty = 0 if len(document.tokens) else empty + 1
+                if empty > self._corpus.longest_pass:
+                    raise DataError("all documents of the corpus are empty; expected at least one with text")
+                if empty:
+                    continue
+                waiting.append(document)
+            number, begin, tokens = waiting.popleft()
+            if len(tokens) > length:
+                waiting.appendleft(_Piece(number, begin + length, tokens[length:]))
+            piece = _Piece(number, begin, tokens[:length])
+            size = len(piece.tokens)
+            row = next((i for i, free in enumerate(room) if free >= size), None)
+            if size == length:
+                done.append([piece])
+            elif row is None:
+                if len(rows) >= self._open_rows:
+                    done.append(rows.pop(0))
+                    room.pop(0)
+                rows.append([piece])
+                room.append(length - size)
+            else:
+                rows[row].append(piece)
+                room[row] -= size
+                if not room[row]:
+                    done.append(rows.pop(row))
+                    room.pop(row)
+        return _batch(done, length), _Position(following, length, tuple(map(tuple, rows)), tuple(waiting))
+
+    def _draw(self, document: int) -> np.ndarray:
+        """Tokens [n] of a document; those after it are read ahead."""
+        if grain.experimental.get_next_index(self._documents) != document:
+            grain.experimental.set_next_index(self._documents, document)
+        try:
+            return next(self._documents)
+        except Exception as error:
+            # The reader has dropped the document without counting it; nothing else would bring it back.
+            grain.experimental.set_next_index(self._documents, document)
+            if isinstance(error, DataError):
+                raise DataError(str(error)) from None  # the sentence, without grain's notes on its own internals
+            raise
+
+
+def _used(row: Sequence[_Piece]) -> int:
+    return sum(len(piece.tokens) for piece in row)
+
+
+def _batch(rows: Sequence[Sequence[_Piece]], length: int) -> Batch:
+    tokens, segment_ids = np.zeros((2, len(rows), length), np.int32)
+    for row, pieces in enumerate(rows):
+        end = 0
+        for segment, piece in enumerate(pieces, 1):
+            begin, end = end, end + len(piece.tokens)
+            tokens[row, begin:end] = piece.tokens
+            segment_ids[row, begin:end] = segment
+    return Batch(tokens, segment_ids)

@@ -1,0 +1,333 @@
+"""The training loop: batches through the step, checkpoints and metrics on the way, and what happens when it goes wrong.
+
+Whatever ends a run, the next one with the same settings goes on from the newest checkpoint with the same batches, and
+takes the same steps as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+
+from train.batch import Batch
+from train.checkpoints import Checkpoints
+from train.data import Rows
+from train.objective import Decisions
+from train.optimizer import optimizer, state_placements
+from train.schedules import attention, learning_rate, loss_weights, stage_at, trained_part
+from train.settings import Settings
+from train.stability import Recovery, SpikeDetector
+from train.step import TrainState, make_decide, make_step
+from v4_jax.config import Config
+from v4_jax.parameters import Part, declarations, is_parameter
+from v4_jax.placement import Place, placements
+from v4_jax.policy import Policy
+from v4_jax.transformer import Transformer
+
+PRESET = "train"
+
+End = Literal["done", "stopped"]
+
+
+class TrainingError(Exception):
+    """Training that cannot go on. The message is a sentence for the user; the last good checkpoint is kept."""
+
+
+class Log(Protocol):
+    """Where metrics go."""
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Notes the metrics of a step, counted from 1."""
+
+    def rewind(self, step: int) -> None:
+        """Forgets what was noted after a step, which will be taken again."""
+
+
+class _Ready(NamedTuple):
+    """A batch that was read ahead, and where the data stood after it."""
+
+    batch: Batch
+    data: dict[str, Any]
+
+
+class Trainer:
+    """One run on one placement.
+
+    Args:
+      settings: the run's.
+      config: the architecture.
+      place: the mesh, or one device.
+      rows: the data, from its beginning.
+      fresh: makes the parameters that a new run starts from: float32, where `place` wants them.
+      log: where metrics go.
+      say: told what a person at the terminal should know.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        config: Config,
+        place: Place,
+        rows: Rows,
+        fresh: Callable[[], Any],
+        log: Log,
+        say: Callable[[str], None],
+    ) -> None:
+        self._settings, self._config, self._place, self._rows = settings, config, place, rows
+        self._fresh, self._log, self._say = fresh, log, say
+        self._checkpoints = Checkpoints(
+            settings.run, keep=settings.checkpoints.keep, keep_every=settings.checkpoints.keep_every
+        )
+        stability = settings.stability
+        self._detector = SpikeDetector(stability.spike, stability.window)
+        self._recovery = Recovery(stability.hold, stability.rollbacks)
+        self._rate = learning_rate(settings)
+        self._shapes = self._state_shapes()
+        self._programs: dict[Any, Any] = {}
+        self._ready: deque[_Ready] = deque()
+        self._ahead: deque[Decisions] = deque()
+        self._data = rows.state()
+        self._asked = False
+
+    # ---- what runs ---------------------------------------------------------------------------------------------------
+
+    def _optimizer(self, part: Part | None = None) -> optax.GradientTransformation:
+        chosen = self._settings.optimizer
+        return optimizer(
+            self._config,
+            self._rate,
+            matrices=chosen.matrices,
+            momentum=chosen.momentum,
+            betas=(chosen.beta1, chosen.beta2),
+            eps=chosen.eps,
+            weight_decay=chosen.weight_decay,
+            rms=chosen.rms,
+            balance_speed=self._settings.losses.balance_speed,
+            dtype=Policy.of(self._settings.policy).compute_dtype,
+            mesh=self._place.mesh,
+            rules=self._place.rules,
+            part=part,
+        )
+
+    def _state_shapes(self) -> TrainState:
+        """Shapes of the state, and where it lies."""
+        params = jax.tree.map(lambda p: p.value, declarations(self._config), is_leaf=is_parameter)
+        transform = self._optimizer()
+        step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+        state = TrainState(step, params, jax.eval_shape(transform.init, params))
+        mesh, rules = self._place.mesh, self._place.rules
+        places: Any
+        if mesh is None:
+            places = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), state)
+        else:
+            of_state = state_placements(self._config, transform, mesh, rules)
+            everywhere: Any = self._place.replicated
+            places = TrainState(everywhere, placements(self._config, mesh, rules), of_state)
+        return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, places)
+
+    def _program(self, stage: int, replayed: bool) -> Any:
+        """The compiled step of a stage, with or without experts given."""
+        key = stage, replayed
+        if key not in self._programs:
+            chosen = self._settings.stages[stage]
+            step = make_step(
+                self._model(stage),
+                self._optimizer(trained_part(chosen)),
+                lambda step: loss_weights(self._settings, chosen, step),
+                fp4_experts=self._settings.fp4_experts,
+            )
+            places = jax.tree.map(lambda x: x.sharding, self._shapes)
+            self._programs[key] = jax.jit(step, donate_argnums=0, out_shardings=(places, self._place.replicated))
+        return self._programs[key]
+
+    def _decide(self, stage: int) -> Any:
+        """The compiled choice of experts."""
+        key = stage, "decide"
+        if key not in self._programs:
+            decide = make_decide(self._model(stage), fp4_experts=self._settings.fp4_experts)
+            self._programs[key] = jax.jit(decide, out_shardings=self._place.replicated)
+        return self._programs[key]
+
+    def _model(self, stage: int) -> Transformer:
+        return Transformer(
+            self._config,
+            policy=self._settings.policy,
+            mesh=self._place.mesh,
+            rules=self._place.rules,
+            stage=attention(self._settings.stages[stage]),
+            remat=self._settings.remat,
+        )
+
+    # ---- where it stands ---------------------------------------------------------------------------------------------
+
+    def _start(self) -> TrainState:
+        """The newest checkpoint's state, or a new run's."""
+        saved = self._checkpoints.restore(self._shapes, self._say)
+        self._ready.clear()
+        self._ahead.clear()
+        if saved is None:
+            params = self._fresh()
+            places = jax.tree.map(lambda x: x.sharding, self._shapes.optimizer)
+            state = jax.jit(self._optimizer().init, out_shardings=places)(params)
+            step = jax.device_put(jnp.int32(0), self._shapes.step.sharding)
+            self._rows.restore(self._data)
+            self._detector.restore(SpikeDetector(None, 1).state())
+            return TrainState(step, params, state)
+        self._data = saved.progress["data"]
+        self._rows.restore(self._data)
+        self._detector.restore(saved.progress["loss"])
+        self._recovery.restore(saved.progress["recovery"])
+        self._ahead.extend(self._place.put(decisions) for decisions in saved.ahead)
+        return saved.state
+
+    def _save(self, state: TrainState) -> None:
+        progress = {"data": self._data, "loss": self._detector.state(), "recovery": self._recovery.state()}
+        progress["settings"] = self._settings.model_dump(mode="json")
+        self._checkpoints.save(state, progress, list(self._ahead))
+
+    # ---- the loop ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> End:
+        """Trains until the last stage is over, or until SIGTERM or SIGINT asks to stop.
+
+        Raises:
+          TrainingError: the loss does not come back from a spike, or is not finite.
+          train.checkpoints.SaveError: a checkpoint cannot be written.
+          train.data.DataError: a document cannot be used.
+        """
+        with self._stopping():
+            try:
+                return self._run()
+            finally:
+                self._checkpoints.close()
+
+    def _run(self) -> End:
+        begin = self._data
+        state = self._start()
+        step = saved = int(state.step)
+        if step:
+            self._say(f"continuing after step {step:,} of {self._settings.steps:,}")
+        self._log.rewind(step)
+        last: tuple[int, Any] | None = None  # read while the next step runs
+        while True:
+            over = step >= self._settings.steps
+            due = over or (step > saved and step % self._settings.checkpoints.every == 0)
+            stop = self._stop_is_due(step)
+            if not (due or stop):
+                following, metrics = self._take(state, step)
+            if last is not None and self._spiked(*last):
+                self._data = begin
+                state = self._back(last[0])
+                step = saved = int(state.step)
+                last = None
+                continue
+            if due or stop:
+                last = None
+                if step > saved:
+                    self._save(state)
+                    saved = step
+                if over or stop:
+                    self._checkpoints.finish()
+                    return "done" if over else "stopped"
+                continue
+            state, step = following, step + 1
+            last = step, metrics
+
+    def _take(self, state: TrainState, step: int) -> tuple[TrainState, Any]:
+        """Begins one step."""
+        self._profile(step)
+        stage = stage_at(self._settings, step)
+        if self._recovery.anticipates(step):
+            while len(self._ahead) <= self._settings.stability.ahead:
+                later = step + len(self._ahead)
+                decide = self._decide(stage_at(self._settings, later))
+                self._ahead.append(decide(state.params, self._batch(step, later)))
+            decisions = self._ahead.popleft()
+        else:
+            self._ahead.clear()
+            decisions = None
+        batch = self._batch(step, step)
+        self._data = self._ready.popleft().data
+        return self._program(stage, decisions is not None)(state, batch, decisions)
+
+    def _batch(self, step: int, later: int) -> Batch:
+        """The batch of a coming step [microbatches, B, S], on devices."""
+        while len(self._ready) <= later - step:
+            stage = self._settings.stages[stage_at(self._settings, step + len(self._ready))]
+            read = self._rows.next_batch(stage.rows, stage.length)
+            cut = Batch(*(x.reshape(stage.microbatches, -1, stage.length) for x in read))
+            self._ready.append(_Ready(cut, self._rows.state()))
+        return self._place.put(self._ready[later - step].batch)
+
+    def _spiked(self, step: int, metrics: Any) -> bool:
+        """Notes a step's metrics; returns whether the loss jumped."""
+        found = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        spiked = self._detector.spiked(found["loss"]) or not found.pop("finite")
+        anticipates = self._recovery.anticipates(step - 1)
+        found |= {"learning_rate": float(self._rate(step - 1)), "anticipatory_routing": float(anticipates)}
+        self._log.write(step, found)
+        return spiked
+
+    def _back(self, spike: int) -> TrainState:
+        """Goes back to the newest checkpoint after a spike, and on with anticipatory routing."""
+        kept = self._recovery.state()
+        self._checkpoints.finish()
+        state = self._start()
+        to = int(state.step)
+        self._recovery.restore(kept)
+        again = self._recovery.back(spike, to)
+        if not again:
+            attempts = self._settings.stability.rollbacks
+            tried = f" again after {attempts} attempts with anticipatory routing" if attempts else ""
+            raise TrainingError(f"the loss of step {spike} jumped or is not finite{tried}; the run stays at step {to}")
+        self._say(
+            f"the loss of step {spike:,} jumped or is not finite: back to step {to:,}, with anticipatory routing until "
+            f"step {self._recovery.until:,}"
+        )
+        self._log.rewind(to)
+        return state
+
+    # ---- around it ---------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _stopping(self) -> Iterator[None]:
+        """SIGTERM and SIGINT ask the loop to save and end; a second SIGINT ends it at once."""
+
+        def ask(number: int, frame: Any) -> None:
+            del frame
+            if self._asked and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self._asked = True
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stop_is_due(self, step: int) -> bool:
+        """Whether to stop, as all processes agree."""
+        if jax.process_count() == 1:
+            return self._asked
+        if step % self._settings.log.every:
+            return False
+        return bool(np.any(multihost_utils.process_allgather(np.asarray(self._asked))))
+
+    def _profile(self, step: int) -> None:
+        if self._settings.log.profile is None:
+            return
+        first, count = self._settings.log.profile
+        if step == first:
+            jax.profiler.start_trace(str(self._settings.run / "profile"))
+        elif step == first + count:
+            jax.profiler.stop_trace()

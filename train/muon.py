@@ -1,0 +1,230 @@
+"""Muon: momentum, orthogonalised matrix by matrix, each matrix by one device.
+
+Technical report, section 2.4. Newton-Schulz iterations turn the momentum of a weight into the nearest semi-orthogonal
+matrix; its update then has the same size whatever the gradient's. optax.contrib's `muon` corrects momentum and gradient
+for their start by different factors and iterates on one device; here momentum is the report's, and matrices are spread.
+
+On a mesh, matrices that lie whole on a device (an expert's, an output group's) are orthogonalised there. Of the others,
+which are split for storage, each is brought together on one device, by one exchange, and goes back by another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import PartitionSpec as P
+
+from sharding.axes import Rules, ShardingError, resolve
+from sharding.split import Split
+from v4_jax.config import Config
+from v4_jax.parameters import Parameter, declarations, is_parameter
+
+# Eight steps that bring the singular values near one, and two that settle them there (section 2.4).
+COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2
+
+RMS = 0.18  # root mean square of an update's elements, as AdamW's tend to be
+
+_BATCH_BYTES = 2**28  # of float32 matrices that are orthogonalised at once
+
+
+def muon(
+    config: Config,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    momentum: float = 0.95,
+    weight_decay: float = 0.1,
+    rms: float = RMS,
+    dtype: Any = jnp.bfloat16,
+    mesh: Mesh | None = None,
+    rules: Rules | str | None = None,
+) -> optax.GradientTransformation:
+    """The report's Muon, for the "muon" parameters of a model alone.
+
+    Args:
+      config: the architecture.
+      learning_rate: constant, or by step.
+      momentum: decay of the momentum M <- momentum * M + G; what is orthogonalised is momentum * M + G.
+      weight_decay: decoupled, times the learning rate.
+      rms: root mean square of an update's elements before the learning rate.
+      dtype: of the matrix products; bfloat16 suffices.
+      mesh: devices that the parameters lie on.
+      rules: which mesh axes split which logical axes.
+    """
+    return optax.chain(
+        optax.trace(decay=momentum, nesterov=True),
+        orthogonalise(config, rms=rms, dtype=dtype, mesh=mesh, rules=rules),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def newton_schulz(x: Array, dtype: Any = jnp.float32) -> Array:
+    """The semi-orthogonal matrices nearest to `x` [..., m, n], in its dtype; a matrix of zeros stays so.
+
+    Args:
+      x: matrices.
+      dtype: of the matrix products.
+    """
+    tall = x.shape[-2] > x.shape[-1]
+    y = x.astype(jnp.float32)
+    y = jnp.swapaxes(y, -1, -2) if tall else y
+    # By the largest element first: the squares of tiny gradients would underflow.
+    tiny = jnp.finfo(jnp.float32).tiny
+    y = y / jnp.maximum(jnp.max(jnp.abs(y), axis=(-1, -2), keepdims=True), tiny)
+    y = y / jnp.maximum(jnp.linalg.norm(y, axis=(-1, -2), keepdims=True), tiny)
+
+    def step(y: Array, coefficients: Array) -> tuple[Array, None]:
+        a, b, c = coefficients
+        squared = _product("...mk,...nk->...mn", y, y)
+        cubic = b * squared + c * _product("...mk,...kn->...mn", squared, squared)
+        return a * y + _product("...mk,...kn->...mn", cubic, y), None
+
+    y, _ = jax.lax.scan(step, y.astype(dtype), jnp.asarray(COEFFICIENTS, dtype))
+    return (jnp.swapaxes(y, -1, -2) if tall else y).astype(x.dtype)
+
+
+def _product(spec: str, a: Array, b: Array) -> Array:
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(spec, a, b, precision=precision)
+
+
+def orthogonalise(
+    config: Config,
+    *,
+    rms: float = RMS,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    rules: Rules | str | None = None,
+) -> optax.GradientTransformation:
+    """Replaces every matrix of the "muon" parameters by `rms * sqrt(max(m, n))` times the nearest semi-orthogonal one.
+
+    Stateless. The leaves are those of a masked tree, as `optax.partition` hands it over.
+
+    Raises:
+      ShardingError: independent matrices of one weight that do not lie whole on the devices.
+    """
+    leaves = jax.tree.leaves(declarations(config), is_leaf=is_parameter)
+    declared = [leaf for leaf in leaves if leaf.group == "muon"]
+    plans = [Plan.of(leaf, mesh, resolve(rules)) for leaf in declared]
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        values, tree = jax.tree.flatten(updates)
+        run = functools.partial(_orthogonalise, plans, rms, dtype)
+        if mesh is not None:
+            specs = [plan.spec for plan in plans]
+            run = jax.shard_map(run, mesh=mesh, in_specs=(specs,), out_specs=specs, check_vma=False)
+        return jax.tree.unflatten(tree, run(values)), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Where the matrices of one parameter are.
+
+    Attributes:
+      shape: (m, n) of a matrix, whole.
+      local: (m, n) of the part that a device stores.
+      spec: placement of the parameter.
+      rows: mesh axes that split a matrix's rows.
+      columns: mesh axes that split its columns.
+      idle: mesh axes along which all devices store the same.
+    """
+
+    shape: tuple[int, int]
+    local: tuple[int, int]
+    spec: P
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    idle: tuple[str, ...]
+
+    @classmethod
+    def of(cls, parameter: Parameter, mesh: Mesh | AbstractMesh | None, rules: Rules) -> Plan:
+        """The plan of a "muon" parameter.
+
+        Raises:
+          ShardingError: independent matrices that do not lie whole on the devices.
+        """
+        sizes = {} if mesh is None else {name: size for name, size in mesh.shape.items() if size > 1}
+        split = Split(rules, tuple(sizes.items()))
+        out, columns = (split.axes(name) for name in parameter.axes[-2:])
+        height, width = parameter.shape[-2] // parameter.matrices, parameter.shape[-1]
+        rows = out
+        if parameter.matrices > 1 and out:
+            if parameter.matrices % split.count(out):
+                raise ShardingError(
+                    f"{parameter.released} holds {parameter.matrices} independent matrices, which do not lie whole on "
+                    f"{split.count(out)} devices ({' x '.join(out)}): expected a divisor of {parameter.matrices}"
+                )
+            rows = ()
+        used = {axis for name in parameter.axes for axis in split.axes(name)}
+        return cls(
+            (height, width),
+            (height // split.count(rows), width // split.count(columns)),
+            P(*(split.axes(name) or None for name in parameter.axes)),
+            rows,
+            columns,
+            tuple(axis for axis in sizes if axis not in used),
+        )
+
+    @property
+    def whole(self) -> bool:
+        """Whether every matrix lies whole on one device and on no other."""
+        return not (self.rows or self.columns or self.idle)
+
+
+def _orthogonalise(plans: Sequence[Plan], rms: float, dtype: Any, values: Sequence[Array]) -> list[Array]:
+    """One device's part of the work, from its shards to its shards."""
+    scale = [rms * math.sqrt(max(plan.shape)) for plan in plans]
+    matrices = [value.reshape(-1, *plan.local) for plan, value in zip(plans, values, strict=True)]
+    results: dict[int, Array] = {}
+    groups = defaultdict(list)
+    for i, plan in enumerate(plans):
+        if plan.whole:
+            results[i] = _batched(matrices[i], dtype)
+        else:  # matrices of the same shape and places share an exchange
+            groups[plan.shape, plan.rows, plan.columns, plan.idle].append(i)
+    for members in groups.values():
+        together = jnp.concatenate([matrices[i] for i in members])
+        ends = [sum(matrices[i].shape[0] for i in members[: n + 1]) for n in range(len(members) - 1)]
+        done = _spread(together, plans[members[0]], dtype)
+        results |= dict(zip(members, jnp.split(done, ends), strict=True))
+    return [(results[i] * scale[i]).astype(value.dtype).reshape(value.shape) for i, value in enumerate(values)]
+
+
+def _spread(x: Array, plan: Plan, dtype: Any) -> Array:
+    """Parts [N, m', n'] of matrices -> the same parts, orthogonalised; a device works on every k-th part of the N.
+
+    Where N is not a multiple of the devices, some work on zeros.
+    """
+    idle, columns, rows = (jax.lax.axis_size(axes) if axes else 1 for axes in (plan.idle, plan.columns, plan.rows))
+    count = x.shape[0]
+    x = jnp.pad(x.astype(dtype), [(0, -count % (idle * columns * rows)), (0, 0), (0, 0)])
+    if plan.idle:
+        share = x.shape[0] // idle
+        x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(plan.idle) * share, share)
+    for axes, dimension in ((plan.columns, 2), (plan.rows, 1)):
+        x = jax.lax.all_to_all(x, axes, 0, dimension, tiled=True) if axes else x
+    x = _batched(x, dtype)
+    for axes, dimension in ((plan.rows, 1), (plan.columns, 2)):
+        x = jax.lax.all_to_all(x, axes, dimension, 0, tiled=True) if axes else x
+    x = jax.lax.all_gather(x, plan.idle, tiled=True) if plan.idle else x
+    return x[:count].astype(jnp.float32)
+
+
+def _batched(x: Array, dtype: Any) -> Array:
+    """`newton_schulz` of [N, m, n], a few at a time."""
+    size = max(1, _BATCH_BYTES // (4 * x.shape[1] * x.shape[2]))
+    run = functools.partial(newton_schulz, dtype=dtype)
+    return run(x) if x.shape[0] <= size else jax.lax.map(run, x, batch_size=size)

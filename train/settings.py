@@ -1,0 +1,323 @@
+"""A training run's settings: a YAML file and `field=value` changes to it, every field typed and explained."""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from v4_jax.stages import Remat
+
+PolicyName = Literal["float32", "bfloat16", "released"]
+Attention = Literal["dense", "indexer", "sparse"]
+
+
+class SettingsError(ValueError):
+    """Settings that cannot be used; the sentence says what was found and what is legal."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-20 is a number, as in YAML 1.2 and to everyone who writes it."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class SourceSettings(_Section):
+    """A part of the training data."""
+
+    path: str
+    """A file, a directory or a glob; relative to where the command runs."""
+    weight: PositiveFloat = 1.0
+    """Its share of the documents, against those of the other sources."""
+    format: Literal["auto", "text", "jsonl", "parquet", "arrayrecord"] = "auto"
+    """How documents are stored; "auto" goes by the file's name."""
+    field: str = "text"
+    """The field or column that holds the text; "tokens" for lists of token ids."""
+
+
+class DataSettings(_Section):
+    """What is trained on."""
+
+    sources: list[SourceSettings] = Field(min_length=1)
+    """The parts of the mixture."""
+    shuffle: bool = True
+    """Whether documents come in random order, another one each time through a source."""
+    begin: bool = True
+    """Whether a text begins with the begin-of-sentence token."""
+    end: bool = True
+    """Whether it ends with the end-of-sentence token."""
+    open_rows: PositiveInt = 16
+    """Rows that are filled at once: more of them take less padding, and more memory."""
+    threads: PositiveInt = 8
+    """Threads that read and tokenise."""
+
+
+class StageSettings(_Section):
+    """Some steps in a row with batches of one shape and one way to attend."""
+
+    steps: PositiveInt
+    """How many steps the stage lasts."""
+    length: PositiveInt
+    """Tokens of a row."""
+    rows: PositiveInt
+    """Rows of a step, all microbatches and devices together."""
+    microbatches: PositiveInt = 1
+    """Parts that a step's rows are worked on one after another, to save memory."""
+    attention: Attention = "sparse"
+    """How CSA layers attend: "dense", all entries, and the indexer waits; "indexer", the same, and only the indexer
+    learns; "sparse", the entries that it picks, and all learn."""
+
+
+class OptimizerSettings(_Section):
+    """How parameters are updated; the defaults are the technical report's."""
+
+    matrices: Literal["muon", "adamw"] = "muon"
+    """What updates the matrices. Embedding, head, norms, biases and gates are AdamW's in any case."""
+    learning_rate: PositiveFloat = 2.7e-4
+    """Its highest value, of both optimisers."""
+    final_learning_rate: NonNegativeFloat | None = None
+    """Where the cosine ends; a tenth of the highest value by default."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear rise from zero. The report took 2000."""
+    decay_steps: NonNegativeInt = 0
+    """Steps of the cosine, the run's last ones; between warm-up and cosine the rate is constant."""
+    momentum: float = Field(0.95, ge=0, lt=1)
+    """Muon's."""
+    rms: PositiveFloat = 0.18
+    """Root mean square of the elements of a Muon update, before the learning rate."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """AdamW's."""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """AdamW's."""
+    eps: PositiveFloat = 1e-20
+    """AdamW's."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled, of both."""
+
+
+class LossSettings(_Section):
+    """What the losses count, where the next token's counts 1; the defaults are the technical report's."""
+
+    mtp: NonNegativeFloat = 0.3
+    """The token after the next, until the learning rate begins to fall."""
+    mtp_decay: NonNegativeFloat = 0.1
+    """The same from then on."""
+    balance: NonNegativeFloat = 1e-4
+    """Sequence-wise balance of the experts."""
+    balance_speed: NonNegativeFloat = 1e-3
+    """By how much a step moves the router's bias of an expert."""
+    indexer: NonNegativeFloat = 1.0
+    """Divergence of the indexer's scores from the attention; of stages other than "dense"."""
+
+
+class StabilitySettings(_Section):
+    """What happens when the loss jumps: back to the last checkpoint, and on with anticipatory routing for a while."""
+
+    spike: PositiveFloat | None = 6.0
+    """A loss so many standard deviations above its running mean is a spike; null never looks for one."""
+    window: PositiveInt = 100
+    """Steps over which mean and deviation are taken, and before which nothing is a spike."""
+    ahead: PositiveInt = 4
+    """Anticipatory routing takes the experts that the parameters so many steps ago choose."""
+    hold: PositiveInt = 200
+    """Steps for which it stays on."""
+    rollbacks: NonNegativeInt = 3
+    """So many times in a row, without passing the step of the spike, the run goes back; then it stops."""
+
+
+class CheckpointSettings(_Section):
+    """When the state is saved."""
+
+    every: PositiveInt = 500
+    """Steps between checkpoints; one more is made at the end and when the run is asked to stop."""
+    keep: PositiveInt = 3
+    """How many of the newest to keep."""
+    keep_every: PositiveInt | None = None
+    """Also keep those of multiples of so many steps, for ever."""
+
+
+class LogSettings(_Section):
+    """What is written down."""
+
+    every: PositiveInt = 10
+    """Steps between lines of metrics."""
+    tensorboard: bool = True
+    """Whether to write them for TensorBoard too."""
+    profile: tuple[NonNegativeInt, PositiveInt] | None = None
+    """First step and number of steps to record with jax.profiler, in the run's directory."""
+
+
+class Settings(_Section):
+    """A training run."""
+
+    run: Path
+    """The run's directory: it is made, or continued where it exists."""
+    model: Path | None = None
+    """A released, converted or trained directory to start from; or give `architecture`."""
+    architecture: Path | dict[str, Any] | None = None
+    """A fresh model: a config.json, or its fields."""
+    tokenizer: Path | None = None
+    """A directory with tokenizer.json; by default the model's, or bytes for a small fresh vocabulary."""
+    data: DataSettings
+    """What is trained on."""
+    stages: list[StageSettings] = Field(min_length=1)
+    """Batch shapes and ways to attend, in order. A ramp of the batch size is a list of stages."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+    """How parameters are updated."""
+    losses: LossSettings = LossSettings()
+    """What is minimised."""
+    stability: StabilitySettings = StabilitySettings()
+    """What happens when the loss jumps."""
+    checkpoints: CheckpointSettings = CheckpointSettings()
+    """When the state is saved."""
+    log: LogSettings = LogSettings()
+    """What is written down."""
+    seed: NonNegativeInt = 0
+    """Of fresh weights and of the data's order."""
+    policy: PolicyName = "bfloat16"
+    """Precision of the forward pass; "released" also rounds keys, values, index queries and index keys."""
+    fp4_experts: bool = False
+    """Round experts to FP4 in the forward pass, for a model that will be released so."""
+    remat: Remat = "sublayers"
+    """What the backward pass recomputes: "none", "sublayers" or "layers"."""
+    mesh: str | None = None
+    """Devices by axis, as in data=2,seq=4,expert=2,tensor=1; one device by default."""
+
+    @property
+    def steps(self) -> int:
+        """Steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        if (self.model is None) == (self.architecture is None):
+            raise ValueError("expected either model, a directory to start from, or architecture, of a fresh one")
+        for i, stage in enumerate(self.stages):
+            if stage.rows % stage.microbatches:
+                raise ValueError(f"stages.{i}: {stage.rows} rows do not divide into {stage.microbatches} microbatches")
+        if self.optimizer.warmup_steps + self.optimizer.decay_steps > self.steps:
+            raise ValueError(
+                f"optimizer: warmup_steps {self.optimizer.warmup_steps} and decay_steps {self.optimizer.decay_steps} "
+                f"exceed the run's {self.steps} steps"
+            )
+        return self
+
+
+def read_settings(path: Path | None, changes: Sequence[str] = ()) -> Settings:
+    """Reads a YAML file and applies `field=value` changes to it.
+
+    Args:
+      path: the file; None for changes alone.
+      changes: as in "optimizer.learning_rate=1e-3" or "stages.0.steps=100"; values are YAML.
+
+    Raises:
+      SettingsError: a field that does not exist, a value of the wrong type or out of range, or no YAML.
+      OSError: the file cannot be read.
+    """
+    values: Any = {}
+    if path is not None:
+        values = _parse(path.read_text(encoding="utf-8"), str(path))
+        if not isinstance(values, dict):
+            raise SettingsError(f"{path} holds no settings; expected YAML with fields such as run, model and data")
+    for change in changes:
+        name, equals, text = change.partition("=")
+        if not equals:
+            raise SettingsError(f"{change!r} is no change of a setting; expected field=value")
+        _set(values, name, _parse(text, change))
+    try:
+        return Settings.model_validate(values)
+    except pydantic.ValidationError as error:
+        where = f"{path}: " if path else ""
+        raise SettingsError(where + "; ".join(_sentence(problem) for problem in error.errors())) from None
+
+
+def write_settings(settings: Settings) -> str:
+    """The settings as YAML that `read_settings` reads back, defaults included."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+
+
+def describe(section: type[BaseModel] = Settings, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Yields (field, default, what it means) of every setting, sections first named and then opened."""
+    for name, field in section.model_fields.items():
+        inner = _section_of(field.annotation)
+        required = field.is_required()
+        default = "required" if required else "" if inner else yaml.safe_dump(field.default).split("\n")[0]
+        yield prefix + name, default, " ".join((field.description or "").split())
+        if inner is not None:
+            listed = typing.get_origin(field.annotation) is list
+            yield from describe(inner, f"{prefix}{name}.{'N.' if listed else ''}")
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, alone or in a list."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return annotation if issubclass(annotation, BaseModel) else None
+    found = [_section_of(inner) for inner in typing.get_args(annotation)]
+    return next((inner for inner in found if inner is not None), None)
+
+
+def _parse(text: str, what: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{what} is not YAML: {' '.join(str(error).split())}") from None
+
+
+def _set(values: Any, name: str, value: Any) -> None:
+    """Puts a value at a dotted name, making sections on the way."""
+    *path, last = name.split(".")
+    for i, key in enumerate(path):
+        if isinstance(values, list):
+            values = _element(values, key, name)
+        elif isinstance(values, dict):
+            values = values.setdefault(key, {})
+        else:
+            raise SettingsError(f"{name}: {'.'.join(path[:i])} is {values!r}, which has no fields")
+    if isinstance(values, list):
+        _element(values, last, name)
+        values[int(last)] = value
+    elif isinstance(values, dict):
+        values[last] = value
+    else:
+        raise SettingsError(f"{name}: {'.'.join(path)} is {values!r}, which has no fields")
+
+
+def _element(values: list[Any], key: str, name: str) -> Any:
+    if not key.isdecimal() or int(key) >= len(values):
+        raise SettingsError(f"{name}: found {key!r} in a list of {len(values)}, expected 0 to {len(values) - 1}")
+    return values[int(key)]
+
+
+def _sentence(problem: Any) -> str:
+    """One of pydantic's errors as a clause."""
+    place = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "extra_forbidden":
+        *path, _ = problem["loc"]
+        return f"unknown field {place}; expected one of {', '.join(_fields(path))}"
+    if problem["type"] == "missing":
+        return f"{place} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{place} is {problem['input']!r}: {message[0].lower()}{message[1:]}" if place else message
+
+
+def _fields(path: Sequence[Any]) -> list[str]:
+    """The legal fields of the section at a place."""
+    section: type[BaseModel] = Settings
+    for key in path:
+        if isinstance(key, str) and key in section.model_fields:
+            section = _section_of(section.model_fields[key].annotation) or section
+    return sorted(section.model_fields)

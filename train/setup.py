@@ -1,0 +1,127 @@
+"""From settings to a run that is ready to go: its directory, its model's origin, its data."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from train.data import Corpus, Rows
+from train.documents import Source
+from train.settings import Settings, SettingsError, write_settings
+from v4_jax.checkpoint import Checkpoint, load, open_checkpoint
+from v4_jax.checkpoint.released import companions
+from v4_jax.checkpoint.trained import RECORD, RUN, run_of
+from v4_jax.config import Config
+from v4_jax.files import complete
+from v4_jax.parameters import init
+from v4_jax.placement import Place
+from v4_jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+
+
+class Origin(NamedTuple):
+    """What a run starts from.
+
+    Attributes:
+      config: the architecture.
+      tokenizer: of its texts.
+      files: companions to carry along: name -> file.
+      checkpoint: weights to start from; None for fresh ones.
+    """
+
+    config: Config
+    tokenizer: Tokenizer
+    files: Mapping[str, Path]
+    checkpoint: Checkpoint | None
+
+    @classmethod
+    def of(cls, settings: Settings) -> Origin:
+        """Looks at what the settings name.
+
+        Raises:
+          SettingsError, ValueError, OSError: it is not there or cannot be used.
+        """
+        checkpoint, directory = None, settings.tokenizer
+        if settings.model is not None:
+            checkpoint = open_checkpoint(settings.model)
+            config, directory = checkpoint.config, directory or run_of(settings.model) or settings.model
+        elif isinstance(settings.architecture, Path):
+            config = Config.from_hf(json.loads(settings.architecture.read_text(encoding="utf-8")))
+        else:
+            config = Config.from_hf(settings.architecture or {})
+        if directory is None:
+            return cls(config, ByteTokenizer(config.vocab_size), {}, checkpoint)
+        return cls(config, load_tokenizer(directory, config.vocab_size), companions(directory), checkpoint)
+
+    def fresh(self, place: Place, seed: int) -> Any:
+        """The float32 parameters that the run starts from, placed."""
+        if self.checkpoint is None:
+            return init(self.config, jax.random.key(seed), mesh=place.mesh, rules=place.rules)
+        return load(self.checkpoint, dtype="float32", mesh=place.mesh, rules=place.rules)[1]
+
+
+def open_rows(settings: Settings, origin: Origin) -> Rows:
+    """The run's data, from its beginning.
+
+    Raises:
+      train.data.DataError: a source cannot be opened.
+    """
+    data, tokenizer = settings.data, origin.tokenizer
+    corpus = Corpus(
+        [Source(**source.model_dump()) for source in data.sources],
+        tokenizer.encode,
+        vocab_size=origin.config.vocab_size,
+        bos_id=tokenizer.bos_id if data.begin else None,
+        eos_id=tokenizer.eos_id if data.end else None,
+        seed=settings.seed,
+        shuffle=data.shuffle,
+    )
+    return Rows(corpus, open_rows=data.open_rows, threads=data.threads)
+
+
+def open_run(settings: Settings, origin: Origin) -> None:
+    """Makes the run's directory, or checks that the one there is of this model.
+
+    Raises:
+      SettingsError: the directory is something else, or of another architecture.
+    """
+    run = settings.run
+    if run.exists() and not (run / RUN).exists() and (not run.is_dir() or any(run.iterdir())):
+        raise SettingsError(f"{run} exists and is not a training run; expected a new name, or a run to continue")
+    config = origin.config.to_hf()
+    if (run / RUN).exists():
+        found = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        if different := sorted(key for key in {*found, *config} if found.get(key) != config.get(key)):
+            raise SettingsError(
+                f"{run} is a run of another architecture (it differs in {', '.join(different)}); expected a new name"
+            )
+    if jax.process_index():
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    for name, file in origin.files.items():
+        if not (run / name).exists():
+            (run / name).parent.mkdir(parents=True, exist_ok=True)
+            with complete(run / name) as working:
+                shutil.copyfile(file, working)
+    written = {"settings.yaml": write_settings(settings), "config.json": json.dumps(config, indent=2) + "\n"}
+    for name, text in {**written, RUN: json.dumps(RECORD) + "\n"}.items():  # the mark when all else is there
+        with complete(run / name) as working:
+            working.write_text(text, encoding="utf-8")
+
+
+def notes(settings: Settings, config: Config) -> list[str]:
+    """What is legal and probably not meant."""
+    found = []
+    if "csa" in {layer.attention for layer in config.layers}:
+        for i, stage in enumerate(settings.stages):
+            entries = stage.length // 4
+            if stage.attention != "dense" and settings.losses.indexer and entries <= config.index_topk:
+                found.append(
+                    f"stages.{i}: a row of {stage.length:,} tokens has {entries:,} compressed entries, no more than "
+                    f"index_topk {config.index_topk:,}: every entry is picked, and the indexer cannot learn to choose"
+                )
+    return found

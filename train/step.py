@@ -1,0 +1,147 @@
+"""One training step: gradients over microbatches, one update, and what a person wants to know about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax import Array
+
+from train.batch import Batch
+from train.objective import Counts, Decisions, Sums, Weights, balanced_layers, decide, objective, value_and_grad
+from train.precision import compute_copy
+from v4_jax.config import Config
+from v4_jax.parameters import declarations, is_parameter
+from v4_jax.policy import Policy
+from v4_jax.transformer import Transformer, by_layer
+
+Metrics = dict[str, Array]
+
+
+class TrainState(struct.PyTreeNode):
+    """Everything that a step changes.
+
+    Attributes:
+      step: int32 steps done.
+      params: float32 master weights.
+      optimizer: the optimiser's state.
+    """
+
+    step: Array
+    params: Any
+    optimizer: Any
+
+
+def make_step(
+    model: Transformer,
+    transform: optax.GradientTransformation,
+    weights: Callable[[Array], Weights],
+    *,
+    fp4_experts: bool = False,
+) -> Callable[[TrainState, Batch, Decisions | None], tuple[TrainState, Metrics]]:
+    """A function of state, batch and experts to use, to be jitted.
+
+    The batch is [microbatches, B, S]; gradients add up in float32. Where the loss or the gradient is not finite the
+    state stays as it was, and the metrics say so.
+
+    Args:
+      model: the model, on a mesh or not.
+      transform: see `train.optimizer.optimizer`.
+      weights: of the losses, by step.
+      fp4_experts: see `train.precision.compute_copy`.
+    """
+    config, policy = model.config, Policy.of(model.policy)
+
+    def step(state: TrainState, batch: Batch, decisions: Decisions | None = None) -> tuple[TrainState, Metrics]:
+        counts, now = Counts.of(batch), weights(state.step)
+
+        def loss(params: Any, batch: Batch, decisions: Decisions | None) -> tuple[Array, Sums]:
+            params = compute_copy(params, config, policy, fp4_experts=fp4_experts)
+            return objective(model, params, batch, counts, now, decisions)
+
+        def one(batch: Batch, decisions: Decisions | None) -> Any:
+            return value_and_grad(lambda params: loss(params, batch, decisions), state.params)
+
+        if batch.tokens.shape[0] == 1:
+            (total, sums), grads = one(*jax.tree.map(lambda x: x[0], (batch, decisions)))
+        else:
+            (total, sums), grads = _accumulated(one, batch, decisions)
+
+        grads = _with_loads(config, grads, sums.load)
+        updates, optimizer = transform.update(grads, state.optimizer, state.params)
+        after = TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer)
+        metrics = _metrics(config, counts, sums) | _sizes(config, grads, updates) | {"total_loss": total}
+        finite = jnp.isfinite(total) & jnp.isfinite(metrics["gradient_norm"])
+        after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
+        return after, metrics | {"finite": finite}
+
+    return step
+
+
+def make_decide(model: Transformer, *, fp4_experts: bool = False) -> Callable[[Any, Batch], Decisions]:
+    """A function of parameters and batch that says which experts they choose, to be jitted; as for `make_step`."""
+
+    def run(params: Any, batch: Batch) -> Decisions:
+        params = compute_copy(params, model.config, Policy.of(model.policy), fp4_experts=fp4_experts)
+        return jax.lax.map(lambda rows: decide(model, params, rows), batch)
+
+    return run
+
+
+def _accumulated(one: Callable[[Batch, Decisions | None], Any], batch: Batch, decisions: Decisions | None) -> Any:
+    """Sum of `one` over microbatches."""
+    first = jax.tree.map(lambda x: x[0], (batch, decisions))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, *first))
+
+    def add(total: Any, x: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, one(*x)), None
+
+    return jax.lax.scan(add, zeros, (batch, decisions))[0]
+
+
+def _with_loads(config: Config, grads: Any, load: Array) -> Any:
+    """The gradients, with each expert's tokens in place of the gradient of its router's bias."""
+    arranged = by_layer(config, load)
+
+    def replace(path: Any, parameter: Any, grad: Array) -> Array:
+        if parameter.group != "bias":
+            return grad
+        names = tuple(entry.key for entry in path)
+        return next(value for prefix, value in arranged if names[: len(prefix)] == prefix).astype(jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(replace, declarations(config), grads, is_leaf=is_parameter)
+
+
+def _metrics(config: Config, counts: Counts, sums: Sums) -> Metrics:
+    """Losses as means, and how far the fullest expert is from the mean."""
+    load = sums.load.astype(jnp.float32)
+    excess = jnp.max(load, axis=1) / jnp.maximum(jnp.mean(load, axis=1), 1) - 1
+    found = {
+        "loss": sums.loss / counts.loss,
+        "balance": sums.balance / (counts.rows * max(1, balanced_layers(config))),
+        "expert_load_excess": jnp.mean(excess),
+        "expert_load_excess_max": jnp.max(excess),
+        "expert_unused": jnp.mean(load == 0),
+        "tokens": counts.tokens,
+    }
+    if config.num_nextn_predict_layers:
+        found["mtp_loss"] = sums.mtp / counts.mtp
+    indexers = sum(layer.attention == "csa" for layer in config.layers)
+    return found | ({"indexer_loss": sums.indexer / (counts.tokens * indexers)} if indexers else {})
+
+
+def _sizes(config: Config, grads: Any, updates: Any) -> Metrics:
+    """Norm of the gradient, and root mean square of the updates, by optimiser group."""
+    declared = jax.tree.leaves(declarations(config), is_leaf=is_parameter)
+    found: Metrics = {}
+    pairs = list(zip(declared, *map(jax.tree.leaves, (grads, updates)), strict=True))
+    trained = [(p, g, u) for p, g, u in pairs if p.group in ("muon", "adamw")]
+    found["gradient_norm"] = optax.tree.norm([g for _, g, _ in trained])
+    for group in ("muon", "adamw"):
+        of_group = [u for p, _, u in trained if p.group == group]
+        found[f"update_rms_{group}"] = optax.tree.norm(of_group) / sum(u.size for u in of_group) ** 0.5
+    return found
