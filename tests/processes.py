@@ -26,7 +26,12 @@ def finish(process: subprocess.Popen) -> str:
 
 def start_two(script: Path, devices: int, *arguments) -> list[subprocess.Popen]:
     """Two processes of so many devices each; the script gets its number and the coordinator's address as well."""
+    address = free_address()
+    return [start(script, devices, *arguments, number, address) for number in range(2)]
+
+
+def free_address() -> str:
+    """Where a coordinator can listen."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    return [start(script, devices, *arguments, number, address) for number in range(2)]
+        return f"localhost:{probe.getsockname()[1]}"

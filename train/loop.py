@@ -22,14 +22,14 @@ from train.batch import Batch
 from train.checkpoints import Checkpoints
 from train.data import Rows
 from train.objective import Decisions
-from train.optimizer import optimizer, state_placements
+from train.optimizer import optimizer
 from train.schedules import attention, learning_rate, loss_weights, stage_at, trained_part
 from train.settings import Settings
 from train.stability import Recovery, SpikeDetector
-from train.step import TrainState, make_decide, make_step
+from train.step import TrainState, abstract_state, make_decide, make_step
 from v4_jax.config import Config
-from v4_jax.parameters import Part, declarations, is_parameter
-from v4_jax.placement import Place, placements
+from v4_jax.parameters import Part
+from v4_jax.placement import Place
 from v4_jax.policy import Policy
 from v4_jax.transformer import Transformer
 
@@ -91,7 +91,7 @@ class Trainer:
         self._detector = SpikeDetector(stability.spike, stability.window)
         self._recovery = Recovery(stability.hold, stability.rollbacks)
         self._rate = learning_rate(settings)
-        self._shapes = self._state_shapes()
+        self._shapes = abstract_state(config, self._optimizer(), place)
         self._programs: dict[Any, Any] = {}
         self._ready: deque[_Ready] = deque()
         self._ahead: deque[Decisions] = deque()
@@ -117,22 +117,6 @@ class Trainer:
             rules=self._place.rules,
             part=part,
         )
-
-    def _state_shapes(self) -> TrainState:
-        """Shapes of the state, and where it lies."""
-        params = jax.tree.map(lambda p: p.value, declarations(self._config), is_leaf=is_parameter)
-        transform = self._optimizer()
-        step: Any = jax.ShapeDtypeStruct((), jnp.int32)
-        state = TrainState(step, params, jax.eval_shape(transform.init, params))
-        mesh, rules = self._place.mesh, self._place.rules
-        places: Any
-        if mesh is None:
-            places = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), state)
-        else:
-            of_state = state_placements(self._config, transform, mesh, rules)
-            everywhere: Any = self._place.replicated
-            places = TrainState(everywhere, placements(self._config, mesh, rules), of_state)
-        return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, places)
 
     def _program(self, stage: int, replayed: bool) -> Any:
         """The compiled step of a stage, with or without experts given."""

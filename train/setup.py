@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from train.data import Corpus, Rows
 from train.documents import Source
@@ -84,11 +86,27 @@ def open_rows(settings: Settings, origin: Origin) -> Rows:
 
 
 def open_run(settings: Settings, origin: Origin) -> None:
-    """Makes the run's directory, or checks that the one there is of this model.
+    """Makes the run's directory, or checks that the one there is of this model: the first process for all.
 
     Raises:
       SettingsError: the directory is something else, or of another architecture.
+      OSError: it cannot be made.
     """
+    problem: Exception | None = None
+    if jax.process_index() == 0:
+        try:
+            _open_run(settings, origin)
+        except (SettingsError, OSError) as error:
+            problem = error
+    if jax.process_count() > 1:
+        fine = multihost_utils.broadcast_one_to_all(np.asarray(problem is None))
+        if not fine and problem is None:
+            raise SettingsError(f"the first process cannot use {settings.run}, as it says itself")
+    if problem is not None:
+        raise problem
+
+
+def _open_run(settings: Settings, origin: Origin) -> None:
     run = settings.run
     if run.exists() and not (run / RUN).exists() and (not run.is_dir() or any(run.iterdir())):
         raise SettingsError(f"{run} exists and is not a training run; expected a new name, or a run to continue")
@@ -99,8 +117,6 @@ def open_run(settings: Settings, origin: Origin) -> None:
             raise SettingsError(
                 f"{run} is a run of another architecture (it differs in {', '.join(different)}); expected a new name"
             )
-    if jax.process_index():
-        return
     run.mkdir(parents=True, exist_ok=True)
     for name, file in origin.files.items():
         if not (run / name).exists():

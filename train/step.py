@@ -13,9 +13,11 @@ from jax import Array
 
 from train.batch import Batch
 from train.objective import Counts, Decisions, Sums, Weights, balanced_layers, decide, objective, value_and_grad
+from train.optimizer import state_placements
 from train.precision import compute_copy
 from v4_jax.config import Config
 from v4_jax.parameters import declarations, is_parameter
+from v4_jax.placement import Place, placements
 from v4_jax.policy import Policy
 from v4_jax.transformer import Transformer, by_layer
 
@@ -34,6 +36,22 @@ class TrainState(struct.PyTreeNode):
     step: Array
     params: Any
     optimizer: Any
+
+
+def abstract_state(config: Config, transform: optax.GradientTransformation, place: Place) -> TrainState:
+    """The state's shapes and places, as `jax.ShapeDtypeStruct`s: float32 masters, and what the optimiser keeps."""
+    params = jax.tree.map(lambda p: p.value, declarations(config), is_leaf=is_parameter)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    state = TrainState(step, params, jax.eval_shape(transform.init, params))
+    mesh, rules = place.mesh, place.rules
+    places: Any
+    if mesh is None:
+        places = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), state)
+    else:
+        everywhere: Any = place.replicated
+        of_optimizer = state_placements(config, transform, mesh, rules)
+        places = TrainState(everywhere, placements(config, mesh, rules), of_optimizer)
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, places)
 
 
 def make_step(

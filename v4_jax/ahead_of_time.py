@@ -36,7 +36,7 @@ from v4_jax.grouped_matmul import TILE
 from v4_jax.number_formats import E2M1, E4M3, E8M0, FP4_BLOCK, FP8_BLOCK, BlockScaled, bytes_of, scale_shape
 from v4_jax.outputs import Output
 from v4_jax.parameters import Parameter, declarations, is_parameter
-from v4_jax.placement import placements
+from v4_jax.placement import Place, placements
 
 Task = Literal["prefill", "decode", "train"]
 WeightFormat = Literal["native", "bfloat16"]
@@ -77,15 +77,16 @@ class Job:
     """A program to compile.
 
     Attributes:
-      config: the architecture; an MTP block is left out.
-      task: "decode" one token per row, or "prefill" a chunk of each.
+      config: the architecture; an MTP block is trained, and left out otherwise (`without_mtp`).
+      task: "decode" one token per row, or "prefill" a chunk of each, or "train", a step of whole rows.
       context: tokens of a row when the call is over, which is what its cache has room for.
       batch: rows.
-      chunk: tokens per row and call.
+      chunk: tokens per row and call; all of `context` in training.
       topology: the chips.
       mesh: sizes of the mesh axes.
       preset: the sharding preset.
       dtype: "native": weights in the released formats; "bfloat16": in that. The cache is bfloat16 in either case.
+        Training computes in bfloat16, and keeps masters and moments in float32.
     """
 
     config: Config
@@ -111,6 +112,11 @@ class Job:
     def policy(self) -> str:
         """Precision of the computation."""
         return "released" if self.dtype == "native" else "bfloat16"
+
+    @property
+    def trains(self) -> bool:
+        """Whether it is a training step."""
+        return self.task == "train"
 
     @property
     def tokens(self) -> int:
@@ -234,23 +240,51 @@ def bytes_per_device(tree: Any) -> int:
     return sum(bytes_of(jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)) for x in leaves)
 
 
+def training(job: Job, mesh: Any) -> tuple[Any, Any]:
+    """A training step, `(state, batch) -> (state, metrics)`, and its state's shapes and places on a mesh, if abstract.
+
+    Raises:
+      ShardingError: the model does not split evenly over the mesh.
+    """
+    from train.objective import Weights
+    from train.optimizer import optimizer
+    from train.step import abstract_state, make_step
+    from v4_jax.stages import Stage
+    from v4_jax.transformer import Transformer
+
+    transform = optimizer(job.config, 2.7e-4, mesh=mesh, rules=job.preset)
+    state = abstract_state(job.config, transform, Place(mesh, job.preset))
+    stage = Stage(dense=False, indexer_loss=True)
+    model = Transformer(job.config, policy=job.policy, mesh=mesh, rules=job.preset, stage=stage, remat="layers")
+    return make_step(model, transform, lambda step: Weights(indexer=1.0)), state
+
+
 def lower(job: Job, mesh: Mesh) -> tuple[Any, Any, Any]:
-    """The job's program for a mesh of TPU devices, lowered; its weights; its cache.
+    """The job's program for a mesh of TPU devices, lowered; its weights, or training state; its cache, if any.
 
     Raises:
       ShardingError: the job does not split evenly over the mesh.
     """
     from v4_jax.transformer import Transformer
 
+    everywhere = NamedSharding(mesh, P())
+    tokens = jax.ShapeDtypeStruct((job.batch, job.chunk), jnp.int32, sharding=everywhere)
+    if job.trains:
+        from train.batch import Batch
+
+        step, state = training(job, mesh)
+        rows = jax.ShapeDtypeStruct((1, *tokens.shape), tokens.dtype, sharding=everywhere)
+        places = jax.tree.map(lambda x: x.sharding, state), everywhere
+        return jax.jit(step, donate_argnums=0, out_shardings=places).lower(state, Batch(rows, rows)), state, None
+
     model = Transformer(job.config, policy=job.policy, mesh=mesh, rules=job.preset)
     weights, cache = abstract_params(job.config, mesh, job.preset, job.dtype), abstract_cache(job, mesh)
-    tokens = jax.ShapeDtypeStruct((job.batch, job.chunk), jnp.int32, sharding=NamedSharding(mesh, P()))
 
-    def step(params: Any, tokens: Any, cache: Any) -> Any:
+    def call(params: Any, tokens: Any, cache: Any) -> Any:
         output = cast(Output, model.apply({"params": params}, tokens, cache=cache, logits="last"))
         return output.logits, output.cache
 
-    return jax.jit(step, donate_argnums=2).lower(weights, tokens, cache), weights, cache
+    return jax.jit(call, donate_argnums=2).lower(weights, tokens, cache), weights, cache
 
 
 def compile_here(job: Job) -> Compiled:

@@ -18,7 +18,7 @@ from sharding.axes import resolve
 from sharding.mesh import abstract_mesh, format_mesh
 from sharding.split import Split
 from v4_jax import costs
-from v4_jax.ahead_of_time import Compiled, Job, Task, abstract_cache, abstract_params, bytes_per_device
+from v4_jax.ahead_of_time import Compiled, Job, Task, abstract_cache, abstract_params, bytes_per_device, training
 from v4_jax.chips import Chip
 from v4_jax.config import RATIO_OF_ROLE
 from v4_jax.mixture_of_experts import FEW_TOKENS
@@ -33,6 +33,9 @@ PRESETS_OF_TASK: dict[Task, tuple[str, ...]] = {
 }
 
 HEADROOM = 0.15  # of a device's memory: what an estimate leaves for temporaries
+
+# What a call goes through: the layers once; in training forward, once more for the backward pass, and backward.
+PASSES: dict[Task, int] = {"decode": 1, "prefill": 1, "train": 3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +73,9 @@ class Least:
     """The least that the algorithm needs for a call, all devices together.
 
     Attributes:
-      flops: FLOPs.
-      weights: bytes of weights read once: all dense ones, and the experts that the call's tokens can reach at most.
+      flops: FLOPs; in training, three times the forward pass, the MTP block's left out.
+      weights: bytes of weights read once: all dense ones, and the experts that the call's tokens can reach at most. In
+        training, of masters and moments read and written once.
       cache: bytes of cache read once: windows, open blocks, index keys and HCA entries of every row, and the CSA
         entries that its last token picks.
     """
@@ -87,7 +91,7 @@ class Estimate:
 
     Attributes:
       job: the job.
-      weights: bytes.
+      weights: bytes; in training, of masters and moments.
       cache: bytes.
       fits: whether both leave `HEADROOM` of the memory.
       floor: a rough floor of its time.
@@ -133,24 +137,30 @@ def estimate(job: Job) -> Estimate:
     check_mesh(job.config, mesh, job.preset, batch=job.batch, length=job.chunk, native=job.dtype == "native")
     split = Split.on(mesh, resolve(job.preset), job.chunk, UNIT)
     parts = list(_parts(job, mesh))
-    weights, cache = sum(stored for _, stored in parts), bytes_per_device(abstract_cache(job, mesh))
-    least, devices = least_work(job), job.topology.devices
+    used = sum(stored for _, stored in parts)
+    held = bytes_per_device(training(job, mesh)[1]) if job.trains else used
+    cache = 0 if job.trains else bytes_per_device(abstract_cache(job, mesh))
+    least, devices, passes = least_work(job), job.topology.devices, PASSES[job.task]
 
     experts = sum(stored for parameter, stored in parts if EXPERTS in parameter.axes)
     gathered = sum(stored * (_joined(split, parameter) - 1) for parameter, stored in parts)
-    hbm = weights - experts + 2 * gathered + experts * _reached(job) + least.cache / devices
-    work = Floor.of(chip, least.flops / devices, hbm, gathered + _exchanged(job, split, mesh))
-    fits = weights + cache <= (1 - HEADROOM) * chip.hbm_bytes
-    return Estimate(job, weights, cache, fits, work)
+    moved = passes * (used - experts + 2 * gathered + experts * _reached(job))
+    hbm = moved + (2 * held if job.trains else least.cache / devices)
+    work = Floor.of(chip, least.flops / devices, hbm, passes * (gathered + _exchanged(job, split, mesh)))
+    fits = held + cache <= (1 - HEADROOM) * chip.hbm_bytes
+    return Estimate(job, held, cache, fits, work)
 
 
 def least_work(job: Job) -> Least:
     """The least that a job needs."""
     config = job.config
-    # A chunk's tokens count as its last one, which sees most; a prompt's head is for its last token alone.
-    flops = costs.flops_per_token(config, job.context)
-    total = job.tokens * flops.total - (job.tokens - job.batch) * flops.linear["head"]
     mesh = abstract_mesh(dict.fromkeys(job.mesh, 1))
+    if job.trains:
+        flops = PASSES["train"] * job.tokens * costs.flops_per_token(config, job.context, phase="prefill").total
+        return Least(float(flops), 2.0 * bytes_per_device(training(job, mesh)[1]), 0.0)
+    # A chunk's tokens count as its last one, which sees most; a prompt's head is for its last token alone.
+    per_token = costs.flops_per_token(config, job.context)
+    total = job.tokens * per_token.total - (job.tokens - job.batch) * per_token.linear["head"]
     weights = 0.0
     for parameter, stored in _parts(job, mesh):
         if parameter.released == "embed.weight" or parameter.storage == "i64":

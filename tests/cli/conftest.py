@@ -74,13 +74,14 @@ def run(capsys, monkeypatch, programs):
 
 @pytest.fixture
 def start(programs):
-    """Starts a command as a process of its own."""
+    """Starts a command as a process of its own, with changes to the environment as keywords."""
 
-    def begin(*arguments):
+    def begin(*arguments, **variables):
         environment = os.environ | {
             "JAX_COMPILATION_CACHE_DIR": programs,
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PLATFORMS": "cpu",
+            **variables,
         }
         # Python leaves an interrupt ignored that its parent ignores, as a shell does for its background jobs.
         program = (

@@ -191,7 +191,8 @@ def test_what_does_not_fit_ends_with_code_1(run, compiler):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--task", "train"), "there is no train step"),
+        (("--task", "train", "--chunk", "8"), "training takes whole rows"),
+        (("--task", "train", "--mesh", "data=8"), "axis 'batch' of size 1 cannot be split 8 ways over data"),
         (("--topology", "v6e:8"), "has 2 axes, as in v6e:2x2"),
         (("--mesh", "seq=4"), "has 4 places, but v6e:2x4 8 devices; legal meshes of 8 devices are"),
         (("--mesh", "data=2,seq=4"), "cannot be split 2 ways over data"),

@@ -24,6 +24,7 @@ from v4_jax.planning import PRESETS_OF_TASK, Estimate, candidates, estimate
 
 MOST = 3  # meshes that are compiled before giving up
 _CHUNK = 8192  # tokens per row of a prefill call, unless so many devices need more
+_ROW = 16384  # tokens per row of a training step
 
 Text = Annotated[str, tyro.conf.arg(metavar="TEXT")]
 Task = Literal["prefill", "decode", "train"]
@@ -51,36 +52,40 @@ def plan(
       v4-jax plan --model flash --task decode --context 1M --topology v6e:2x4
       v4-jax plan --model pro --task prefill --context 1M --chunk 32K --topology v5p:4x4x8
       v4-jax plan --model flash --task decode --context 1M --topology v6e:2x4 --mesh seq=2,tensor=4 --json
+      v4-jax plan --model flash --task train --context 16K --batch 128 --topology v5p:4x4x8
 
     Args:
       model: A directory with a config.json, or flash, pro or tiny.
-      task: decode: one token of each row; prefill: a chunk of each row.
+      task: decode: one token of each row; prefill: a chunk of each row; train: a step of whole rows, MTP included.
       topology: The chips: v4, v5e, v5p, v6e or tpu7x and the slice's shape, such as v6e:2x4 or v5p:2x2x2.
-      context: Tokens of each row after the call, such as 128K or 1M. Default: 1M, or the model's most if that is less.
+      context: Tokens of each row after the call, such as 128K or 1M. Default: 1M, or 16K in training, or the model's
+        most if that is less.
       batch: Rows.
       mesh: Sizes of the mesh axes data, seq, expert and tensor, such as seq=4,tensor=2. Default: the best of all.
       preset: Which mesh axes split what: decode, prefill, long-context or train. Default: what suits the task.
       chunk: Tokens of each row that one prefill call takes. Default: 8K, or 128 per device if that is more.
       dtype: native: weights in the released formats, computing with its rounding; bfloat16: both in that. The cache is
-        bfloat16 in either case.
+        bfloat16 in either case. Training keeps float32 masters and moments and computes in bfloat16.
       as_json: Write the plan as one JSON object.
     """
     jax.config.update("jax_platforms", "cpu")  # only shapes are computed here, also where there are TPUs
-    if task == "train":
-        raise CommandError("plan cannot compile training yet: there is no train step; expected prefill or decode")
     if preset is not None and preset not in SHARDING_PRESETS:
         raise CommandError(f"no preset {preset!r}; expected one of {', '.join(SHARDING_PRESETS)}")
     with bad_input("--"):
         chips = Topology.parse(topology)
-    config = without_mtp(config_of(model))
+    config = config_of(model) if task == "train" else without_mtp(config_of(model))
     longest = config.max_position_embeddings
-    context = min(1024**2, longest) if context is None else context
+    context = min(_ROW if task == "train" else 1024**2, longest) if context is None else context
     if context > longest:
         raise CommandError(f"--context {format_size(context)} is more than the model's {format_size(longest)} tokens")
+    if chunk is not None and task != "prefill":
+        takes = "decode takes one token of each row" if task == "decode" else "training takes whole rows"
+        raise CommandError(f"--chunk is for prefill: {takes}")
     if chunk is None:
-        chunk = 1 if task == "decode" else min(context, max(_CHUNK, UNIT * chips.devices))
-    if task == "decode" and chunk != 1:
-        raise CommandError("--chunk is for prefill: decode takes one token of each row")
+        defaults = {"decode": 1, "prefill": min(context, max(_CHUNK, UNIT * chips.devices)), "train": context}
+        chunk = defaults[task]
+    if task == "train":
+        dtype = "bfloat16"
     if chunk > context:
         raise CommandError(f"--chunk {format_size(chunk)} is more than --context {format_size(context)}")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -28,6 +29,8 @@ from rich.progress import (
 Report = Callable[[str, int, int], None]
 
 _REFRESH_SECONDS = 0.2
+
+_reports = True
 
 
 class CommandError(Exception):
@@ -98,9 +101,17 @@ def read_json(path: Path) -> Any:
         raise CommandError(f"{path} is nested too deeply to be read") from None
 
 
+def only_errors() -> None:
+    """From now on nothing is said but errors: results and progress are those of another process of the same command."""
+    global _reports
+    _reports = False
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 open until the process ends
+
+
 def say(message: str) -> None:
     """A line for the reader, next to the results: on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    if _reports:
+        print(message, file=sys.stderr, flush=True)
 
 
 def show(*renderables: Any) -> None:
@@ -120,7 +131,7 @@ def progress_bar(label: str, unit: Literal["bytes", "tokens"] = "bytes") -> Iter
       A function `report(what, done, total)`, which may be called as often as one likes.
     """
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not (console.is_terminal and _reports):
         yield lambda what, done, total: None
         return
     amount = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
@@ -153,7 +164,7 @@ def watched(label: str, done: Callable[[], int], total: int) -> Iterator[None]:
 def working(label: str) -> Iterator[None]:
     """A spinner and the time for work whose length nobody knows, such as compilation."""
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not (console.is_terminal and _reports):
         yield
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())

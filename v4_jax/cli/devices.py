@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 
 import jax
 
 from sharding.axes import ShardingError
 from sharding.mesh import make_mesh, parse_mesh
-from v4_jax.cli.console import CommandError, say
+from v4_jax.cli.console import CommandError, only_errors, say
 from v4_jax.cli.options import Preset
 from v4_jax.config import Config
 from v4_jax.placement import Place, alternatives, check_mesh
@@ -36,7 +35,7 @@ def join(distributed: bool) -> None:
             "Kubernetes, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment"
         ) from None
     if jax.process_index():
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 open until the process ends
+        only_errors()
 
 
 def _number(variable: str) -> int | None:

@@ -62,6 +62,8 @@ def refusal(job: Job, error: PlanError) -> str:
         return str(error)
     held = estimate(job)
     arguments = f"weights take {bytes_text(held.weights)} and the cache {bytes_text(held.cache)} of the same memory"
+    if job.trains:
+        arguments = f"masters and moments take {bytes_text(held.weights)} of the same memory"
     what = "temporaries" if "temporaries" in str(error) else "the program"
     over = error.required - error.available
     return (
@@ -137,8 +139,13 @@ def _title(job: Job) -> str:
         f", {job.topology.devices} devices" if job.topology.chip.devices > 1 else ""
     )
     rows = f"{job.batch} row{'s' if job.batch > 1 else ''}"
-    call = f"one token of {rows}" if job.task == "decode" else f"the last {format_size(job.chunk)} tokens of {rows}"
-    return f"{job.task}: {call} at {format_size(job.context)} tokens, {job.dtype} weights, on {job.topology} ({count})"
+    if job.trains:
+        call, formats = f"a step of {rows}", "float32 masters, computing in bfloat16"
+    elif job.task == "decode":
+        call, formats = f"one token of {rows}", f"{job.dtype} weights"
+    else:
+        call, formats = f"the last {format_size(job.chunk)} tokens of {rows}", f"{job.dtype} weights"
+    return f"{job.task}: {call} at {format_size(job.context)} tokens, {formats}, on {job.topology} ({count})"
 
 
 def _tables(job: Job, compiled: Compiled) -> Iterator[RenderableType]:
@@ -176,12 +183,14 @@ def _memory_table(job: Job, compiled: Compiled) -> Table:
     hbm = job.topology.chip.per_device().hbm_bytes
     shown = make_table(f"Memory of {device(job)}", "", "bytes", "share")
     rows = {
-        "weights": compiled.weights,
+        "masters and moments" if job.trains else "weights": compiled.weights,
         "cache": compiled.cache,
         "padding, other arguments": compiled.arguments - compiled.weights - compiled.cache,
         "temporaries": compiled.temporaries,
         "peak": compiled.peak,
     }
+    if job.trains:
+        del rows["cache"]
     for name, size in rows.items():
         shown.add_row(name, bytes_text(size), f"{size / hbm:.1%}", end_section=name == "temporaries")
     shown.add_row(f"{job.topology.chip.name} has", bytes_text(hbm), "")

@@ -1,0 +1,126 @@
+"""Seconds and memory of a training step against the length of its row, for a deep and narrow DeepSeek-V4.
+
+The shape is the one that MaxText ships as `deepseek4-tiny`: 43 layers of width 64 under a vocabulary of 129,280, so
+that nothing is large but the number of parts. Float32, one row, the whole step: gradients with the MTP block left out
+(the shape has none), and the update of every parameter.
+
+    python benchmarks/train_step.py                       both optimisers at 256, 1,024 and 4,096 tokens
+    python benchmarks/train_step.py --lengths 256 --steps 5
+
+Each case runs in a process of its own. Prints a table and writes benchmarks/results/train_step.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "train_step.json"
+
+# MaxText's own step of this shape, measured alone on two cores of the same kind: seconds by length.
+MAXTEXT = {256: 2.2, 1024: 15.0}
+
+
+def config() -> Any:
+    from v4_jax import Config
+
+    return Config(
+        vocab_size=129280,
+        hidden_size=64,
+        moe_intermediate_size=64,
+        num_hidden_layers=43,
+        num_attention_heads=4,
+        head_dim=32,
+        qk_rope_head_dim=32,
+        q_lora_rank=16,
+        o_groups=4,
+        o_lora_rank=16,
+        n_routed_experts=16,
+        num_experts_per_tok=4,
+        index_n_heads=4,
+        index_head_dim=32,
+        index_topk=16,
+        sliding_window=32,
+        num_hash_layers=3,
+        num_nextn_predict_layers=0,
+        compress_ratios=(0, 0, 4, *(128, 4) * 20),
+    )
+
+
+def measure(length: int, matrices: str, steps: int) -> dict[str, float]:
+    """Compiles and takes `steps` steps; what they took, in this process."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from train.batch import Batch
+    from train.objective import Weights
+    from train.optimizer import optimizer
+    from train.step import TrainState, make_step
+    from v4_jax import Transformer, init
+
+    shape = config()
+    transform = optimizer(shape, 1e-3, matrices=matrices)
+    model = Transformer(shape, policy="float32", remat="none")
+    params = init(shape, jax.random.key(0))
+    state = TrainState(jnp.int32(0), params, transform.init(params))
+    tokens = np.random.default_rng(0).integers(0, shape.vocab_size, (1, 1, length), np.int32)
+    batch = Batch(jnp.asarray(tokens), jnp.ones_like(tokens))
+    start = time.perf_counter()
+    step = jax.jit(make_step(model, transform, lambda step: Weights()), donate_argnums=0)
+    program = step.lower(state, batch, None).compile()
+    compiled = time.perf_counter() - start
+    took = []
+    for _ in range(steps + 1):
+        start = time.perf_counter()
+        state, metrics = jax.block_until_ready(program(state, batch, None))
+        took.append(time.perf_counter() - start)
+    assert np.isfinite(float(metrics["loss"]))
+    return {
+        "seconds": statistics.median(took[1:]),
+        "seconds_best": min(took[1:]),
+        "compile_seconds": compiled,
+        "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096])
+    parser.add_argument("--optimizers", nargs="+", default=["adamw", "muon"])
+    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--one", nargs=2, metavar=("LENGTH", "OPTIMIZER"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measure(int(options.one[0]), options.one[1], options.steps)))
+        return
+    found = []
+    print("| tokens | optimiser | step | MaxText's | ratio | temporaries | peak memory | compiled in |")
+    print("|---|---|---|---|---|---|---|---|")
+    for length in options.lengths:
+        for name in options.optimizers:
+            command = [sys.executable, __file__, "--steps", str(options.steps), "--one", str(length), name]
+            run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            one = json.loads(run.stdout.splitlines()[-1])
+            found.append({"tokens": length, "optimizer": name} | one)
+            peer = MAXTEXT.get(length)
+            beside = (f"{peer:.1f} s", f"{one['seconds'] / peer:.2f}") if peer else ("", "")
+            print(
+                f"| {length:,} | {name} | {one['seconds']:.2f} s | {beside[0]} | {beside[1]} | "
+                f"{one['temporary_bytes'] / 1e9:.2f} GB | {one['peak_rss_bytes'] / 1e9:.2f} GB | "
+                f"{one['compile_seconds']:.0f} s |",
+                flush=True,
+            )
+    RESULTS.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
