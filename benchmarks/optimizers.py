@@ -31,7 +31,7 @@ RATES = {"muon": (3e-3, 1e-2, 3e-2), "adamw": (1e-3, 3e-3, 1e-2)}
 LENGTH, ROWS = 512, 8
 
 ARCHITECTURE = {
-    "model_type": "deepseek_v4",
+    **Config.tiny().to_hf(),
     "vocab_size": 320,
     "hidden_size": 160,
     "moe_intermediate_size": 96,

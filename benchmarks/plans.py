@@ -3,7 +3,7 @@
 Every number comes from the TPU compiler or from the text of the program that it made, none from an estimate, and
 nothing is run. The full plans are kept in benchmarks/plans/ as JSON.
 
-    python benchmarks/plans.py                 all of them: an hour on two cores
+    python benchmarks/plans.py                 all of them: some hours on two cores
     python benchmarks/plans.py --only flash    those whose name has "flash" in it; the others keep their last result
 """
 
@@ -40,6 +40,8 @@ PLANS = (
     ("pro", "decode", "1M", 1, "1", "v6e:8x8", "seq=8,tensor=8", "decode"),
     ("pro", "decode", "1M", 1, "1", "tpu7x:2x2x4", "seq=4,tensor=8", "decode"),
     ("pro", "prefill", "1M", 1, "16K", "v5p:4x4x8", "seq=128", "long-context"),
+    ("flash", "train", "16K", 128, "16K", "v5p:4x4x8", "expert=128", "train"),
+    ("flash", "train", "1M", 1, "1M", "v5p:4x4x8", "seq=128", "train"),
 )
 
 HEADER = """# Plans
@@ -47,12 +49,14 @@ HEADER = """# Plans
 What the TPU compiler says about DeepSeek-V4 on slices of several generations, compiled on a machine without TPUs by
 `python benchmarks/plans.py`; `v4-jax plan` does the same for one program of your own. Nothing here was run or timed.
 
-Numbers are of one device, which is a chip, and half of one on tpu7x. *Peak* is weights, cache and temporaries together,
-against the memory of the device. *Floor* is the least time that a call can take: the largest of its FLOPs, memory
-traffic and interconnect traffic at the vendor's best figures. *Over least* is how many times the FLOPs and the bytes
-exceed what the algorithm needs: two FLOPs per active weight and the attention's own; every weight that the tokens reach
-and the cache they see, read once. Weights are in the released formats, the cache in bfloat16. Loops are multiplied out;
-of a conditional all branches count, as at the end of a full context.
+Numbers are of one device, which is a chip, and half of one on tpu7x. *Peak* is weights, cache and temporaries
+together, against the memory of the device; in training, what is in use at one time by the compiler's count: masters
+and moments in float32, and temporaries, many of which take each other's place. *Floor* is the least time that a call
+can take: the largest of its FLOPs, memory traffic and interconnect traffic at the vendor's best figures. *Over least*
+is how many times the FLOPs and the bytes exceed what the algorithm needs: two FLOPs per active weight and the
+attention's own; every weight that the tokens reach and the cache they see, read once; in training three times the
+FLOPs, and masters and moments read and written once. Weights are in the released formats, the cache in bfloat16. Loops
+are multiplied out; of a conditional all branches count, as at the end of a full context.
 
 """
 COLUMNS = (
@@ -68,9 +72,10 @@ def name_of(plan: tuple) -> str:
 
 def run(plan: tuple) -> dict:
     model, task, context, rows, chunk, topology, mesh, preset = plan
-    config, slice_ = without_mtp(MODELS[model]()), Topology.parse(topology)
+    config, slice_ = MODELS[model](), Topology.parse(topology)
+    config, dtype = (config, "bfloat16") if task == "train" else (without_mtp(config), "native")
     sizes = (parse_size(context), rows, parse_size(chunk))
-    job = Job(config, task, *sizes, slice_, parse_mesh(mesh), preset, "native")
+    job = Job(config, task, *sizes, slice_, parse_mesh(mesh), preset, dtype)
     try:
         outcome = compile_for_tpu(job)
     except PlanError as error:
@@ -88,8 +93,9 @@ def row(plan: tuple, found: dict) -> str:
     least, floor = attempt["least"], attempt["floor"]
     bound = {"flops": "FLOPs", "hbm": "memory", "ici": "interconnect"}[floor["bound"]]
     over = f"{attempt['flops'] / least['flops']:.1f}, {attempt['hbm'] / (least['weights'] + least['cache']):.0f}"
+    peak = attempt["live" if task.startswith("train") else "peak"]
     cells += [
-        f"{bytes_text(attempt['peak'])} of {bytes_text(attempt['hbm_capacity'])}",
+        f"{bytes_text(peak)} of {bytes_text(attempt['hbm_capacity'])}",
         f"{1e3 * floor['seconds']:,.1f} ms",
         *(bound, f"{attempt['tokens_per_second']:,.0f}", over),
     ]

@@ -44,6 +44,7 @@ def config() -> Any:
         o_lora_rank=16,
         n_routed_experts=16,
         num_experts_per_tok=4,
+        routed_scaling_factor=1.5,
         index_n_heads=4,
         index_head_dim=32,
         index_topk=16,

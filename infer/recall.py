@@ -24,6 +24,10 @@ thorn tide tree vale wall wave well west wind wing wolf wood wool
 """
 WORDS = _FILLER.split()
 
+# Words by the characters that they take with a space, and the small rooms that some of them fill exactly.
+_BY_SIZE = {size: [f"{word} " for word in WORDS if len(word) + 1 == size] for size in (4, 5, 6)}
+_FILLED = {size for size in range(4, 31) if size != 7}
+
 DIGITS = 2
 VALUES = 10**DIGITS
 
@@ -132,7 +136,15 @@ def _between(rng: np.random.Generator, items: Sequence[str], length: int) -> str
 
 
 def _words(rng: np.random.Generator, length: int) -> str:
-    """Random words, each with a space after it, cut to `length` characters."""
-    shortest = min(map(len, WORDS)) + 1
-    drawn = rng.integers(len(WORDS), size=length // shortest + 1)
-    return "".join(WORDS[i] + " " for i in drawn)[:length]
+    """Random words, each with a space after it, `length` characters together; spaces where no words fit."""
+    left, parts = length, []
+    for i in rng.integers(len(WORDS), size=length // min(_BY_SIZE)):
+        if left < 2 * sum(_BY_SIZE):
+            break
+        parts.append(f"{WORDS[i]} ")
+        left -= len(parts[-1])
+    while sizes := [size for size in _BY_SIZE if left == size or left - size in _FILLED]:
+        fitting = _BY_SIZE[rng.choice(sizes)]
+        parts.append(fitting[rng.integers(len(fitting))])
+        left -= len(parts[-1])
+    return "".join(parts) + " " * left

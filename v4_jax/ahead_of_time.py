@@ -32,7 +32,7 @@ from sharding.mesh import make_mesh
 from v4_jax.cache import CacheDtype, cache_shapes
 from v4_jax.chips import GIB, Topology
 from v4_jax.config import Config
-from v4_jax.grouped_matmul import TILE
+from v4_jax.grouped_matmul import tile_rows
 from v4_jax.number_formats import E2M1, E4M3, E8M0, FP4_BLOCK, FP8_BLOCK, BlockScaled, bytes_of, scale_shape
 from v4_jax.outputs import Output
 from v4_jax.parameters import Parameter, declarations, is_parameter
@@ -162,6 +162,7 @@ class Compiled:
       arguments: bytes of all arguments as they lie in memory, padding included.
       temporaries: bytes.
       peak: bytes of arguments, temporaries, and results that do not replace an argument.
+      live: the most bytes of those that are in use at one time, by the compiler's count.
       flops: FLOPs of matrix products, loops multiplied out.
       hbm: bytes read from and written to memory, loops multiplied out.
       collectives: by kind.
@@ -176,6 +177,7 @@ class Compiled:
     arguments: int
     temporaries: int
     peak: int
+    live: int
     flops: float
     hbm: float
     collectives: tuple[Collectives, ...]
@@ -318,6 +320,7 @@ def compile_here(job: Job) -> Compiled:
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         peak=memory.argument_size_in_bytes + memory.temp_size_in_bytes + results,
+        live=memory.peak_memory_in_bytes,
         flops=sum(cost.flops for cost in spent),
         hbm=sum(cost.nbytes for cost in spent),
         collectives=tuple(kinds.values()),
@@ -343,7 +346,7 @@ def expected_runs(job: Job, program: Program) -> Callable[[Instruction], float]:
         if program.communicates(loop):
             return 1
         if "/while/body/" in loop.op_name.rsplit("/ffn/", 1)[-1]:
-            return max(1.0, rows / TILE)
+            return max(1.0, rows / tile_rows(math.ceil(rows), 1))
         return min(1.0, rows) * experts / devices
 
     return guess

@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-TILE = 128  # most rows of one group that are multiplied at once
+# Rows of one group that are multiplied at once: more of them reuse the weights that a tile reads, and each group's last
+# tile multiplies more rows for nothing.
+TILE, LARGEST_TILE = 128, 1024
 
 
 def map_groups(
@@ -62,10 +64,11 @@ def _choose(function: Any, width: int, kernel: Any, *operands: Any) -> Array:
     return jax.lax.platform_dependent(*operands, tpu=kernel, default=plain)
 
 
-def _tile_rows(count: int, groups: int) -> int:
-    """Rows per tile: near the mean group for many rows, one for a handful, never more than `TILE`."""
+def tile_rows(count: int, groups: int) -> int:
+    """Rows per tile: near the mean group for few rows, then `TILE`, then an eighth of the mean group."""
     mean = max(1, count // groups)
-    return min(TILE, 1 << (mean - 1).bit_length())
+    small, large = (1 << (n - 1).bit_length() for n in (mean, max(1, mean // 8)))
+    return min(max(min(small, TILE), large), LARGEST_TILE)
 
 
 def _cut(tree: Any, start: Any, size: int) -> Any:
@@ -120,7 +123,7 @@ def _masked(tree: Any, keep: Array) -> Any:
 
 def _forward(function: Any, width: int, rows: Any, weights: Any, sizes: Array, layer: Any) -> Array:
     count = jax.tree.leaves(rows)[0].shape[0]
-    tile = _tile_rows(count, sizes.shape[0])
+    tile = tile_rows(count, sizes.shape[0])
     padded = _pad(rows, tile)
     group_0 = functools.partial(_group, group=0, layer=None if layer is None else 0)
     dtype = jax.eval_shape(lambda: function(_cut(padded, 0, tile), group_0(weights))).dtype
@@ -148,7 +151,7 @@ def _backward(function: Any, width: int, kernel: Any, residuals: Any, gradient: 
     del width, kernel
     rows, weights, sizes = residuals
     count = gradient.shape[0]
-    tile = _tile_rows(count, sizes.shape[0])
+    tile = tile_rows(count, sizes.shape[0])
     padded, padded_gradient = _pad(rows, tile), _pad(gradient, tile)
     ends = jnp.cumsum(sizes)
 

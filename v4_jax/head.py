@@ -28,8 +28,10 @@ def log_probability(logits: Array, tokens: Array, axes: Axes = ()) -> Array:
 
 
 def _forward(logits: Array, tokens: Array, axes: Axes) -> tuple[Array, Any]:
-    here = jnp.arange(logits.shape[-1]) == tokens[..., None]  # a sum, which a split vocabulary adds up in place
-    chosen = psum(jnp.sum(jnp.where(here, logits, 0), axis=-1), axes)
+    vocabulary = logits.shape[-1]
+    here = (tokens >= 0) & (tokens < vocabulary)
+    found = jnp.take_along_axis(logits, jnp.clip(tokens, 0, vocabulary - 1)[..., None], axis=-1)[..., 0]
+    chosen = psum(jnp.where(here, found, 0), axes)
     largest = pmax(jnp.max(logits, axis=-1), axes)
     total = largest + jnp.log(psum(jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1), axes))
     return chosen - total, (logits, tokens, total)

@@ -2,20 +2,26 @@
 
 from importlib import resources
 
+from v4_jax.cli import demo
 
-def test_embedded(run):
-    result = run("demo", "--max-tokens", "4")
+
+def test_embedded(run, monkeypatch):
+    """What was told far outside of the window is found, on eight devices. The demo's texts are longer."""
+    monkeypatch.setattr(demo, "LENGTH", 4096)
+    monkeypatch.setattr(demo, "CHUNK", 1024)
+    result = run("demo")
     assert result.code == 0, result.err
     steps = [line for line in result.out.splitlines() if line[:2] in ("1.", "2.", "3.", "4.")]
     assert len(steps) == 4
-    assert "all 648 tensors are equal, bit for bit" in result.out
-    assert "random weights, so its reply is noise" in result.out
-    assert "decode 3 tokens" in result.err
+    assert "tensors are equal, bit for bit" in result.out
+    assert "4 texts of 4,096 characters, split over 8 devices (seq=8)" in result.out
+    assert result.out.count(" right ") == len(demo.DEPTHS) and " wrong " not in result.out
 
 
 def test_a_model_of_ones_own(run, model):
     result = run("demo", "--model", model, "--max-tokens", "4")
-    assert result.code == 0 and str(model) in result.out and "random weights" not in result.out
+    assert result.code == 0 and str(model) in result.out and "Recall" not in result.out
+    assert "decode 3 tokens" in result.err
 
 
 def test_no_such_model(run, tmp_path):

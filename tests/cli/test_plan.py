@@ -27,7 +27,9 @@ def job(**changes):
 
 
 def compiled(**changes):
-    values = dict(weights=20 * 10**9, cache=10**9, arguments=22 * 10**9, temporaries=3 * 10**9, peak=25 * 10**9)
+    values = dict(
+        weights=20 * 10**9, cache=10**9, arguments=22 * 10**9, temporaries=3 * 10**9, peak=25 * 10**9, live=24 * 10**9
+    )
     values |= dict(flops=1e12, hbm=50e9, collectives=(Collectives("all-gather", 43.0, 2e9, 1.75e9),), seconds=61.0)
     values |= dict(heaviest=((40e9, 20.0, "copy", "u8[21,448]", "jit(step)/layers/attn/scatter"),))
     return Compiled(**(values | dict(compiler_flops=1e11, compiler_hbm=5e9) | changes))

@@ -3,33 +3,46 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
+import jax
+import numpy as np
+
+from infer import recall
 from infer.generate import Generator
-from infer.sampling import Sampling
+from infer.sampling import GREEDY, Sampling
 from v4_jax import chat, checkpoint
 from v4_jax.checkpoint import Comparison
+from v4_jax.cli import devices
 from v4_jax.cli import info as card
 from v4_jax.cli.checkpoints import kinds_table
 from v4_jax.cli.console import CommandError, bad_input, progress_bar, say, show
 from v4_jax.cli.generation import Limits, stream
+from v4_jax.cli.info import make_table
 from v4_jax.cli.models import ModelDirectory
 from v4_jax.cli.options import Count, OptionalFile
 from v4_jax.cli.reply import Reply, Writer
 
 PROMPT = "Write one sentence about the sea."
 
+# What the embedded model is asked: texts of so many characters, each with a record told at another depth.
+LENGTH, DEPTHS, TOLD = 32768, (0.02, 0.25, 0.5, 0.75), 24
+DEVICES, CHUNK = 4, 4096  # virtual devices, where there are no others; tokens of a text that are read at once
+
 
 def demo(*, model: OptionalFile = None, max_tokens: Count = 64) -> None:
-    """Shows the whole way in two minutes: a released checkpoint, its weights in memory, its card, a streamed reply.
+    """Shows the whole way in two minutes: a released checkpoint, its weights in memory, its card, what it says.
 
     The model that comes with the package has every part of DeepSeek-V4 in the released layout and number formats, in
-    five megabytes. Its weights are random, so its reply is noise: what is shown is the machinery. With --model the same
-    tour goes through a model of yours.
+    2.3 megabytes. It was trained by this package to look up what it was told, and is asked for records that
+    stand tens of thousands of characters back, with the text split over devices. With --model the same tour goes
+    through a model of yours, which writes a sentence.
 
     Examples:
       v4-jax demo
@@ -39,43 +52,102 @@ def demo(*, model: OptionalFile = None, max_tokens: Count = 64) -> None:
       model: A directory with a released model, or one made by convert. Default: the embedded one.
       max_tokens: Most tokens of the reply.
     """
-    with _embedded() if model is None else contextlib.nullcontext(model) as path:
-        directory = ModelDirectory.open(path)
-        config, tokenizer, defaults = directory.config, directory.tokenizer(), directory.generation_defaults()
-        ids = tokenizer.encode(chat.encode([{"role": "user", "content": PROMPT}], thinking_mode="chat"))
-        limits = Limits.of(len(ids), max_tokens, None, config)
-        with bad_input():
-            sampling = Sampling(defaults.temperature, defaults.top_p, defaults.top_k, defaults.min_p)
+    if model is not None:
+        _tour(model, str(model), functools.partial(_sentence, max_tokens=max_tokens))
+        return
+    devices.virtual(DEVICES)
+    with _embedded() as path:
+        _tour(path, "the embedded model", _recall)
 
-        name = "the embedded tiny model" if model is None else str(model)
-        _step(1, f"Load {name}: safetensors as released, number formats kept")
-        started = time.perf_counter()
-        params = directory.load("native")
-        size = directory.checkpoint.nbytes
-        print(f"{len(directory.checkpoint.tensors):,} tensors, {size:,} bytes in {time.perf_counter() - started:.1f} s")
 
-        _step(2, "Verify: every tensor in memory against the files")
-        with bad_input(), progress_bar("verifying") as report:
-            comparison: Comparison = checkpoint.verify(directory.checkpoint, (config, params), progress=report)
-        show(kinds_table(comparison))
-        if not comparison.equal:
-            raise CommandError(f"{name} does not come back from memory as it is on disk: run `v4-jax verify` on it")
+def _tour(path: Path, name: str, last: Callable[[ModelDirectory, Any], None]) -> None:
+    """Load, verify, card, and a last part that is given."""
+    directory = ModelDirectory.open(path)
+    config = directory.config
+    _step(1, f"Load {name}: safetensors as released, number formats kept")
+    started = time.perf_counter()
+    params = directory.load("native")
+    size = directory.checkpoint.nbytes
+    print(f"{len(directory.checkpoint.tensors):,} tensors, {size:,} bytes in {time.perf_counter() - started:.1f} s")
 
-        _step(3, "What it is and what it costs")
-        show(card.render(config, config.max_position_embeddings))
+    _step(2, "Verify: every tensor in memory against the files")
+    with bad_input(), progress_bar("verifying") as report:
+        comparison: Comparison = checkpoint.verify(directory.checkpoint, (config, params), progress=report)
+    show(kinds_table(comparison))
+    if not comparison.equal:
+        raise CommandError(f"{name} does not come back from memory as it is on disk: run `v4-jax verify` on it")
 
-        _step(4, "Generate: chunked prefill, then a token at a time through the compressed cache")
-        generator = Generator(config, params, max_length=limits.allocated)
-        print(f"{PROMPT}\n", flush=True)
-        reply = Reply(tokenizer, (), "chat")
-        writer = Writer(sys.stdout, show_reasoning=True, headings=False, safe=True)
-        outcome = stream(generator, ids, limits.max_tokens, sampling, defaults.stop_ids, reply, writer)
-        say(outcome.summary())
-        if model is None:
-            print(
-                "\nThis tiny model has random weights, so its reply is noise. The machinery is the real one: the same "
-                "commands take the released checkpoints."
-            )
+    _step(3, "What it is and what it costs")
+    show(card.render(config, config.max_position_embeddings))
+    last(directory, params)
+
+
+def _sentence(directory: ModelDirectory, params: Any, *, max_tokens: int) -> None:
+    """A streamed reply to a short prompt."""
+    config, tokenizer, defaults = directory.config, directory.tokenizer(), directory.generation_defaults()
+    ids = tokenizer.encode(chat.encode([{"role": "user", "content": PROMPT}], thinking_mode="chat"))
+    limits = Limits.of(len(ids), max_tokens, None, config)
+    with bad_input():
+        sampling = Sampling(defaults.temperature, defaults.top_p, defaults.top_k, defaults.min_p)
+    _step(4, "Generate: chunked prefill, then a token at a time through the compressed cache")
+    generator = Generator(config, params, max_length=limits.allocated)
+    print(f"{PROMPT}\n", flush=True)
+    reply = Reply(tokenizer, (), "chat")
+    writer = Writer(sys.stdout, show_reasoning=True, headings=False, safe=True)
+    say(stream(generator, ids, limits.max_tokens, sampling, defaults.stop_ids, reply, writer).summary())
+
+
+def _recall(directory: ModelDirectory, _: Any) -> None:
+    """Records told far back are asked for, with the texts split over all devices."""
+    config, tokenizer = directory.config, directory.tokenizer()
+    rng = np.random.default_rng(0)
+    questions = [recall.question(rng, LENGTH, depth, told=TOLD) for depth in DEPTHS]
+    prompts = [tokenizer.encode(question.text) for question in questions]
+    count = jax.device_count()
+    mesh = f"seq={count}"
+    _step(4, f"Recall: {len(prompts)} texts of {LENGTH:,} characters, split over {count} devices ({mesh})")
+    print(f"Each tells {TOLD} records, a key of letters with a number, and ends with the key of one of them:\n")
+    print(f"  {_shortened(questions[0])}\n", flush=True)
+    place = devices.place(config, mesh, "long-context", batch=len(prompts), length=CHUNK, native=True)
+    generator = Generator(
+        config,
+        directory.load("native", place),
+        max_length=LENGTH + recall.DIGITS,
+        policy="float32",
+        prefill_chunk=CHUNK,
+        place=place,
+    )
+    with progress_bar("reading", "tokens") as report:
+        generation = generator.generate(
+            prompts,
+            max_tokens=recall.DIGITS,
+            sampling=GREEDY,
+            stop_ids=(),
+            progress=lambda done, total: report("", done, total),
+        )
+        found = [""] * len(prompts)
+        for token in generation:
+            found[token.row] += tokenizer.decode([token.id])
+    shown = make_table("", "told before", "asked for", "found", "")
+    for question, value in zip(questions, found, strict=True):
+        right = value == question.record.value
+        shown.add_row(f"{question.distance:,} characters", question.record.key, value, "right" if right else "wrong")
+    show(shown)
+    window, picked = config.sliding_window, config.index_topk
+    say(
+        f"read {generation.prompt_tokens:,} tokens in {generation.prefill_seconds:.1f} s, after compiling for "
+        f"{generator.compile_seconds:.0f} s"
+    )
+    print(
+        f"\nThe window of full attention is {window} tokens. All else comes through compressed entries, one for four "
+        f"tokens,\nof which the indexer picks {picked} for each token. The same commands take the released checkpoints."
+    )
+
+
+def _shortened(question: recall.Question) -> str:
+    """The text around the record and at its end."""
+    told = len(question.text) - question.distance
+    return f"... {question.text[told - 30 : told + 30]} ... {question.text[-30:]}"
 
 
 @contextlib.contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 
 import jax
 
@@ -12,6 +14,8 @@ from v4_jax.cli.console import CommandError, only_errors, say
 from v4_jax.cli.options import Preset
 from v4_jax.config import Config
 from v4_jax.placement import Place, alternatives, check_mesh
+
+_DEVICE_COUNT = "xla_force_host_platform_device_count"
 
 
 def join(distributed: bool) -> None:
@@ -38,6 +42,31 @@ def join(distributed: bool) -> None:
         only_errors()
 
 
+def virtual(count: int) -> None:
+    """Makes the processor look like so many devices, unless jax uses it already or XLA_FLAGS says how many.
+
+    Args:
+      count: devices.
+    """
+    if _DEVICE_COUNT not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", count)
+    _enough_threads()
+
+
+def _enough_threads() -> None:
+    """Lets virtual devices wait for each other.
+
+    XLA:CPU starts collectives that do not depend on one another in any order, and each keeps a thread until all devices
+    have come to it. With no more threads than cores, every thread of a small machine may end up waiting (seen in
+    training on two devices and two cores). XLA takes the number of threads from NPROC when it first sees the processor.
+    """
+    flag = re.search(rf"{_DEVICE_COUNT}=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    count = int(flag[1]) if flag else jax.config.values["jax_num_cpu_devices"]
+    if count > 1:
+        os.environ.setdefault("NPROC", str(8 * count))
+
+
 def _number(variable: str) -> int | None:
     value = os.environ.get(variable)
     return int(value) if value and value.isdecimal() else None
@@ -58,6 +87,7 @@ def place(config: Config, mesh: str | None, preset: Preset, *, batch: int, nativ
         sizes = parse_mesh(mesh)
     except ShardingError as error:
         raise CommandError(str(error)) from None
+    _enough_threads()
     try:
         made = make_mesh(sizes)
         check_mesh(config, made, preset, batch=batch, length=length, native=native)

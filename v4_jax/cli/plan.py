@@ -45,7 +45,7 @@ class Attempt:
         """Whether it fits, by how much, and why not."""
         if isinstance(self.outcome, Compiled):
             hbm = self.job.topology.chip.per_device().hbm_bytes
-            return f"fits: {bytes_text(self.outcome.peak)} of {bytes_text(hbm)} {device(self.job)}"
+            return f"fits: {bytes_text(self.outcome.live)} of {bytes_text(hbm)} {device(self.job)}"
         return f"does not fit: {refusal(self.job, self.outcome)}"
 
 
@@ -187,7 +187,8 @@ def _memory_table(job: Job, compiled: Compiled) -> Table:
         "cache": compiled.cache,
         "padding, other arguments": compiled.arguments - compiled.weights - compiled.cache,
         "temporaries": compiled.temporaries,
-        "peak": compiled.peak,
+        "together": compiled.peak,
+        "in use at one time": compiled.live,
     }
     if job.trains:
         del rows["cache"]
