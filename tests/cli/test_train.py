@@ -22,7 +22,14 @@ STEPS = 6
 def eight(tmp_path_factory):
     """A released directory with eight experts."""
     path = tmp_path_factory.mktemp("eight") / "model"
-    tiny = make(num_hidden_layers=2, compress_ratios=(0, 4, 0), num_hash_layers=1, vocab_size=320, n_routed_experts=8)
+    tiny = make(
+        num_hidden_layers=2,
+        compress_ratios=(0, 4),
+        num_nextn_predict_layers=0,
+        num_hash_layers=1,
+        vocab_size=320,
+        n_routed_experts=8,
+    )
     export((tiny.config, tiny.params), path)
     return path
 
