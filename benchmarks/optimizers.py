@@ -27,7 +27,7 @@ from v4_jax.config import Config
 from v4_jax.costs import parameter_counts
 
 RESULTS = Path(__file__).parent / "results"
-RATES = {"muon": (3e-3, 1e-2, 3e-2), "adamw": (1e-3, 3e-3, 1e-2)}
+RATES = {"muon": (1e-3, 3e-3, 1e-2, 3e-2), "adamw": (3e-4, 1e-3, 3e-3, 1e-2)}
 LENGTH, ROWS = 512, 8
 
 ARCHITECTURE = {

@@ -32,6 +32,8 @@ from v4_jax.tokenizer import ByteTokenizer
 
 RESULTS = Path(__file__).parent / "results"
 
+CONTROL = 65536  # length up to which the control is measured
+
 ARCHITECTURE = {
     **Config.tiny().to_hf(),
     "vocab_size": 320,
@@ -208,14 +210,15 @@ def grid(reader: Reader, lengths: Sequence[int], depths: Sequence[float], questi
     found = []
     for length in lengths:
         rng = np.random.default_rng(length)
-        rows = max(1, min(questions, 65536 // length))
+        count = max(8, min(questions, 2**18 // length))
+        rows = max(1, min(count, 65536 // length))
         for depth in depths:
-            asked = [recall.question(rng, length + 1, depth, told=told) for _ in range(questions)]
-            right = np.concatenate([reader.right(asked[i : i + rows]) for i in range(0, questions, rows)])
+            asked = [recall.question(rng, length + 1, depth, told=told) for _ in range(count)]
+            right = np.concatenate([reader.right(asked[i : i + rows]) for i in range(0, count, rows)])
             cell = {
                 "length": length,
                 "depth": depth,
-                "questions": questions,
+                "questions": count,
                 "distance": int(np.mean([one.distance for one in asked])),
                 "right": float(right.all(axis=1).mean()),
                 "digits": float(right.mean()),
@@ -232,7 +235,7 @@ def picture(results: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, both = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
+    figure, both = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharey=True)
     for axes, (name, title) in zip(both, (("indexer", "the indexer's picks"), ("random", "random picks")), strict=True):
         cells = results[name]
         lengths, depths = (sorted({cell[key] for cell in cells}) for key in ("length", "depth"))
@@ -259,8 +262,10 @@ def main() -> None:
     measuring = verbs.add_parser("measure")
     measuring.add_argument("model", type=Path)
     measuring.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384, 65536, 131072])
-    measuring.add_argument("--depths", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 0.95])
-    measuring.add_argument("--questions", type=int, default=32)
+    measuring.add_argument("--depths", type=float, nargs="+", default=[0.0, 0.5, 0.95])
+    measuring.add_argument(
+        "--questions", type=int, default=32, help="of a length and depth; fewer beyond 8K, at least 8"
+    )
     measuring.add_argument("--told", type=int, default=24, help="records of a text")
     measuring.add_argument("--out", type=Path, default=RESULTS / "recall.json")
     options = parser.parse_args()
@@ -269,10 +274,11 @@ def main() -> None:
         return
     config, params = load(options.model, dtype="float32")
     results: dict[str, Any] = {"trained": max(lesson.length for lesson in CURRICULUM), "told": options.told}
-    for name, seed in (("indexer", None), ("random", 0)):
+    controlled = [length for length in options.lengths if length <= CONTROL]
+    for name, seed, lengths in (("indexer", None, options.lengths), ("random", 0, controlled)):
         print(f"{name}: length, depth, share of values and of digits that are right")
         reader = Reader(config, params, seed=seed)
-        results[name] = grid(reader, options.lengths, options.depths, options.questions, options.told)
+        results[name] = grid(reader, lengths, options.depths, options.questions, options.told)
     options.out.parent.mkdir(exist_ok=True)
     options.out.write_text(json.dumps(results, indent=1) + "\n")
     picture(results, options.out.with_suffix(".png"))

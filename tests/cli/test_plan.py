@@ -242,6 +242,22 @@ def test_a_small_model_for_a_tpu(run, tmp_path):
     assert "all-reduce" in {kind["kind"] for kind in attempt["collectives"]}
 
 
+def test_a_training_step_for_a_tpu(run, tmp_path):
+    """All of it: forward, backward, Muon's exchanges, on a mesh that splits rows and experts."""
+    pytest.importorskip("libtpu")
+    config = dataclasses.replace(
+        Config.tiny(), num_hidden_layers=2, num_hash_layers=1, num_nextn_predict_layers=0, compress_ratios=(0, 4)
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
+    arguments = ("--context", "512", "--batch", "2", "--topology", "v6e:2x2", "--mesh", "seq=2,expert=2", "--json")
+    result = run("plan", "--model", tmp_path, "--task", "train", *arguments)
+    assert result.code == 0, result
+    (attempt,) = json.loads(result.out)["attempts"]
+    assert attempt["weights"] <= attempt["arguments"] <= attempt["live"] <= attempt["peak"] < 300 * MEGABYTE
+    assert 1 < attempt["flops"] / attempt["least"]["flops"] < 20
+    assert {"reduce-scatter", "all-to-all"} <= {kind["kind"] for kind in attempt["collectives"]}
+
+
 def test_flash_does_not_fit_on_four_chips(run):
     pytest.importorskip("libtpu")
     arguments = ("--context", "8K", "--topology", "v5e:2x2", "--mesh", "tensor=4", "--json")
