@@ -83,7 +83,7 @@ def train(directory: Path, matrices: str, rate: float, steps: int) -> Path:
         },
         "stability": {"spike": None},
         "checkpoints": {"every": steps, "keep": 1},
-        "log": {"every": 25, "tensorboard": False},
+        "log": {"every": 1, "tensorboard": False},
         "policy": "float32",
         "remat": "none",
     }
