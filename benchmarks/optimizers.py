@@ -99,8 +99,14 @@ def final_loss(run: Path) -> float:
     return float(np.mean(losses[-max(1, len(losses) // 10) :]))
 
 
+def smoothed(tokens: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Running means of 25 steps, or of all if there are fewer, and the tokens at which each ends."""
+    width = min(25, len(losses))
+    return tokens[width - 1 :], np.convolve(losses, np.ones(width) / width, mode="valid")
+
+
 def picture(curves: dict[str, tuple[np.ndarray, np.ndarray]], path: Path) -> None:
-    """Loss against tokens, each a running mean of 25 steps."""
+    """Smoothed loss against tokens."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -108,9 +114,8 @@ def picture(curves: dict[str, tuple[np.ndarray, np.ndarray]], path: Path) -> Non
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for name, (tokens, losses) in curves.items():
-        width = min(25, len(losses))
-        smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
-        axes.plot(tokens[width - 1 :] / 1e6, smooth, label=name)
+        at, means = smoothed(tokens, losses)
+        axes.plot(at / 1e6, means, label=name)
     axes.set(xlabel="million bytes", ylabel="loss, nats a byte", title="Byte-level V4 on the standard library")
     axes.set_ylim(top=4)
     axes.grid(alpha=0.3)
@@ -139,14 +144,13 @@ def main() -> None:
         one |= {"loss": final_loss(run), "tokens": int(tokens[-1])}
         curves[f"{matrices}, {one['rate']:g}"] = tokens, metrics["loss"]
         one["curve"] = [[int(t), round(float(x), 4)] for t, x in zip(tokens, metrics["loss"], strict=True)]
-    muon, adamw = found["muon"], found["adamw"]
-    below = np.convolve([loss for _, loss in muon["curve"]], np.ones(25) / 25, mode="valid") <= adamw["loss"]
-    reached = int(np.argmax(below)) + 24 if below.any() else None
+    at, means = smoothed(*curves[f"muon, {found['muon']['rate']:g}"])
+    below = at[means <= found["adamw"]["loss"]]
     summary = {
         "parameters": parameter_counts(Config.from_hf(ARCHITECTURE)).checkpoint,
         "search_steps": options.search,
         "steps": options.steps,
-        "muon_tokens_to_adamws_loss": None if reached is None else muon["curve"][reached][0],
+        "muon_tokens_to_adamws_loss": int(below[0]) if len(below) else None,
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "optimizers.json").write_text(json.dumps(summary | found) + "\n")

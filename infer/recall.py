@@ -86,15 +86,14 @@ def lesson(rng: np.random.Generator, length: int, *, told: int, asked: int, lett
       letters: of a key.
     """
     known = records(rng, told, letters)
-    again = np.sort(rng.permutation(told + asked - 1)[:asked]) + 1  # the first is always told, never asked
-    items, first = [], 0
-    repeats = set(again.tolist())
+    again = set((rng.permutation(told + asked - 1)[:asked] + 1).tolist())  # the first place is never one of them
+    items, count = [], 0
     for place in range(told + asked):
-        if place in repeats:
-            items.append(str(known[rng.integers(first)]))
+        if place in again:
+            items.append(str(known[rng.integers(count)]))
         else:
-            items.append(str(known[first]))
-            first += 1
+            items.append(str(known[count]))
+            count += 1
     return _between(rng, items, length)
 
 
@@ -126,7 +125,7 @@ def _between(rng: np.random.Generator, items: Sequence[str], length: int) -> str
     words = _words(rng, room)
     # Gaps end at the end of a word, so that none is torn.
     ends = np.flatnonzero(np.frombuffer(words.encode(), np.uint8) == ord(" ")) + 1
-    ends = np.concatenate([[0], ends[ends <= room]])
+    ends = np.concatenate([[0], ends])
     places = np.sort(rng.choice(ends, len(items)))
     parts, last = [], 0
     for item, place in zip(items, places, strict=True):

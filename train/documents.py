@@ -37,9 +37,8 @@ _ENDINGS = {
 TOKENS = "tokens"  # the field whose documents are lists of token ids, not text
 
 _SCAN_BYTES = 1 << 24  # read at once when looking for the ends of lines
-_ROW_GROUPS = (
-    32  # decoded Parquet row groups kept: one for each reading thread, and some in case they are read in order
-)
+# Decoded Parquet row groups kept: one for each reading thread, and some in case they are read in order.
+_ROW_GROUPS = 32
 
 
 class DataError(ValueError):

@@ -26,7 +26,7 @@ from train.optimizer import optimizer
 from train.schedules import attention, learning_rate, loss_weights, stage_at, trained_part
 from train.settings import Settings
 from train.stability import Recovery, SpikeDetector
-from train.step import TrainState, abstract_state, make_decide, make_step
+from train.step import TrainState, abstract_state, jit_step, make_decide, make_step
 from v4_jax.config import Config
 from v4_jax.parameters import Part
 from v4_jax.placement import Place
@@ -129,8 +129,7 @@ class Trainer:
                 lambda step: loss_weights(self._settings, chosen, step),
                 fp4_experts=self._settings.fp4_experts,
             )
-            places = jax.tree.map(lambda x: x.sharding, self._shapes)
-            self._programs[key] = jax.jit(step, donate_argnums=0, out_shardings=(places, self._place.replicated))
+            self._programs[key] = jit_step(step, self._shapes, self._place)
         return self._programs[key]
 
     def _decide(self, stage: int) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 
 from v4_jax.chips import chip_of
 from v4_jax.config import Config
-from v4_jax.costs import flops_per_token
+from v4_jax.costs import training_flops
 from v4_jax.files import complete
 
 METRICS = "metrics.jsonl"
@@ -163,14 +163,13 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 def _legal(content: Any) -> bool:
     if not isinstance(content, dict) or type(content.get(_STEP)) is not int:
         return False
-    return all(value is None or (isinstance(value, int | float)) for value in content.values())
+    return all(value is None or isinstance(value, int | float) for value in content.values())
 
 
 def throughput(config: Config, tokens: float, seconds: float, length: int, devices: Sequence[Any]) -> dict[str, float]:
     """How fast a step was.
 
-    FLOPs are those that the model needs: three times the trunk's forward pass, the mean over a row's positions. What is
-    computed again in the backward pass does not count, nor does the MTP block; documents shorter than a row need less.
+    FLOPs are those of `v4_jax.costs.training_flops`; documents shorter than a row need less.
 
     Args:
       config: the architecture.
@@ -183,7 +182,7 @@ def throughput(config: Config, tokens: float, seconds: float, length: int, devic
       "tokens_per_second", "flops_per_second", and, of devices whose peak in bfloat16 is known, "flops_share" of it.
     """
     rate = tokens / seconds
-    flops = 3 * flops_per_token(config, length, phase="prefill").total * rate
+    flops = training_flops(config, length) * rate
     found = {"tokens_per_second": rate, "flops_per_second": flops}
     chips = [chip_of(device.device_kind) for device in devices]
     peak = sum(chip.per_device().flops for chip in chips if chip)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from v4_jax.config import Config
-from v4_jax.number_formats import E2M1, dequantise, quantise
+from v4_jax.number_formats import E2M1, dequantise, quantise, straight_through
 from v4_jax.parameters import Parameter, declarations, is_parameter
 from v4_jax.policy import Policy
 
@@ -30,13 +30,9 @@ def compute_copy(params: Any, config: Config, policy: Policy, *, fp4_experts: bo
 
     def copy(parameter: Parameter, value: Array) -> Array:
         if parameter.storage == "expert":
-            return _through(value) if fp4_experts else value
+            if not fp4_experts:
+                return value
+            return straight_through(dequantise(quantise(jax.lax.stop_gradient(value), E2M1), jnp.float32), value)
         return value.astype(policy.compute_dtype) if parameter.storage in ("fp8", "bf16") else value
 
     return jax.tree.map(copy, declarations(config), params, is_leaf=is_parameter)
-
-
-def _through(weight: Array) -> Array:
-    """The weight rounded to E2M1, with the gradient of the identity."""
-    rounded = dequantise(quantise(jax.lax.stop_gradient(weight), E2M1), jnp.float32)
-    return rounded + (weight - jax.lax.stop_gradient(weight))  # the bracket is exactly zero

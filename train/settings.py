@@ -13,9 +13,9 @@ import pydantic
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from v4_jax.policy import PolicyName
 from v4_jax.stages import Remat
 
-PolicyName = Literal["float32", "bfloat16", "released"]
 Attention = Literal["dense", "indexer", "sparse"]
 
 

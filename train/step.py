@@ -100,6 +100,18 @@ def make_step(
     return step
 
 
+def jit_step(step: Any, state: TrainState, place: Place) -> Any:
+    """What `make_step` returns, jitted: the state takes the place of the one before, its metrics are on every device.
+
+    Args:
+      step: the function.
+      state: from `abstract_state`.
+      place: where both lie.
+    """
+    places = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(places, place.replicated))
+
+
 def make_decide(model: Transformer, *, fp4_experts: bool = False) -> Callable[[Any, Batch], Decisions]:
     """A function of parameters and batch that says which experts they choose, to be jitted; as for `make_step`."""
 

@@ -243,7 +243,11 @@ def bytes_per_device(tree: Any) -> int:
 
 
 def training(job: Job, mesh: Any) -> tuple[Any, Any]:
-    """A training step, `(state, batch) -> (state, metrics)`, and its state's shapes and places on a mesh, if abstract.
+    """A training step, `(state, batch) -> (state, metrics)`, and its state's shapes and places.
+
+    Args:
+      job: the job.
+      mesh: devices, or an abstract mesh where only the state is wanted.
 
     Raises:
       ShardingError: the model does not split evenly over the mesh.
@@ -273,11 +277,11 @@ def lower(job: Job, mesh: Mesh) -> tuple[Any, Any, Any]:
     tokens = jax.ShapeDtypeStruct((job.batch, job.chunk), jnp.int32, sharding=everywhere)
     if job.trains:
         from train.batch import Batch
+        from train.step import jit_step
 
         step, state = training(job, mesh)
         rows = jax.ShapeDtypeStruct((1, *tokens.shape), tokens.dtype, sharding=everywhere)
-        places = jax.tree.map(lambda x: x.sharding, state), everywhere
-        return jax.jit(step, donate_argnums=0, out_shardings=places).lower(state, Batch(rows, rows)), state, None
+        return jit_step(step, state, Place(mesh, job.preset)).lower(state, Batch(rows, rows)), state, None
 
     model = Transformer(job.config, policy=job.policy, mesh=mesh, rules=job.preset)
     weights, cache = abstract_params(job.config, mesh, job.preset, job.dtype), abstract_cache(job, mesh)

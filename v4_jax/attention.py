@@ -21,7 +21,15 @@ from v4_jax.cache import Cache, Entries, Ring, Rows, halo
 from v4_jax.compressor import Compressor
 from v4_jax.config import Config, Layer
 from v4_jax.layout import Blocks, Layout
-from v4_jax.lightning_indexer import LightningIndexer, divergence, index_queries, index_scores, select
+from v4_jax.lightning_indexer import (
+    MASKED,
+    LightningIndexer,
+    divergence,
+    index_queries,
+    index_scores,
+    products,
+    select,
+)
 from v4_jax.linear import linear
 from v4_jax.norm import rms_norm
 from v4_jax.number_formats import BlockScaled, dequantise, fake_quant_kv
@@ -35,8 +43,6 @@ QUERY_BLOCK = 128  # queries of a row that are attended together,
 BATCH_BLOCK = 512  # and of all rows, which bounds the memory of a large batch
 ENTRY_BLOCK = 128  # entries that HCA attends at once
 FEW_QUERIES = 16  # so many tokens of a row visit the devices that hold its entries; for more, the entries come to them
-
-_MASKED = -1e30  # finite, so that a row with nothing to see stays free of NaN
 
 
 class Partial(NamedTuple):
@@ -63,7 +69,7 @@ def attend(queries: Array, keys: Array, mask: Array) -> Partial:
     """
     letters = "bkc" if keys.ndim == 3 else "bqkc"
     mask = mask[:, :, None, :]
-    logits = jnp.where(mask, _logits(queries, keys), _MASKED)
+    logits = jnp.where(mask, _logits(queries, keys), MASKED)
     maximum = jnp.max(logits, axis=-1)
     shares = jnp.where(mask, jnp.exp(logits - maximum[..., None]), 0.0)
     weighted = einsum(f"bqhk,{letters}->bqhc", shares, keys, dtype=keys.dtype, accumulate=jnp.float32)
@@ -83,9 +89,7 @@ def mass(queries: Array, keys: Array, mask: Array, log_total: Array) -> Array:
 
 
 def _logits(queries: Array, keys: Array) -> Array:
-    letters = "bkc" if keys.ndim == 3 else "bqkc"
-    logits = einsum(f"bqhc,{letters}->bqhk", queries, keys, dtype=queries.dtype, accumulate=jnp.float32)
-    return logits * queries.shape[-1] ** -0.5
+    return products(queries, keys) * queries.shape[-1] ** -0.5
 
 
 def merge(a: Partial, b: Partial) -> Partial:
@@ -160,7 +164,7 @@ def attend_picked(queries: Array, entries: Entries, picked: Array) -> Partial:
 def _nothing(queries: Array) -> Partial:
     """Attention over no keys."""
     shape = queries.shape[:3]
-    return Partial(jnp.full(shape, _MASKED), jnp.zeros(shape), jnp.zeros(queries.shape))
+    return Partial(jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros(queries.shape))
 
 
 def attend_range(queries: Array, entries: Entries, low: Array, high: Array) -> Partial:

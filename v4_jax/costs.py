@@ -236,6 +236,15 @@ def flops_per_token(config: Config, context: int, *, phase: Literal["decode", "p
     return Flops(dict(linear), {role: round(value) for role, value in attention.items()}, round(index))
 
 
+def training_flops(config: Config, length: int) -> int:
+    """FLOPs per token of a training step on rows of `length` tokens, as the model needs them.
+
+    Three times the trunk's forward pass, the mean over a row's positions: what is computed again in the backward pass
+    does not count, nor does the MTP block.
+    """
+    return 3 * flops_per_token(config, length, phase="prefill").total
+
+
 def _keys_at_the_end(context: int, ratio: int, limit: int) -> int:
     """Keys that the last token of a sequence attends to, at one per `ratio` tokens and `limit` at most."""
     return min(limit, context // ratio)

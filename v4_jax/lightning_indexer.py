@@ -29,7 +29,7 @@ from v4_jax.rotary import rotate
 
 ENTRY_BLOCK = 2048  # entries scored at once
 
-_MASKED = -1e30  # finite, so that a query with nothing to see stays free of NaN
+MASKED = -1e30  # finite, so that a query with nothing to see stays free of NaN
 
 
 class LightningIndexer(Module):
@@ -91,6 +91,12 @@ def index_queries(
     return all_gather(queries, split.shared("index_heads"), 2)
 
 
+def products(queries: Array, keys: Array) -> Array:
+    """Float32 products [B, Q, H, K] of queries [B, Q, H, C] with keys: [B, K, C] shared, or [B, Q, K, C] of each."""
+    letters = "bkc" if keys.ndim == 3 else "bqkc"
+    return einsum(f"bqhc,{letters}->bqhk", queries, keys, dtype=queries.dtype, accumulate=jnp.float32)
+
+
 def index_scores(queries: Array, weights: Array, keys: Array) -> Array:
     """Scores [B, Q, K]: sum over heads of relu(query . key) * weight, in float32.
 
@@ -99,10 +105,9 @@ def index_scores(queries: Array, weights: Array, keys: Array) -> Array:
       weights: [B, Q, heads] float32.
       keys: [B, K, C] shared by the queries, or [B, Q, K, C] with each query's own.
     """
-    letters = "bkc" if keys.ndim == 3 else "bqkc"
-    products = einsum(f"bqhc,{letters}->bqhk", queries, keys, dtype=queries.dtype, accumulate=jnp.float32)
+    per_head = products(queries, keys)
     # Head by head: XLA:CPU hands a product that ends in a sum over its axis to a kernel tens of times slower.
-    heads = (jax.nn.relu(products[:, :, h]) * weights[:, :, h, None] for h in range(weights.shape[-1]))
+    heads = (jax.nn.relu(per_head[:, :, h]) * weights[:, :, h, None] for h in range(weights.shape[-1]))
     return functools.reduce(jnp.add, heads)
 
 
@@ -138,7 +143,7 @@ def divergence(scores: Array, mass: Array, visible: Array) -> Array:
     """
     mass = jnp.where(visible, jax.lax.stop_gradient(mass), 0)
     share = mass / jnp.maximum(jnp.sum(mass, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
-    guess = jax.nn.log_softmax(jnp.where(visible, scores, _MASKED), axis=-1)
+    guess = jax.nn.log_softmax(jnp.where(visible, scores, MASKED), axis=-1)
     return jnp.sum(jnp.where(share > 0, share * (jnp.log(jnp.where(share > 0, share, 1)) - guess), 0), axis=-1)
 
 

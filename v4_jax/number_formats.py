@@ -169,8 +169,12 @@ def decode_rows(codes: Array, scales: Array, dtype: Any) -> Array:
 
 def fake_quant(rows: Array, dtype: Any, block: int) -> Array:
     """Rounds [..., channels] to `dtype` and back, with straight-through gradients; the dtype of `rows` is kept."""
-    rounded = decode_rows(*encode_rows(rows, dtype, block), rows.dtype)
-    return jax.lax.stop_gradient(rounded) + (rows - jax.lax.stop_gradient(rows))  # the bracket is exactly zero
+    return straight_through(decode_rows(*encode_rows(rows, dtype, block), rows.dtype), rows)
+
+
+def straight_through(rounded: Array, values: Array) -> Array:
+    """`rounded`, with the gradient of `values`, of which it is a rounding."""
+    return jax.lax.stop_gradient(rounded) + (values - jax.lax.stop_gradient(values))  # the bracket is exactly zero
 
 
 def fake_quant_kv(rows: Array, rotary: int) -> Array:

@@ -73,7 +73,7 @@ class Least:
     """The least that the algorithm needs for a call, all devices together.
 
     Attributes:
-      flops: FLOPs; in training, three times the forward pass, the MTP block's left out.
+      flops: FLOPs; in training, see `v4_jax.costs.training_flops`.
       weights: bytes of weights read once: all dense ones, and the experts that the call's tokens can reach at most. In
         training, of masters and moments read and written once.
       cache: bytes of cache read once: windows, open blocks, index keys and HCA entries of every row, and the CSA
@@ -117,18 +117,22 @@ class Estimate:
 
 def candidates(job: Job, presets: Sequence[str]) -> list[Estimate]:
     """Estimates of a job on every legal mesh of its topology under each preset, the most promising first."""
-    found = []
+    found, least = [], least_work(job)  # the same on every mesh
     for preset in presets:
         native = job.dtype == "native"
         shapes = legal_meshes(
             job.config, job.topology.devices, preset, batch=job.batch, length=job.chunk, native=native
         )
-        found += [estimate(dataclasses.replace(job, mesh=sizes, preset=preset)) for sizes in shapes]
+        found += [estimate(dataclasses.replace(job, mesh=sizes, preset=preset), least) for sizes in shapes]
     return sorted(found, key=lambda one: one.order)
 
 
-def estimate(job: Job) -> Estimate:
+def estimate(job: Job, least: Least | None = None) -> Estimate:
     """Estimates a job.
+
+    Args:
+      job: the job.
+      least: what `least_work` says of it, where that is known already.
 
     Raises:
       ShardingError: it does not split evenly over its mesh.
@@ -140,7 +144,7 @@ def estimate(job: Job) -> Estimate:
     used = sum(stored for _, stored in parts)
     held = bytes_per_device(training(job, mesh)[1]) if job.trains else used
     cache = 0 if job.trains else bytes_per_device(abstract_cache(job, mesh))
-    least, devices, passes = least_work(job), job.topology.devices, PASSES[job.task]
+    least, devices, passes = least or least_work(job), job.topology.devices, PASSES[job.task]
 
     experts = sum(stored for parameter, stored in parts if EXPERTS in parameter.axes)
     gathered = sum(stored * (_joined(split, parameter) - 1) for parameter, stored in parts)
@@ -156,7 +160,7 @@ def least_work(job: Job) -> Least:
     config = job.config
     mesh = abstract_mesh(dict.fromkeys(job.mesh, 1))
     if job.trains:
-        flops = PASSES["train"] * job.tokens * costs.flops_per_token(config, job.context, phase="prefill").total
+        flops = job.tokens * costs.training_flops(config, job.context)
         return Least(float(flops), 2.0 * bytes_per_device(training(job, mesh)[1]), 0.0)
     # A chunk's tokens count as its last one, which sees most; a prompt's head is for its last token alone.
     per_token = costs.flops_per_token(config, job.context)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+PolicyName = Literal["float32", "bfloat16", "released"]
 
 
 @dataclasses.dataclass(frozen=True)

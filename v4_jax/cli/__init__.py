@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 PROGRAM = "v4-jax"
 
-_BAD_INPUT, _INTERRUPTED, _BROKEN_PIPE = 2, 130, 141
+INTERRUPTED = 130
+_BAD_INPUT, _BROKEN_PIPE = 2, 141
 
 
 class Verb(NamedTuple):
@@ -49,7 +50,7 @@ def entry() -> None:
     has a working name, and letting the interpreter shut down under them can crash it.
     """
     code = main()
-    if code == _INTERRUPTED:
+    if code == INTERRUPTED:
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             sys.stderr.flush()
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, where a broken pipe is still ours to handle
         return code
     except KeyboardInterrupt:
-        return _INTERRUPTED
+        return INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has seen enough. The interpreter flushes stdout once more when it ends.
         with contextlib.suppress(OSError, ValueError):

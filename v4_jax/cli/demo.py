@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -53,15 +52,16 @@ def demo(*, model: OptionalFile = None, max_tokens: Count = 64) -> None:
       max_tokens: Most tokens of the reply.
     """
     if model is not None:
-        _tour(model, str(model), functools.partial(_sentence, max_tokens=max_tokens))
+        _sentence(*_tour(model, str(model)), max_tokens)
         return
     devices.virtual(DEVICES)
     with _embedded() as path:
-        _tour(path, "the embedded model", _recall)
+        directory, _ = _tour(path, "the embedded model")
+        _recall(directory)
 
 
-def _tour(path: Path, name: str, last: Callable[[ModelDirectory, Any], None]) -> None:
-    """Load, verify, card, and a last part that is given."""
+def _tour(path: Path, name: str) -> tuple[ModelDirectory, Any]:
+    """Load, verify and card; returns the directory and its weights in native formats."""
     directory = ModelDirectory.open(path)
     config = directory.config
     _step(1, f"Load {name}: safetensors as released, number formats kept")
@@ -79,10 +79,10 @@ def _tour(path: Path, name: str, last: Callable[[ModelDirectory, Any], None]) ->
 
     _step(3, "What it is and what it costs")
     show(card.render(config, config.max_position_embeddings))
-    last(directory, params)
+    return directory, params
 
 
-def _sentence(directory: ModelDirectory, params: Any, *, max_tokens: int) -> None:
+def _sentence(directory: ModelDirectory, params: Any, max_tokens: int) -> None:
     """A streamed reply to a short prompt."""
     config, tokenizer, defaults = directory.config, directory.tokenizer(), directory.generation_defaults()
     ids = tokenizer.encode(chat.encode([{"role": "user", "content": PROMPT}], thinking_mode="chat"))
@@ -97,7 +97,7 @@ def _sentence(directory: ModelDirectory, params: Any, *, max_tokens: int) -> Non
     say(stream(generator, ids, limits.max_tokens, sampling, defaults.stop_ids, reply, writer).summary())
 
 
-def _recall(directory: ModelDirectory, _: Any) -> None:
+def _recall(directory: ModelDirectory) -> None:
     """Records told far back are asked for, with the texts split over all devices."""
     config, tokenizer = directory.config, directory.tokenizer()
     rng = np.random.default_rng(0)

@@ -30,13 +30,13 @@ from v4_jax.cli.options import (
     OptionalInt,
     OptionalSize,
     OptionalText,
-    PolicyName,
     Preset,
     Texts,
 )
 from v4_jax.cli.reply import Reply, Writer
 from v4_jax.cli.sizes import format_size
 from v4_jax.config import Config
+from v4_jax.policy import PolicyName
 from v4_jax.tokenizer import Tokenizer
 
 Mode = Literal["non-think", "high", "max"]

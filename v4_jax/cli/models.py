@@ -9,9 +9,10 @@ from typing import Any, cast
 from v4_jax.cache import CacheDtype
 from v4_jax.checkpoint import Checkpoint, load, open_checkpoint, run_of
 from v4_jax.cli.console import CommandError, bad_input, read_json, say, watched
-from v4_jax.cli.options import CacheFormat, Dtype, PolicyName
+from v4_jax.cli.options import CacheFormat, Dtype
 from v4_jax.config import Config
 from v4_jax.placement import Place
+from v4_jax.policy import PolicyName
 from v4_jax.tokenizer import Tokenizer, load_tokenizer
 
 

@@ -59,5 +59,4 @@ Model = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL", hel
 
 Preset = Literal["decode", "prefill", "long-context", "train"]
 Dtype = Literal["native", "bfloat16", "float32"]
-PolicyName = Literal["float32", "bfloat16", "released"]
 CacheFormat = Literal["auto", "float32", "bfloat16", "released"]

@@ -139,13 +139,10 @@ def _title(job: Job) -> str:
         f", {job.topology.devices} devices" if job.topology.chip.devices > 1 else ""
     )
     rows = f"{job.batch} row{'s' if job.batch > 1 else ''}"
-    if job.trains:
-        call, formats = f"a step of {rows}", "float32 masters, computing in bfloat16"
-    elif job.task == "decode":
-        call, formats = f"one token of {rows}", f"{job.dtype} weights"
-    else:
-        call, formats = f"the last {format_size(job.chunk)} tokens of {rows}", f"{job.dtype} weights"
-    return f"{job.task}: {call} at {format_size(job.context)} tokens, {formats}, on {job.topology} ({count})"
+    taken = {"decode": "one token", "prefill": f"the last {format_size(job.chunk)} tokens", "train": "a step"}
+    formats = "float32 masters, computing in bfloat16" if job.trains else f"{job.dtype} weights"
+    call = f"{taken[job.task]} of {rows} at {format_size(job.context)} tokens"
+    return f"{job.task}: {call}, {formats}, on {job.topology} ({count})"
 
 
 def _tables(job: Job, compiled: Compiled) -> Iterator[RenderableType]:

@@ -13,7 +13,8 @@ from infer.score import ScoreError, Scorer, read_jobs, write_lines
 from v4_jax.cli.console import CommandError, Report, bad_input, progress_bar, read_text, say, working
 from v4_jax.cli.devices import join, place
 from v4_jax.cli.models import ModelDirectory, cache_format
-from v4_jax.cli.options import CacheFormat, Count, Dtype, File, Flag, Model, OptionalText, PolicyName, Preset
+from v4_jax.cli.options import CacheFormat, Count, Dtype, File, Flag, Model, OptionalText, Preset
+from v4_jax.policy import PolicyName
 
 
 def score(

@@ -11,7 +11,7 @@ import jax
 import tyro
 from rich.table import Table
 
-from v4_jax.cli import devices
+from v4_jax.cli import INTERRUPTED, devices
 from v4_jax.cli.console import CommandError, bad_input, needs, say, show
 from v4_jax.cli.options import Flag
 from v4_jax.config import Config
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 Words = Annotated[
     tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SETTINGS.yaml FIELD=VALUE", help_behavior_hint="")
 ]
-
-STOPPED = 130  # as for any command that was interrupted
 
 
 def train(words: Words = (), /, *, fields: Flag = False, distributed: Flag = False) -> int:
@@ -93,7 +91,7 @@ def _train(settings: Settings, distributed: bool) -> int:
         except (SaveError, TrainingError) as error:
             raise CommandError(str(error)) from None
     say(f"{end} at step {report.step:,} of {settings.steps:,}: {settings.run}")
-    return 0 if end == "done" else STOPPED
+    return 0 if end == "done" else INTERRUPTED
 
 
 def _place(settings: Settings, config: Config) -> Place:
