@@ -62,7 +62,8 @@ class Newest(NamedTuple):
     logprobs: Array
 
 
-def _nothing_sampled(batch: int) -> Newest:
+def nothing_sampled(batch: int) -> Newest:
+    """Zeros, before the first token."""
     return Newest(jnp.zeros((batch, 1), jnp.int32), jnp.zeros((batch, 1), jnp.float32))
 
 
@@ -201,7 +202,7 @@ class Generator:
                 rows, flags = (place.shape((batch,), dtype) for dtype in (jnp.int32, bool))
                 newest, samplings = (
                     jax.tree.map(lambda x: place.shape(x.shape, x.dtype), jax.eval_shape(make))
-                    for make in (lambda: _nothing_sampled(batch), lambda: SamplingRows.of([GREEDY] * batch))
+                    for make in (lambda: nothing_sampled(batch), lambda: SamplingRows.of([GREEDY] * batch))
                 )
                 options = CPU_STEP if chunk == 1 and jax.default_backend() == "cpu" else None
                 program = jax.jit(self._step, donate_argnums=1, compiler_options=options)
@@ -291,7 +292,7 @@ class Generation:
         size = generator._chunk_for(self._prompts)
         step = generator._program(batch, size)
         cache = generator._program(batch, 0)()
-        newest = generator._place.put(_nothing_sampled(batch))
+        newest = generator._place.put(nothing_sampled(batch))
         lengths = np.asarray([len(prompt) for prompt in self._prompts])
         for begin in range(0, int(lengths.max()), size):
             counts = np.clip(lengths - begin, 0, size)

@@ -33,10 +33,10 @@ from v4_jax.cache import CacheDtype, cache_shapes
 from v4_jax.chips import GIB, Topology
 from v4_jax.config import Config
 from v4_jax.grouped_matmul import tile_rows
-from v4_jax.number_formats import E2M1, E4M3, E8M0, FP4_BLOCK, FP8_BLOCK, BlockScaled, bytes_of, scale_shape
+from v4_jax.number_formats import E2M1, E4M3, E8M0, FP4_BLOCK, FP8_BLOCK, BlockScaled, scale_shape
 from v4_jax.outputs import Output
 from v4_jax.parameters import Parameter, declarations, is_parameter
-from v4_jax.placement import Place, placements
+from v4_jax.placement import Place, bytes_per_device, placements
 
 Task = Literal["prefill", "decode", "train"]
 WeightFormat = Literal["native", "bfloat16"]
@@ -234,12 +234,6 @@ def abstract_params(config: Config, mesh: Mesh | AbstractMesh, rules: Any, dtype
 def abstract_cache(job: Job, mesh: Mesh | AbstractMesh) -> Any:
     """The cache's shapes, dtypes and places."""
     return cache_shapes(job.config, job.batch, job.context, dtype=job.cache_dtype, mesh=mesh, rules=job.preset)
-
-
-def bytes_per_device(tree: Any) -> int:
-    """Bytes of a tree of placed shapes on each device, without padding."""
-    leaves = jax.tree.leaves(tree)
-    return sum(bytes_of(jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)) for x in leaves)
 
 
 def training(job: Job, mesh: Any) -> tuple[Any, Any]:

@@ -23,7 +23,7 @@ from sharding.mesh import abstract_mesh, format_mesh, mesh_shapes
 from sharding.split import Split
 from v4_jax.cache import Cache, CacheDtype, cache_shapes, cache_specs, init_cache
 from v4_jax.config import RATIO_OF_ROLE, Config
-from v4_jax.number_formats import FP4_BLOCK, FP8_BLOCK
+from v4_jax.number_formats import FP4_BLOCK, FP8_BLOCK, bytes_of
 from v4_jax.outputs import Logits, Output, Routing
 from v4_jax.parameters import Parameter, declarations, is_parameter
 
@@ -99,6 +99,15 @@ class Place(NamedTuple):
     def keep(self, tree: Any) -> Any:
         """Within a program: makes arrays whole on every device, as for the last token's logits before sampling."""
         return tree if self.mesh is None else jax.lax.with_sharding_constraint(tree, self.replicated)
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes of a tree of shapes on each device, without padding; those that lie nowhere in particular are whole."""
+
+    def part(x: Any) -> Any:
+        return x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+
+    return sum(bytes_of(jax.ShapeDtypeStruct(part(x), x.dtype)) for x in jax.tree.leaves(tree))
 
 
 def check_mesh(

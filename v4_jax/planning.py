@@ -18,13 +18,13 @@ from sharding.axes import resolve
 from sharding.mesh import abstract_mesh, format_mesh
 from sharding.split import Split
 from v4_jax import costs
-from v4_jax.ahead_of_time import Compiled, Job, Task, abstract_cache, abstract_params, bytes_per_device, training
+from v4_jax.ahead_of_time import Compiled, Job, Task, abstract_cache, abstract_params, training
 from v4_jax.chips import Chip
 from v4_jax.config import RATIO_OF_ROLE
 from v4_jax.mixture_of_experts import FEW_TOKENS
 from v4_jax.number_formats import BlockScaled
 from v4_jax.parameters import EXPERTS, Parameter, declarations, is_parameter
-from v4_jax.placement import UNIT, check_mesh, legal_meshes
+from v4_jax.placement import UNIT, bytes_per_device, check_mesh, legal_meshes
 
 PRESETS_OF_TASK: dict[Task, tuple[str, ...]] = {
     "decode": ("decode",),

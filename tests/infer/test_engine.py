@@ -1,0 +1,178 @@
+"""Many requests in a few slots: each gets what it would get alone, and nothing is compiled on the way."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from infer.engine import Engine, Request, slots_within
+from infer.generate import Generator
+from infer.sampling import GREEDY, Sampling
+from tests.equivalence.spread import Spread
+from tests.equivalence.tiny import make
+from v4_jax.placement import Place
+
+LENGTH, CHUNK = 192, 24
+
+
+def make_engine(model, slots, **arguments):
+    arguments = dict(max_length=LENGTH, prefill_chunk=CHUNK, policy="float32", cache_dtype="float32") | arguments
+    return Engine(model.config, model.params, slots=slots, **arguments)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """One layer of each role."""
+    return make(num_hidden_layers=3, compress_ratios=(0, 4, 128, 0), num_hash_layers=1)
+
+
+@pytest.fixture(scope="module")
+def engine(small):
+    return make_engine(small, 3)
+
+
+def requests():
+    """Prompts around the ends of blocks, windows and chunks, sampled in several ways."""
+    rng = np.random.default_rng(5)
+    samplings = (GREEDY, Sampling(seed=7), Sampling(temperature=0.7, top_p=0.9, seed=8), Sampling(top_k=5, seed=9))
+    lengths = (1, 2, 3, 4, 5, 9, 17, CHUNK, CHUNK + 1, CHUNK + 2, 127, 128, 129, 130)
+    return [
+        Request(rng.integers(2, 64, length).tolist(), 3 + i % 5, samplings[i % 4], stop_ids=())
+        for i, length in enumerate(lengths)
+    ]
+
+
+def served(engine, given):
+    """By request and sample: ids, log-probabilities and how it ended, of all that were submitted together."""
+    numbers = [engine.submit(request) for request in given]
+    found = {(number, i): ([], [], []) for number, one in zip(numbers, given, strict=True) for i in range(one.n)}
+    for event in engine.run():
+        ids, logprobs, finish = found[event.request, event.sample]
+        assert finish in ([], [None] * len(ids))
+        ids.append(event.id)
+        logprobs.append(event.logprob)
+        finish.append(event.finish)
+    assert engine.idle
+    ordered = {key: (ids, logprobs, finish[-1]) for key, (ids, logprobs, finish) in found.items() if ids}
+    return [[ordered.get((number, i)) for i in range(one.n)] for number, one in zip(numbers, given, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def alone(engine):
+    return [served(engine, [request])[0] for request in requests()]
+
+
+def test_neighbours_change_nothing(engine, alone):
+    """In float32 to the last bit, log-probabilities included, and in another order too."""
+    assert served(engine, requests()) == alone
+    assert served(engine, requests()[::-1])[::-1] == alone
+    assert all(len(ids) == one.max_tokens for [(ids, _, _)], one in zip(alone, requests(), strict=True))
+
+
+def test_the_same_tokens_as_plain_generation(small, alone):
+    generator = Generator(
+        small.config, small.params, max_length=LENGTH, prefill_chunk=CHUNK, policy="float32", cache_dtype="float32"
+    )
+    for request, [(ids, logprobs, _)] in zip(requests(), alone, strict=True):
+        sampled = dict(max_tokens=request.max_tokens, sampling=request.sampling, stop_ids=())
+        tokens = list(generator.generate([request.prompt], **sampled))
+        assert [token.id for token in tokens] == ids
+        np.testing.assert_allclose([token.logprob for token in tokens], logprobs, atol=1e-4)
+
+
+def test_samples_share_a_prompt(engine):
+    """Sample i is what a request with the seed plus i gives; short prompts, long ones, and one of a single token."""
+    for length in (1, 30, 131):
+        one = Request(list(range(2, 2 + length % 60)) * (1 + length // 60), 6, Sampling(seed=3), stop_ids=(), n=3)
+        apart = [dataclasses.replace(one, n=1, sampling=Sampling(seed=3 + i)) for i in range(3)]
+        [together] = served(engine, [one])
+        assert together == [sample for [sample] in served(engine, apart)]
+        assert len({tuple(ids) for ids, _, _ in together}) == 3
+
+
+def test_stop_ids_end_a_sample(engine, alone):
+    request, [(ids, _, _)] = requests()[7], alone[7]
+    [[(stopped, _, finish)]] = served(engine, [dataclasses.replace(request, stop_ids=(ids[1],))])
+    assert (stopped, finish) == (ids[:2], "stop") and alone[7][0][2] == "length"
+
+
+def test_nothing_compiles_after_warm_up(engine, alone):
+    compiled = []
+
+    def listen(event, duration, **_):
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.jit(lambda x: x + 41)(np.float32(1))
+        assert len(compiled) == 1  # that is what it would look like
+        served(engine, [*requests(), Request([5] * 70, 9, n=3)])
+        assert len(compiled) == 1 and engine.programs == 3
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_cancelled_requests_leave_the_rest_alone(engine, alone):
+    """While waiting, being read, shared, and generating; their slots serve others."""
+    long = Request([3] * 150, 20, stop_ids=())
+    shared = Request([4] * 100, 5, Sampling(seed=2), stop_ids=(), n=2)
+    first, second, third = (engine.submit(one) for one in (long, shared, long))
+    engine.round()
+    engine.cancel(third)
+    engine.cancel(second, 0)
+    events = [event for _ in range(9) for event in engine.round()]
+    assert {event.request for event in events} == {first}
+    engine.cancel(first)
+    rest = list(engine.run())
+    assert {(event.request, event.sample) for event in rest} == {(second, 1)} and len(rest) == 5
+    [apart] = served(engine, [dataclasses.replace(shared, n=1, sampling=Sampling(seed=3))])
+    assert [event.id for event in rest] == apart[0][0]
+
+    both = engine.submit(shared)
+    engine.round()
+    engine.cancel(both, 0)
+    engine.cancel(both, 1)
+    engine.cancel(12345)
+    assert list(engine.run()) == []
+    assert served(engine, requests()) == alone
+
+
+@pytest.mark.parametrize(
+    ("request_", "sentence"),
+    [
+        (Request([], 5), "the prompt is empty"),
+        (Request([64], 5), "token id 64 is outside of the vocabulary; legal ids are 0 to 63"),
+        (Request([3] * 190, 3), "190 tokens and a continuation of 3 exceed the 192 tokens that a slot has room for"),
+        (Request([3], 5, n=4), "n is 4, but there are 3 slots"),
+        (Request([3], 0), "max_tokens is 0, expected at least 1"),
+    ],
+)
+def test_refused_at_the_door(engine, request_, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        engine.submit(request_)
+    assert engine.idle
+
+
+@pytest.mark.parametrize("mesh", ["seq=2,expert=2", "data=2,tensor=2"])
+def test_on_a_mesh(small, alone, mesh):
+    """The same tokens; sums over devices are added in another order."""
+    spread = Spread(small, mesh, "decode")
+    engine = make_engine(spread, 4, place=Place(spread.mesh, spread.preset))
+    for [found], [expected] in zip(served(engine, requests()), alone, strict=True):
+        assert found[0] == expected[0]
+        np.testing.assert_allclose(found[1], expected[1], atol=1e-4)
+    [[one, two]] = served(engine, [Request([9] * 40, 4, Sampling(seed=1), stop_ids=(), n=2)])
+    assert one[0] != two[0]
+
+
+def test_slots_of_a_budget(small):
+    """As many as fit, whole multiples of the mesh's rows, counted as they are stored."""
+    arguments = (small.config, LENGTH, "float32")
+    held = Place().cache(small.config, 1, LENGTH, "float32").nbytes()
+    assert make_engine(small, 3).slot_bytes() == held
+    one = sum(held.values()) + 8  # and its two lengths
+    assert slots_within(*arguments, 5 * one + 100) == 5
+    with pytest.raises(ValueError, match=r"no room for 192 tokens: 1 slot of that length takes [0-9,]+ bytes"):
+        slots_within(*arguments, one // 2)
