@@ -1,10 +1,13 @@
-"""A row's tokens as text, piece by piece, up to a stop string."""
+"""A row's tokens as text, piece by piece, up to a stop string; of a chat, reasoning, answer and tool calls apart."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from v4_jax import chat
 from v4_jax.tokenizer import Tokenizer
+
+Piece = tuple[str, str]
 
 
 class StoppingText:
@@ -55,3 +58,48 @@ class StoppingText:
                 self._held = text[-length:]
                 return text[:-length]
         return text
+
+
+class Reply:
+    """Tokens in, pieces of (kind, text) out; kinds are "reasoning", "content" and "tool_calls".
+
+    Args:
+      tokenizer: decodes the tokens.
+      stops: strings that end the reply.
+      thinking_mode: the chat prompt's; None for plain continuation, which is all "content".
+
+    Attributes:
+      text: what the model wrote so far, by kind.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], thinking_mode: str | None) -> None:
+        self._decoder = StoppingText(tokenizer, stops)
+        self._splitter = chat.StreamSplitter(thinking_mode) if thinking_mode else None
+        self.text: dict[str, str] = {}
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was met."""
+        return self._decoder.stopped
+
+    def push(self, token: int) -> list[Piece]:
+        """The pieces that a token makes certain."""
+        return self._split(self._decoder.push(token))
+
+    def finish(self) -> list[Piece]:
+        """The pieces that still waited."""
+        pieces = self._split(self._decoder.flush())
+        if self._splitter:
+            last = self._splitter.finish()
+            self._keep(last)
+            pieces += last
+        return pieces
+
+    def _split(self, text: str) -> list[Piece]:
+        pieces = self._splitter.feed(text) if self._splitter else [("content", text)]
+        self._keep(pieces)
+        return pieces
+
+    def _keep(self, pieces: list[Piece]) -> None:
+        for kind, text in pieces:
+            self.text[kind] = self.text.get(kind, "") + text

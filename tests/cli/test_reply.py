@@ -4,10 +4,11 @@ import io
 
 import pytest
 
+from infer.text import Reply
 from v4_jax import chat
 from v4_jax.chat import protocol
 from v4_jax.cli.console import printable
-from v4_jax.cli.reply import Reply, Writer
+from v4_jax.cli.reply import Writer
 from v4_jax.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer(320)

@@ -16,6 +16,7 @@ import numpy as np
 from infer import recall
 from infer.generate import Generator
 from infer.sampling import GREEDY, Sampling
+from infer.text import Reply
 from v4_jax import chat, checkpoint
 from v4_jax.checkpoint import Comparison
 from v4_jax.cli import devices
@@ -26,7 +27,7 @@ from v4_jax.cli.generation import Limits, stream
 from v4_jax.cli.info import make_table
 from v4_jax.cli.models import ModelDirectory
 from v4_jax.cli.options import Count, OptionalFile
-from v4_jax.cli.reply import Reply, Writer
+from v4_jax.cli.reply import Writer
 
 PROMPT = "Write one sentence about the sea."
 

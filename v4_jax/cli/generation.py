@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from infer.generate import Generation, Generator, check_ids, check_precision
 from infer.sampling import Sampling
+from infer.text import Reply
 from v4_jax import chat
 from v4_jax.cli.console import CommandError, bad_input, progress_bar, read_json, read_text, say, working
 from v4_jax.cli.devices import join, place
@@ -33,7 +34,7 @@ from v4_jax.cli.options import (
     Preset,
     Texts,
 )
-from v4_jax.cli.reply import Reply, Writer
+from v4_jax.cli.reply import Writer
 from v4_jax.cli.sizes import format_size
 from v4_jax.config import Config
 from v4_jax.policy import PolicyName
