@@ -181,14 +181,11 @@ class Engine:
             return
         place, slots, readers = self._place, self.slots, self._readers
 
-        def shapes(make: Any) -> Any:
-            return jax.tree.map(lambda x: place.shape(x.shape, x.dtype), jax.eval_shape(make))
-
         def integers(*shape: int) -> jax.ShapeDtypeStruct:
             return place.shape(shape, jnp.int32)
 
-        newest = shapes(lambda: nothing_sampled(slots))
-        rows = shapes(lambda: SamplingRows.of([GREEDY] * slots))
+        newest = place.shapes(lambda: nothing_sampled(slots))
+        rows = place.shapes(lambda: SamplingRows.of([GREEDY] * slots))
         options = CPU_STEP if jax.default_backend() == "cpu" else None
         step = jax.jit(self._step, donate_argnums=1, compiler_options=options)
         places = None if place.mesh is None else jax.tree.map(lambda x: x.sharding, self._shapes)

@@ -200,10 +200,8 @@ class Generator:
                 place = self._place
                 shapes = place.cache_shapes(self.config, batch, self.max_length, self._cache_dtype)
                 rows, flags = (place.shape((batch,), dtype) for dtype in (jnp.int32, bool))
-                newest, samplings = (
-                    jax.tree.map(lambda x: place.shape(x.shape, x.dtype), jax.eval_shape(make))
-                    for make in (lambda: nothing_sampled(batch), lambda: SamplingRows.of([GREEDY] * batch))
-                )
+                newest = place.shapes(lambda: nothing_sampled(batch))
+                samplings = place.shapes(lambda: SamplingRows.of([GREEDY] * batch))
                 options = CPU_STEP if chunk == 1 and jax.default_backend() == "cpu" else None
                 program = jax.jit(self._step, donate_argnums=1, compiler_options=options)
                 tokens = place.shape((batch, chunk), jnp.int32)

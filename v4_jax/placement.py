@@ -92,6 +92,10 @@ class Place(NamedTuple):
         """An input of a program that every device gets whole."""
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self.replicated)
 
+    def shapes(self, make: Callable[[], Any]) -> Any:
+        """What `make` returns, as inputs of a program that every device gets whole."""
+        return jax.tree.map(lambda x: self.shape(x.shape, x.dtype), jax.eval_shape(make))
+
     def put(self, tree: Any) -> Any:
         """Host arrays, equal in all processes, to every device."""
         return jax.tree.map(jnp.asarray, tree) if self.mesh is None else jax.device_put(tree, self.replicated)
