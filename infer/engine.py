@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -25,7 +24,6 @@ from jax import Array
 
 from infer.generate import CPU_STEP, Finish, Newest, check_ids, check_precision, nothing_sampled
 from infer.sampling import GREEDY, Sampling, SamplingRows, sample
-from sharding.axes import resolve
 from v4_jax.cache import Cache, CacheDtype
 from v4_jax.config import Config
 from v4_jax.placement import Place, bytes_per_device
@@ -154,7 +152,7 @@ class Engine:
         self._params, self._place, self._cache_dtype = params, place, cache_dtype
         self._model = Transformer(config, policy=policy, mesh=place.mesh, rules=place.rules)
         self._chunk = place.chunk(prefill_chunk)
-        self._readers = _rows_together(place)  # prompts that one call reads
+        self._readers = place.row_shards  # prompts that one call reads
         self._shapes = place.cache_shapes(config, slots, max_length, cache_dtype)
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
         self._reading: list[_Reading] = []
@@ -169,6 +167,11 @@ class Engine:
     def slot_bytes(self) -> dict[str, int]:
         """Bytes of cache that one slot takes, all devices together, by role; windows and open blocks do not grow."""
         return {role: size // self.slots for role, size in self._shapes.nbytes().items()}
+
+    @property
+    def waiting(self) -> int:
+        """Requests in line that have no slots yet."""
+        return len(self._waiting)
 
     @property
     def idle(self) -> bool:
@@ -395,7 +398,7 @@ def slots_within(config: Config, max_length: int, dtype: CacheDtype, budget: int
     Raises:
       ValueError: not even the smallest cache fits; the message has the numbers.
     """
-    unit = _rows_together(place)
+    unit = place.row_shards
     shapes = place.cache_shapes(config, unit, max_length, dtype)
     least = bytes_per_device(shapes)
     if least > budget:
@@ -404,13 +407,6 @@ def slots_within(config: Config, max_length: int, dtype: CacheDtype, budget: int
             f"{unit} slot{'s' if unit > 1 else ''} of that length take{'' if unit > 1 else 's'} {least:,} bytes"
         )
     return budget // least * unit
-
-
-def _rows_together(place: Place) -> int:
-    """The fewest rows that split evenly over a mesh."""
-    if place.mesh is None:
-        return 1
-    return math.prod(place.mesh.shape.get(axis, 1) for axis in resolve(place.rules)["batch"])
 
 
 def _row_axis(x: Array) -> int:

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Literal
 
 from v4_jax import chat
 from v4_jax.tokenizer import Tokenizer
 
 Piece = tuple[str, str]
+
+Mode = Literal["non-think", "high", "max"]
+
+# How the release answers a chat: mode -> (thinking_mode, reasoning_effort) of the chat encoding.
+MODES: dict[Mode, tuple[str, str | None]] = {
+    "non-think": ("chat", None),
+    "high": ("thinking", "high"),
+    "max": ("thinking", "max"),
+}
 
 
 class StoppingText:
@@ -94,6 +104,23 @@ class Reply:
             self._keep(last)
             pieces += last
         return pieces
+
+    def message(self) -> dict[str, Any]:
+        """What an assistant wrote so far: content, and where there are any reasoning_content and tool_calls.
+
+        A block of tool calls that is cut short or malformed is handed on as it is, as "unparsed_tool_calls".
+        """
+        found: dict[str, Any] = {"content": self.text.get("content", "")}
+        if reasoning := self.text.get("reasoning"):
+            found["reasoning_content"] = reasoning
+        if block := self.text.get("tool_calls"):
+            try:
+                calls = chat.parse_tool_calls(block)
+            except chat.ParseError:
+                found["unparsed_tool_calls"] = block
+            else:
+                found["tool_calls"] = [{"id": f"call_{i}", **call} for i, call in enumerate(calls)]
+        return found
 
     def _split(self, text: str) -> list[Piece]:
         pieces = self._splitter.feed(text) if self._splitter else [("content", text)]

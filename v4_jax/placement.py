@@ -76,6 +76,13 @@ class Place(NamedTuple):
         if self.mesh is not None:
             _check_rows(self.mesh, resolve(self.rules), batch)
 
+    @property
+    def row_shards(self) -> int:
+        """Shards that rows are split into: their number is a multiple of it."""
+        if self.mesh is None:
+            return 1
+        return math.prod(self.mesh.shape.get(axis, 1) for axis in resolve(self.rules)["batch"])
+
     def chunk(self, size: int) -> int:
         """The smallest legal chunk of at least `size` tokens: short ones of any size are on all devices."""
         if self.mesh is None:

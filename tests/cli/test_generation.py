@@ -156,7 +156,7 @@ def test_context_bounds_the_reply(reply):
         (("--prompt", "a", "--context", "2M"), "--context 2M is more than the model's 1M tokens"),
         (("--prompt", "a" * 50, "--context", "20"), "leaves no room in a context of 20"),
         (("--tokens", "1", "--context", "1"), "the prompt has 1 tokens, which leaves no room in a context of 1"),
-        (("--prompt", "a", "--context", "1G"), "size '1G' is not understood"),
+        (("--prompt", "a", "--context", "1T"), "size '1T' is not understood"),
         (("--prompt", "a", "--max-tokens", "0"), "size '0' is not understood"),
         (("--prompt", "a", "--prefill-chunk", "0"), "expected at least 1"),
         (("--prompt", "a", "--top-p", "1.5"), "top_p is 1.5, expected a number from 0 to 1"),

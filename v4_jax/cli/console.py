@@ -71,6 +71,20 @@ def needs(extra: str) -> Iterator[None]:
         raise CommandError(f"{error.name} is not installed; it comes with pip install 'v4-jax[{extra}]'") from None
 
 
+def check_output(path: Path) -> None:
+    """Checks that a file can be made, before hours of work for it.
+
+    Raises:
+      CommandError: it cannot.
+    """
+    directory = path.absolute().parent
+    if not directory.is_dir():
+        raise CommandError(f"there is no directory {directory} to write {path.name} in")
+    if path.is_dir() or not os.access(directory, os.W_OK):
+        reason = "is a directory" if path.is_dir() else "is in a directory that cannot be written"
+        raise CommandError(f"output {path} {reason}; expected the name of a file to make")
+
+
 def read_text(path: Path) -> str:
     """The text of a file, or of stdin for "-".
 
@@ -124,7 +138,7 @@ def show(*renderables: Any) -> None:
 
 
 @contextlib.contextmanager
-def progress_bar(label: str, unit: Literal["bytes", "tokens"] = "bytes") -> Iterator[Report]:
+def progress_bar(label: str, unit: Literal["bytes", "tokens", "requests"] = "bytes") -> Iterator[Report]:
     """A bar on stderr, gone when it is done; nothing at all where stderr is not a terminal.
 
     Yields:

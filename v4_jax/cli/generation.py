@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import json
 import re
 import sys
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from infer.generate import Generation, Generator, check_ids, check_precision
 from infer.sampling import Sampling
-from infer.text import Reply
+from infer.text import MODES, Mode, Reply
 from v4_jax import chat
 from v4_jax.cli.console import CommandError, bad_input, progress_bar, read_json, read_text, say, working
 from v4_jax.cli.devices import join, place
-from v4_jax.cli.models import GenerationDefaults, ModelDirectory, cache_format
+from v4_jax.cli.models import ModelDirectory, cache_format
 from v4_jax.cli.options import (
     CacheFormat,
     ChatFile,
@@ -40,17 +39,8 @@ from v4_jax.config import Config
 from v4_jax.policy import PolicyName
 from v4_jax.tokenizer import Tokenizer
 
-Mode = Literal["non-think", "high", "max"]
-
 DEFAULT_MAX_TOKENS = 512
 THINK_MAX_CONTEXT = 384 * 1024  # what the release advises for Think Max
-
-# Mode -> (thinking_mode, reasoning_effort) of the chat encoding.
-_ENCODING: dict[Mode, tuple[str, str | None]] = {
-    "non-think": ("chat", None),
-    "high": ("thinking", "high"),
-    "max": ("thinking", "max"),
-}
 
 
 def generate(
@@ -128,7 +118,7 @@ def generate(
     config, tokenizer, defaults = directory.config, directory.tokenizer(), directory.generation_defaults()
     cache = cache_format(cache_dtype, policy)
     with bad_input():
-        sampling = _sampling(defaults, temperature, top_p, top_k, min_p, seed, greedy)
+        sampling = defaults.sampling(temperature, top_p, top_k, min_p, seed, greedy)
         check_precision(config, policy, cache)
         given = _prompt(tokenizer, config, prompt, chat_file, tokens, raw, mode)
         limits = Limits.of(len(given.ids), max_tokens, context, config)
@@ -303,28 +293,6 @@ def stream(
     return Outcome(generation, generator.compile_seconds, made, logprobs, finish)
 
 
-def _sampling(
-    defaults: GenerationDefaults,
-    temperature: float | None,
-    top_p: float | None,
-    top_k: int | None,
-    min_p: float | None,
-    seed: int,
-    greedy: bool,
-) -> Sampling:
-    if greedy and temperature:
-        raise CommandError(f"--greedy means --temperature 0, but --temperature is {temperature:g}; give one of them")
-    if greedy:
-        temperature = 0.0
-    return Sampling(
-        defaults.temperature if temperature is None else temperature,
-        defaults.top_p if top_p is None else top_p,
-        defaults.top_k if top_k is None else top_k,
-        defaults.min_p if min_p is None else min_p,
-        seed,
-    )
-
-
 def _prompt(
     tokenizer: Tokenizer,
     config: Config,
@@ -343,7 +311,7 @@ def _prompt(
         raise CommandError("--raw is for plain text and --chat for messages; expected one of them")
     if tokens is not None:
         return Prompt(_token_ids(tokens, config), None)
-    thinking_mode, effort = _ENCODING[mode]
+    thinking_mode, effort = MODES[mode]
     if chat_file is not None:
         messages, options = _read_chat(chat_file)
         with bad_input(f"{chat_file}: "):
@@ -389,16 +357,9 @@ def _read_chat(path: Path) -> tuple[list[Any], dict[str, Any]]:
 
 
 def _as_json(outcome: Outcome, reply: Reply, given: Prompt, sampling: Sampling) -> dict[str, Any]:
-    calls: list[Any] = []
-    unparsed = reply.text.get("tool_calls", "")
-    if unparsed:
-        with contextlib.suppress(chat.ParseError):  # a block that is cut short or malformed is handed on as it is
-            calls, unparsed = chat.parse_tool_calls(unparsed), ""
     return {
-        "content": reply.text.get("content", ""),
-        "reasoning_content": reply.text.get("reasoning", ""),
-        "tool_calls": calls,
-        **({"unparsed_tool_calls": unparsed} if unparsed else {}),
+        **{"reasoning_content": "", "tool_calls": []},
+        **reply.message(),
         "finish_reason": outcome.finish,
         "prompt": given.ids,
         "tokens": outcome.ids,

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from infer.score import ScoreError, Scorer, read_jobs, write_lines
-from v4_jax.cli.console import CommandError, Report, bad_input, progress_bar, read_text, say, working
+from v4_jax.cli.console import CommandError, Report, bad_input, check_output, progress_bar, read_text, say, working
 from v4_jax.cli.devices import join, place
 from v4_jax.cli.models import ModelDirectory, cache_format
 from v4_jax.cli.options import CacheFormat, Count, Dtype, File, Flag, Model, OptionalText, Preset
@@ -61,11 +60,8 @@ def score(
     directory = ModelDirectory.open(model)
     cache = cache_format(cache_dtype, policy)
     name = "stdin" if str(input) == "-" else str(input)
-    if str(output) != "-" and not output.absolute().parent.is_dir():
-        raise CommandError(f"there is no directory {output.absolute().parent} to write {output.name} in")
-    if str(output) != "-" and (output.is_dir() or not os.access(output.absolute().parent, os.W_OK)):
-        reason = "is a directory" if output.is_dir() else "is in a directory that cannot be written"
-        raise CommandError(f"--output {output} {reason}; expected the name of a file to make")
+    if str(output) != "-":
+        check_output(output)
     with bad_input(f"{name}: "):
         # splitlines() would also split at characters that JSON strings may hold, such as U+2028
         jobs = read_jobs(read_text(input).split("\n"), directory.config, directory.tokenizer, bos=not no_bos)

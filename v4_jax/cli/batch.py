@@ -1,0 +1,188 @@
+"""`v4-jax batch`: a file of requests in, a file of answers out."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import tyro
+from jax.experimental import multihost_utils
+
+from infer.text import Mode
+from v4_jax.cli.console import CommandError, bad_input, check_output, needs, progress_bar, say, working
+from v4_jax.cli.devices import join
+from v4_jax.cli.engines import EngineOptions, room
+from v4_jax.cli.generation import DEFAULT_MAX_TOKENS
+from v4_jax.cli.models import ModelDirectory
+from v4_jax.cli.options import Count, Flag, Int, Model, OptionalFloat, OptionalInt, OptionalSize, OptionalText
+from v4_jax.cli.sizes import format_size
+
+InputFile = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INPUT", help_behavior_hint="")]
+OutputFile = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT", help_behavior_hint="")]
+
+
+def batch(
+    model: Model,
+    input: InputFile,
+    output: OutputFile,
+    *,
+    mode: Mode = "non-think",
+    raw: Flag = False,
+    max_tokens: Count = DEFAULT_MAX_TOKENS,
+    context: OptionalSize = None,
+    temperature: OptionalFloat = None,
+    top_p: OptionalFloat = None,
+    top_k: OptionalInt = None,
+    min_p: OptionalFloat = None,
+    seed: Int = 0,
+    greedy: Flag = False,
+    part: OptionalText = None,
+    as_finished: Flag = False,
+    overwrite: Flag = False,
+    engine: EngineOptions = EngineOptions(),  # noqa: B008 (frozen)
+    distributed: Flag = False,
+) -> None:
+    """Answers a file of requests, many at a time.
+
+    Input has a JSON value a line: a line of OpenAI's batch files (custom_id, method, url, body); a body alone, with
+    "messages" or "prompt" and perhaps an "id"; or a string, which is a question. Output has a line for each, as OpenAI
+    writes them, in the same order; a line that cannot be served becomes a record with its "error".
+
+    Answers are kept in a journal next to the output as they come. Whatever ends the command, the same command goes on
+    from there; the output appears when it is complete.
+
+    Examples:
+      v4-jax batch DeepSeek-V4-Flash requests.jsonl answers.jsonl --mode high --memory 16G
+      v4-jax batch DeepSeek-V4-Flash requests.jsonl answers.jsonl --mesh tensor=8 --slots 64
+      v4-jax batch DeepSeek-V4-Flash requests.jsonl answers.jsonl --part 2/4    (the second of four hosts)
+
+    Args:
+      model: A directory with a released model, or one made by convert.
+      input: The requests.
+      output: The answers.
+      mode: How a chat is answered whose body does not say: at once, after reasoning, or after the most reasoning.
+      raw: A line that is a string is a text to continue, not a question.
+      max_tokens: Most tokens of an answer whose request does not say.
+      context: Most tokens of a prompt and its answer; longer requests become errors. Default: what the longest needs.
+      temperature: Where the request does not say; 0 takes the best token. Default: generation_config.json's, or 1.
+      top_p: The same for sampling from the fewest best tokens with this much probability.
+      top_k: The same for sampling from this many best tokens; 0 is all.
+      min_p: The same for sampling from tokens at least this fraction as likely as the best.
+      seed: Where the request does not say, its seed is this plus its line's number.
+      greedy: Short for --temperature 0.
+      part: Serve only a part of the lines, such as 2/4; the last of all parts to finish writes the output.
+      as_finished: Write the answers in the order in which they finished.
+      overwrite: Replace an output file that is there.
+      engine: How requests are served.
+      distributed: This is one of several processes, one per host, that serve one model together.
+    """
+    with needs("serve"):
+        from infer import batch as job
+        from infer.completions import Completion, Defaults
+
+    join(distributed)
+    directory = ModelDirectory.open(model)
+    engine.check(directory)
+    config, tokenizer, release = directory.config, directory.tokenizer(), directory.generation_defaults()
+    longest = config.max_position_embeddings if context is None else context
+    if longest > config.max_position_embeddings:
+        raise CommandError(
+            f"--context {format_size(longest)} is more than the model's "
+            f"{format_size(config.max_position_embeddings)} tokens"
+        )
+    with bad_input():
+        sampling = release.sampling(temperature, top_p, top_k, min_p, seed, greedy)
+        share = job.Part() if part is None else job.Part.parse(part)
+    check_output(output)
+    if output.exists() and not overwrite and not job.journal_path(output, share).exists():
+        raise CommandError(f"{output} is there already; expected the name of a file to make, or --overwrite")
+    with bad_input(f"{input} cannot be read: "):
+        lines = job.Lines(input)
+    if not lines.numbers:
+        raise CommandError(f"{input} has no lines; each is to be {job.LEGAL_LINE}")
+    header = {
+        "input": lines.digest,
+        "parts": share.of,
+        "model": directory.path.name,
+        "options": {
+            "mode": mode,
+            "raw": raw,
+            "max_tokens": max_tokens,
+            "context": context,
+            "sampling": dataclasses.asdict(sampling),
+            "dtype": engine.dtype,
+            "policy": engine.policy,
+            "cache_dtype": engine.cache_dtype,
+        },
+    }
+    mine = [number for number in lines.numbers if share.holds(number)]
+    leads = jax.process_index() == 0
+    try:
+        with bad_input(f"{output} cannot be made: "):
+            journal = job.Journal(output, share, header) if leads else None
+    except job.JournalError as error:
+        raise CommandError(str(error)) from None
+    done = _everywhere(mine, journal.lines if journal else set())
+    failed = 0
+
+    def record(one: dict[str, Any]) -> None:
+        nonlocal failed
+        failed += one["error"] is not None
+        done.add(one["line"])
+        if journal:
+            with bad_input(f"{output}: {len(done) - 1} of {len(mine)} answers are kept, to go on from: "):
+                journal.add(one)
+
+    def prepare(number: int) -> tuple[Any, Completion]:
+        id, body = job.read_job(lines[number], raw=raw)
+        own = dataclasses.replace(sampling, seed=(sampling.seed + number) % 2**32)
+        return id, Completion(body, config, tokenizer, Defaults(own, release.stop_ids, max_tokens, mode), longest)
+
+    if done:
+        say(f"{len(done)} of {len(mine)} requests are answered already")
+    started, tokens = time.perf_counter(), 0
+    try:
+        with working("reading the requests"):
+            needed = job.survey([number for number in mine if number not in done], prepare, lines, record)
+        if needed.numbers:
+            length = room(needed.length, config.max_position_embeddings) if context is None else context
+            server = engine.plan(directory, length, needed.samples)()
+            with working("compiling"):
+                server.compile()
+            started = time.perf_counter()
+            with progress_bar("answering", "requests") as report:
+
+                def progress(made: int) -> None:
+                    nonlocal tokens
+                    tokens += made
+                    rate = tokens / (time.perf_counter() - started)
+                    report(f"{rate:,.1f} tokens/s", len(done), len(mine))
+
+                job.answer_lines(server, needed.numbers, prepare, record, progress, model=directory.path.name)
+        if journal:
+            journal.close()
+    except KeyboardInterrupt:
+        say(f"interrupted: {len(done)} of {len(mine)} requests are answered; the same command goes on from there")
+        raise
+    seconds = time.perf_counter() - started
+    say(
+        f"answered {len(mine)} requests, {failed} of them with an error now; {tokens} tokens in {seconds:.2f} s "
+        f"({tokens / max(seconds, 1e-9):,.1f} tokens/s)"
+    )
+    if leads:
+        with bad_input(f"{output} cannot be written: "):
+            whole = job.merge(output, share.of, header, lines.numbers, as_finished=as_finished)
+        if not whole:
+            say(f"part {share.number} of {share.of} is done; {output} appears when all of them are")
+
+
+def _everywhere(numbers: list[int], done: set[int]) -> set[int]:
+    """What the first of several processes knows to be done."""
+    if jax.process_count() == 1:
+        return set(done)
+    mask = multihost_utils.broadcast_one_to_all(np.asarray([number in done for number in numbers]))
+    return {number for number, is_done in zip(numbers, np.asarray(mask).tolist(), strict=True) if is_done}

@@ -1,0 +1,113 @@
+"""The engine of a command that serves many requests: its options, and how much its cache takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+
+from infer.engine import Engine, slots_within
+from infer.generate import check_precision
+from v4_jax.cli.console import CommandError, bad_input, say
+from v4_jax.cli.devices import place
+from v4_jax.cli.models import ModelDirectory, cache_format
+from v4_jax.cli.options import CacheFormat, Count, Dtype, OptionalCount, OptionalSize, OptionalText, Preset
+from v4_jax.cli.sizes import format_size
+from v4_jax.policy import PolicyName
+
+DEFAULT_SLOTS = 8
+ROUND = 256  # a slot's room is a multiple of this, so that similar jobs share programs
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineOptions:
+    """How requests are served.
+
+    Attributes:
+      slots: Answers that are generated at the same time. Default: what --memory has room for, or 8 without it.
+      memory: Bytes of each device for the cache, such as 8G; slots are as many as fit.
+      dtype: How weights are held: as released, or expanded.
+      policy: Precision of the computation; released is bfloat16 with the release's rounding of keys and values.
+      cache_dtype: Number format of the cache; auto is the policy's.
+      prefill_chunk: Prompt tokens read between two steps of generation; with a mesh, rounded up to what splits evenly.
+      mesh: How to spread the model over all devices: sizes of data, seq, expert and tensor, such as seq=4,expert=2.
+        Default: one device.
+      preset: Which mesh axes split what; long-context splits long prompts over all axes but data.
+    """
+
+    slots: OptionalCount = None
+    memory: OptionalSize = None
+    dtype: Dtype = "native"
+    policy: PolicyName = "bfloat16"
+    cache_dtype: CacheFormat = "auto"
+    prefill_chunk: Count = 512
+    mesh: OptionalText = None
+    preset: Preset = "long-context"
+
+    def check(self, directory: ModelDirectory) -> None:
+        """Checks what can be known before anything is loaded.
+
+        Raises:
+          CommandError: precision, slots or memory that do not fit together.
+        """
+        if self.slots is not None and self.memory is not None:
+            raise CommandError("--slots and --memory both say how many answers are generated at once; give one of them")
+        with bad_input():
+            check_precision(directory.config, self.policy, cache_format(self.cache_dtype, self.policy))
+
+    def plan(self, directory: ModelDirectory, length: int, most: int) -> Callable[[], Engine]:
+        """Settles mesh and slots, and says what the cache takes; the weights are read when the result is called.
+
+        Args:
+          directory: the model.
+          length: tokens that a slot has room for.
+          most: slots that could be of use, where nothing else says how many.
+
+        Raises:
+          CommandError: no such mesh can be made, or the cache does not fit.
+        """
+        config, cache = directory.config, cache_format(self.cache_dtype, self.policy)
+        # Any number of rows that is a multiple of the devices splits over them; how many there are is settled after it.
+        rows = self.slots or jax.device_count()
+        spot = place(config, self.mesh, self.preset, batch=rows, native=self.dtype == "native")
+        if self.memory is not None:
+            with bad_input():
+                slots = slots_within(config, length, cache, self.memory, spot)
+        else:
+            slots = self.slots or -(-min(most, DEFAULT_SLOTS) // spot.row_shards) * spot.row_shards
+        sizes = spot.cache_shapes(config, slots, length, cache).nbytes()
+        say(describe_cache(slots, length, sizes))
+
+        def build() -> Engine:
+            params = directory.load(self.dtype, spot)
+            with bad_input():
+                return Engine(
+                    config,
+                    params,
+                    slots=slots,
+                    max_length=length,
+                    policy=self.policy,
+                    cache_dtype=cache,
+                    prefill_chunk=self.prefill_chunk,
+                    place=spot,
+                )
+
+        return build
+
+
+def describe_cache(slots: int, length: int, sizes: dict[str, int]) -> str:
+    """One line: slots, and bytes by role; per token where they grow with the length."""
+    fixed = {"window", "mtp", "open blocks"}
+    grows = [f"{name} {size / slots / length:.1f}" for name, size in sizes.items() if name not in fixed]
+    stays = [f"{name} {size // slots:,}" for name, size in sizes.items() if name in fixed]
+    each = sum(sizes.values()) // slots
+    return (
+        f"cache: {slots} slots of {format_size(length)} tokens, {each:,} bytes each; "
+        f"bytes a token: {', '.join(grows) or 'none'}; bytes a slot: {', '.join(stays)}"
+    )
+
+
+def room(length: int, longest: int) -> int:
+    """Tokens of a slot for texts of `length`: rounded up, within the model's context `longest`."""
+    return min(longest, -(-length // ROUND) * ROUND)
