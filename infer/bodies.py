@@ -56,6 +56,19 @@ class Format(_Strict):
     type: Literal["text"] = "text"
 
 
+class FunctionName(_Strict):
+    """Which function."""
+
+    name: str
+
+
+class FunctionChoice(_Strict):
+    """The function that is to be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
 class Thinking(_Strict):
     """Whether the model reasons before it answers, in DeepSeek's form."""
 
@@ -112,7 +125,7 @@ class ChatBody(Body):
     messages: list[dict[str, Any]] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
+    tool_choice: Literal["auto", "none", "required"] | FunctionChoice | None = None
     response_format: Format | None = None
     reasoning_effort: Effort | None = None
     thinking: Thinking | None = None
@@ -127,6 +140,22 @@ class ChatBody(Body):
     def wants_logprobs(self) -> bool:
         """Whether the tokens' log-probabilities are asked for."""
         return bool(self.logprobs)
+
+    def call(self) -> tuple[bool, str | None]:
+        """Whether the answer must be a tool call, and of which tool; None leaves it to the model.
+
+        Raises:
+          BodyError: there is no such tool.
+        """
+        if self.tool_choice in (None, "auto", "none"):
+            return False, None
+        functions = [tool.get("function") for tool in self.tools or ()]
+        names = [function.get("name") for function in functions if isinstance(function, dict)]
+        wanted = self.tool_choice.function.name if isinstance(self.tool_choice, FunctionChoice) else None
+        if not names or wanted not in (None, *names):
+            what = "a tool" if wanted is None else repr(wanted)
+            raise BodyError(f"tool_choice asks for {what}; the tools are {names}", "tool_choice")
+        return True, wanted
 
     def mode(self, default: Mode) -> Mode:
         """How to answer; the effort says more than whether to think, which says more than the default."""

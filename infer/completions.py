@@ -19,6 +19,8 @@ from v4_jax import chat
 from v4_jax.config import Config
 from v4_jax.tokenizer import Tokenizer
 
+_STREAMED = {"content": "content", "reasoning": "reasoning_content"}  # kinds of text that come as they are written
+
 
 class Defaults(NamedTuple):
     """What a body leaves open.
@@ -74,11 +76,11 @@ class Completion:
         self, body: ChatBody | CompletionBody, config: Config, tokenizer: Tokenizer, defaults: Defaults, max_length: int
     ) -> None:
         self.body, self._tokenizer = body, tokenizer
-        prompt, thinking_mode = _prompt(body, tokenizer, defaults.mode)
+        prompt, thinking_mode, begun = _prompt(body, tokenizer, defaults.mode)
         check_ids(prompt, config)
         limit = body.limit or max(1, min(defaults.max_tokens, max_length - len(prompt)))
         self.request = Request(prompt, limit, _sampling(body, defaults.sampling), defaults.stop_ids, body.n or 1)
-        self.choices = [Choice(Reply(tokenizer, body.stops, thinking_mode)) for _ in range(self.request.n)]
+        self.choices = [Choice(Reply(tokenizer, body.stops, thinking_mode, begun)) for _ in range(self.request.n)]
         self._created = int(time.time())
 
     @property
@@ -116,6 +118,32 @@ class Completion:
         kind = "chat.completion" if isinstance(self.body, ChatBody) else "text_completion"
         choices = [self._answer(index, choice) for index, choice in enumerate(self.choices)]
         return self.envelope(name, model, kind) | {"choices": choices, "usage": self.usage()}
+
+    def chunk(self, event: Event, pieces: list[Piece]) -> dict[str, Any] | None:
+        """What a stream says about a token that was pushed and the text it made certain: a choice of a chunk.
+
+        None while there is nothing to say. Tool calls come whole, when all of them are certain.
+        """
+        choice = self.choices[event.sample]
+        finish = self.finish_reason(choice) if choice.finish else None
+        logprobs = self.logprobs([event]) if self.body.wants_logprobs else None
+        said: dict[str, Any] = {}
+        for kind, text in pieces:
+            if name := _STREAMED.get(kind):
+                said[name] = said.get(name, "") + text
+        if choice.finish:
+            message = choice.reply.message()
+            if calls := message.get("tool_calls"):
+                said["tool_calls"] = [{"index": i, **call} for i, call in enumerate(calls)]
+            if block := message.get("unparsed_tool_calls"):
+                said["unparsed_tool_calls"] = block
+        said = {name: value for name, value in said.items() if value}
+        if not (said or finish or logprobs):
+            return None
+        common = {"index": event.sample, "finish_reason": finish, "logprobs": logprobs}
+        if isinstance(self.body, ChatBody):
+            return common | {"delta": said}
+        return common | {"text": said.get("content", "")}
 
     def envelope(self, name: str, model: str, kind: str) -> dict[str, Any]:
         """What objects about this completion have in common."""
@@ -158,19 +186,28 @@ def _bytes(token: str) -> list[int] | None:
     return None if "\ufffd" in token else list(token.encode())
 
 
-def _prompt(body: ChatBody | CompletionBody, tokenizer: Tokenizer, mode: Mode) -> tuple[list[int], str | None]:
-    """Token ids, and the thinking mode of the chat format that they are in (None: plain text)."""
+def _prompt(body: ChatBody | CompletionBody, tokenizer: Tokenizer, mode: Mode) -> tuple[list[int], str | None, str]:
+    """Token ids; the thinking mode of the chat format that they are in (None: plain text); how the answer begins."""
     if isinstance(body, ChatBody):
         thinking_mode, effort = MODES[body.mode(mode)]
         tools = None if body.tool_choice == "none" else body.tools
         text = chat.encode(body.messages, thinking_mode=thinking_mode, reasoning_effort=effort, tools=tools)
-        return tokenizer.encode(text), thinking_mode
+        forced, tool = body.call()
+        if forced and thinking_mode != "chat":
+            raise BodyError(
+                "tool_choice asks for a tool, which is possible without reasoning only; expected reasoning_effort "
+                "'none', or tool_choice 'auto'",
+                "tool_choice",
+            )
+        # A model that has begun to write a call goes on with it.
+        begun = chat.begin_tool_call(tool) if forced else ""
+        return tokenizer.encode(text + begun), thinking_mode, begun
     if isinstance(body.prompt, list):
-        return body.prompt, None
+        return body.prompt, None, ""
     if not body.prompt:
         raise BodyError("prompt is empty; expected some text", "prompt")
     ids = tokenizer.encode(body.prompt)
-    return (ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]), None
+    return (ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]), None, ""
 
 
 def _sampling(body: Body, fallback: Sampling) -> Sampling:

@@ -4,7 +4,7 @@
 `StreamSplitter` sorts a reply into reasoning, content and tool calls while it is still being generated, leniently.
 """
 
-from v4_jax.chat.encoding import EncodeError, encode
+from v4_jax.chat.encoding import EncodeError, begin_tool_call, encode
 from v4_jax.chat.parsing import ParseError, StreamSplitter, parse, parse_tool_calls
 from v4_jax.chat.protocol import BOS, EOS, REASONING_EFFORTS, TASK_TOKENS, THINKING_MODES
 
@@ -19,6 +19,7 @@ __all__ = [
     "EncodeError",
     "ParseError",
     "StreamSplitter",
+    "begin_tool_call",
     "encode",
     "parse",
     "parse_tool_calls",

@@ -98,6 +98,17 @@ def encode(
     return "".join(pieces)
 
 
+def begin_tool_call(name: str | None = None) -> str:
+    """How a reply begins that calls a tool: appended to a prompt in chat mode, it leaves nothing else to write.
+
+    Args:
+        name: The tool to call; None leaves the choice to the model.
+    """
+    opening = protocol.SEPARATOR + protocol.literals(protocol.TOOL_CALLS)[0]
+    before_name, after_name = protocol.literals(protocol.INVOKE)[:2]
+    return opening + before_name + ("" if name is None else name + after_name)
+
+
 # Reading messages into turns
 
 

@@ -48,6 +48,7 @@ OptionalSize = Annotated[int | None, _size, _plain]
 File = Annotated[Path, _file, _plain]
 Int = Annotated[int, _reader(int, "N")]
 Count = Annotated[int, _reader(_positive, "N")]
+Size = Annotated[int, _size]
 Texts = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff, _plain]
 

@@ -1,0 +1,57 @@
+"""`v4-jax serve` from the outside: it says where it listens, answers, and ends when its requests are answered."""
+
+import re
+import signal
+import socket
+
+import httpx
+import openai
+import pytest
+
+OPTIONS = ("--policy", "float32", "--context", "1K", "--slots", "2")
+
+
+def test_serves_and_drains(start, model):
+    """Told to end in the middle of a stream, it ends after the stream."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = start("serve", model, *OPTIONS, "--port", port, "--name", "small", V4_JAX_API_KEY="secret")
+    try:
+        said = ""
+        while "serving" not in said:
+            line = process.stderr.readline()
+            assert line, said
+            said += line
+        address = re.search(r"serving small at (http://127.0.0.1:\d+/v1)$", said, flags=re.MULTILINE)[1]
+        assert "cache: 2 slots of 1K tokens" in said
+        assert httpx.get(address + "/models").status_code == 401
+        client = openai.OpenAI(base_url=address, api_key="secret", max_retries=0)
+        asked = dict(model="small", prompt="Hello", max_tokens=900, temperature=1.5, seed=2)
+        stream = client.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+        next(stream)
+        process.send_signal(signal.SIGTERM)
+        *_, last = stream
+        assert last.usage.completion_tokens > 1
+        with pytest.raises(openai.APIConnectionError):
+            client.models.list()
+        assert process.wait(timeout=60) in (0, -signal.SIGTERM)
+        assert "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_what_cannot_be_served(run, model, tmp_path):
+    empty = tmp_path / "keys"
+    empty.write_text("\n")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for options, sentence in (
+            (("--port", taken.getsockname()[1]), "cannot listen at 127.0.0.1 port "),
+            (("--port", 70000), "cannot listen at 127.0.0.1 port 70000: "),
+            (("--host", "nowhere.invalid"), "cannot listen at nowhere.invalid"),
+            (("--context", "2M"), "--context 2M is more than the model's"),
+            (("--keys", empty), "holds no keys; expected one a line"),
+            (("--memory", "1K", "--slots", 2), "--slots and --memory both say"),
+        ):
+            result = run("serve", model, *options)
+            assert result.code == 2 and sentence in result.err, result
