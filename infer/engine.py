@@ -195,11 +195,17 @@ class Engine:
         read = jax.jit(self._read, donate_argnums=1, out_shardings=places)
         copy = jax.jit(self._copy, donate_argnums=0, out_shardings=places)
         empty = jax.jit(lambda: place.cache(self.config, slots, self.max_length, self._cache_dtype))
-        self._run_step = step.lower(self._params, self._shapes, newest, integers(slots, 1), rows).compile()
-        arguments = [integers(readers, self._chunk), *[integers(readers)] * 3]
-        self._run_read = read.lower(self._params, self._shapes, *arguments).compile()
-        self._run_copy = copy.lower(self._shapes, integers(), integers(slots)).compile()
-        self.programs += 3
+        chunks = [integers(readers, self._chunk), *[integers(readers)] * 3]
+        for program, arguments in (
+            (step, (self._params, self._shapes, newest, integers(slots, 1), rows)),
+            (read, (self._params, self._shapes, *chunks)),
+            (copy, (self._shapes, integers(), integers(slots))),
+        ):
+            program.lower(*arguments).compile()
+            self.programs += 1
+        # They run what was compiled. Called as compiled objects, they would refuse 4-bit weights that several processes
+        # share: jax 0.10 misreads those arrays' layout.
+        self._run_step, self._run_read, self._run_copy = step, read, copy
         self._cache, self._newest = empty(), place.put(nothing_sampled(slots))
 
     def submit(self, request: Request) -> int:

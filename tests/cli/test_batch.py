@@ -9,6 +9,7 @@ import time
 import pytest
 
 from infer.batch import Journal
+from tests.processes import free_address
 
 OPTIONS = ("--policy", "float32", "--max-tokens", "6", "--prefill-chunk", "16", "--context", "256")
 
@@ -122,6 +123,25 @@ def test_kill_loses_nothing_and_does_nothing_twice(run, start, model, questions,
     assert [one["line"] for one in records] == list(range(1, 13))
     assert records == answers["whole"]
     assert os.listdir(tmp_path) == ["out.jsonl"]
+
+
+def test_two_processes_serve_one_model(start, model, questions, tmp_path, answers):
+    """With weights in 4 bits, of which each holds a part; the first one writes."""
+    output, address = tmp_path / "out.jsonl", free_address()
+    processes = [
+        start(
+            *("batch", model, questions, output, *OPTIONS, "--slots", 4, "--mesh", "expert=2", "--distributed"),
+            JAX_COORDINATOR_ADDRESS=address,
+            JAX_NUM_PROCESSES="2",
+            JAX_PROCESS_ID=str(number),
+            XLA_FLAGS="--xla_force_host_platform_device_count=1",
+        )
+        for number in range(2)
+    ]
+    for process in processes:
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+    assert comparable(read(output)) == answers["whole"] and os.listdir(tmp_path) == ["out.jsonl"]
 
 
 def test_another_job_does_not_go_on_from_a_journal(run, model, questions, tmp_path):
