@@ -15,7 +15,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from infer.generate import CPU_STEP, Finish, Newest, check_ids, check_precision, nothing_sampled
-from infer.sampling import GREEDY, Sampling, SamplingRows, sample
+from infer.generate import CPU_STEP, Finish, Newest, check_ids, check_precision, check_vocabulary, nothing_sampled
+from infer.history import History
+from infer.sampling import GREEDY, MOST_ALTERNATIVES, Sampling, SamplingRows, best, sample
 from sharding.axes import resolve
 from v4_jax.cache import Cache, CacheDtype
 from v4_jax.config import Config
@@ -43,6 +44,7 @@ class Request:
       sampling: how to sample; sample number i uses the seed plus i.
       stop_ids: tokens that end a sample; the model's end-of-sentence token when None.
       n: samples, which share the reading of the prompt.
+      top_logprobs: most probable tokens to report with each generated one, up to 20.
     """
 
     prompt: Sequence[int]
@@ -50,6 +52,7 @@ class Request:
     sampling: Sampling = Sampling()  # noqa: RUF009 (frozen)
     stop_ids: Sequence[int] | None = None
     n: int = 1
+    top_logprobs: int = 0
 
 
 class Event(NamedTuple):
@@ -59,8 +62,9 @@ class Event(NamedTuple):
       request: the number that `Engine.submit` returned.
       sample: which of the request's samples it continues.
       id: the token.
-      logprob: its log-probability under the model, before temperature and filters.
+      logprob: its log-probability under the model, before bias, penalties, temperature and filters.
       finish: "stop" or "length" with the sample's last token, else None.
+      alternatives: the most probable tokens and their log-probabilities, best first, as many as were asked for.
     """
 
     request: int
@@ -68,6 +72,21 @@ class Event(NamedTuple):
     id: int
     logprob: float
     finish: Finish | None
+    alternatives: tuple[tuple[int, float], ...] = ()
+
+
+class _State(NamedTuple):
+    """What the slots hold: the cache, and the tokens that penalties look at."""
+
+    cache: Cache
+    history: History
+
+
+class _Given(NamedTuple):
+    """What the host says about a step: `feed` [B, 1] int32, `_step` says of what; `best` [] bool, whether to report."""
+
+    feed: Any
+    best: Any
 
 
 @dataclasses.dataclass(eq=False)
@@ -80,6 +99,7 @@ class _Sequence:
       slot: its row of the cache.
       sampling: with its own seed.
       stops: tokens that end it.
+      top_logprobs: most probable tokens to report.
       left: tokens that it may still yield; 0 once it has ended.
       fed: prompt token to feed next; None once it feeds what it generated.
     """
@@ -89,6 +109,7 @@ class _Sequence:
     slot: int
     sampling: Sampling
     stops: frozenset[int]
+    top_logprobs: int
     left: int
     fed: int | None
 
@@ -160,10 +181,10 @@ class Engine:
         self._reading: list[_Reading] = []
         self._occupied: list[_Sequence | None] = [None] * slots  # by slot: who generates or waits for its prompt
         self._generating: list[_Sequence] = []
-        self._flight: tuple[list[_Sequence], Newest] | None = None  # a step whose tokens were not read yet
+        self._flight: tuple[list[_Sequence], Any] | None = None  # a step, and what it will give, not read yet
         self._submitted = 0
-        self._inputs: tuple[Any, Any] = (None, None)  # the last step's host inputs, and the same on the devices
-        self._cache: Any = None
+        self._inputs: dict[str, tuple[Any, Any]] = {}  # the last step's host inputs, and the same on the devices
+        self._state: Any = None
         self._newest: Any = None
 
     def slot_bytes(self) -> dict[str, int]:
@@ -177,39 +198,48 @@ class Engine:
 
     def compile(self) -> None:
         """Compiles the programs and makes the cache, unless that was done before."""
-        if self._cache is not None:
+        if self._state is not None:
             return
         place, slots, readers = self._place, self.slots, self._readers
 
         def integers(*shape: int) -> jax.ShapeDtypeStruct:
             return place.shape(shape, jnp.int32)
 
+        def nothing_seen() -> History:
+            return History.empty(slots, self.config.vocab_size)
+
+        state = _State(self._shapes, place.shapes(nothing_seen))
+        places = None if place.mesh is None else jax.tree.map(lambda x: x.sharding, state)
         newest = place.shapes(lambda: nothing_sampled(slots))
+        given = _Given(integers(slots, 1), place.shape((), bool))
         rows = place.shapes(lambda: SamplingRows.of([GREEDY] * slots))
         options = CPU_STEP if jax.default_backend() == "cpu" else None
         step = jax.jit(self._step, donate_argnums=1, compiler_options=options)
-        places = None if place.mesh is None else jax.tree.map(lambda x: x.sharding, self._shapes)
         read = jax.jit(self._read, donate_argnums=1, out_shardings=places)
         copy = jax.jit(self._copy, donate_argnums=0, out_shardings=places)
-        empty = jax.jit(lambda: place.cache(self.config, slots, self.max_length, self._cache_dtype))
-        self._run_step = step.lower(self._params, self._shapes, newest, integers(slots, 1), rows).compile()
+        self._run_step = step.lower(self._params, state, newest, given, rows).compile()
         arguments = [integers(readers, self._chunk), *[integers(readers)] * 3]
-        self._run_read = read.lower(self._params, self._shapes, *arguments).compile()
-        self._run_copy = copy.lower(self._shapes, integers(), integers(slots)).compile()
+        self._run_read = read.lower(self._params, state, *arguments).compile()
+        self._run_copy = copy.lower(state, integers(), integers(slots)).compile()
         self.programs += 3
-        self._cache, self._newest = empty(), place.put(nothing_sampled(slots))
+        cache = jax.jit(lambda: place.cache(self.config, slots, self.max_length, self._cache_dtype))()
+        self._state, self._newest = _State(cache, place.put(nothing_seen())), place.put(nothing_sampled(slots))
 
     def submit(self, request: Request) -> int:
         """Puts a request in line. Returns its number.
 
         Raises:
-          ValueError: it can never be served: an empty prompt, an id outside of the vocabulary, too long, or more
-            samples than slots.
+          ValueError: it can never be served: an empty prompt, an id outside of the vocabulary, too long, more samples
+            than slots, or too many alternatives.
         """
         check_ids(request.prompt, self.config)
+        check_vocabulary(request.sampling.logit_bias, self.config)
         for name, value in (("max_tokens", request.max_tokens), ("n", request.n)):
             if value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
+        most = min(MOST_ALTERNATIVES, self.config.vocab_size)
+        if not 0 <= request.top_logprobs <= most:
+            raise ValueError(f"top_logprobs is {request.top_logprobs}, expected 0 to {most}")
         if request.n > self.slots:
             raise ValueError(f"n is {request.n}, but there are {self.slots} slots; expected at most so many samples")
         if len(request.prompt) + request.max_tokens > self.max_length:
@@ -253,26 +283,41 @@ class Engine:
     # ---- programs ----------------------------------------------------------------------------------------------------
 
     def _step(
-        self, params: Any, cache: Cache, newest: Newest, given: Array, rows: SamplingRows
-    ) -> tuple[Cache, Newest]:
-        """A token further: feeds each row `given` [B, 1] or, where that is -1, its newest token; -2 leaves it alone."""
-        going = given[:, 0] != _AT_REST
-        fed = jnp.where(given >= 0, given, newest.ids)
-        output: Any = self._model.apply(
-            {"params": params}, fed, lengths=going.astype(jnp.int32), cache=cache, logits="last"
-        )
-        ids, logprobs = sample(*self._place.keep((output.logits[:, 0], rows, output.cache.lengths)))
-        return output.cache, self._place.keep(Newest(ids[:, None], logprobs[:, None]))
+        self, params: Any, state: _State, newest: Newest, given: _Given, rows: SamplingRows
+    ) -> tuple[_State, Newest, Any]:
+        """A token further: feeds each row a prompt token of `given.feed`, or its newest (-1), or nothing (-2).
 
-    def _read(self, params: Any, cache: Cache, tokens: Array, counts: Array, slots: Array, begin: Array) -> Cache:
+        Returns the state, each row's newest token, and the most probable ones at the rows' ends if `given.best`.
+        """
+        feed = given.feed[:, 0]
+        going, prompt = feed != _AT_REST, feed >= 0
+        output: Any = self._model.apply(
+            {"params": params},
+            jnp.where(prompt, feed, newest.ids[:, 0])[:, None],
+            lengths=going.astype(jnp.int32),
+            cache=state.cache,
+            logits="last",
+        )
+        logits, rows, lengths = self._place.keep((output.logits[:, 0], rows, output.cache.lengths))
+        history = state.history.prompt(feed, prompt)
+        ids, logprobs = sample(logits, rows, lengths, history)
+        history = history.generate(ids, going)
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(best, logits))
+        alternatives = jax.lax.cond(given.best, lambda: best(logits), lambda: nothing)
+        sampled = Newest(ids[:, None], logprobs[:, None])
+        newest = jax.tree.map(lambda new, old: jnp.where(going[:, None], new, old), sampled, newest)
+        return _State(output.cache, self._place.keep(history)), *self._place.keep((newest, alternatives))
+
+    def _read(self, params: Any, state: _State, tokens: Array, counts: Array, slots: Array, begin: Array) -> _State:
         """Reads `counts` [P] of `tokens` [P, C] into `slots` [P], which hold `begin` [P] tokens; slot B is nowhere."""
-        part = jax.tree.map(lambda x: jnp.take(x, slots, axis=_row_axis(x), mode="clip"), cache)
+        part = jax.tree.map(lambda x: jnp.take(x, slots, axis=_row_axis(x), mode="clip"), state.cache)
         output: Any = self._model.apply(
             {"params": params}, tokens, lengths=counts, cache=part.replace(lengths=begin), logits="none"
         )
-        return jax.tree.map(lambda x, new: _set_rows(x, slots, new), cache, output.cache)
+        cache = jax.tree.map(lambda x, new: _set_rows(x, slots, new), state.cache, output.cache)
+        return _State(cache, state.history.read(slots, tokens, counts, begin))
 
-    def _copy(self, cache: Cache, source: Array, targets: Array) -> Cache:
+    def _copy(self, state: _State, source: Array, targets: Array) -> _State:
         """Copies row `source` to rows `targets` [B]; row B is nowhere."""
 
         def copy(x: Array) -> Array:
@@ -281,7 +326,7 @@ class Engine:
             shape[_row_axis(x)] = targets.shape[0]
             return _set_rows(x, targets, jnp.broadcast_to(row, shape))
 
-        return jax.tree.map(copy, cache)
+        return _State(jax.tree.map(copy, state.cache), state.history.copy(source, targets))
 
     # ---- a round's parts ---------------------------------------------------------------------------------------------
 
@@ -296,7 +341,9 @@ class Engine:
                 seed = (request.sampling.seed + index) % 2**32
                 sampling = dataclasses.replace(request.sampling, seed=seed)
                 slot, last = free.pop(0), request.prompt[-1]
-                sequence = _Sequence(number, index, slot, sampling, stops, request.max_tokens, last)
+                sequence = _Sequence(
+                    number, index, slot, sampling, stops, request.top_logprobs, request.max_tokens, last
+                )
                 self._occupied[slot] = sequence
                 samples.append(sequence)
             self._reading.append(_Reading(request.prompt[:-1], samples))
@@ -318,7 +365,7 @@ class Engine:
             counts[row], slots[row], begin[row] = len(part), one.samples[0].slot, one.done
             one.done += len(part)
         arguments = self._place.put((tokens, counts, slots, begin))
-        self._cache = self._run_read(self._params, self._cache, *arguments)
+        self._state = self._run_read(self._params, self._state, *arguments)
         for one in batch:
             if one.done == len(one.prompt):
                 self._reading.remove(one)
@@ -331,43 +378,53 @@ class Engine:
         if others:
             targets = np.full(self.slots, self.slots, np.int32)
             targets[: len(others)] = [sequence.slot for sequence in others]
-            self._cache = self._run_copy(self._cache, *self._place.put((np.int32(first.slot), targets)))
+            self._state = self._run_copy(self._state, *self._place.put((np.int32(first.slot), targets)))
         self._generating += [sequence for sequence in one.samples if sequence.left]
         if not first.left:  # cancelled while the others still needed what was read into its slot
             self._occupied[first.slot] = None
 
-    def _take_step(self) -> tuple[list[_Sequence], Newest] | None:
+    def _take_step(self) -> tuple[list[_Sequence], Any] | None:
         """Starts a step of all that generate; those at their limit are known to end before it."""
         coming = set() if self._flight is None else set(map(id, self._flight[0]))
         going = [one for one in self._generating if one.left > (id(one) in coming)]
         if not going:
             return None
-        given = np.full((self.slots, 1), _AT_REST, np.int32)
+        feed = np.full((self.slots, 1), _AT_REST, np.int32)
         samplings = [GREEDY] * self.slots
         for one in going:
-            given[one.slot], samplings[one.slot] = _NEWEST if one.fed is None else one.fed, one.sampling
+            feed[one.slot], samplings[one.slot] = _NEWEST if one.fed is None else one.fed, one.sampling
             one.fed = None
-        inputs = given.tobytes(), samplings
-        if inputs != self._inputs[0]:
-            self._inputs = inputs, self._place.put((given, SamplingRows.of(samplings)))
-        self._cache, self._newest = self._run_step(self._params, self._cache, self._newest, *self._inputs[1])
-        return going, self._newest
+        reporting = any(one.top_logprobs for one in going)
+        given = self._placed("given", (feed.tobytes(), reporting), lambda: _Given(feed, np.bool_(reporting)))
+        rows = self._placed("rows", samplings, lambda: SamplingRows.of(samplings))
+        self._state, self._newest, alternatives = self._run_step(self._params, self._state, self._newest, given, rows)
+        return going, (self._newest, alternatives if reporting else None)
+
+    def _placed(self, name: str, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` returns, on the devices: made and sent only if `key` is another one than at the last call."""
+        if name not in self._inputs or self._inputs[name][0] != key:
+            self._inputs[name] = key, self._place.put(make())
+        return self._inputs[name][1]
 
     def _collect(self) -> list[Event]:
         """The tokens of the step that was started a round ago."""
         assert self._flight is not None
-        sequences, newest = self._flight
-        ids, logprobs = jax.device_get(newest)
+        sequences, coming = self._flight
+        newest, alternatives = jax.device_get(coming)
         events = []
         for one in sequences:
             if not one.left:
                 continue
-            token = int(ids[one.slot, 0])
+            token = int(newest.ids[one.slot, 0])
             one.left -= 1
             finish: Finish | None = "stop" if token in one.stops else None if one.left else "length"
             if finish:
                 self._end(one)
-            events.append(Event(one.request, one.sample, token, float(logprobs[one.slot, 0]), finish))
+            event = Event(one.request, one.sample, token, float(newest.logprobs[one.slot, 0]), finish)
+            if one.top_logprobs:
+                best_ids, logprobs = (x[one.slot, : one.top_logprobs].tolist() for x in alternatives)
+                event = event._replace(alternatives=tuple(zip(best_ids, logprobs, strict=True)))
+            events.append(event)
         return events
 
     def _end(self, sequence: _Sequence) -> None:
