@@ -24,8 +24,10 @@ import numpy as np
 from jax import Array
 
 from infer.generate import CPU_STEP, Finish, Newest, check_ids, check_precision, check_vocabulary, nothing_sampled
+from infer.grammar import Grammar
+from infer.guide import NO_TOKEN, Guide, Move
 from infer.history import History
-from infer.sampling import GREEDY, MOST_ALTERNATIVES, Sampling, SamplingRows, best, sample
+from infer.sampling import ALL, GREEDY, MOST_ALTERNATIVES, Sampling, SamplingRows, best, sample
 from sharding.axes import resolve
 from v4_jax.cache import Cache, CacheDtype
 from v4_jax.config import Config
@@ -45,6 +47,9 @@ class Request:
       stop_ids: tokens that end a sample; the model's end-of-sentence token when None.
       n: samples, which share the reading of the prompt.
       top_logprobs: most probable tokens to report with each generated one, up to 20.
+      constraint: a grammar that the text keeps to. Stop ids are then legal where it may end (where they are also
+        tokens of text, wherever the grammar has them), and a text to which nothing can be added ends with "stop".
+      reasoning_end: tokens that end the reasoning which the prompt opened; a constraint holds only after them.
     """
 
     prompt: Sequence[int]
@@ -53,6 +58,8 @@ class Request:
     stop_ids: Sequence[int] | None = None
     n: int = 1
     top_logprobs: int = 0
+    constraint: Grammar | None = None
+    reasoning_end: Sequence[int] = ()
 
 
 class Event(NamedTuple):
@@ -83,9 +90,16 @@ class _State(NamedTuple):
 
 
 class _Given(NamedTuple):
-    """What the host says about a step: `feed` [B, 1] int32, `_step` says of what; `best` [] bool, whether to report."""
+    """What the host says about a step.
+
+    Attributes:
+      feed: [B, 1] int32: a prompt token; -1 for the row's newest one; -2 to leave the row alone.
+      unless: [B] int32: the row is left alone if its newest token is this one.
+      best: [] bool: whether anyone asks for the most probable tokens.
+    """
 
     feed: Any
+    unless: Any
     best: Any
 
 
@@ -100,6 +114,7 @@ class _Sequence:
       sampling: with its own seed.
       stops: tokens that end it.
       top_logprobs: most probable tokens to report.
+      guide: what else decides about its tokens.
       left: tokens that it may still yield; 0 once it has ended.
       fed: prompt token to feed next; None once it feeds what it generated.
     """
@@ -110,6 +125,7 @@ class _Sequence:
     sampling: Sampling
     stops: frozenset[int]
     top_logprobs: int
+    guide: Guide | None
     left: int
     fed: int | None
 
@@ -181,10 +197,11 @@ class Engine:
         self._reading: list[_Reading] = []
         self._occupied: list[_Sequence | None] = [None] * slots  # by slot: who generates or waits for its prompt
         self._generating: list[_Sequence] = []
-        self._flight: tuple[list[_Sequence], Any] | None = None  # a step, and what it will give, not read yet
+        self._flight: tuple[_Moves, Any] | None = None  # a step, and what it will give, not read yet
         self._submitted = 0
         self._inputs: dict[str, tuple[Any, Any]] = {}  # the last step's host inputs, and the same on the devices
         self._state: Any = None
+        self._unrestricted: Any = None  # masks of rows without constraints
         self._newest: Any = None
 
     def slot_bytes(self) -> dict[str, int]:
@@ -211,18 +228,22 @@ class Engine:
         state = _State(self._shapes, place.shapes(nothing_seen))
         places = None if place.mesh is None else jax.tree.map(lambda x: x.sharding, state)
         newest = place.shapes(lambda: nothing_sampled(slots))
-        given = _Given(integers(slots, 1), place.shape((), bool))
+        given = _Given(integers(slots, 1), integers(slots), place.shape((), bool))
+        everything = np.full((slots, -(-self.config.vocab_size // 32)), ALL)
         rows = place.shapes(lambda: SamplingRows.of([GREEDY] * slots))
         options = CPU_STEP if jax.default_backend() == "cpu" else None
         step = jax.jit(self._step, donate_argnums=1, compiler_options=options)
         read = jax.jit(self._read, donate_argnums=1, out_shardings=places)
         copy = jax.jit(self._copy, donate_argnums=0, out_shardings=places)
-        self._run_step = step.lower(self._params, state, newest, given, rows).compile()
+        self._run_step = step.lower(
+            self._params, state, newest, given, rows, place.shapes(lambda: everything)
+        ).compile()
         arguments = [integers(readers, self._chunk), *[integers(readers)] * 3]
         self._run_read = read.lower(self._params, state, *arguments).compile()
         self._run_copy = copy.lower(state, integers(), integers(slots)).compile()
         self.programs += 3
         cache = jax.jit(lambda: place.cache(self.config, slots, self.max_length, self._cache_dtype))()
+        self._unrestricted = place.put(everything)
         self._state, self._newest = _State(cache, place.put(nothing_seen())), place.put(nothing_sampled(slots))
 
     def submit(self, request: Request) -> int:
@@ -230,10 +251,18 @@ class Engine:
 
         Raises:
           ValueError: it can never be served: an empty prompt, an id outside of the vocabulary, too long, more samples
-            than slots, or too many alternatives.
+            than slots, too many alternatives, or a constraint for another vocabulary or without an end.
         """
         check_ids(request.prompt, self.config)
-        check_vocabulary(request.sampling.logit_bias, self.config)
+        check_vocabulary([*request.sampling.logit_bias, *request.reasoning_end], self.config)
+        if request.constraint is not None:
+            if request.constraint.vocab_size != self.config.vocab_size:
+                raise ValueError(
+                    f"the constraint was compiled for {request.constraint.vocab_size} tokens, but the model's "
+                    f"vocabulary has {self.config.vocab_size}"
+                )
+            if not self._stops(request):
+                raise ValueError("a constrained text needs stop_ids to end with, found none")
         for name, value in (("max_tokens", request.max_tokens), ("n", request.n)):
             if value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
@@ -276,21 +305,22 @@ class Engine:
         self._admit()
         self._read_chunk()
         ahead = self._take_step()
-        events = self._collect() if self._flight else []
+        events = self._collect({} if ahead is None else ahead[0]) if self._flight else []
         self._flight = ahead
         return events
 
     # ---- programs ----------------------------------------------------------------------------------------------------
 
     def _step(
-        self, params: Any, state: _State, newest: Newest, given: _Given, rows: SamplingRows
+        self, params: Any, state: _State, newest: Newest, given: _Given, rows: SamplingRows, allowed: Array
     ) -> tuple[_State, Newest, Any]:
-        """A token further: feeds each row a prompt token of `given.feed`, or its newest (-1), or nothing (-2).
+        """A token further, for rows that are not left alone.
 
         Returns the state, each row's newest token, and the most probable ones at the rows' ends if `given.best`.
         """
         feed = given.feed[:, 0]
-        going, prompt = feed != _AT_REST, feed >= 0
+        prompt = feed >= 0
+        going = prompt | ((feed == _NEWEST) & (newest.ids[:, 0] != given.unless))
         output: Any = self._model.apply(
             {"params": params},
             jnp.where(prompt, feed, newest.ids[:, 0])[:, None],
@@ -298,9 +328,9 @@ class Engine:
             cache=state.cache,
             logits="last",
         )
-        logits, rows, lengths = self._place.keep((output.logits[:, 0], rows, output.cache.lengths))
+        logits, lengths = self._place.keep((output.logits[:, 0], output.cache.lengths))
         history = state.history.prompt(feed, prompt)
-        ids, logprobs = sample(logits, rows, lengths, history)
+        ids, logprobs = sample(logits, rows, lengths, history, allowed)
         history = history.generate(ids, going)
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(best, logits))
         alternatives = jax.lax.cond(given.best, lambda: best(logits), lambda: nothing)
@@ -330,21 +360,33 @@ class Engine:
 
     # ---- a round's parts ---------------------------------------------------------------------------------------------
 
+    def _stops(self, request: Request) -> frozenset[int]:
+        return frozenset([self.config.eos_token_id] if request.stop_ids is None else request.stop_ids)
+
     def _admit(self) -> None:
         """Gives free slots to those in line, in order: nobody is overtaken, so that nobody waits forever."""
         free = [slot for slot, sequence in enumerate(self._occupied) if sequence is None]
         while self._waiting and self._waiting[0][1].n <= len(free):
             number, request = self._waiting.popleft()
-            stops = frozenset([self.config.eos_token_id] if request.stop_ids is None else request.stop_ids)
-            samples = []
+            stops, samples = self._stops(request), []
             for index in range(request.n):
                 seed = (request.sampling.seed + index) % 2**32
                 sampling = dataclasses.replace(request.sampling, seed=seed)
-                slot, last = free.pop(0), request.prompt[-1]
+                guide = None
+                if request.constraint is not None:
+                    guide = Guide(request.constraint.start(stops), request.reasoning_end)
                 sequence = _Sequence(
-                    number, index, slot, sampling, stops, request.top_logprobs, request.max_tokens, last
+                    request=number,
+                    sample=index,
+                    slot=free.pop(0),
+                    sampling=sampling,
+                    stops=stops,
+                    top_logprobs=request.top_logprobs,
+                    guide=guide,
+                    left=request.max_tokens,
+                    fed=request.prompt[-1],
                 )
-                self._occupied[slot] = sequence
+                self._occupied[sequence.slot] = sequence
                 samples.append(sequence)
             self._reading.append(_Reading(request.prompt[:-1], samples))
 
@@ -383,22 +425,50 @@ class Engine:
         if not first.left:  # cancelled while the others still needed what was read into its slot
             self._occupied[first.slot] = None
 
-    def _take_step(self) -> tuple[list[_Sequence], Any] | None:
-        """Starts a step of all that generate; those at their limit are known to end before it."""
-        coming = set() if self._flight is None else set(map(id, self._flight[0]))
-        going = [one for one in self._generating if one.left > (id(one) in coming)]
+    def _take_step(self) -> tuple[_Moves, Any] | None:
+        """Starts a step of all that can go on; those at their limit are known to end before it."""
+        going = self._moves()
         if not going:
             return None
-        feed = np.full((self.slots, 1), _AT_REST, np.int32)
+        feed, unless = np.full((self.slots, 1), _AT_REST, np.int32), np.full(self.slots, NO_TOKEN, np.int32)
+        allowed: np.ndarray | None = None
+        for one, move in going.items():
+            feed[one.slot], one.fed = _NEWEST if one.fed is None else one.fed, None
+            unless[one.slot] = move.unless
+            if move.mask is not None:
+                allowed = np.full(self._unrestricted.shape, ALL) if allowed is None else allowed
+                allowed[one.slot] = move.mask
         samplings = [GREEDY] * self.slots
-        for one in going:
-            feed[one.slot], samplings[one.slot] = _NEWEST if one.fed is None else one.fed, one.sampling
-            one.fed = None
+        for one in self._generating:  # those at rest too: others that come and go then change nothing
+            samplings[one.slot] = one.sampling
         reporting = any(one.top_logprobs for one in going)
-        given = self._placed("given", (feed.tobytes(), reporting), lambda: _Given(feed, np.bool_(reporting)))
+        key = feed.tobytes(), unless.tobytes(), reporting
+        given = self._placed("given", key, lambda: _Given(feed, unless, np.bool_(reporting)))
         rows = self._placed("rows", samplings, lambda: SamplingRows.of(samplings))
-        self._state, self._newest, alternatives = self._run_step(self._params, self._state, self._newest, given, rows)
+        masks = self._unrestricted if allowed is None else self._place.put(allowed)
+        self._state, self._newest, alternatives = self._run_step(
+            self._params, self._state, self._newest, given, rows, masks
+        )
         return going, (self._newest, alternatives if reporting else None)
+
+    def _moves(self) -> _Moves:
+        """Who takes the next step, and what holds for it.
+
+        Constrained samples, which sit out every other step, all sit out the same one: without others, it is not taken.
+        """
+        coming = {} if self._flight is None else self._flight[0]
+        others_turn = any(one.guide is not None and one.guide.constrained for one in coming)
+        moves = {}
+        for one in self._generating:
+            unread = one in coming
+            if one.left <= unread:
+                continue
+            move: Move | None = Move()
+            if one.guide is not None:
+                move = None if one.guide.constrained and others_turn else one.guide.next(unread)
+            if move is not None:
+                moves[one] = move
+        return moves
 
     def _placed(self, name: str, key: Any, make: Callable[[], Any]) -> Any:
         """What `make` returns, on the devices: made and sent only if `key` is another one than at the last call."""
@@ -406,8 +476,8 @@ class Engine:
             self._inputs[name] = key, self._place.put(make())
         return self._inputs[name][1]
 
-    def _collect(self) -> list[Event]:
-        """The tokens of the step that was started a round ago."""
+    def _collect(self, ahead: _Moves) -> list[Event]:
+        """The tokens of the step that was started a round ago; what was not to follow them is taken out of `ahead`."""
         assert self._flight is not None
         sequences, coming = self._flight
         newest, alternatives = jax.device_get(coming)
@@ -417,7 +487,10 @@ class Engine:
                 continue
             token = int(newest.ids[one.slot, 0])
             one.left -= 1
-            finish: Finish | None = "stop" if token in one.stops else None if one.left else "length"
+            if one in ahead and ahead[one].unless == token:
+                del ahead[one]
+            complete = token in one.stops or (one.guide is not None and one.guide.read(token))
+            finish: Finish | None = "stop" if complete else None if one.left else "length"
             if finish:
                 self._end(one)
             event = Event(one.request, one.sample, token, float(newest.logprobs[one.slot, 0]), finish)
@@ -435,6 +508,8 @@ class Engine:
         if not any(one.samples[0] is sequence for one in self._reading):
             self._occupied[sequence.slot] = None
 
+
+_Moves = dict[_Sequence, Move]
 
 _NEWEST, _AT_REST = -1, -2  # in place of a token to feed: the row's newest one; none
 

@@ -21,6 +21,7 @@ from infer.history import History
 from v4_jax.head import log_probability
 
 MOST_BIASES = 300  # entries of `Sampling.logit_bias`, as in OpenAI's interface
+ALL = np.uint32(2**32 - 1)  # 32 tokens that may be drawn
 MOST_ALTERNATIVES = 20  # likewise, tokens whose log-probabilities can be asked for at each position
 
 
@@ -145,7 +146,13 @@ class SamplingRows(struct.PyTreeNode):
 _NO_TOKEN = 2**31 - 1  # outside of every vocabulary; a negative number would count from its end
 
 
-def sample(logits: Array, rows: SamplingRows, positions: Array, history: History | None = None) -> tuple[Array, Array]:
+def sample(
+    logits: Array,
+    rows: SamplingRows,
+    positions: Array,
+    history: History | None = None,
+    allowed: Array | None = None,
+) -> tuple[Array, Array]:
     """Draws one token per row.
 
     Args:
@@ -153,12 +160,15 @@ def sample(logits: Array, rows: SamplingRows, positions: Array, history: History
       rows: the parameters of each row.
       positions: [B] int32 position that the new token will have in its row; folded into the row's key.
       history: the tokens before; without it no row is penalised.
+      allowed: [B, ceil(V / 32)] uint32, a bit for each token that may be drawn, the lowest first; without it all may.
 
     Returns:
       Token ids [B] int32, and their log-probabilities [B] float32 under the model itself: before bias, penalties,
-      temperature and filters, so that they can be compared with those of scored text.
+      constraint, temperature and filters, so that they can be compared with those of scored text.
     """
     adjusted = adjust(logits, rows, history)
+    if allowed is not None:
+        adjusted = restrict(adjusted, allowed)
     greedy = jnp.argmax(adjusted, axis=-1)
 
     def draw() -> Array:
@@ -200,6 +210,16 @@ def adjust(logits: Array, rows: SamplingRows, history: History | None) -> Array:
         return jnp.where(repeats, repeated, logits) - per_use * history.generated - once * used
 
     return jax.lax.cond(jnp.any((factor != 1) | (per_use != 0) | (once != 0)), penalized, lambda: logits)
+
+
+def restrict(logits: Array, allowed: Array) -> Array:
+    """Logits [B, V], minus infinity where a bit of `allowed` [B, ceil(V / 32)] uint32 is not set, the lowest first."""
+
+    def masked() -> Array:
+        bits = (allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+        return jnp.where(bits.reshape(len(logits), -1)[:, : logits.shape[-1]] == 1, logits, -jnp.inf)
+
+    return jax.lax.cond(jnp.any(allowed != ALL), masked, lambda: logits)
 
 
 def best(logits: Array) -> tuple[Array, Array]:

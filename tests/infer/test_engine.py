@@ -1,5 +1,6 @@
 """Many requests in a few slots: each gets what it would get alone, and nothing is compiled on the way."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -119,7 +120,9 @@ def test_stop_ids_end_a_sample(engine, alone):
     assert (stopped, finish) == (ids[:2], "stop") and alone[7][0][2] == "length"
 
 
-def test_nothing_compiles_after_warm_up(engine, alone):
+@contextlib.contextmanager
+def compilations():
+    """What is compiled inside, by name of the event, one of its own at the beginning: so it would look."""
     compiled = []
 
     def listen(event, duration, **_):
@@ -129,11 +132,16 @@ def test_nothing_compiles_after_warm_up(engine, alone):
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         jax.jit(lambda x: x + 41)(np.float32(1))
-        assert len(compiled) == 1  # that is what it would look like
-        served(engine, [*requests(), Request([5] * 70, 9, n=3), *particular()])
-        assert len(compiled) == 1 and engine.programs == 3
+        assert len(compiled) == 1
+        yield compiled
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_nothing_compiles_after_warm_up(engine, alone):
+    with compilations() as compiled:
+        served(engine, [*requests(), Request([5] * 70, 9, n=3), *particular()])
+    assert len(compiled) == 1 and engine.programs == 3
 
 
 def test_penalties_bias_and_alternatives(engine, small, alone):
