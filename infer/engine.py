@@ -50,6 +50,7 @@ class Request:
       constraint: a grammar that the text keeps to. Stop ids are then legal where it may end (where they are also
         tokens of text, wherever the grammar has them), and a text to which nothing can be added ends with "stop".
       reasoning_end: tokens that end the reasoning which the prompt opened; a constraint holds only after them.
+      reasoning_budget: tokens after which reasoning is ended: `reasoning_end` is then generated, unless it was before.
     """
 
     prompt: Sequence[int]
@@ -60,6 +61,7 @@ class Request:
     top_logprobs: int = 0
     constraint: Grammar | None = None
     reasoning_end: Sequence[int] = ()
+    reasoning_budget: int | None = None
 
 
 class Event(NamedTuple):
@@ -95,11 +97,13 @@ class _Given(NamedTuple):
     Attributes:
       feed: [B, 1] int32: a prompt token; -1 for the row's newest one; -2 to leave the row alone.
       unless: [B] int32: the row is left alone if its newest token is this one.
+      forced: [B] int32: the token to generate; -1 if it is to be sampled.
       best: [] bool: whether anyone asks for the most probable tokens.
     """
 
     feed: Any
     unless: Any
+    forced: Any
     best: Any
 
 
@@ -228,7 +232,7 @@ class Engine:
         state = _State(self._shapes, place.shapes(nothing_seen))
         places = None if place.mesh is None else jax.tree.map(lambda x: x.sharding, state)
         newest = place.shapes(lambda: nothing_sampled(slots))
-        given = _Given(integers(slots, 1), integers(slots), place.shape((), bool))
+        given = _Given(integers(slots, 1), integers(slots), integers(slots), place.shape((), bool))
         everything = np.full((slots, -(-self.config.vocab_size // 32)), ALL)
         rows = place.shapes(lambda: SamplingRows.of([GREEDY] * slots))
         options = CPU_STEP if jax.default_backend() == "cpu" else None
@@ -251,7 +255,8 @@ class Engine:
 
         Raises:
           ValueError: it can never be served: an empty prompt, an id outside of the vocabulary, too long, more samples
-            than slots, too many alternatives, or a constraint for another vocabulary or without an end.
+            than slots, too many alternatives, or a constraint for another vocabulary or without an end,
+            or a budget of reasoning without an end.
         """
         check_ids(request.prompt, self.config)
         check_vocabulary([*request.sampling.logit_bias, *request.reasoning_end], self.config)
@@ -263,6 +268,11 @@ class Engine:
                 )
             if not self._stops(request):
                 raise ValueError("a constrained text needs stop_ids to end with, found none")
+        if request.reasoning_budget is not None:
+            if request.reasoning_budget < 0:
+                raise ValueError(f"reasoning_budget is {request.reasoning_budget}, expected 0 or more tokens")
+            if not request.reasoning_end:
+                raise ValueError("reasoning_budget needs reasoning_end, the tokens that end the reasoning")
         for name, value in (("max_tokens", request.max_tokens), ("n", request.n)):
             if value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
@@ -330,7 +340,7 @@ class Engine:
         )
         logits, lengths = self._place.keep((output.logits[:, 0], output.cache.lengths))
         history = state.history.prompt(feed, prompt)
-        ids, logprobs = sample(logits, rows, lengths, history, allowed)
+        ids, logprobs = sample(logits, rows, lengths, history, allowed, given.forced)
         history = history.generate(ids, going)
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(best, logits))
         alternatives = jax.lax.cond(given.best, lambda: best(logits), lambda: nothing)
@@ -373,8 +383,9 @@ class Engine:
                 seed = (request.sampling.seed + index) % 2**32
                 sampling = dataclasses.replace(request.sampling, seed=seed)
                 guide = None
-                if request.constraint is not None:
-                    guide = Guide(request.constraint.start(stops), request.reasoning_end)
+                if request.constraint is not None or request.reasoning_budget is not None:
+                    matcher = None if request.constraint is None else request.constraint.start(stops)
+                    guide = Guide(matcher, request.reasoning_end, request.reasoning_budget)
                 sequence = _Sequence(
                     request=number,
                     sample=index,
@@ -430,24 +441,24 @@ class Engine:
         going = self._moves()
         if not going:
             return None
-        feed, unless = np.full((self.slots, 1), _AT_REST, np.int32), np.full(self.slots, NO_TOKEN, np.int32)
+        unless, forced = np.full((2, self.slots), NO_TOKEN, np.int32)
+        reporting = any(one.top_logprobs for one in going)
+        given = _Given(np.full((self.slots, 1), _AT_REST, np.int32), unless, forced, np.bool_(reporting))
         allowed: np.ndarray | None = None
         for one, move in going.items():
-            feed[one.slot], one.fed = _NEWEST if one.fed is None else one.fed, None
-            unless[one.slot] = move.unless
+            given.feed[one.slot], one.fed = _NEWEST if one.fed is None else one.fed, None
+            unless[one.slot], forced[one.slot] = move.unless, move.forced
             if move.mask is not None:
                 allowed = np.full(self._unrestricted.shape, ALL) if allowed is None else allowed
                 allowed[one.slot] = move.mask
         samplings = [GREEDY] * self.slots
         for one in self._generating:  # those at rest too: others that come and go then change nothing
             samplings[one.slot] = one.sampling
-        reporting = any(one.top_logprobs for one in going)
-        key = feed.tobytes(), unless.tobytes(), reporting
-        given = self._placed("given", key, lambda: _Given(feed, unless, np.bool_(reporting)))
+        inputs = self._placed("given", [x.tobytes() for x in given], lambda: given)
         rows = self._placed("rows", samplings, lambda: SamplingRows.of(samplings))
         masks = self._unrestricted if allowed is None else self._place.put(allowed)
         self._state, self._newest, alternatives = self._run_step(
-            self._params, self._state, self._newest, given, rows, masks
+            self._params, self._state, self._newest, inputs, rows, masks
         )
         return going, (self._newest, alternatives if reporting else None)
 

@@ -152,6 +152,7 @@ def sample(
     positions: Array,
     history: History | None = None,
     allowed: Array | None = None,
+    forced: Array | None = None,
 ) -> tuple[Array, Array]:
     """Draws one token per row.
 
@@ -161,6 +162,7 @@ def sample(
       positions: [B] int32 position that the new token will have in its row; folded into the row's key.
       history: the tokens before; without it no row is penalised.
       allowed: [B, ceil(V / 32)] uint32, a bit for each token that may be drawn, the lowest first; without it all may.
+      forced: [B] int32 tokens to take instead; -1 for none.
 
     Returns:
       Token ids [B] int32, and their log-probabilities [B] float32 under the model itself: before bias, penalties,
@@ -181,6 +183,8 @@ def sample(
         return jnp.where(rows.temperature > 0, jnp.argmax(jnp.where(kept, noisy, -jnp.inf), axis=-1), greedy)
 
     tokens = jax.lax.cond(jnp.any(rows.temperature > 0), draw, lambda: greedy).astype(jnp.int32)
+    if forced is not None:
+        tokens = jnp.where(forced >= 0, forced, tokens)
     return tokens, log_probability(logits, tokens)
 
 

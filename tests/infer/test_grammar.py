@@ -10,6 +10,7 @@ import pytest
 
 from infer.engine import Engine, Request
 from infer.grammar import Grammars
+from infer.guide import Guide, Move
 from infer.sampling import Sampling
 from tests.equivalence.tiny import make
 from tests.infer.test_engine import compilations, served
@@ -194,6 +195,64 @@ def test_reasoning_comes_first(engine, small, grammars, end):
     assert len(end) == 1 or ids[:at].count(end[-1]) > 1 or end[0] == end[-1]  # an end that was none
 
 
+def ends(ids, end):
+    """How many tokens there are up to each occurrence of the end of reasoning, with it."""
+    return [i for i in range(len(ids) + 1) if tuple(ids[:i][-len(end) :]) == end]
+
+
+@pytest.mark.parametrize("end", [THINK_CLOSE, tuple(TOKENIZER.encode("Ok."))])
+@pytest.mark.parametrize("budget", [0, 1, 2, 9])
+def test_reasoning_is_ended_at_its_budget(engine, small, grammars, end, budget):
+    """To the token; what follows is sampled from what the model says after it."""
+    thought = Request([7] * 23, 30, Sampling(seed=16), stop_ids=())
+    request = dataclasses.replace(thought, reasoning_end=end, reasoning_budget=budget)
+    answered = dataclasses.replace(request, max_tokens=60, stop_ids=(1,), constraint=grammars.choice(["yes"]))
+    given = [thought, request, dataclasses.replace(request, n=3), answered, *free()]
+    [(freely, _, _)], [first], [_, second, third], [(answer, _, finish)], *others = served(engine, given)
+    assert not ends(freely, end)
+    ids, logprobs, _ = first
+    assert ids[: budget + len(end)] == [*freely[:budget], *end] and len(ids) == 30
+    assert TOKENIZER.decode(answer[budget + len(end) :]) == "yes" and finish == "stop"
+    model = log_softmax(small, request.prompt, ids)
+    np.testing.assert_allclose(logprobs, model[np.arange(len(ids)), ids], atol=1e-4)
+    for ids, _, _ in (second, third):
+        assert ends(ids, end)[0] == budget + len(end)
+    assert served(engine, [request]) == [[first]] and others == [served(engine, [one])[0] for one in free()]
+    continued = dataclasses.replace(thought, prompt=[*request.prompt, *first[0][: budget + len(end)]])
+    assert served(engine, [dataclasses.replace(continued, max_tokens=8)])[0][0][0] == first[0][budget + len(end) :][:8]
+
+
+def test_reasoning_that_ends_itself_is_left_alone(engine):
+    """Before the budget, exactly at it, and when only its last tokens are missing."""
+    end = tuple(TOKENIZER.encode("ee."))
+    sampling = Sampling(seed=2, logit_bias={end[0]: 7.0, end[-1]: 6.5})
+    thought = Request([8] * 20, 100, sampling, stop_ids=())
+    [[freely]] = served(engine, [thought])
+    at = ends(freely[0], end)[0]
+    assert at > 4
+    for budget in (at + 5, at + 1, at, at - 1, at - 2):
+        limited = dataclasses.replace(thought, reasoning_end=end, reasoning_budget=budget)
+        assert served(engine, [limited, *free()])[0] == [freely]
+    [[(ids, _, _)]] = served(engine, [dataclasses.replace(limited, reasoning_budget=at - 3)])
+    begun = next(i for i in (2, 1, 0) if tuple(freely[0][at - 3 - i : at - 3]) == end[:i])
+    assert tuple(ids[at - 3 - begun : at - begun]) == end
+
+
+def test_an_end_that_repeats_itself():
+    """What is missing of it completes it and not earlier, however it began."""
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        end, budget = tuple(random.integers(0, 2, random.integers(1, 5)).tolist()), int(random.integers(0, 6))
+        guide, said, missing = Guide(end=end, budget=budget), [], 0
+        while not ends(said, end):
+            move = guide.next(unread=False)
+            assert (move.forced >= 0) == (len(said) >= budget)
+            missing += move.forced >= 0
+            said.append(move.forced if move.forced >= 0 else int(random.integers(0, 2)))
+            assert not guide.read(said[-1])
+        assert guide.next(unread=False) == guide.next(unread=True) == Move() and missing <= len(end)
+
+
 def test_stops_are_legal_where_the_text_may_end(grammars):
     matcher = grammars.regex("ab?(cd)?").start({1, 250, 7777})
     for letter, ends in (("a", False), ("b", True), ("c", True), ("d", False)):
@@ -261,6 +320,10 @@ def test_refused_at_the_door(engine, grammars):
         engine.submit(Request([3], 5, stop_ids=(), constraint=grammar))
     with pytest.raises(ValueError, match="compiled for 300 tokens, but the model's vocabulary has 260"):
         engine.submit(Request([3], 5, constraint=Grammars(ByteTokenizer(300)).regex("a+")))
+    with pytest.raises(ValueError, match="reasoning_budget is -1, expected 0 or more tokens"):
+        engine.submit(Request([3], 5, reasoning_end=(5,), reasoning_budget=-1))
+    with pytest.raises(ValueError, match="reasoning_budget needs reasoning_end"):
+        engine.submit(Request([3], 5, reasoning_budget=4))
     with pytest.raises(ValueError, match="token id 260 is outside of the vocabulary"):
         engine.submit(Request([3], 5, constraint=grammar, reasoning_end=(260,)))
     assert engine.idle
