@@ -23,65 +23,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from infer.generate import CPU_STEP, Finish, Newest, check_ids, check_precision, check_vocabulary, nothing_sampled
-from infer.grammar import Grammar
+from infer.generate import CPU_STEP, Finish, Newest, check_precision, nothing_sampled
 from infer.guide import NO_TOKEN, Guide, Move
 from infer.history import History
-from infer.sampling import ALL, GREEDY, MOST_ALTERNATIVES, Sampling, SamplingRows, best, sample
+from infer.requests import Event, Request
+from infer.sampling import ALL, GREEDY, Sampling, SamplingRows, best, sample
 from sharding.axes import resolve
 from v4_jax.cache import Cache, CacheDtype
 from v4_jax.config import Config
 from v4_jax.placement import Place, bytes_per_device
 from v4_jax.policy import Policy
 from v4_jax.transformer import Transformer
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A prompt to continue.
-
-    Attributes:
-      prompt: token ids, at least one.
-      max_tokens: most tokens to generate, per sample.
-      sampling: how to sample; sample number i uses the seed plus i.
-      stop_ids: tokens that end a sample; the model's end-of-sentence token when None.
-      n: samples, which share the reading of the prompt.
-      top_logprobs: most probable tokens to report with each generated one, up to 20.
-      constraint: a grammar that the text keeps to. Stop ids are then legal where it may end (where they are also
-        tokens of text, wherever the grammar has them), and a text to which nothing can be added ends with "stop".
-      reasoning_end: tokens that end the reasoning which the prompt opened; a constraint holds only after them.
-      reasoning_budget: tokens after which reasoning is ended: `reasoning_end` is then generated, unless it was before.
-    """
-
-    prompt: Sequence[int]
-    max_tokens: int
-    sampling: Sampling = Sampling()  # noqa: RUF009 (frozen)
-    stop_ids: Sequence[int] | None = None
-    n: int = 1
-    top_logprobs: int = 0
-    constraint: Grammar | None = None
-    reasoning_end: Sequence[int] = ()
-    reasoning_budget: int | None = None
-
-
-class Event(NamedTuple):
-    """One generated token.
-
-    Attributes:
-      request: the number that `Engine.submit` returned.
-      sample: which of the request's samples it continues.
-      id: the token.
-      logprob: its log-probability under the model, before bias, penalties, temperature and filters.
-      finish: "stop" or "length" with the sample's last token, else None.
-      alternatives: the most probable tokens and their log-probabilities, best first, as many as were asked for.
-    """
-
-    request: int
-    sample: int
-    id: int
-    logprob: float
-    finish: Finish | None
-    alternatives: tuple[tuple[int, float], ...] = ()
 
 
 class _State(NamedTuple):
@@ -255,37 +207,9 @@ class Engine:
 
         Raises:
           ValueError: it can never be served: an empty prompt, an id outside of the vocabulary, too long, more samples
-            than slots, too many alternatives, or a constraint for another vocabulary or without an end,
-            or a budget of reasoning without an end.
+            than slots, or what `Request` does not allow.
         """
-        check_ids(request.prompt, self.config)
-        check_vocabulary([*request.sampling.logit_bias, *request.reasoning_end], self.config)
-        if request.constraint is not None:
-            if request.constraint.vocab_size != self.config.vocab_size:
-                raise ValueError(
-                    f"the constraint was compiled for {request.constraint.vocab_size} tokens, but the model's "
-                    f"vocabulary has {self.config.vocab_size}"
-                )
-            if not self._stops(request):
-                raise ValueError("a constrained text needs stop_ids to end with, found none")
-        if request.reasoning_budget is not None:
-            if request.reasoning_budget < 0:
-                raise ValueError(f"reasoning_budget is {request.reasoning_budget}, expected 0 or more tokens")
-            if not request.reasoning_end:
-                raise ValueError("reasoning_budget needs reasoning_end, the tokens that end the reasoning")
-        for name, value in (("max_tokens", request.max_tokens), ("n", request.n)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}, expected at least 1")
-        most = min(MOST_ALTERNATIVES, self.config.vocab_size)
-        if not 0 <= request.top_logprobs <= most:
-            raise ValueError(f"top_logprobs is {request.top_logprobs}, expected 0 to {most}")
-        if request.n > self.slots:
-            raise ValueError(f"n is {request.n}, but there are {self.slots} slots; expected at most so many samples")
-        if len(request.prompt) + request.max_tokens > self.max_length:
-            raise ValueError(
-                f"a prompt of {len(request.prompt)} tokens and a continuation of {request.max_tokens} exceed the "
-                f"{self.max_length} tokens that a slot has room for"
-            )
+        request.check(self.config, self.slots, self.max_length)
         self._waiting.append((self._submitted, request))
         self._submitted += 1
         return self._submitted - 1
@@ -370,30 +294,23 @@ class Engine:
 
     # ---- a round's parts ---------------------------------------------------------------------------------------------
 
-    def _stops(self, request: Request) -> frozenset[int]:
-        return frozenset([self.config.eos_token_id] if request.stop_ids is None else request.stop_ids)
-
     def _admit(self) -> None:
         """Gives free slots to those in line, in order: nobody is overtaken, so that nobody waits forever."""
         free = [slot for slot, sequence in enumerate(self._occupied) if sequence is None]
         while self._waiting and self._waiting[0][1].n <= len(free):
             number, request = self._waiting.popleft()
-            stops, samples = self._stops(request), []
+            samples = []
             for index in range(request.n):
                 seed = (request.sampling.seed + index) % 2**32
                 sampling = dataclasses.replace(request.sampling, seed=seed)
-                guide = None
-                if request.constraint is not None or request.reasoning_budget is not None:
-                    matcher = None if request.constraint is None else request.constraint.start(stops)
-                    guide = Guide(matcher, request.reasoning_end, request.reasoning_budget)
                 sequence = _Sequence(
                     request=number,
                     sample=index,
                     slot=free.pop(0),
                     sampling=sampling,
-                    stops=stops,
+                    stops=request.stops(self.config),
                     top_logprobs=request.top_logprobs,
-                    guide=guide,
+                    guide=request.guide(self.config),
                     left=request.max_tokens,
                     fed=request.prompt[-1],
                 )
