@@ -217,8 +217,6 @@ def answer_lines(
     prepare: Prepare,
     record: Callable[[Record], None],
     progress: Callable[[int], None],
-    *,
-    model: str,
 ) -> None:
     """Serves lines with an engine, a few ahead of its slots so that none stays empty.
 
@@ -228,7 +226,6 @@ def answer_lines(
       prepare: a line's id and completion.
       record: takes each line's record, in the order in which they finish.
       progress: called after every round with the number of tokens that it made.
-      model: the model's name.
     """
     running: dict[int, tuple[int, Any, Completion]] = {}
     ahead = iter(numbers)
@@ -250,7 +247,7 @@ def answer_lines(
             if completion.done:
                 del running[event.request]
                 name = f"batch_req_{number}"
-                response = {"status_code": 200, "request_id": name, "body": completion.answer(name, model)}
+                response = {"status_code": 200, "request_id": name, "body": completion.answer(name)}
                 record(_record(number, id, response=response, error=None))
         progress(len(events))
 

@@ -1,7 +1,7 @@
 """Bodies of requests in OpenAI's form, checked: what may be asked of a model, field by field.
 
 Fields that are not known, and values that this package does not honour, are refused: nothing is silently left out of a
-request. Beyond OpenAI's fields, `top_k` and `min_p` are understood, and DeepSeek's `thinking`.
+request. Beyond OpenAI's fields, `top_k`, `min_p` and `repetition_penalty` are understood, and DeepSeek's `thinking`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
+from infer.sampling import MOST_ALTERNATIVES, MOST_BIASES
 from infer.text import Mode
 
 # The model was trained for three efforts; OpenAI's others mean the nearest one.
@@ -50,10 +51,35 @@ class StreamOptions(_Strict):
     include_usage: bool = False
 
 
-class Format(_Strict):
-    """How the answer is to look."""
+class TextFormat(_Strict):
+    """An answer of any form."""
 
-    type: Literal["text"] = "text"
+    type: Literal["text"]
+
+
+class ObjectFormat(_Strict):
+    """A JSON object."""
+
+    type: Literal["json_object"]
+
+
+class Schema(_Strict):
+    """A JSON schema with a name."""
+
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] | bool = Field(alias="schema")
+    strict: bool | None = None
+
+
+class SchemaFormat(_Strict):
+    """What a JSON schema allows."""
+
+    type: Literal["json_schema"]
+    json_schema: Schema
+
+
+Format = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
 
 
 class FunctionName(_Strict):
@@ -70,13 +96,16 @@ class FunctionChoice(_Strict):
 
 
 class Thinking(_Strict):
-    """Whether the model reasons before it answers, in DeepSeek's form."""
+    """Whether the model reasons before it answers, in DeepSeek's form, and for how many tokens at most."""
 
     type: Literal["enabled", "disabled"]
+    budget_tokens: int | None = Field(None, ge=0)
 
 
 Stop = Annotated[str, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0)]
+TokenName = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class Body(_Strict):
@@ -89,6 +118,10 @@ class Body(_Strict):
     top_k: int | None = Field(None, ge=0, lt=2**31)
     min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=0, lt=2**32)
+    repetition_penalty: float | None = Field(None, gt=0, le=1e6)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[TokenName, Bias] | None = Field(None, max_length=MOST_BIASES)
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     n: int | None = Field(None, ge=1)
     stream: bool | None = None
@@ -111,12 +144,17 @@ class CompletionBody(Body):
     """A text to continue, or its token ids, which are taken as they are."""
 
     prompt: str | Annotated[list[TokenId], Field(min_length=1)]
-    logprobs: Literal[0] | None = None
+    logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
 
     @property
     def wants_logprobs(self) -> bool:
         """Whether the tokens' log-probabilities are asked for."""
         return self.logprobs is not None
+
+    @property
+    def alternatives(self) -> int:
+        """Most probable tokens to report at each position."""
+        return self.logprobs or 0
 
 
 class ChatBody(Body):
@@ -130,6 +168,7 @@ class ChatBody(Body):
     reasoning_effort: Effort | None = None
     thinking: Thinking | None = None
     logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
 
     @property
     def limit(self) -> int | None:
@@ -140,6 +179,11 @@ class ChatBody(Body):
     def wants_logprobs(self) -> bool:
         """Whether the tokens' log-probabilities are asked for."""
         return bool(self.logprobs)
+
+    @property
+    def alternatives(self) -> int:
+        """Most probable tokens to report at each position."""
+        return (self.top_logprobs or 0) if self.logprobs else 0
 
     def call(self) -> tuple[bool, str | None]:
         """Whether the answer must be a tool call, and of which tool; None leaves it to the model.
@@ -195,11 +239,11 @@ def _explained(error: pydantic.ValidationError, content: dict[str, Any], kind: t
     # Where a field may be of several types, pydantic tries each and puts its name into the path.
     path: list[str] = []
     value: Any = content
-    for part in first["loc"]:
+    for at, part in enumerate(first["loc"], 1):
         try:
             value = value[part]
         except (KeyError, IndexError, TypeError):
-            if first["type"] in ("missing", "extra_forbidden") and part == first["loc"][-1]:
+            if first["type"] in ("missing", "extra_forbidden") and at == len(first["loc"]):
                 path.append(str(part))
             continue
         path.append(str(part))

@@ -6,13 +6,15 @@ An answer has its reasoning apart, as `reasoning_content`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
-from infer.bodies import Body, BodyError, ChatBody, CompletionBody
-from infer.engine import Event, Request
+from infer.bodies import Body, BodyError, ChatBody, CompletionBody, SchemaFormat
 from infer.generate import check_ids
+from infer.grammar import Grammar, Grammars
+from infer.requests import Event, Request
 from infer.sampling import Sampling
 from infer.text import MODES, Mode, Piece, Reply
 from v4_jax import chat
@@ -26,7 +28,7 @@ class Defaults(NamedTuple):
     """What a body leaves open.
 
     Attributes:
-      sampling: how to sample; its seed where the body has none.
+      sampling: how to sample.
       stop_ids: tokens that end an answer.
       max_tokens: most tokens to generate.
       mode: how a chat is answered.
@@ -36,6 +38,36 @@ class Defaults(NamedTuple):
     stop_ids: tuple[int, ...]
     max_tokens: int
     mode: Mode = "non-think"
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What bodies are for.
+
+    Attributes:
+      name: what clients call it.
+      config: the architecture.
+      tokenizer: of the model.
+      defaults: what bodies leave open.
+      max_length: tokens (prompt and answer) that there is room for; a body that does not say how long its answer may
+        get gets what is left.
+    """
+
+    name: str
+    config: Config
+    tokenizer: Tokenizer
+    defaults: Defaults
+    max_length: int
+
+    @functools.cached_property
+    def grammars(self) -> Grammars:
+        """Compiles what answers must keep to; made when first asked for."""
+        return Grammars(self.tokenizer)
+
+    @functools.cached_property
+    def reasoning_end(self) -> tuple[int, ...]:
+        """Tokens that end the reasoning."""
+        return tuple(self.tokenizer.encode(chat.THINK_CLOSE))
 
 
 @dataclasses.dataclass(eq=False)
@@ -58,29 +90,40 @@ class Completion:
 
     Args:
       body: what is asked.
-      config: the architecture.
-      tokenizer: of the model.
-      defaults: what the body leaves open.
-      max_length: tokens (prompt and answer) that there is room for; a body that does not say how long its answer may
-        get gets what is left.
+      model: who is asked.
+      seed: of its random numbers, where the body has none.
 
     Attributes:
+      body: as given.
       request: for the engine.
       choices: the answers, `request.n` of them.
 
     Raises:
-      ValueError: the body cannot be served: the chat format cannot express its messages, or a token id is illegal.
+      ValueError: the body cannot be served: the chat format cannot express its messages, a token id is illegal, a
+        schema is not understood.
     """
 
-    def __init__(
-        self, body: ChatBody | CompletionBody, config: Config, tokenizer: Tokenizer, defaults: Defaults, max_length: int
-    ) -> None:
-        self.body, self._tokenizer = body, tokenizer
-        prompt, thinking_mode, begun = _prompt(body, tokenizer, defaults.mode)
-        check_ids(prompt, config)
-        limit = body.limit or max(1, min(defaults.max_tokens, max_length - len(prompt)))
-        self.request = Request(prompt, limit, _sampling(body, defaults.sampling), defaults.stop_ids, body.n or 1)
-        self.choices = [Choice(Reply(tokenizer, body.stops, thinking_mode, begun)) for _ in range(self.request.n)]
+    def __init__(self, body: ChatBody | CompletionBody, model: Model, seed: int) -> None:
+        self.body, self._model = body, model
+        defaults = model.defaults
+        prompt = _prompt(body, model)
+        check_ids(prompt.ids, model.config)
+        thinks = prompt.thinking_mode == "thinking"
+        budget = body.thinking.budget_tokens if thinks and isinstance(body, ChatBody) and body.thinking else None
+        self.request = Request(
+            prompt.ids,
+            body.limit or max(1, min(defaults.max_tokens, model.max_length - len(prompt.ids))),
+            _sampling(body, dataclasses.replace(defaults.sampling, seed=seed)),
+            defaults.stop_ids,
+            body.n or 1,
+            body.alternatives,
+            _constraint(body, model),
+            model.reasoning_end if thinks else (),
+            budget,
+        )
+        self._stops = self.request.stops(model.config)
+        written = functools.partial(Reply, model.tokenizer, body.stops, prompt.thinking_mode, prompt.begun)
+        self.choices = [Choice(written()) for _ in range(self.request.n)]
         self._created = int(time.time())
 
     @property
@@ -100,7 +143,8 @@ class Completion:
         """
         choice = self.choices[event.sample]
         choice.events.append(event)
-        pieces = choice.reply.push(event.id) if event.finish != "stop" else []
+        # A text also stops where its grammar leaves nothing to add: that token is a part of it.
+        pieces = [] if event.id in self._stops else choice.reply.push(event.id)
         if event.finish or choice.reply.stopped:
             pieces += choice.reply.finish()
             choice.finish = "stop" if choice.reply.stopped else event.finish
@@ -108,16 +152,11 @@ class Completion:
 
     # ---- the answer --------------------------------------------------------------------------------------------------
 
-    def answer(self, name: str, model: str) -> dict[str, Any]:
-        """The completion object, "chat.completion" or "text_completion".
-
-        Args:
-          name: its id.
-          model: the model's name, where the body has none.
-        """
+    def answer(self, name: str) -> dict[str, Any]:
+        """The completion object of this id, "chat.completion" or "text_completion"."""
         kind = "chat.completion" if isinstance(self.body, ChatBody) else "text_completion"
         choices = [self._answer(index, choice) for index, choice in enumerate(self.choices)]
-        return self.envelope(name, model, kind) | {"choices": choices, "usage": self.usage()}
+        return self.envelope(name, kind) | {"choices": choices, "usage": self.usage()}
 
     def chunk(self, event: Event, pieces: list[Piece]) -> dict[str, Any] | None:
         """What a stream says about a token that was pushed and the text it made certain: a choice of a chunk.
@@ -145,9 +184,9 @@ class Completion:
             return common | {"delta": said}
         return common | {"text": said.get("content", "")}
 
-    def envelope(self, name: str, model: str, kind: str) -> dict[str, Any]:
+    def envelope(self, name: str, kind: str) -> dict[str, Any]:
         """What objects about this completion have in common."""
-        return {"id": name, "object": kind, "created": self._created, "model": self.body.model or model}
+        return {"id": name, "object": kind, "created": self._created, "model": self._model.name}
 
     def usage(self) -> dict[str, Any]:
         """Tokens read and generated."""
@@ -170,48 +209,99 @@ class Completion:
 
     def logprobs(self, events: Sequence[Event]) -> dict[str, Any]:
         """Log-probabilities of tokens, in the form of the body's kind."""
-        tokens = [self._tokenizer.decode([event.id]) for event in events]
-        if not isinstance(self.body, ChatBody):
-            return {"tokens": tokens, "token_logprobs": [event.logprob for event in events]}
-        pairs = zip(tokens, events, strict=True)
-        content = [
-            {"token": token, "logprob": event.logprob, "bytes": _bytes(token), "top_logprobs": []}
-            for token, event in pairs
-        ]
-        return {"content": content}
+        if isinstance(self.body, ChatBody):
+            content = []
+            for event in events:
+                others = [self._token(*other) for other in event.alternatives]
+                content.append(self._token(event.id, event.logprob) | {"top_logprobs": others})
+            return {"content": content}
+        found: dict[str, Any] = {
+            "tokens": [self._decode(event.id) for event in events],
+            "token_logprobs": [event.logprob for event in events],
+        }
+        if self.body.alternatives:
+            found["top_logprobs"] = [{self._decode(id): value for id, value in event.alternatives} for event in events]
+        return found
+
+    def _decode(self, id: int) -> str:
+        return self._model.tokenizer.decode([id])
+
+    def _token(self, id: int, logprob: float) -> dict[str, Any]:
+        token = self._decode(id)
+        whole = "\ufffd" not in token  # and not a part of a character
+        return {"token": token, "logprob": logprob, "bytes": list(token.encode()) if whole else None}
 
 
-def _bytes(token: str) -> list[int] | None:
-    """A token's UTF-8; None where it is a part of a character only."""
-    return None if "\ufffd" in token else list(token.encode())
+class _Prompt(NamedTuple):
+    """What the model reads.
+
+    Attributes:
+      ids: tokens.
+      thinking_mode: of the chat format that they are in; None for plain text.
+      begun: how the answer begins.
+    """
+
+    ids: list[int]
+    thinking_mode: str | None = None
+    begun: str = ""
 
 
-def _prompt(body: ChatBody | CompletionBody, tokenizer: Tokenizer, mode: Mode) -> tuple[list[int], str | None, str]:
-    """Token ids; the thinking mode of the chat format that they are in (None: plain text); how the answer begins."""
+def _prompt(body: ChatBody | CompletionBody, model: Model) -> _Prompt:
+    tokenizer = model.tokenizer
     if isinstance(body, ChatBody):
-        thinking_mode, effort = MODES[body.mode(mode)]
-        tools = None if body.tool_choice == "none" else body.tools
-        text = chat.encode(body.messages, thinking_mode=thinking_mode, reasoning_effort=effort, tools=tools)
-        forced, tool = body.call()
-        if forced and thinking_mode != "chat":
-            raise BodyError(
-                "tool_choice asks for a tool, which is possible without reasoning only; expected reasoning_effort "
-                "'none', or tool_choice 'auto'",
-                "tool_choice",
-            )
-        # A model that has begun to write a call goes on with it.
-        begun = chat.begin_tool_call(tool) if forced else ""
-        return tokenizer.encode(text + begun), thinking_mode, begun
+        return _chat_prompt(body, model)
     if isinstance(body.prompt, list):
-        return body.prompt, None, ""
+        return _Prompt(body.prompt)
     if not body.prompt:
         raise BodyError("prompt is empty; expected some text", "prompt")
     ids = tokenizer.encode(body.prompt)
-    return (ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]), None, ""
+    return _Prompt(ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids])
+
+
+def _chat_prompt(body: ChatBody, model: Model) -> _Prompt:
+    thinking_mode, effort = MODES[body.mode(model.defaults.mode)]
+    forced, tool = body.call()
+    if forced and thinking_mode != "chat":
+        raise BodyError(
+            "tool_choice asks for a tool, which is possible without reasoning only; expected reasoning_effort 'none', "
+            "or tool_choice 'auto'",
+            "tool_choice",
+        )
+    text = chat.encode(
+        body.messages,
+        thinking_mode=thinking_mode,
+        reasoning_effort=effort,
+        tools=None if body.tool_choice == "none" else body.tools,
+        response_format=body.response_format.json_schema.schema_ if _has_schema(body.response_format) else None,
+    )
+    # A model that has begun to write a call goes on with it.
+    begun = chat.begin_tool_call(tool) if forced else ""
+    return _Prompt(model.tokenizer.encode(text + begun), thinking_mode, begun)
+
+
+def _has_schema(format: Any) -> TypeGuard[SchemaFormat]:
+    return isinstance(format, SchemaFormat)
+
+
+def _constraint(body: Body, model: Model) -> Grammar | None:
+    """What the answer must keep to."""
+    if not isinstance(body, ChatBody) or body.response_format is None or body.response_format.type == "text":
+        return None
+    if body.tools and body.tool_choice != "none":
+        raise BodyError(
+            f"response_format {body.response_format.type!r} leaves no room for a call of tools; expected one of both, "
+            "or tool_choice 'none'",
+            "response_format",
+        )
+    if _has_schema(body.response_format):
+        return model.grammars.json_schema(body.response_format.json_schema.schema_)
+    return model.grammars.json_object()
 
 
 def _sampling(body: Body, fallback: Sampling) -> Sampling:
     """The body's parameters, the fallback's where it has none."""
     names = (field.name for field in dataclasses.fields(Sampling))
     given = {name: value for name in names if (value := getattr(body, name)) is not None}
+    if body.logit_bias is not None:
+        given["logit_bias"] = {int(token): bias for token, bias in body.logit_bias.items()}
     return dataclasses.replace(fallback, **given)

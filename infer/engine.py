@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,8 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from infer.generate import CPU_STEP, Finish, Newest, check_ids, check_precision, nothing_sampled
-from infer.sampling import GREEDY, Sampling, SamplingRows, sample
+from infer.generate import CPU_STEP, Finish, Newest, check_precision, nothing_sampled
+from infer.guide import NO_TOKEN, Guide, Move
+from infer.history import History
+from infer.requests import Event, Request
+from infer.sampling import ALL, GREEDY, Sampling, SamplingRows, best, sample
 from v4_jax.cache import Cache, CacheDtype
 from v4_jax.config import Config
 from v4_jax.placement import Place, bytes_per_device
@@ -31,41 +34,27 @@ from v4_jax.policy import Policy
 from v4_jax.transformer import Transformer
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A prompt to continue.
+class _State(NamedTuple):
+    """What the slots hold: the cache, and the tokens that penalties look at."""
+
+    cache: Cache
+    history: History
+
+
+class _Given(NamedTuple):
+    """What the host says about a step.
 
     Attributes:
-      prompt: token ids, at least one.
-      max_tokens: most tokens to generate, per sample.
-      sampling: how to sample; sample number i uses the seed plus i.
-      stop_ids: tokens that end a sample; the model's end-of-sentence token when None.
-      n: samples, which share the reading of the prompt.
+      feed: [B, 1] int32: a prompt token; -1 for the row's newest one; -2 to leave the row alone.
+      unless: [B] int32: the row is left alone if its newest token is this one.
+      forced: [B] int32: the token to generate; -1 if it is to be sampled.
+      best: [] bool: whether anyone asks for the most probable tokens.
     """
 
-    prompt: Sequence[int]
-    max_tokens: int
-    sampling: Sampling = Sampling()  # noqa: RUF009 (frozen)
-    stop_ids: Sequence[int] | None = None
-    n: int = 1
-
-
-class Event(NamedTuple):
-    """One generated token.
-
-    Attributes:
-      request: the number that `Engine.submit` returned.
-      sample: which of the request's samples it continues.
-      id: the token.
-      logprob: its log-probability under the model, before temperature and filters.
-      finish: "stop" or "length" with the sample's last token, else None.
-    """
-
-    request: int
-    sample: int
-    id: int
-    logprob: float
-    finish: Finish | None
+    feed: Any
+    unless: Any
+    forced: Any
+    best: Any
 
 
 @dataclasses.dataclass(eq=False)
@@ -78,6 +67,8 @@ class _Sequence:
       slot: its row of the cache.
       sampling: with its own seed.
       stops: tokens that end it.
+      top_logprobs: most probable tokens to report.
+      guide: what else decides about its tokens.
       left: tokens that it may still yield; 0 once it has ended.
       fed: prompt token to feed next; None once it feeds what it generated.
     """
@@ -87,6 +78,8 @@ class _Sequence:
     slot: int
     sampling: Sampling
     stops: frozenset[int]
+    top_logprobs: int
+    guide: Guide | None
     left: int
     fed: int | None
 
@@ -158,10 +151,11 @@ class Engine:
         self._reading: list[_Reading] = []
         self._occupied: list[_Sequence | None] = [None] * slots  # by slot: who generates or waits for its prompt
         self._generating: list[_Sequence] = []
-        self._flight: tuple[list[_Sequence], Newest] | None = None  # a step whose tokens were not read yet
+        self._flight: tuple[_Moves, Any] | None = None  # a step, and what it will give, not read yet
         self._submitted = 0
-        self._inputs: tuple[Any, Any] = (None, None)  # the last step's host inputs, and the same on the devices
-        self._cache: Any = None
+        self._inputs: dict[str, tuple[Any, Any]] = {}  # the last step's host inputs, and the same on the devices
+        self._state: Any = None
+        self._unrestricted: Any = None  # masks of rows without constraints
         self._newest: Any = None
 
     def slot_bytes(self) -> dict[str, int]:
@@ -180,52 +174,49 @@ class Engine:
 
     def compile(self) -> None:
         """Compiles the programs and makes the cache, unless that was done before."""
-        if self._cache is not None:
+        if self._state is not None:
             return
         place, slots, readers = self._place, self.slots, self._readers
 
         def integers(*shape: int) -> jax.ShapeDtypeStruct:
             return place.shape(shape, jnp.int32)
 
+        def nothing_seen() -> History:
+            return History.empty(slots, self.config.vocab_size)
+
+        state = _State(self._shapes, place.shapes(nothing_seen))
+        places = None if place.mesh is None else jax.tree.map(lambda x: x.sharding, state)
         newest = place.shapes(lambda: nothing_sampled(slots))
+        given = _Given(integers(slots, 1), integers(slots), integers(slots), place.shape((), bool))
+        everything = np.full((slots, -(-self.config.vocab_size // 32)), ALL)
         rows = place.shapes(lambda: SamplingRows.of([GREEDY] * slots))
         options = CPU_STEP if jax.default_backend() == "cpu" else None
         step = jax.jit(self._step, donate_argnums=1, compiler_options=options)
-        places = None if place.mesh is None else jax.tree.map(lambda x: x.sharding, self._shapes)
         read = jax.jit(self._read, donate_argnums=1, out_shardings=places)
         copy = jax.jit(self._copy, donate_argnums=0, out_shardings=places)
-        empty = jax.jit(lambda: place.cache(self.config, slots, self.max_length, self._cache_dtype))
         chunks = [integers(readers, self._chunk), *[integers(readers)] * 3]
         for program, arguments in (
-            (step, (self._params, self._shapes, newest, integers(slots, 1), rows)),
-            (read, (self._params, self._shapes, *chunks)),
-            (copy, (self._shapes, integers(), integers(slots))),
+            (step, (self._params, state, newest, given, rows, place.shapes(lambda: everything))),
+            (read, (self._params, state, *chunks)),
+            (copy, (state, integers(), integers(slots))),
         ):
             program.lower(*arguments).compile()
             self.programs += 1
         # They run what was compiled. Called as compiled objects, they would refuse 4-bit weights that several processes
         # share: jax 0.10 misreads those arrays' layout.
         self._run_step, self._run_read, self._run_copy = step, read, copy
-        self._cache, self._newest = empty(), place.put(nothing_sampled(slots))
+        cache = jax.jit(lambda: place.cache(self.config, slots, self.max_length, self._cache_dtype))()
+        self._unrestricted = place.put(everything)
+        self._state, self._newest = _State(cache, place.put(nothing_seen())), place.put(nothing_sampled(slots))
 
     def submit(self, request: Request) -> int:
         """Puts a request in line. Returns its number.
 
         Raises:
-          ValueError: it can never be served: an empty prompt, an id outside of the vocabulary, too long, or more
-            samples than slots.
+          ValueError: it can never be served: an empty prompt, an id outside of the vocabulary, too long, more samples
+            than slots, or what `Request` does not allow.
         """
-        check_ids(request.prompt, self.config)
-        for name, value in (("max_tokens", request.max_tokens), ("n", request.n)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}, expected at least 1")
-        if request.n > self.slots:
-            raise ValueError(f"n is {request.n}, but there are {self.slots} slots; expected at most so many samples")
-        if len(request.prompt) + request.max_tokens > self.max_length:
-            raise ValueError(
-                f"a prompt of {len(request.prompt)} tokens and a continuation of {request.max_tokens} exceed the "
-                f"{self.max_length} tokens that a slot has room for"
-            )
+        request.check(self.config, self.slots, self.max_length)
         self._waiting.append((self._submitted, request))
         self._submitted += 1
         return self._submitted - 1
@@ -255,33 +246,49 @@ class Engine:
         self._admit()
         self._read_chunk()
         ahead = self._take_step()
-        events = self._collect() if self._flight else []
+        events = self._collect({} if ahead is None else ahead[0]) if self._flight else []
         self._flight = ahead
         return events
 
     # ---- programs ----------------------------------------------------------------------------------------------------
 
     def _step(
-        self, params: Any, cache: Cache, newest: Newest, given: Array, rows: SamplingRows
-    ) -> tuple[Cache, Newest]:
-        """A token further: feeds each row `given` [B, 1] or, where that is -1, its newest token; -2 leaves it alone."""
-        going = given[:, 0] != _AT_REST
-        fed = jnp.where(given >= 0, given, newest.ids)
-        output: Any = self._model.apply(
-            {"params": params}, fed, lengths=going.astype(jnp.int32), cache=cache, logits="last"
-        )
-        ids, logprobs = sample(*self._place.keep((output.logits[:, 0], rows, output.cache.lengths)))
-        return output.cache, self._place.keep(Newest(ids[:, None], logprobs[:, None]))
+        self, params: Any, state: _State, newest: Newest, given: _Given, rows: SamplingRows, allowed: Array
+    ) -> tuple[_State, Newest, Any]:
+        """A token further, for rows that are not left alone.
 
-    def _read(self, params: Any, cache: Cache, tokens: Array, counts: Array, slots: Array, begin: Array) -> Cache:
+        Returns the state, each row's newest token, and the most probable ones at the rows' ends if `given.best`.
+        """
+        feed = given.feed[:, 0]
+        prompt = feed >= 0
+        going = prompt | ((feed == _NEWEST) & (newest.ids[:, 0] != given.unless))
+        output: Any = self._model.apply(
+            {"params": params},
+            jnp.where(prompt, feed, newest.ids[:, 0])[:, None],
+            lengths=going.astype(jnp.int32),
+            cache=state.cache,
+            logits="last",
+        )
+        logits, lengths = self._place.keep((output.logits[:, 0], output.cache.lengths))
+        history = state.history.prompt(feed, prompt)
+        ids, logprobs = sample(logits, rows, lengths, history, allowed, given.forced)
+        history = history.generate(ids, going)
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(best, logits))
+        alternatives = jax.lax.cond(given.best, lambda: best(logits), lambda: nothing)
+        sampled = Newest(ids[:, None], logprobs[:, None])
+        newest = jax.tree.map(lambda new, old: jnp.where(going[:, None], new, old), sampled, newest)
+        return _State(output.cache, self._place.keep(history)), *self._place.keep((newest, alternatives))
+
+    def _read(self, params: Any, state: _State, tokens: Array, counts: Array, slots: Array, begin: Array) -> _State:
         """Reads `counts` [P] of `tokens` [P, C] into `slots` [P], which hold `begin` [P] tokens; slot B is nowhere."""
-        part = jax.tree.map(lambda x: jnp.take(x, slots, axis=_row_axis(x), mode="clip"), cache)
+        part = jax.tree.map(lambda x: jnp.take(x, slots, axis=_row_axis(x), mode="clip"), state.cache)
         output: Any = self._model.apply(
             {"params": params}, tokens, lengths=counts, cache=part.replace(lengths=begin), logits="none"
         )
-        return jax.tree.map(lambda x, new: _set_rows(x, slots, new), cache, output.cache)
+        cache = jax.tree.map(lambda x, new: _set_rows(x, slots, new), state.cache, output.cache)
+        return _State(cache, state.history.read(slots, tokens, counts, begin))
 
-    def _copy(self, cache: Cache, source: Array, targets: Array) -> Cache:
+    def _copy(self, state: _State, source: Array, targets: Array) -> _State:
         """Copies row `source` to rows `targets` [B]; row B is nowhere."""
 
         def copy(x: Array) -> Array:
@@ -290,7 +297,7 @@ class Engine:
             shape[_row_axis(x)] = targets.shape[0]
             return _set_rows(x, targets, jnp.broadcast_to(row, shape))
 
-        return jax.tree.map(copy, cache)
+        return _State(jax.tree.map(copy, state.cache), state.history.copy(source, targets))
 
     # ---- a round's parts ---------------------------------------------------------------------------------------------
 
@@ -299,14 +306,22 @@ class Engine:
         free = [slot for slot, sequence in enumerate(self._occupied) if sequence is None]
         while self._waiting and self._waiting[0][1].n <= len(free):
             number, request = self._waiting.popleft()
-            stops = frozenset([self.config.eos_token_id] if request.stop_ids is None else request.stop_ids)
             samples = []
             for index in range(request.n):
                 seed = (request.sampling.seed + index) % 2**32
                 sampling = dataclasses.replace(request.sampling, seed=seed)
-                slot, last = free.pop(0), request.prompt[-1]
-                sequence = _Sequence(number, index, slot, sampling, stops, request.max_tokens, last)
-                self._occupied[slot] = sequence
+                sequence = _Sequence(
+                    request=number,
+                    sample=index,
+                    slot=free.pop(0),
+                    sampling=sampling,
+                    stops=request.stops(self.config),
+                    top_logprobs=request.top_logprobs,
+                    guide=request.guide(self.config),
+                    left=request.max_tokens,
+                    fed=request.prompt[-1],
+                )
+                self._occupied[sequence.slot] = sequence
                 samples.append(sequence)
             self._reading.append(_Reading(request.prompt[:-1], samples))
 
@@ -327,7 +342,7 @@ class Engine:
             counts[row], slots[row], begin[row] = len(part), one.samples[0].slot, one.done
             one.done += len(part)
         arguments = self._place.put((tokens, counts, slots, begin))
-        self._cache = self._run_read(self._params, self._cache, *arguments)
+        self._state = self._run_read(self._params, self._state, *arguments)
         for one in batch:
             if one.done == len(one.prompt):
                 self._reading.remove(one)
@@ -340,43 +355,84 @@ class Engine:
         if others:
             targets = np.full(self.slots, self.slots, np.int32)
             targets[: len(others)] = [sequence.slot for sequence in others]
-            self._cache = self._run_copy(self._cache, *self._place.put((np.int32(first.slot), targets)))
+            self._state = self._run_copy(self._state, *self._place.put((np.int32(first.slot), targets)))
         self._generating += [sequence for sequence in one.samples if sequence.left]
         if not first.left:  # cancelled while the others still needed what was read into its slot
             self._occupied[first.slot] = None
 
-    def _take_step(self) -> tuple[list[_Sequence], Newest] | None:
-        """Starts a step of all that generate; those at their limit are known to end before it."""
-        coming = set() if self._flight is None else set(map(id, self._flight[0]))
-        going = [one for one in self._generating if one.left > (id(one) in coming)]
+    def _take_step(self) -> tuple[_Moves, Any] | None:
+        """Starts a step of all that can go on; those at their limit are known to end before it."""
+        going = self._moves()
         if not going:
             return None
-        given = np.full((self.slots, 1), _AT_REST, np.int32)
+        unless, forced = np.full((2, self.slots), NO_TOKEN, np.int32)
+        reporting = any(one.top_logprobs for one in going)
+        given = _Given(np.full((self.slots, 1), _AT_REST, np.int32), unless, forced, np.bool_(reporting))
+        allowed: np.ndarray | None = None
+        for one, move in going.items():
+            given.feed[one.slot], one.fed = _NEWEST if one.fed is None else one.fed, None
+            unless[one.slot], forced[one.slot] = move.unless, move.forced
+            if move.mask is not None:
+                allowed = np.full(self._unrestricted.shape, ALL) if allowed is None else allowed
+                allowed[one.slot] = move.mask
         samplings = [GREEDY] * self.slots
-        for one in going:
-            given[one.slot], samplings[one.slot] = _NEWEST if one.fed is None else one.fed, one.sampling
-            one.fed = None
-        inputs = given.tobytes(), samplings
-        if inputs != self._inputs[0]:
-            self._inputs = inputs, self._place.put((given, SamplingRows.of(samplings)))
-        self._cache, self._newest = self._run_step(self._params, self._cache, self._newest, *self._inputs[1])
-        return going, self._newest
+        for one in self._generating:  # those at rest too: others that come and go then change nothing
+            samplings[one.slot] = one.sampling
+        inputs = self._placed("given", [x.tobytes() for x in given], lambda: given)
+        rows = self._placed("rows", samplings, lambda: SamplingRows.of(samplings))
+        masks = self._unrestricted if allowed is None else self._place.put(allowed)
+        self._state, self._newest, alternatives = self._run_step(
+            self._params, self._state, self._newest, inputs, rows, masks
+        )
+        return going, (self._newest, alternatives if reporting else None)
 
-    def _collect(self) -> list[Event]:
-        """The tokens of the step that was started a round ago."""
+    def _moves(self) -> _Moves:
+        """Who takes the next step, and what holds for it.
+
+        Constrained samples, which sit out every other step, all sit out the same one: without others, it is not taken.
+        """
+        coming = {} if self._flight is None else self._flight[0]
+        others_turn = any(one.guide is not None and one.guide.constrained for one in coming)
+        moves = {}
+        for one in self._generating:
+            unread = one in coming
+            if one.left <= unread:
+                continue
+            move: Move | None = Move()
+            if one.guide is not None:
+                move = None if one.guide.constrained and others_turn else one.guide.next(unread)
+            if move is not None:
+                moves[one] = move
+        return moves
+
+    def _placed(self, name: str, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` returns, on the devices: made and sent only if `key` is another one than at the last call."""
+        if name not in self._inputs or self._inputs[name][0] != key:
+            self._inputs[name] = key, self._place.put(make())
+        return self._inputs[name][1]
+
+    def _collect(self, ahead: _Moves) -> list[Event]:
+        """The tokens of the step that was started a round ago; what was not to follow them is taken out of `ahead`."""
         assert self._flight is not None
-        sequences, newest = self._flight
-        ids, logprobs = jax.device_get(newest)
+        sequences, coming = self._flight
+        newest, alternatives = jax.device_get(coming)
         events = []
         for one in sequences:
             if not one.left:
                 continue
-            token = int(ids[one.slot, 0])
+            token = int(newest.ids[one.slot, 0])
             one.left -= 1
-            finish: Finish | None = "stop" if token in one.stops else None if one.left else "length"
+            if one in ahead and ahead[one].unless == token:
+                del ahead[one]
+            complete = token in one.stops or (one.guide is not None and one.guide.read(token))
+            finish: Finish | None = "stop" if complete else None if one.left else "length"
             if finish:
                 self._end(one)
-            events.append(Event(one.request, one.sample, token, float(logprobs[one.slot, 0]), finish))
+            event = Event(one.request, one.sample, token, float(newest.logprobs[one.slot, 0]), finish)
+            if one.top_logprobs:
+                best_ids, logprobs = (x[one.slot, : one.top_logprobs].tolist() for x in alternatives)
+                event = event._replace(alternatives=tuple(zip(best_ids, logprobs, strict=True)))
+            events.append(event)
         return events
 
     def _end(self, sequence: _Sequence) -> None:
@@ -387,6 +443,8 @@ class Engine:
         if not any(one.samples[0] is sequence for one in self._reading):
             self._occupied[sequence.slot] = None
 
+
+_Moves = dict[_Sequence, Move]
 
 _NEWEST, _AT_REST = -1, -2  # in place of a token to feed: the row's newest one; none
 

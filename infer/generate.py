@@ -12,7 +12,7 @@ silent one.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -140,13 +140,17 @@ class Generator:
         Raises:
           ShardingError: the rows do not split evenly over the mesh.
           ValueError: a prompt that is empty, too long for `max_length` together with `max_tokens`, or holds an id
-            outside of the vocabulary.
+            outside of the vocabulary; a bias of such an id; penalties.
         """
         rows = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         if not prompts:
             raise ValueError("there are no prompts; expected at least one")
         if len(rows) != len(prompts):
             raise ValueError(f"there are {len(prompts)} prompts but {len(rows)} samplings; expected one for each")
+        for row in rows:
+            if row.penalizes:
+                raise ValueError("penalties need counts of the tokens before, which only `infer.engine.Engine` keeps")
+            check_vocabulary(row.logit_bias, self.config)
         self._place.check(len(prompts))
         if max_tokens < 1:
             raise ValueError(f"max_tokens is {max_tokens}, expected at least 1")
@@ -333,6 +337,15 @@ def check_ids(ids: Sequence[int], config: Config) -> None:
     """
     if not ids:
         raise ValueError("the prompt is empty; expected at least one token")
+    check_vocabulary(ids, config)
+
+
+def check_vocabulary(ids: Iterable[int], config: Config) -> None:
+    """Checks that token ids are in the vocabulary.
+
+    Raises:
+      ValueError: one is not.
+    """
     for token in ids:
         if not 0 <= token < config.vocab_size:
             raise ValueError(

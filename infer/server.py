@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from importlib import metadata
-from typing import Any, NamedTuple
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -25,33 +25,15 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from infer.bodies import BodyError, ChatBody, CompletionBody, read_body
-from infer.completions import Completion, Defaults
-from infer.engine import Event
+from infer.completions import Completion, Model
 from infer.metrics import Metrics
 from infer.openapi import openapi
+from infer.requests import Event
 from infer.service import Overloaded, Service, ServiceDown
-from v4_jax.config import Config
-from v4_jax.tokenizer import Tokenizer
 
 _PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/openapi.json")
 
 RETRY_SECONDS = 1  # when to come back that was turned away
-
-
-class Model(NamedTuple):
-    """What is served.
-
-    Attributes:
-      name: what clients call it.
-      config: the architecture.
-      tokenizer: of the model.
-      defaults: what bodies leave open.
-    """
-
-    name: str
-    config: Config
-    tokenizer: Tokenizer
-    defaults: Defaults
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +219,7 @@ class _Server:
             if body.stream:
                 return StreamingResponse(self._stream(running, name), media_type="text/event-stream")
             await _unless_gone(request, running.finish())
-            return JSONResponse(completion.answer(name, self._model.name))
+            return JSONResponse(completion.answer(name))
         except ApiError as error:
             return error.response()
         except BodyError as error:
@@ -246,11 +228,8 @@ class _Server:
             return Response(status_code=499)  # nobody reads it; it is what counters and logs show
 
     def _prepare(self, body: ChatBody | CompletionBody) -> Completion:
-        model = self._model
-        seed = secrets.randbits(32)
-        defaults = model.defaults._replace(sampling=dataclasses.replace(model.defaults.sampling, seed=seed))
         try:
-            return Completion(body, model.config, model.tokenizer, defaults, self._service.engine.max_length)
+            return Completion(body, self._model, secrets.randbits(32))
         except BodyError:
             raise
         except ValueError as error:
@@ -275,7 +254,7 @@ class _Server:
         """Server-sent events: a chunk for each piece of text, then perhaps the usage, then the end."""
         completion = running.completion
         chat = isinstance(completion.body, ChatBody)
-        envelope = completion.envelope(name, self._model.name, "chat.completion.chunk" if chat else "text_completion")
+        envelope = completion.envelope(name, "chat.completion.chunk" if chat else "text_completion")
         counted = completion.body.stream_options is not None and completion.body.stream_options.include_usage
         unsettled = {"usage": None} if counted else {}
 

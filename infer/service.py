@@ -12,7 +12,8 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from infer.engine import Engine, Event, Request
+from infer.engine import Engine
+from infer.requests import Event, Request
 
 
 class Overloaded(Exception):

@@ -127,6 +127,10 @@ class ByteTokenizer:
     Args:
         vocab_size: The model's vocabulary size, at least 246.
 
+    Attributes:
+        tokens: The bytes that the ids stand for, without those of unused ids.
+        special_ids: The ids of special tokens.
+
     Raises:
         ValueError: The vocabulary is smaller.
     """
@@ -142,7 +146,8 @@ class ByteTokenizer:
         tokens += [token.encode() for token in specials[len(first) :]]
         self.vocab_size = vocab_size
         self.bos_id, self.eos_id = 0, 1
-        self._tokens = tokens
+        self.tokens = tuple(tokens)
+        self.special_ids = (*range(len(first)), *range(len(first) + len(_UTF8_BYTES), len(tokens)))
         self._ids = {token: i for i, token in enumerate(tokens)}
         self._split = re.compile("(" + "|".join(map(re.escape, specials)) + ")")
 
@@ -158,7 +163,7 @@ class ByteTokenizer:
         """See `Tokenizer.decode`."""
         unused = _REPLACEMENT.encode()
         checked = _check_ids(ids, self.vocab_size)
-        data = b"".join(self._tokens[i] if i < len(self._tokens) else unused for i in checked)
+        data = b"".join(self.tokens[i] if i < len(self.tokens) else unused for i in checked)
         return data.decode(errors="replace")
 
     def stream(self) -> TokenStream:
@@ -198,6 +203,10 @@ class VocabularyTokenizer:
         self.bos_id: int = vocabulary[protocol.BOS]
         self.eos_id: int = vocabulary[protocol.EOS]
         self._used = frozenset(vocabulary.values())
+
+    def definition(self) -> str:
+        """Returns what its `tokenizer.json` says."""
+        return self._tokenizer.to_str()
 
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer.encode`."""

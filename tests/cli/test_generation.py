@@ -1,10 +1,12 @@
 """`v4-jax generate`: the prompt, the tokens and the text are the right ones, and what is wrong is said."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
+from infer.sampling import Sampling
 from v4_jax import chat
 from v4_jax.tokenizer import load_tokenizer
 
@@ -121,7 +123,7 @@ def test_the_directorys_generation_defaults(model, reply, tokenizer):
         assert made["content"] == tokenizer.decode(made["tokens"][:-1])  # the stop token's own text is not part of it
         path.write_text(json.dumps({"temperature": 0.5, "top_p": 0.25, "top_k": 7, "eos_token_id": 1}))
         made = reply("--tokens", "5", "--top-k", "9", "--seed", "4")
-        assert made["sampling"] == {"temperature": 0.5, "top_p": 0.25, "top_k": 9, "min_p": 0.0, "seed": 4}
+        assert made["sampling"] == dataclasses.asdict(Sampling(0.5, top_p=0.25, top_k=9, seed=4))
         assert reply("--tokens", "5", "--greedy")["sampling"]["temperature"] == 0
         path.unlink()
         assert reply("--tokens", "5")["sampling"]["temperature"] == 1

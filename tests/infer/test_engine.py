@@ -1,13 +1,15 @@
 """Many requests in a few slots: each gets what it would get alone, and nothing is compiled on the way."""
 
+import contextlib
 import dataclasses
 
 import jax
 import numpy as np
 import pytest
 
-from infer.engine import Engine, Request, slots_within
+from infer.engine import Engine, slots_within
 from infer.generate import Generator
+from infer.requests import Request
 from infer.sampling import GREEDY, Sampling
 from tests.equivalence.spread import Spread
 from tests.equivalence.tiny import make
@@ -41,6 +43,20 @@ def requests():
         Request(rng.integers(2, 64, length).tolist(), 3 + i % 5, samplings[i % 4], stop_ids=())
         for i, length in enumerate(lengths)
     ]
+
+
+def particular():
+    """Greedy, each with another bias or penalty, from the same prompt."""
+    prompt = np.random.default_rng(6).integers(2, 64, CHUNK + 5).tolist()
+    samplings = (
+        GREEDY,
+        Sampling(0.0, repetition_penalty=2.5),
+        Sampling(0.0, repetition_penalty=0.4),
+        Sampling(0.0, frequency_penalty=1.5),
+        Sampling(0.0, presence_penalty=-2, logit_bias={5: 2, 40: -1}),
+        Sampling(0.0, repetition_penalty=1.5, frequency_penalty=-0.5, presence_penalty=1, logit_bias={7: 0.5}),
+    )
+    return [Request(prompt, 20, sampling, stop_ids=(), top_logprobs=i % 3) for i, sampling in enumerate(samplings)]
 
 
 def served(engine, given):
@@ -91,13 +107,23 @@ def test_samples_share_a_prompt(engine):
         assert len({tuple(ids) for ids, _, _ in together}) == 3
 
 
+def test_samples_that_share_a_prompt_are_penalized_apart(engine):
+    sampling = Sampling(seed=3, repetition_penalty=1.5, presence_penalty=1, frequency_penalty=0.5)
+    for length in (1, 30):
+        one = Request(list(range(2, 2 + length)), 12, sampling, stop_ids=(), n=3)
+        apart = [dataclasses.replace(one, n=1, sampling=dataclasses.replace(sampling, seed=3 + i)) for i in range(3)]
+        assert served(engine, [one])[0] == [sample for [sample] in served(engine, apart)]
+
+
 def test_stop_ids_end_a_sample(engine, alone):
     request, [(ids, _, _)] = requests()[7], alone[7]
     [[(stopped, _, finish)]] = served(engine, [dataclasses.replace(request, stop_ids=(ids[1],))])
     assert (stopped, finish) == (ids[:2], "stop") and alone[7][0][2] == "length"
 
 
-def test_nothing_compiles_after_warm_up(engine, alone):
+@contextlib.contextmanager
+def compilations():
+    """What is compiled inside, by name of the event, one of its own at the beginning: so it would look."""
     compiled = []
 
     def listen(event, duration, **_):
@@ -107,11 +133,76 @@ def test_nothing_compiles_after_warm_up(engine, alone):
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         jax.jit(lambda x: x + 41)(np.float32(1))
-        assert len(compiled) == 1  # that is what it would look like
-        served(engine, [*requests(), Request([5] * 70, 9, n=3)])
-        assert len(compiled) == 1 and engine.programs == 3
+        assert len(compiled) == 1
+        yield compiled
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_nothing_compiles_after_warm_up(engine, alone):
+    with compilations() as compiled:
+        served(engine, [*requests(), Request([5] * 70, 9, n=3), *particular()])
+    assert len(compiled) == 1 and engine.programs == 3
+
+
+def test_penalties_bias_and_alternatives(engine, small, alone):
+    """Greedy, against the model's logits of the whole text so far; in company as alone, and nothing stays in a slot."""
+    given = particular()
+    apart = [served(engine, [request])[0] for request in given]
+    company = requests()[:6]
+    together = served(engine, [one for pair in zip(given, company, strict=True) for one in pair])
+    assert together[::2] == apart and together[1::2] == alone[:6]
+
+    for request, [(ids, logprobs, _)] in zip(given, apart, strict=True):
+        sampling, prompt = request.sampling, list(request.prompt)
+        text = np.zeros((1, 64), np.int32)
+        text[0, : len(prompt) + len(ids)] = prompt + ids
+        everywhere = np.asarray(small(text).logits[0])
+        for i, token in enumerate(ids):
+            logits = everywhere[len(prompt) + i - 1]
+            model = logits - np.log(np.sum(np.exp(logits)))
+            assert logprobs[i] == pytest.approx(model[token], abs=1e-4)
+            adjusted = np.array(logits)
+            for other, bias in sampling.logit_bias.items():
+                adjusted[other] += bias
+            seen, counts = sorted({*prompt, *ids[:i]}), np.bincount(ids[:i], minlength=64)
+            factor = sampling.repetition_penalty
+            adjusted[seen] = np.where(adjusted[seen] > 0, adjusted[seen] / factor, adjusted[seen] * factor)
+            adjusted -= sampling.frequency_penalty * counts + sampling.presence_penalty * (counts > 0)
+            assert token == np.argmax(adjusted)
+    assert len({tuple(ids) for [(ids, _, _)] in apart}) == len(given)  # each of them matters
+
+
+def test_bias_forces_and_forbids(engine, alone):
+    request, [(ids, _, _)] = requests()[12], alone[12]
+    forced = dataclasses.replace(request, sampling=Sampling(seed=8, logit_bias={9: 100}))
+    without = dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, logit_bias={ids[0]: -100}))
+    [[(always, logprobs, _)], [(never, _, _)]] = served(engine, [forced, without])
+    assert always == [9] * request.max_tokens and max(logprobs) < 0 and ids[0] not in never
+
+
+def test_alternatives(engine, small):
+    """The model's own, whatever is sampled; as many as asked for, by each row for itself."""
+    prompt = list(range(2, 30))
+    given = [
+        Request(prompt, 4, Sampling(seed=3, logit_bias={5: 50}), stop_ids=(), top_logprobs=most, n=1 + most % 2)
+        for most in (0, 1, 20)
+    ]
+    numbers = [engine.submit(request) for request in given]
+    texts = {}
+    for event in engine.run():
+        texts.setdefault((event.request, event.sample), []).append(event)
+    for (number, _), events in texts.items():
+        most = given[numbers.index(number)].top_logprobs
+        text = np.zeros((1, 64), np.int32)
+        text[0, : len(prompt) + 4] = prompt + [event.id for event in events]
+        logits = np.asarray(small(text).logits[0])
+        for event, row in zip(events, logits[len(prompt) - 1 :], strict=False):
+            order = np.argsort(-row, kind="stable")[:most]
+            assert [token for token, _ in event.alternatives] == order.tolist()
+            expected = row[order] - np.log(np.sum(np.exp(row)))
+            np.testing.assert_allclose([logprob for _, logprob in event.alternatives], expected, atol=1e-4)
+    assert len(texts) == 4
 
 
 def test_cancelled_requests_leave_the_rest_alone(engine, alone):
@@ -147,6 +238,9 @@ def test_cancelled_requests_leave_the_rest_alone(engine, alone):
         (Request([3] * 190, 3), "190 tokens and a continuation of 3 exceed the 192 tokens that a slot has room for"),
         (Request([3], 5, n=4), "n is 4, but there are 3 slots"),
         (Request([3], 0), "max_tokens is 0, expected at least 1"),
+        (Request([3], 5, top_logprobs=21), "top_logprobs is 21, expected 0 to 20"),
+        (Request([3], 5, Sampling(logit_bias={64: 1})), "token id 64 is outside of the vocabulary"),
+        (Request([3], 5, Sampling(logit_bias={-1: 1})), "token id -1 is outside of the vocabulary"),
     ],
 )
 def test_refused_at_the_door(engine, request_, sentence):

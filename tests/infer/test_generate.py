@@ -58,6 +58,17 @@ def test_published_continuations(name, chunk):
     assert len(lengths) >= 3 and set(finish) == {"length"}
 
 
+def test_bias_but_no_penalties(generator):
+    samplings = [Sampling(logit_bias={9: 100}), GREEDY, GREEDY]
+    ids, _ = texts(generator.generate(PROMPTS, max_tokens=3, sampling=samplings, stop_ids=()), 3)
+    plain, _ = texts(generator.generate(PROMPTS, max_tokens=3, sampling=GREEDY, stop_ids=()), 3)
+    assert ids == [[9] * 3, *plain[1:]] and ids != plain
+    with pytest.raises(ValueError, match="penalties need counts of the tokens before"):
+        generator.generate(PROMPTS, max_tokens=3, sampling=Sampling(presence_penalty=1))
+    with pytest.raises(ValueError, match="token id 64 is outside of the vocabulary"):
+        generator.generate(PROMPTS, max_tokens=3, sampling=Sampling(logit_bias={64: 1}))
+
+
 def test_rows_alone_in_other_chunks(small, generator):
     """Sampled, so that every row's random numbers are its own as well."""
     samplings = [Sampling(seed=1), Sampling(temperature=2.0, seed=1), Sampling(top_p=0.9, seed=2)]

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from infer.sampling import GREEDY, Sampling, SamplingRows, keep, sample
+from infer.history import History
+from infer.sampling import GREEDY, Sampling, SamplingRows, adjust, best, keep, sample
 from v4_jax.head import log_probability
 
 DRAWS = 8000
@@ -143,6 +144,81 @@ def test_extreme_temperatures(temperature):
     assert set(tokens) == ({0} if temperature < 1 else set(range(len(LOGITS))))
 
 
+def adjusted(logits, sampling, prompt, generated):
+    """Bias and penalties written out for one row, one token after another."""
+    logits = np.array(logits, np.float32)
+    for token, bias in sampling.logit_bias.items():
+        logits[token] += np.float32(bias)
+    for token in set(prompt) | set(generated):
+        factor = np.float32(sampling.repetition_penalty)
+        logits[token] = logits[token] / factor if logits[token] > 0 else logits[token] * factor
+    for token in set(generated):
+        logits[token] -= np.float32(sampling.frequency_penalty) * generated.count(token)
+        logits[token] -= np.float32(sampling.presence_penalty)
+    return logits
+
+
+def test_bias_and_penalties_against_one_token_after_another():
+    """In mixed company, over steps in which some rows rest, with a row copied and a slot begun anew on the way."""
+    samplings = [
+        Sampling(seed=1),
+        Sampling(seed=2, repetition_penalty=1.7),
+        Sampling(seed=3, frequency_penalty=0.6, presence_penalty=-1.5),
+        Sampling(0.0, repetition_penalty=0.8, frequency_penalty=-0.4, logit_bias={3: 2.5, 7: -100, 0: 0.1}),
+        Sampling(seed=5, presence_penalty=2, logit_bias={11: -4}),
+    ]
+    random, vocabulary, slots = np.random.default_rng(0), 12, len(samplings)
+    rows = SamplingRows.of(samplings)
+    prompts = [random.integers(0, vocabulary, length).tolist() for length in (1, 3, 4, 6, 2)]
+    written = [[] for _ in prompts]
+
+    @jax.jit
+    def step(logits, positions, history, going):
+        tokens, _ = sample(logits, rows, positions, history)
+        return adjust(logits, rows, history), tokens, history.generate(tokens, going)
+
+    def read(history, slot, prompt):
+        """In chunks of 2 whose second row is nowhere, and the last token by itself, as the engine does."""
+        for begin in range(0, max(len(prompt) - 1, 1), 2):
+            part = prompt[begin : min(begin + 2, len(prompt) - 1)]
+            tokens = np.zeros((2, 2), np.int32)
+            tokens[0, : len(part)] = part
+            history = history.read(*map(jnp.asarray, ([slot, slots], tokens, [len(part), 0], [begin, 0])))
+        return history.prompt(jnp.full(slots, prompt[-1]), jnp.arange(slots) == slot)
+
+    history = History.empty(slots, vocabulary)
+    for slot, prompt in enumerate(prompts):
+        history = read(history, slot, prompt)
+    for turn in range(30):
+        if turn == 12:
+            history = history.copy(jnp.asarray(2), jnp.asarray([4, slots, slots]))
+            prompts[4], written[4] = prompts[2], list(written[2])
+        if turn == 20:
+            prompts[1], written[1] = [5, 5, 8], []
+            history = read(history, 1, prompts[1])
+        logits = (random.normal(size=(slots, vocabulary)) * 3).astype(np.float32)
+        going = random.random(slots) < 0.8
+        found, tokens, history = step(logits, jnp.full(slots, turn), history, going)
+        assert (np.asarray(found[0]) == logits[0]).all()
+        for row, sampling in enumerate(samplings):
+            expected = adjusted(logits[row], sampling, prompts[row], written[row])
+            np.testing.assert_allclose(found[row], expected, rtol=1e-5, atol=1e-5)
+            assert sampling.temperature or int(tokens[row]) == np.argmax(expected)
+            if going[row]:
+                written[row].append(int(tokens[row]))
+
+
+def test_the_best_tokens():
+    logits = jax.random.normal(jax.random.key(3), (3, 40)) * 4
+    logits = logits.at[1, 7].set(logits[1, 30])
+    for few, many in ((logits[:, :9], 9), (logits, 20)):
+        ids, logprobs = jax.jit(best)(few)
+        assert ids.shape == logprobs.shape == (3, many)
+        for row, found, values in zip(np.asarray(few), ids.tolist(), logprobs, strict=True):
+            assert found == sorted(range(len(row)), key=lambda i: (-row[i], i))[:many]
+            np.testing.assert_allclose(values, np.log(softmax(row))[found], atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -151,8 +227,19 @@ def test_extreme_temperatures(temperature):
         *(("min_p", value) for value in (-0.1, 1.1)),
         *(("top_k", value) for value in (-1, 2**31)),
         *(("seed", value) for value in (-1, 2**32)),
+        *(("repetition_penalty", value) for value in (0, -1.0, float("nan"), float("inf"))),
+        *(("frequency_penalty", value) for value in (-2.1, 2.1, float("nan"))),
+        *(("presence_penalty", value) for value in (-2.1, 2.1)),
     ],
 )
 def test_values_out_of_range(field, value):
     with pytest.raises(ValueError, match=f"{field} is "):
         Sampling(**{field: value})
+
+
+def test_biases_out_of_range():
+    with pytest.raises(ValueError, match="logit_bias has 301 entries, expected at most 300"):
+        Sampling(logit_bias=dict.fromkeys(range(301), 1.0))
+    for bias in (100.5, -101, float("nan")):
+        with pytest.raises(ValueError, match=r"logit_bias of token 4 is .*, expected a number from -100 to 100"):
+            Sampling(logit_bias={4: bias})

@@ -14,10 +14,11 @@ import uvicorn
 from hypothesis import HealthCheck, given, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from infer.completions import Defaults
-from infer.engine import Engine, Request
+from infer.completions import Defaults, Model
+from infer.engine import Engine
+from infer.requests import Request
 from infer.sampling import Sampling
-from infer.server import Limits, Model, make_app
+from infer.server import Limits, make_app
 from infer.service import Service, ServiceDown
 from tests.equivalence.tiny import make
 from v4_jax import chat
@@ -41,7 +42,7 @@ def parts():
     )
     engine.compile()
     defaults = Defaults(Sampling(), (tiny.config.eos_token_id,), 8)
-    return engine, Model("tiny", tiny.config, ByteTokenizer(320), defaults)
+    return engine, Model("tiny", tiny.config, ByteTokenizer(320), defaults, LENGTH)
 
 
 @contextlib.contextmanager
@@ -157,6 +158,55 @@ def test_a_tool_that_must_be_called(client, parts):
             client.chat.completions.create(**asked, tool_choice=choice)
     with pytest.raises(openai.BadRequestError, match="without reasoning only"):
         client.chat.completions.create(**asked, tool_choice="required", reasoning_effort="high")
+
+
+def test_an_answer_that_keeps_to_a_schema(client, parts):
+    """Whole, and after reasoning that its budget ends. Left to itself, this model would write blanks for long."""
+    blanks = {token: -100 for token in parts[1].tokenizer.encode(" \t\r\n")}
+    schema = {
+        "type": "object",
+        "properties": {"kind": {"enum": ["cat", "dog"]}, "legs": {"type": "integer", "minimum": 0, "maximum": 99}},
+        "required": ["kind", "legs"],
+        "additionalProperties": False,
+    }
+    asked = dict(model="tiny", messages=HELLO, max_tokens=200, temperature=0.3, logit_bias=blanks)
+    form = {"type": "json_schema", "json_schema": {"name": "pet", "schema": schema}}
+    for more in ({}, {"extra_body": {"thinking": {"type": "enabled", "budget_tokens": 5}}}):
+        choice = client.chat.completions.create(**asked, response_format=form, seed=4, **more).choices[0]
+        pet = json.loads(choice.message.content)
+        assert choice.finish_reason == "stop" and set(pet) == {"kind", "legs"} and pet["kind"] in ("cat", "dog")
+        assert hasattr(choice.message, "reasoning_content") == bool(more)
+    free = client.chat.completions.create(**asked | {"max_tokens": 3}, response_format={"type": "json_object"})
+    assert free.choices[0].message.content.startswith(("{}", '{"'))
+    for form, sentence in (
+        ({"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}, "JSON schema cannot"),
+        ({"type": "xml"}, "response_format is "),
+        ({"type": "json_schema"}, "response_format.json_schema is missing"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=sentence):
+            client.chat.completions.create(**asked, response_format=form)
+
+
+def test_sampling_is_the_bodys(client, parts):
+    """A bias decides, the best tokens are named with their log-probabilities, penalties change the text."""
+    tokenizer = parts[1].tokenizer
+    [z] = tokenizer.encode("z")
+    asked = dict(model="tiny", messages=HELLO, max_tokens=5, temperature=0)
+    biased = client.chat.completions.create(**asked, logit_bias={z: 100}, logprobs=True, top_logprobs=3).choices[0]
+    assert biased.message.content == "zzzzz"
+    for entry in biased.logprobs.content:
+        assert entry.bytes == [122] and len(entry.top_logprobs) == 3
+        values = [other.logprob for other in entry.top_logprobs]
+        assert values == sorted(values, reverse=True) and entry.logprob <= values[0]
+    penalized = client.chat.completions.create(**asked, logit_bias={z: 100}, frequency_penalty=2, presence_penalty=2)
+    assert penalized.choices[0].message.content == "zzzzz"  # 100 outweighs five times 2, and 2
+    plain, varied = (
+        client.completions.create(model="tiny", prompt="aaaa", max_tokens=40, temperature=0, **more).choices[0].text
+        for more in ({}, {"extra_body": {"repetition_penalty": 5.0}})
+    )
+    assert len(set(varied)) > len(set(plain))
+    legacy = client.completions.create(model="tiny", prompt="a", max_tokens=2, logprobs=2).choices[0].logprobs
+    assert all(1 <= len(best) <= 2 for best in legacy.top_logprobs)  # two parts of characters look alike as text
 
 
 @pytest.mark.parametrize(

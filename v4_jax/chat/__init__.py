@@ -6,7 +6,7 @@
 
 from v4_jax.chat.encoding import EncodeError, begin_tool_call, encode
 from v4_jax.chat.parsing import ParseError, StreamSplitter, parse, parse_tool_calls
-from v4_jax.chat.protocol import BOS, EOS, REASONING_EFFORTS, TASK_TOKENS, THINKING_MODES
+from v4_jax.chat.protocol import BOS, EOS, REASONING_EFFORTS, TASK_TOKENS, THINK_CLOSE, THINKING_MODES
 
 TASKS = tuple(TASK_TOKENS)
 
@@ -16,6 +16,7 @@ __all__ = [
     "REASONING_EFFORTS",
     "TASKS",
     "THINKING_MODES",
+    "THINK_CLOSE",
     "EncodeError",
     "ParseError",
     "StreamSplitter",

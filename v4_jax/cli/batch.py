@@ -83,6 +83,7 @@ def batch(
     with needs("serve"):
         from infer import batch as job
         from infer.completions import Completion, Defaults
+        from infer.completions import Model as Asked
 
     join(distributed)
     directory = ModelDirectory.open(model)
@@ -137,10 +138,12 @@ def batch(
             with bad_input(f"{output}: {len(done) - 1} of {len(mine)} answers are kept, to go on from: "):
                 journal.add(one)
 
+    defaults = Defaults(sampling, release.stop_ids, max_tokens, mode)
+    asked = Asked(directory.path.name, config, tokenizer, defaults, longest)
+
     def prepare(number: int) -> tuple[Any, Completion]:
         id, body = job.read_job(lines[number], raw=raw)
-        own = dataclasses.replace(sampling, seed=(sampling.seed + number) % 2**32)
-        return id, Completion(body, config, tokenizer, Defaults(own, release.stop_ids, max_tokens, mode), longest)
+        return id, Completion(body, asked, (seed + number) % 2**32)
 
     if done:
         say(f"{len(done)} of {len(mine)} requests are answered already")
@@ -162,7 +165,7 @@ def batch(
                     rate = tokens / (time.perf_counter() - started)
                     report(f"{rate:,.1f} tokens/s", len(done), len(mine))
 
-                job.answer_lines(server, needed.numbers, prepare, record, progress, model=directory.path.name)
+                job.answer_lines(server, needed.numbers, prepare, record, progress)
         if journal:
             journal.close()
     except KeyboardInterrupt:

@@ -86,8 +86,8 @@ def serve(
         import uvicorn
 
         from infer.completions import Defaults
+        from infer.completions import Model as Served
         from infer.server import Limits, make_app
-        from infer.server import Model as Served
         from infer.service import Service
 
     directory = ModelDirectory.open(model)
@@ -106,7 +106,7 @@ def serve(
     with working("compiling"):
         server.compile()
     defaults = Defaults(sampling, release.stop_ids, max_tokens, mode)
-    served = Served(name or directory.path.name, config, tokenizer, defaults)
+    served = Served(name or directory.path.name, config, tokenizer, defaults, context)
     app = make_app(
         Service(server, requests or 4 * server.slots), served, keys=legal, limits=Limits(max_body, float(timeout))
     )
