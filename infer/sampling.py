@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -119,13 +120,13 @@ class SamplingRows(struct.PyTreeNode):
 
     @classmethod
     def of(cls, rows: Sequence[Sampling]) -> SamplingRows:
-        """Stacks the rows' parameters."""
+        """Stacks the rows' parameters, on the host."""
 
-        def column(name: str, dtype: type) -> Array:
-            return jnp.asarray(np.asarray([getattr(row, name) for row in rows], dtype))
+        def column(name: str, dtype: type) -> Any:
+            return np.asarray([getattr(row, name) for row in rows], dtype)
 
-        biased = np.full((len(rows), MOST_BIASES), _NO_TOKEN, np.int32)
-        bias = np.zeros((len(rows), MOST_BIASES), np.float32)
+        biased: Any = np.full((len(rows), MOST_BIASES), _NO_TOKEN, np.int32)
+        bias: Any = np.zeros((len(rows), MOST_BIASES), np.float32)
         for row, sampling in enumerate(rows):
             count = len(sampling.logit_bias)
             biased[row, :count], bias[row, :count] = list(sampling.logit_bias), list(sampling.logit_bias.values())
@@ -138,8 +139,8 @@ class SamplingRows(struct.PyTreeNode):
             column("repetition_penalty", np.float32),
             column("frequency_penalty", np.float32),
             column("presence_penalty", np.float32),
-            jnp.asarray(biased),
-            jnp.asarray(bias),
+            biased,
+            bias,
         )
 
 

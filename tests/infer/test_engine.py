@@ -254,7 +254,11 @@ def test_on_a_mesh(small, alone, mesh):
     """The same tokens; sums over devices are added in another order."""
     spread = Spread(small, mesh, "decode")
     engine = make_engine(spread, 4, place=Place(spread.mesh, spread.preset))
-    for [found], [expected] in zip(served(engine, requests()), alone, strict=True):
+    engine.compile()
+    with compilations() as compiled:
+        made = served(engine, requests())
+    assert len(compiled) == 1
+    for [found], [expected] in zip(made, alone, strict=True):
         assert found[0] == expected[0]
         np.testing.assert_allclose(found[1], expected[1], atol=1e-4)
     [[one, two]] = served(engine, [Request([9] * 40, 4, Sampling(seed=1), stop_ids=(), n=2)])
