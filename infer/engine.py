@@ -6,6 +6,9 @@ chunks; the last one goes through the same program as generated tokens do, which
 that share a prompt (`Request.n`) therefore share its reading: the row is copied and each copy goes on with a seed of
 its own.
 
+With the model's multi-token-prediction block (`draft`) a step takes the newest token of a row and some guesses of what
+follows, and yields as many tokens as were right, and one more; see `infer.speculative`.
+
 What a request gets does not depend on its neighbours: its chunks are cut by its own prompt alone, a token's program is
 always the same, and random numbers come from its seed and position. Three programs serve all requests, compiled once.
 """
@@ -23,8 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from infer.generate import CPU_STEP, Finish, Newest, check_ids, check_precision, nothing_sampled
-from infer.sampling import GREEDY, Sampling, SamplingRows, sample
+from infer import speculative
+from infer.generate import CPU_STEP, Finish, check_ids, check_precision
+from infer.sampling import GREEDY, Sampling, SamplingRows
+from infer.speculative import Acceptance, Taken
 from sharding.axes import resolve
 from v4_jax.cache import Cache, CacheDtype
 from v4_jax.config import Config
@@ -98,7 +103,7 @@ class _Reading:
     """A prompt that is being read: into the first sample's slot, up to its last token.
 
     Attributes:
-      prompt: its tokens without the last one.
+      prompt: its tokens.
       samples: the sequences that go on from it.
       done: tokens read.
     """
@@ -106,6 +111,20 @@ class _Reading:
     prompt: Sequence[int]
     samples: list[_Sequence]
     done: int = 0
+
+
+class _Flight(NamedTuple):
+    """A step that was started, and whose tokens were not read yet.
+
+    Attributes:
+      sequences: who takes part.
+      drafted: those of them that were fed drafts.
+      taken: what they get.
+    """
+
+    sequences: list[_Sequence]
+    drafted: list[_Sequence]
+    taken: Taken
 
 
 class Engine:
@@ -120,11 +139,14 @@ class Engine:
       cache_dtype: number format of the cache; see `v4_jax.init_cache`.
       prefill_chunk: prompt tokens that are read between two steps of generation; on a mesh that splits the sequence it
         is rounded up to what splits evenly.
+      draft: tokens that the multi-token-prediction block guesses ahead in every step, up to 4; 0 is plain decoding.
+        Requests get the same tokens, but for what rounding does: a step of several tokens adds in another order.
       place: the mesh that `params` lie on, with its rules.
 
     Attributes:
       slots: as given.
       max_length: as given.
+      draft: as given.
       programs: programs compiled so far; constant after `compile`.
 
     Raises:
@@ -142,14 +164,16 @@ class Engine:
         policy: str | Policy = "bfloat16",
         cache_dtype: CacheDtype = "bfloat16",
         prefill_chunk: int = 512,
+        draft: int = 0,
         place: Place = Place(),  # noqa: B008 (frozen)
     ) -> None:
         for name, value in (("slots", slots), ("prefill_chunk", prefill_chunk)):
             if value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
         check_precision(config, policy, cache_dtype)
+        speculative.check_depth(draft, config)
         place.check(slots)
-        self.config, self.slots, self.max_length = config, slots, max_length
+        self.config, self.slots, self.max_length, self.draft = config, slots, max_length, draft
         self.programs = 0
         self._params, self._place, self._cache_dtype = params, place, cache_dtype
         self._model = Transformer(config, policy=policy, mesh=place.mesh, rules=place.rules)
@@ -160,11 +184,13 @@ class Engine:
         self._reading: list[_Reading] = []
         self._occupied: list[_Sequence | None] = [None] * slots  # by slot: who generates or waits for its prompt
         self._generating: list[_Sequence] = []
-        self._flight: tuple[list[_Sequence], Newest] | None = None  # a step whose tokens were not read yet
+        self._flight: _Flight | None = None
+        self._events: collections.deque[Event] = collections.deque()  # of a round, not yet yielded by `run`
+        self._offered, self._accepted = 0, np.zeros(draft, int)
         self._submitted = 0
         self._inputs: tuple[Any, Any] = (None, None)  # the last step's host inputs, and the same on the devices
         self._cache: Any = None
-        self._newest: Any = None
+        self._ahead: Any = None  # [B, 1 + draft] each row's newest token, and guesses of those that follow it
 
     def slot_bytes(self) -> dict[str, int]:
         """Bytes of cache that one slot takes, all devices together, by role; windows and open blocks do not grow."""
@@ -173,7 +199,15 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether nothing is left to do."""
-        return not (self._waiting or self._reading or self._generating or self._flight)
+        return not (self._waiting or self._reading or self._generating or self._flight or self._events)
+
+    @property
+    def acceptance(self) -> list[Acceptance]:
+        """How many of the drafts so far were right, by depth: the first guess of each step, the second, and so on.
+
+        A step yields 1 token, and 1 more for each that was accepted.
+        """
+        return [Acceptance(self._offered, accepted) for accepted in self._accepted.tolist()]
 
     def compile(self) -> None:
         """Compiles the programs and makes the cache, unless that was done before."""
@@ -184,20 +218,23 @@ class Engine:
         def integers(*shape: int) -> jax.ShapeDtypeStruct:
             return place.shape(shape, jnp.int32)
 
-        newest = place.shapes(lambda: nothing_sampled(slots))
+        ahead = integers(slots, 1 + self.draft)
         rows = place.shapes(lambda: SamplingRows.of([GREEDY] * slots))
         options = CPU_STEP if jax.default_backend() == "cpu" else None
-        step = jax.jit(self._step, donate_argnums=1, compiler_options=options)
         places = None if place.mesh is None else jax.tree.map(lambda x: x.sharding, self._shapes)
+        whole = place.replicated
+        step = jax.jit(
+            self._step, donate_argnums=(1, 2), out_shardings=(places, whole, whole), compiler_options=options
+        )
         read = jax.jit(self._read, donate_argnums=1, out_shardings=places)
         copy = jax.jit(self._copy, donate_argnums=0, out_shardings=places)
         empty = jax.jit(lambda: place.cache(self.config, slots, self.max_length, self._cache_dtype))
-        self._run_step = step.lower(self._params, self._shapes, newest, integers(slots, 1), rows).compile()
-        arguments = [integers(readers, self._chunk), *[integers(readers)] * 3]
+        self._run_step = step.lower(self._params, self._shapes, ahead, integers(slots), rows).compile()
+        arguments = [integers(readers, self._chunk + 1), *[integers(readers)] * 3]
         self._run_read = read.lower(self._params, self._shapes, *arguments).compile()
         self._run_copy = copy.lower(self._shapes, integers(), integers(slots)).compile()
         self.programs += 3
-        self._cache, self._newest = empty(), place.put(nothing_sampled(slots))
+        self._cache, self._ahead = empty(), place.put(np.zeros(ahead.shape, np.int32))
 
     def submit(self, request: Request) -> int:
         """Puts a request in line. Returns its number.
@@ -228,6 +265,9 @@ class Engine:
         """
         if sample is None:
             self._waiting = collections.deque(entry for entry in self._waiting if entry[0] != request)
+        self._events = collections.deque(
+            event for event in self._events if event.request != request or sample not in (None, event.sample)
+        )
         for sequence in [one for one in self._occupied if one is not None and one.request == request]:
             if sample is None or sequence.sample == sample:
                 self._end(sequence)
@@ -235,7 +275,9 @@ class Engine:
     def run(self) -> Iterator[Event]:
         """Works until nothing is left; requests may be submitted and cancelled between events."""
         while not self.idle:
-            yield from self.round()
+            self._events.extend(self.round())
+            while self._events:
+                yield self._events.popleft()
 
     def round(self) -> list[Event]:
         """Reads one chunk, takes one step, and returns the tokens of the step before: the host reads those meanwhile.
@@ -246,30 +288,50 @@ class Engine:
         self._admit()
         self._read_chunk()
         ahead = self._take_step()
-        events = self._collect() if self._flight else []
+        events = [*self._events, *(self._collect() if self._flight else [])]
+        self._events.clear()
         self._flight = ahead
         return events
 
     # ---- programs ----------------------------------------------------------------------------------------------------
 
     def _step(
-        self, params: Any, cache: Cache, newest: Newest, given: Array, rows: SamplingRows
-    ) -> tuple[Cache, Newest]:
-        """A token further: feeds each row `given` [B, 1] or, where that is -1, its newest token; -2 leaves it alone."""
-        going = given[:, 0] != _AT_REST
-        fed = jnp.where(given >= 0, given, newest.ids)
-        output: Any = self._model.apply(
-            {"params": params}, fed, lengths=going.astype(jnp.int32), cache=cache, logits="last"
-        )
-        ids, logprobs = sample(*self._place.keep((output.logits[:, 0], rows, output.cache.lengths)))
-        return output.cache, self._place.keep(Newest(ids[:, None], logprobs[:, None]))
+        self, params: Any, cache: Cache, ahead: Array, given: Array, rows: SamplingRows
+    ) -> tuple[Cache, Array, Taken]:
+        """A token further, or several: feeds each row what `ahead` [B, 1 + draft] has for it.
+
+        Or, where `given` [B] is not -1, a prompt's last token alone; -2 leaves a row alone.
+        """
+        going, drafted = given != _AT_REST, given == _NEWEST
+        fed = ahead.at[:, 0].set(jnp.where(given >= 0, given, ahead[:, 0]))
+        offered = jnp.where(drafted, self.draft, 0)
+        lengths = jnp.where(going, 1 + offered, 0)
+        output: Any = self._model.apply({"params": params}, fed, lengths=lengths, cache=cache, logits="all")
+        taken = speculative.verify(*self._place.keep((output.logits, fed, offered, rows, cache.lengths)))
+        taken = self._place.keep(taken)
+        counts = jnp.where(going, taken.counts, 0)
+        cache = output.cache.rolled_back(lengths=cache.lengths + counts)
+        newest = jnp.take_along_axis(taken.ids, taken.counts[:, None] - 1, axis=1)
+        if not self.draft:
+            return cache, newest, taken
+
+        def block(*arguments: Any, **options: Any) -> Any:
+            return self._model.apply({"params": params}, *arguments, logits="last", method="mtp", **options)
+
+        drafts, cache = speculative.draft(block, output.streams, taken.ids, counts, rows, cache, self._place.keep)
+        return cache, jnp.concatenate([newest, drafts], axis=1), taken
 
     def _read(self, params: Any, cache: Cache, tokens: Array, counts: Array, slots: Array, begin: Array) -> Cache:
-        """Reads `counts` [P] of `tokens` [P, C] into `slots` [P], which hold `begin` [P] tokens; slot B is nowhere."""
+        """Reads `counts` [P] of `tokens` [P, C + 1] into `slots` [P], which hold `begin` [P] tokens; slot B is nowhere.
+
+        One more token is known than is read: the multi-token-prediction block reads it with the one before.
+        """
         part = jax.tree.map(lambda x: jnp.take(x, slots, axis=_row_axis(x), mode="clip"), cache)
-        output: Any = self._model.apply(
-            {"params": params}, tokens, lengths=counts, cache=part.replace(lengths=begin), logits="none"
-        )
+        part = part.replace(lengths=begin, mtp_lengths=begin)
+        output: Any = self._model.apply({"params": params}, tokens[:, :-1], lengths=counts, cache=part, logits="none")
+        if self.draft:
+            arguments = dict(lengths=counts, cache=output.cache, logits="none")
+            output = self._model.apply({"params": params}, output.streams, tokens[:, 1:], method="mtp", **arguments)
         return jax.tree.map(lambda x, new: _set_rows(x, slots, new), cache, output.cache)
 
     def _copy(self, cache: Cache, source: Array, targets: Array) -> Cache:
@@ -299,7 +361,7 @@ class Engine:
                 sequence = _Sequence(number, index, slot, sampling, stops, request.max_tokens, last)
                 self._occupied[slot] = sequence
                 samples.append(sequence)
-            self._reading.append(_Reading(request.prompt[:-1], samples))
+            self._reading.append(_Reading(request.prompt, samples))
 
     def _read_chunk(self) -> None:
         """Reads a chunk of the prompts that came first."""
@@ -309,18 +371,18 @@ class Engine:
         batch = self._reading[: self._readers]
         if not batch:
             return
-        tokens = np.zeros((self._readers, self._chunk), np.int32)
+        tokens = np.zeros((self._readers, self._chunk + 1), np.int32)
         counts, begin = np.zeros((2, self._readers), np.int32)
         slots = np.full(self._readers, self.slots, np.int32)
         for row, one in enumerate(batch):
-            part = one.prompt[one.done : one.done + self._chunk]
+            part = one.prompt[one.done : one.done + self._chunk + 1]
             tokens[row, : len(part)] = part
-            counts[row], slots[row], begin[row] = len(part), one.samples[0].slot, one.done
-            one.done += len(part)
+            counts[row], slots[row], begin[row] = len(part) - 1, one.samples[0].slot, one.done
+            one.done += len(part) - 1
         arguments = self._place.put((tokens, counts, slots, begin))
         self._cache = self._run_read(self._params, self._cache, *arguments)
         for one in batch:
-            if one.done == len(one.prompt):
+            if one.done == len(one.prompt) - 1:
                 self._reading.remove(one)
                 self._fork(one)
 
@@ -336,13 +398,14 @@ class Engine:
         if not first.left:  # cancelled while the others still needed what was read into its slot
             self._occupied[first.slot] = None
 
-    def _take_step(self) -> tuple[list[_Sequence], Newest] | None:
+    def _take_step(self) -> _Flight | None:
         """Starts a step of all that generate; those at their limit are known to end before it."""
-        coming = set() if self._flight is None else set(map(id, self._flight[0]))
+        coming = set() if self._flight is None else set(map(id, self._flight.sequences))
         going = [one for one in self._generating if one.left > (id(one) in coming)]
         if not going:
             return None
-        given = np.full((self.slots, 1), _AT_REST, np.int32)
+        drafted = [one for one in going if one.fed is None] if self.draft else []
+        given = np.full(self.slots, _AT_REST, np.int32)
         samplings = [GREEDY] * self.slots
         for one in going:
             given[one.slot], samplings[one.slot] = _NEWEST if one.fed is None else one.fed, one.sampling
@@ -350,24 +413,28 @@ class Engine:
         inputs = given.tobytes(), samplings
         if inputs != self._inputs[0]:
             self._inputs = inputs, self._place.put((given, SamplingRows.of(samplings)))
-        self._cache, self._newest = self._run_step(self._params, self._cache, self._newest, *self._inputs[1])
-        return going, self._newest
+        self._cache, self._ahead, taken = self._run_step(self._params, self._cache, self._ahead, *self._inputs[1])
+        return _Flight(going, drafted, taken)
 
     def _collect(self) -> list[Event]:
         """The tokens of the step that was started a round ago."""
         assert self._flight is not None
-        sequences, newest = self._flight
-        ids, logprobs = jax.device_get(newest)
+        ids, logprobs, counts = jax.device_get(self._flight.taken)
+        for one in self._flight.drafted:
+            if one.left:
+                self._offered += 1
+                self._accepted[: counts[one.slot] - 1] += 1
         events = []
-        for one in sequences:
-            if not one.left:
-                continue
-            token = int(ids[one.slot, 0])
-            one.left -= 1
-            finish: Finish | None = "stop" if token in one.stops else None if one.left else "length"
-            if finish:
-                self._end(one)
-            events.append(Event(one.request, one.sample, token, float(logprobs[one.slot, 0]), finish))
+        for one in self._flight.sequences:
+            for place in range(counts[one.slot]):
+                if not one.left:  # cancelled, or ended by one of these tokens
+                    break
+                token = int(ids[one.slot, place])
+                one.left -= 1
+                finish: Finish | None = "stop" if token in one.stops else None if one.left else "length"
+                if finish:
+                    self._end(one)
+                events.append(Event(one.request, one.sample, token, float(logprobs[one.slot, place]), finish))
         return events
 
     def _end(self, sequence: _Sequence) -> None:
