@@ -195,37 +195,34 @@ def test_equal_predictions_are_always_accepted():
 
 
 def test_the_block_sees_all_tokens_and_streams():
-    """Where drafts are right is what the block says without a cache, fed everything before, prompt included."""
-    model = guessable(0.3, 1)
-    engine, number = make_engine(model, DEEPEST), 60
-    prompts = [list(range(2, 15)) * 3, [3, 8, 8, 5] * 30, [7]]
-    offered, accepted = 0, np.zeros(DEEPEST, int)
-    apply = jax.jit(functools.partial(model.model.apply, method="mtp"))
-    for prompt in prompts:
-        [[(ids, _, _)]] = served(engine, [Request(prompt, number + 8, GREEDY, stop_ids=())])
-        before = engine.acceptance
-        served(engine, [Request(prompt, number, GREEDY, stop_ids=())])
-        offered += engine.acceptance[0].offered - before[0].offered
-        accepted += [now.accepted - then.accepted for now, then in zip(engine.acceptance, before, strict=True)]
-
-        text = jnp.asarray(prompt + ids + [0] * (LENGTH - len(prompt) - len(ids)))[None]
+    """Every draft is what the block says without a cache, fed all that comes before, prompt included."""
+    model = guessable(0.05, 0.3)
+    engine = make_engine(model, DEEPEST)
+    block = jax.jit(functools.partial(model.model.apply, method="mtp"))
+    compared = 0
+    for prompt in (list(range(2, 15)) * 3, [3, 8, 8, 5] * 30, [7]):
+        engine.submit(Request(prompt, 40, GREEDY, stop_ids=()))
+        runs, fed = [], []
+        while not engine.idle:
+            runs.append([event.id for event in engine.round()])
+            fed.append(np.asarray(engine._ahead)[0].tolist())
+        tokens = [*prompt, *itertools.chain(*runs)]
+        text = jnp.asarray(tokens + [0] * (LENGTH - len(tokens)))[None]
         trunk = model(text).streams
-        known = len(prompt) + 1  # the first token comes without drafts
-        while known < len(prompt) + number:
-            streams, following, right = trunk, jnp.roll(text, -1, axis=1), 0
-            for depth in range(DEEPEST):
-                output = apply({"params": model.params}, streams, following)
-                place = known - 2 + depth
-                guess = int(jnp.argmax(output.logits[0, place]))
-                if guess != int(text[0, known + depth]):
-                    break
-                right += 1
-                streams = streams.at[:, place + 1].set(output.streams[:, place])
-                following = following.at[:, place + 1].set(guess)
-            offered, known = offered - 1, known + right + 1
-            accepted[:right] -= 1
-    assert offered == 0 and not accepted.any()
-    assert 0.05 < engine.acceptance[0].accepted / engine.acceptance[0].offered < 0.95
+        known = len(prompt)
+        for run, (newest, *drafts) in zip(runs[1:], fed, strict=False):  # a round returns the tokens of the one before
+            known += len(run)
+            if not run or known == len(tokens):
+                continue
+            assert newest == tokens[known - 1]
+            streams, following = trunk, jnp.roll(text, -1, axis=1)
+            for last, draft in enumerate(drafts, known - 2):
+                output = block({"params": model.params}, streams, following)
+                assert draft == int(jnp.argmax(output.logits[0, last]))
+                streams = streams.at[:, last + 1].set(output.streams[:, last])
+                following = following.at[:, last + 1].set(draft)
+                compared += 1
+    assert compared > 200 and engine.acceptance[0].accepted > 10
 
 
 def test_sampled_tokens_are_distributed_as_the_model_says(model, engine):
@@ -233,7 +230,7 @@ def test_sampled_tokens_are_distributed_as_the_model_says(model, engine):
 
     The probabilities come from the model itself, over all continuations of two tokens.
     """
-    prompt, slots, rounds = [5, 9, 12], 3, 400
+    prompt, slots, rounds = [5, 9, 12], 3, 300
     drawn = []
     for i in range(rounds):
         request = Request(prompt, 3, Sampling(temperature=1.3, seed=1000 * i), stop_ids=(), n=slots)
