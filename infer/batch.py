@@ -240,6 +240,8 @@ def answer_lines(
             line = next(ahead, None)
         events = engine.round()
         for event in events:
+            if event.request not in running or running[event.request][2].choices[event.sample].finish:
+                continue  # a stop string came before it, in the same round
             number, id, completion = running[event.request]
             completion.push(event)
             if completion.choices[event.sample].finish and not event.finish:

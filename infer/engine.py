@@ -6,6 +6,10 @@ chunks; the last one goes through the same program as generated tokens do, which
 that share a prompt (`Request.n`) therefore share its reading: the row is copied and each copy goes on with a seed of
 its own.
 
+With the model's multi-token-prediction block (`draft`) a step takes the newest token of a row and some guesses of what
+follows, and yields as many tokens as were right, and one more; see `infer.speculative`. Rows that a guide leads go one
+token at a time.
+
 What a request gets does not depend on its neighbours: its chunks are cut by its own prompt alone, a token's program is
 always the same, and random numbers come from its seed and position. Three programs serve all requests, compiled once.
 """
@@ -22,11 +26,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from infer.generate import CPU_STEP, Finish, Newest, check_precision, nothing_sampled
+from infer import speculative
+from infer.generate import CPU_STEP, Finish, check_precision
 from infer.guide import NO_TOKEN, Guide, Move
 from infer.history import History
 from infer.requests import Event, Request
-from infer.sampling import ALL, GREEDY, Sampling, SamplingRows, best, sample
+from infer.sampling import ALL, GREEDY, Sampling, SamplingRows
+from infer.speculative import Acceptance, Taken
 from v4_jax.cache import Cache, CacheDtype
 from v4_jax.config import Config
 from v4_jax.placement import Place, bytes_per_device
@@ -45,7 +51,8 @@ class _Given(NamedTuple):
     """What the host says about a step.
 
     Attributes:
-      feed: [B, 1] int32: a prompt token; -1 for the row's newest one; -2 to leave the row alone.
+      feed: [B] int32: a prompt token; -1 for the row's newest one and its drafts; -2 for the newest one alone; -3 to
+        leave the row alone.
       unless: [B] int32: the row is left alone if its newest token is this one.
       forced: [B] int32: the token to generate; -1 if it is to be sampled.
       best: [] bool: whether anyone asks for the most probable tokens.
@@ -89,7 +96,7 @@ class _Reading:
     """A prompt that is being read: into the first sample's slot, up to its last token.
 
     Attributes:
-      prompt: its tokens without the last one.
+      prompt: its tokens.
       samples: the sequences that go on from it.
       done: tokens read.
     """
@@ -97,6 +104,20 @@ class _Reading:
     prompt: Sequence[int]
     samples: list[_Sequence]
     done: int = 0
+
+
+class _Flight(NamedTuple):
+    """A step that was started, and whose tokens were not read yet.
+
+    Attributes:
+      moves: who takes part.
+      drafted: those of them that were fed drafts.
+      taken: what they get.
+    """
+
+    moves: _Moves
+    drafted: list[_Sequence]
+    taken: Taken
 
 
 class Engine:
@@ -111,11 +132,14 @@ class Engine:
       cache_dtype: number format of the cache; see `v4_jax.init_cache`.
       prefill_chunk: prompt tokens that are read between two steps of generation; on a mesh that splits the sequence it
         is rounded up to what splits evenly.
+      draft: tokens that the multi-token-prediction block guesses ahead in every step, up to 4; 0 is plain decoding.
+        Requests get the same tokens, but for what rounding does: a step of several tokens adds in another order.
       place: the mesh that `params` lie on, with its rules.
 
     Attributes:
       slots: as given.
       max_length: as given.
+      draft: as given.
       programs: programs compiled so far; constant after `compile`.
 
     Raises:
@@ -133,14 +157,16 @@ class Engine:
         policy: str | Policy = "bfloat16",
         cache_dtype: CacheDtype = "bfloat16",
         prefill_chunk: int = 512,
+        draft: int = 0,
         place: Place = Place(),  # noqa: B008 (frozen)
     ) -> None:
         for name, value in (("slots", slots), ("prefill_chunk", prefill_chunk)):
             if value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
         check_precision(config, policy, cache_dtype)
+        speculative.check_depth(draft, config)
         place.check(slots)
-        self.config, self.slots, self.max_length = config, slots, max_length
+        self.config, self.slots, self.max_length, self.draft = config, slots, max_length, draft
         self.programs = 0
         self._params, self._place, self._cache_dtype = params, place, cache_dtype
         self._model = Transformer(config, policy=policy, mesh=place.mesh, rules=place.rules)
@@ -151,12 +177,14 @@ class Engine:
         self._reading: list[_Reading] = []
         self._occupied: list[_Sequence | None] = [None] * slots  # by slot: who generates or waits for its prompt
         self._generating: list[_Sequence] = []
-        self._flight: tuple[_Moves, Any] | None = None  # a step, and what it will give, not read yet
+        self._flight: _Flight | None = None
+        self._events: collections.deque[Event] = collections.deque()  # of a round, not yet yielded by `run`
+        self._offered, self._accepted = 0, np.zeros(draft, int)
         self._submitted = 0
         self._inputs: dict[str, tuple[Any, Any]] = {}  # the last step's host inputs, and the same on the devices
         self._state: Any = None
         self._unrestricted: Any = None  # masks of rows without constraints
-        self._newest: Any = None
+        self._ahead: Any = None  # [B, 1 + draft] each row's newest token, and guesses of those that follow it
 
     def slot_bytes(self) -> dict[str, int]:
         """Bytes of cache that one slot takes, all devices together, by role; windows and open blocks do not grow."""
@@ -170,7 +198,15 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether nothing is left to do."""
-        return not (self._waiting or self._reading or self._generating or self._flight)
+        return not (self._waiting or self._reading or self._generating or self._flight or self._events)
+
+    @property
+    def acceptance(self) -> list[Acceptance]:
+        """How many of the drafts so far were right, by depth: the first guess of each step, the second, and so on.
+
+        A step yields 1 token, and 1 more for each that was accepted.
+        """
+        return [Acceptance(self._offered, accepted) for accepted in self._accepted.tolist()]
 
     def compile(self) -> None:
         """Compiles the programs and makes the cache, unless that was done before."""
@@ -186,17 +222,19 @@ class Engine:
 
         state = _State(self._shapes, place.shapes(nothing_seen))
         places = None if place.mesh is None else jax.tree.map(lambda x: x.sharding, state)
-        newest = place.shapes(lambda: nothing_sampled(slots))
-        given = _Given(integers(slots, 1), integers(slots), integers(slots), place.shape((), bool))
+        ahead, whole = integers(slots, 1 + self.draft), place.replicated
+        given = _Given(integers(slots), integers(slots), integers(slots), place.shape((), bool))
         everything = np.full((slots, -(-self.config.vocab_size // 32)), ALL)
         rows = place.shapes(lambda: SamplingRows.of([GREEDY] * slots))
         options = CPU_STEP if jax.default_backend() == "cpu" else None
-        step = jax.jit(self._step, donate_argnums=1, compiler_options=options)
+        step = jax.jit(
+            self._step, donate_argnums=(1, 2), out_shardings=(places, whole, whole), compiler_options=options
+        )
         read = jax.jit(self._read, donate_argnums=1, out_shardings=places)
         copy = jax.jit(self._copy, donate_argnums=0, out_shardings=places)
-        chunks = [integers(readers, self._chunk), *[integers(readers)] * 3]
+        chunks = [integers(readers, self._chunk + 1), *[integers(readers)] * 3]
         for program, arguments in (
-            (step, (self._params, state, newest, given, rows, place.shapes(lambda: everything))),
+            (step, (self._params, state, ahead, given, rows, place.shapes(lambda: everything))),
             (read, (self._params, state, *chunks)),
             (copy, (state, integers(), integers(slots))),
         ):
@@ -207,7 +245,8 @@ class Engine:
         self._run_step, self._run_read, self._run_copy = step, read, copy
         cache = jax.jit(lambda: place.cache(self.config, slots, self.max_length, self._cache_dtype))()
         self._unrestricted = place.put(everything)
-        self._state, self._newest = _State(cache, place.put(nothing_seen())), place.put(nothing_sampled(slots))
+        self._state = _State(cache, place.put(nothing_seen()))
+        self._ahead = place.put(np.zeros(ahead.shape, np.int32))
 
     def submit(self, request: Request) -> int:
         """Puts a request in line. Returns its number.
@@ -228,6 +267,9 @@ class Engine:
         """
         if sample is None:
             self._waiting = collections.deque(entry for entry in self._waiting if entry[0] != request)
+        self._events = collections.deque(
+            event for event in self._events if event.request != request or sample not in (None, event.sample)
+        )
         for sequence in [one for one in self._occupied if one is not None and one.request == request]:
             if sample is None or sequence.sample == sample:
                 self._end(sequence)
@@ -235,7 +277,9 @@ class Engine:
     def run(self) -> Iterator[Event]:
         """Works until nothing is left; requests may be submitted and cancelled between events."""
         while not self.idle:
-            yield from self.round()
+            self._events.extend(self.round())
+            while self._events:
+                yield self._events.popleft()
 
     def round(self) -> list[Event]:
         """Reads one chunk, takes one step, and returns the tokens of the step before: the host reads those meanwhile.
@@ -246,47 +290,61 @@ class Engine:
         self._admit()
         self._read_chunk()
         ahead = self._take_step()
-        events = self._collect({} if ahead is None else ahead[0]) if self._flight else []
+        events = [*self._events, *(self._collect({} if ahead is None else ahead.moves) if self._flight else [])]
+        self._events.clear()
         self._flight = ahead
         return events
 
     # ---- programs ----------------------------------------------------------------------------------------------------
 
     def _step(
-        self, params: Any, state: _State, newest: Newest, given: _Given, rows: SamplingRows, allowed: Array
-    ) -> tuple[_State, Newest, Any]:
-        """A token further, for rows that are not left alone.
+        self, params: Any, state: _State, ahead: Array, given: _Given, rows: SamplingRows, allowed: Array
+    ) -> tuple[_State, Array, Taken]:
+        """A token further, or several, for rows that are not left alone.
 
-        Returns the state, each row's newest token, and the most probable ones at the rows' ends if `given.best`.
+        Returns the state, each row's newest token and its drafts [B, 1 + draft], and what was sampled.
         """
-        feed = given.feed[:, 0]
-        prompt = feed >= 0
-        going = prompt | ((feed == _NEWEST) & (newest.ids[:, 0] != given.unless))
+        prompt, newest = given.feed >= 0, ahead[:, 0]
+        going = prompt | ((given.feed != _AT_REST) & (newest != given.unless))
+        fed = ahead.at[:, 0].set(jnp.where(prompt, given.feed, newest))
+        offered = jnp.where(given.feed == _DRAFTED, self.draft, 0)
+        before = state.cache.lengths
         output: Any = self._model.apply(
             {"params": params},
-            jnp.where(prompt, feed, newest.ids[:, 0])[:, None],
-            lengths=going.astype(jnp.int32),
+            fed,
+            lengths=jnp.where(going, 1 + offered, 0),
             cache=state.cache,
-            logits="last",
+            logits="all",
         )
-        logits, lengths = self._place.keep((output.logits[:, 0], output.cache.lengths))
-        history = state.history.prompt(feed, prompt)
-        ids, logprobs = sample(logits, rows, lengths, history, allowed, given.forced)
-        history = history.generate(ids, going)
-        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(best, logits))
-        alternatives = jax.lax.cond(given.best, lambda: best(logits), lambda: nothing)
-        sampled = Newest(ids[:, None], logprobs[:, None])
-        newest = jax.tree.map(lambda new, old: jnp.where(going[:, None], new, old), sampled, newest)
-        return _State(output.cache, self._place.keep(history)), *self._place.keep((newest, alternatives))
+        choose = speculative.Choice(rows, allowed, given.forced, given.best)
+        history = state.history.prompt(given.feed, prompt)
+        logits, before = self._place.keep((output.logits, before))
+        taken, history = speculative.verify(logits, fed, going, offered, choose, before, history)
+        cache = output.cache.rolled_back(lengths=before + taken.counts)
+        last = jnp.take_along_axis(taken.ids, jnp.maximum(taken.counts - 1, 0)[:, None], axis=1)
+        if self.draft:
+
+            def block(*arguments: Any, **options: Any) -> Any:
+                return self._model.apply({"params": params}, *arguments, logits="last", method="mtp", **options)
+
+            arguments = output.streams, taken.ids, taken.counts, rows, cache, self._place.keep
+            drafts, cache = speculative.draft(block, *arguments)
+            last = jnp.concatenate([last, drafts], axis=1)
+        return _State(cache, history), jnp.where(going[:, None], last, ahead), taken
 
     def _read(self, params: Any, state: _State, tokens: Array, counts: Array, slots: Array, begin: Array) -> _State:
-        """Reads `counts` [P] of `tokens` [P, C] into `slots` [P], which hold `begin` [P] tokens; slot B is nowhere."""
+        """Reads `counts` [P] of `tokens` [P, C + 1] into `slots` [P], which hold `begin` [P] tokens; slot B is nowhere.
+
+        One more token is known than is read: the multi-token-prediction block reads it with the one before.
+        """
         part = jax.tree.map(lambda x: jnp.take(x, slots, axis=_row_axis(x), mode="clip"), state.cache)
-        output: Any = self._model.apply(
-            {"params": params}, tokens, lengths=counts, cache=part.replace(lengths=begin), logits="none"
-        )
+        part = part.replace(lengths=begin, mtp_lengths=begin)
+        output: Any = self._model.apply({"params": params}, tokens[:, :-1], lengths=counts, cache=part, logits="none")
+        if self.draft:
+            arguments = dict(lengths=counts, cache=output.cache, logits="none")
+            output = self._model.apply({"params": params}, output.streams, tokens[:, 1:], method="mtp", **arguments)
         cache = jax.tree.map(lambda x, new: _set_rows(x, slots, new), state.cache, output.cache)
-        return _State(cache, state.history.read(slots, tokens, counts, begin))
+        return _State(cache, state.history.read(slots, tokens[:, :-1], counts, begin))
 
     def _copy(self, state: _State, source: Array, targets: Array) -> _State:
         """Copies row `source` to rows `targets` [B]; row B is nowhere."""
@@ -323,7 +381,7 @@ class Engine:
                 )
                 self._occupied[sequence.slot] = sequence
                 samples.append(sequence)
-            self._reading.append(_Reading(request.prompt[:-1], samples))
+            self._reading.append(_Reading(request.prompt, samples))
 
     def _read_chunk(self) -> None:
         """Reads a chunk of the prompts that came first."""
@@ -333,18 +391,18 @@ class Engine:
         batch = self._reading[: self._readers]
         if not batch:
             return
-        tokens = np.zeros((self._readers, self._chunk), np.int32)
+        tokens = np.zeros((self._readers, self._chunk + 1), np.int32)
         counts, begin = np.zeros((2, self._readers), np.int32)
         slots = np.full(self._readers, self.slots, np.int32)
         for row, one in enumerate(batch):
-            part = one.prompt[one.done : one.done + self._chunk]
+            part = one.prompt[one.done : one.done + self._chunk + 1]
             tokens[row, : len(part)] = part
-            counts[row], slots[row], begin[row] = len(part), one.samples[0].slot, one.done
-            one.done += len(part)
+            counts[row], slots[row], begin[row] = len(part) - 1, one.samples[0].slot, one.done
+            one.done += len(part) - 1
         arguments = self._place.put((tokens, counts, slots, begin))
         self._state = self._run_read(self._params, self._state, *arguments)
         for one in batch:
-            if one.done == len(one.prompt):
+            if one.done == len(one.prompt) - 1:
                 self._reading.remove(one)
                 self._fork(one)
 
@@ -360,17 +418,19 @@ class Engine:
         if not first.left:  # cancelled while the others still needed what was read into its slot
             self._occupied[first.slot] = None
 
-    def _take_step(self) -> tuple[_Moves, Any] | None:
+    def _take_step(self) -> _Flight | None:
         """Starts a step of all that can go on; those at their limit are known to end before it."""
         going = self._moves()
         if not going:
             return None
+        drafted = [one for one in going if self.draft and one.fed is None and one.guide is None]
         unless, forced = np.full((2, self.slots), NO_TOKEN, np.int32)
         reporting = any(one.top_logprobs for one in going)
-        given = _Given(np.full((self.slots, 1), _AT_REST, np.int32), unless, forced, np.bool_(reporting))
+        given = _Given(np.full(self.slots, _AT_REST, np.int32), unless, forced, np.bool_(reporting))
         allowed: np.ndarray | None = None
         for one, move in going.items():
-            given.feed[one.slot], one.fed = _NEWEST if one.fed is None else one.fed, None
+            newest = _DRAFTED if one.guide is None else _NEWEST
+            given.feed[one.slot], one.fed = newest if one.fed is None else one.fed, None
             unless[one.slot], forced[one.slot] = move.unless, move.forced
             if move.mask is not None:
                 allowed = np.full(self._unrestricted.shape, ALL) if allowed is None else allowed
@@ -381,17 +441,15 @@ class Engine:
         inputs = self._placed("given", [x.tobytes() for x in given], lambda: given)
         rows = self._placed("rows", samplings, lambda: SamplingRows.of(samplings))
         masks = self._unrestricted if allowed is None else self._place.put(allowed)
-        self._state, self._newest, alternatives = self._run_step(
-            self._params, self._state, self._newest, inputs, rows, masks
-        )
-        return going, (self._newest, alternatives if reporting else None)
+        self._state, self._ahead, taken = self._run_step(self._params, self._state, self._ahead, inputs, rows, masks)
+        return _Flight(going, drafted, taken if reporting else taken._replace(alternatives=None))
 
     def _moves(self) -> _Moves:
         """Who takes the next step, and what holds for it.
 
         Constrained samples, which sit out every other step, all sit out the same one: without others, it is not taken.
         """
-        coming = {} if self._flight is None else self._flight[0]
+        coming = {} if self._flight is None else self._flight.moves
         others_turn = any(one.guide is not None and one.guide.constrained for one in coming)
         moves = {}
         for one in self._generating:
@@ -414,25 +472,29 @@ class Engine:
     def _collect(self, ahead: _Moves) -> list[Event]:
         """The tokens of the step that was started a round ago; what was not to follow them is taken out of `ahead`."""
         assert self._flight is not None
-        sequences, coming = self._flight
-        newest, alternatives = jax.device_get(coming)
+        taken: Taken = jax.device_get(self._flight.taken)
+        for one in self._flight.drafted:
+            if one.left:
+                self._offered += 1
+                self._accepted[: taken.counts[one.slot] - 1] += 1
         events = []
-        for one in sequences:
-            if not one.left:
-                continue
-            token = int(newest.ids[one.slot, 0])
-            one.left -= 1
-            if one in ahead and ahead[one].unless == token:
-                del ahead[one]
-            complete = token in one.stops or (one.guide is not None and one.guide.read(token))
-            finish: Finish | None = "stop" if complete else None if one.left else "length"
-            if finish:
-                self._end(one)
-            event = Event(one.request, one.sample, token, float(newest.logprobs[one.slot, 0]), finish)
-            if one.top_logprobs:
-                best_ids, logprobs = (x[one.slot, : one.top_logprobs].tolist() for x in alternatives)
-                event = event._replace(alternatives=tuple(zip(best_ids, logprobs, strict=True)))
-            events.append(event)
+        for one in self._flight.moves:
+            for place in range(taken.counts[one.slot]):
+                if not one.left:  # cancelled, or ended by one of these tokens
+                    break
+                at, token = (one.slot, place), int(taken.ids[one.slot, place])
+                one.left -= 1
+                if one in ahead and ahead[one].unless == token:
+                    del ahead[one]
+                complete = token in one.stops or (one.guide is not None and one.guide.read(token))
+                finish: Finish | None = "stop" if complete else None if one.left else "length"
+                if finish:
+                    self._end(one)
+                event = Event(one.request, one.sample, token, float(taken.logprobs[at]), finish)
+                if one.top_logprobs:
+                    best_ids, logprobs = (x[at][: one.top_logprobs].tolist() for x in taken.alternatives)
+                    event = event._replace(alternatives=tuple(zip(best_ids, logprobs, strict=True)))
+                events.append(event)
         return events
 
     def _end(self, sequence: _Sequence) -> None:
@@ -446,7 +508,8 @@ class Engine:
 
 _Moves = dict[_Sequence, Move]
 
-_NEWEST, _AT_REST = -1, -2  # in place of a token to feed: the row's newest one; none
+# In place of a prompt token to feed: the row's newest one and its drafts; the newest one alone; none.
+_DRAFTED, _NEWEST, _AT_REST = -1, -2, -3
 
 
 def slots_within(config: Config, max_length: int, dtype: CacheDtype, budget: int, place: Place = Place()) -> int:  # noqa: B008

@@ -39,6 +39,12 @@ class Metrics:
             ("slots", "Samples that can be generated at the same time", lambda: service.engine.slots),
         ):
             Gauge(name, text, **own).set_function(value)
+        drafts = Gauge("drafts", "Drafts so far, by depth, and whether they were right", ["depth", "outcome"], **own)
+        for depth in range(service.engine.draft):
+            for outcome in ("offered", "accepted"):
+                drafts.labels(depth + 1, outcome).set_function(
+                    lambda depth=depth, outcome=outcome: getattr(service.engine.acceptance[depth], outcome)
+                )
 
     def page(self) -> bytes:
         """The text that Prometheus reads."""

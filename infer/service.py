@@ -88,17 +88,20 @@ class Service:
         if self._active >= self.most:
             raise Overloaded(f"{self._active} requests are being served or wait, and no more are taken")
         self._active += 1
-        number, left = None, request.n
+        number, left = None, set(range(request.n))
         try:
             number, events = await self._submit(request)
             while left:
                 event = await events.get()
                 if isinstance(event, Exception):
                     raise ServiceDown("the engine has failed") from event
+                if event.sample not in left:
+                    continue  # it was ended by a token of the same round
                 early = ended_early(event)
                 if early and not event.finish:
                     self._ask(lambda sample=event.sample: self.engine.cancel(number, sample))
-                left -= bool(early or event.finish)
+                if early or event.finish:
+                    left.remove(event.sample)
                 yield event
         finally:
             self._active -= 1

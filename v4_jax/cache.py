@@ -33,7 +33,11 @@ OVERLAPPING_RATIO = 4
 
 LANES = 128  # elements in a row of a TPU's memory tile
 
-SPARE = 8  # slots of a ring beyond the tokens that are ever read back, so that a short chunk can be stored first
+# Slots of a ring beyond the tokens that are ever read back: so that a short chunk can be stored first, and taken back
+# later, without having overwritten what came before it.
+SPARE = 8
+
+MOST_TAKEN_BACK = SPARE + 1  # tokens; rings also have a slot for the newest token, which is not read back from them
 
 
 def span(ratio: int) -> int:
@@ -326,6 +330,20 @@ class Cache(struct.PyTreeNode):
     def store(self, role: str, rows: Rows) -> Cache:
         """The cache with other rows for a role."""
         return self.replace(rows=self.rows | {role: rows})
+
+    def rolled_back(self, *, lengths: Array | None = None, mtp_lengths: Array | None = None) -> Cache:
+        """The cache as if the last tokens of each row, `MOST_TAKEN_BACK` at most, had never been fed.
+
+        Only the counts change, for nothing reads beyond them. Tokens fed again take the slots of those taken back, in
+        windows and open blocks alike; an entry whose block ended among the latter is out of sight until its block ends
+        again, which writes it anew.
+
+        Args:
+          lengths: [B] int32 tokens that the trunk's part of each row is to hold; None leaves it as it is.
+          mtp_lengths: [B] int32 the same of the MTP block's part.
+        """
+        counts = {"lengths": lengths, "mtp_lengths": mtp_lengths}
+        return self.replace(**{name: value for name, value in counts.items() if value is not None})
 
     def nbytes(self) -> dict[str, int]:
         """Bytes held, by role; the compressors' states together as "open blocks"."""

@@ -88,6 +88,13 @@ def test_the_number_of_slots_changes_no_answer(run, model, questions, tmp_path, 
     assert sorted(records, key=lambda one: one["line"]) == answers["whole"]
 
 
+def test_drafts_change_no_answer(run, model, questions, tmp_path, answers):
+    output = tmp_path / "out.jsonl"
+    result = run("batch", model, questions, output, *OPTIONS, "--slots", 3, "--draft", 2)
+    assert result.code == 0 and "drafts accepted by depth: " in result.err
+    assert comparable(read(output)) == answers["whole"]
+
+
 def test_parts_make_one_output(run, model, questions, tmp_path, answers):
     output = tmp_path / "out.jsonl"
     first = run("batch", model, questions, output, *OPTIONS, "--slots", 3, "--part", "1/2")
@@ -159,6 +166,7 @@ def test_another_job_does_not_go_on_from_a_journal(run, model, questions, tmp_pa
         (("--context", "2M"), "--context 2M is more than the model's"),
         (("--greedy", "--temperature", "1"), "--greedy means --temperature 0"),
         (("--mesh", "seq=64"), "--mesh seq=64: "),
+        (("--draft", 5), "draft is 5, expected 0 (plain decoding) to 4 tokens"),
     ],
 )
 def test_options_that_do_not_fit(run, model, questions, tmp_path, options, sentence):

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from infer.text import Mode
 from v4_jax.cli.console import CommandError, bad_input, check_output, needs, progress_bar, say, working
 from v4_jax.cli.devices import join
-from v4_jax.cli.engines import EngineOptions, room
+from v4_jax.cli.engines import EngineOptions, describe_drafts, room
 from v4_jax.cli.generation import DEFAULT_MAX_TOKENS
 from v4_jax.cli.models import ModelDirectory
 from v4_jax.cli.options import Count, Flag, Int, Model, OptionalFloat, OptionalInt, OptionalSize, OptionalText
@@ -166,6 +166,8 @@ def batch(
                     report(f"{rate:,.1f} tokens/s", len(done), len(mine))
 
                 job.answer_lines(server, needed.numbers, prepare, record, progress)
+            if drafts := describe_drafts(server.acceptance):
+                say(drafts)
         if journal:
             journal.close()
     except KeyboardInterrupt:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 
 from infer.engine import Engine, slots_within
 from infer.generate import check_precision
+from infer.speculative import Acceptance, check_depth
 from v4_jax.cli.console import CommandError, bad_input, say
 from v4_jax.cli.devices import place
 from v4_jax.cli.models import ModelDirectory, cache_format
-from v4_jax.cli.options import CacheFormat, Count, Dtype, OptionalCount, OptionalSize, OptionalText, Preset
+from v4_jax.cli.options import CacheFormat, Count, Dtype, Int, OptionalCount, OptionalSize, OptionalText, Preset
 from v4_jax.cli.sizes import format_size
 from v4_jax.policy import PolicyName
 
@@ -31,6 +32,8 @@ class EngineOptions:
       policy: Precision of the computation; released is bfloat16 with the release's rounding of keys and values.
       cache_dtype: Number format of the cache; auto is the policy's.
       prefill_chunk: Prompt tokens read between two steps of generation; with a mesh, rounded up to what splits evenly.
+      draft: Tokens that the multi-token-prediction block guesses ahead in every step, up to 4; the answers are those of
+        0, sooner.
       mesh: How to spread the model over all devices: sizes of data, seq, expert and tensor, such as seq=4,expert=2.
         Default: one device.
       preset: Which mesh axes split what; long-context splits long prompts over all axes but data.
@@ -42,6 +45,7 @@ class EngineOptions:
     policy: PolicyName = "bfloat16"
     cache_dtype: CacheFormat = "auto"
     prefill_chunk: Count = 512
+    draft: Int = 0
     mesh: OptionalText = None
     preset: Preset = "long-context"
 
@@ -55,6 +59,7 @@ class EngineOptions:
             raise CommandError("--slots and --memory both say how many answers are generated at once; give one of them")
         with bad_input():
             check_precision(directory.config, self.policy, cache_format(self.cache_dtype, self.policy))
+            check_depth(self.draft, directory.config)
 
     def plan(self, directory: ModelDirectory, length: int, most: int) -> Callable[[], Engine]:
         """Settles mesh and slots, and says what the cache takes; the weights are read when the result is called.
@@ -90,6 +95,7 @@ class EngineOptions:
                     policy=self.policy,
                     cache_dtype=cache,
                     prefill_chunk=self.prefill_chunk,
+                    draft=self.draft,
                     place=spot,
                 )
 
@@ -106,6 +112,12 @@ def describe_cache(slots: int, length: int, sizes: dict[str, int]) -> str:
         f"cache: {slots} slots of {format_size(length)} tokens, {each:,} bytes each; "
         f"bytes a token: {', '.join(grows) or 'none'}; bytes a slot: {', '.join(stays)}"
     )
+
+
+def describe_drafts(acceptance: Sequence[Acceptance]) -> str:
+    """One line: how often drafts were right, by depth; "" if there were none."""
+    rates = [f"{one.accepted / one.offered:.0%}" for one in acceptance if one.offered]
+    return f"drafts accepted by depth: {', '.join(rates)}" if rates else ""
 
 
 def room(length: int, longest: int) -> int:
