@@ -85,11 +85,26 @@ def assert_same(found, expected):
             np.testing.assert_allclose(logprobs, expected_logprobs, atol=1e-4)
 
 
-@pytest.mark.parametrize("depth", range(1, DEEPEST + 1))
+@pytest.mark.parametrize("depth", [1, DEEPEST])
 def test_the_same_tokens(engine, expected, depth):
-    """Greedy and sampled; with right and wrong drafts at every depth."""
+    """Greedy and sampled, with right and wrong drafts of every depth."""
     assert_same(served(engine(depth), requests()), expected)
-    offered, accepted = zip(*engine(depth).acceptance, strict=True)
+    assert_some_were_right(engine(depth), depth)
+
+
+@pytest.mark.parametrize(("mesh", "chunk", "depth"), [("seq=2,expert=2", 256, 2), ("data=2,tensor=2", CHUNK, 3)])
+def test_on_a_mesh(model, expected, mesh, chunk, depth):
+    """The other depths; long chunks are split over the sequence's devices, steps are not."""
+    spread = Spread(model, mesh, "decode")
+    engine = make_engine(spread, depth, 4, place=Place(spread.mesh, spread.preset), prefill_chunk=chunk)
+    assert_same(served(engine, requests()), expected)
+    assert_some_were_right(engine, depth)
+    [[one, two]] = served(engine, [Request([9] * 40, 4, Sampling(seed=1), stop_ids=(), n=2)])
+    assert one[0] != two[0]
+
+
+def assert_some_were_right(engine, depth):
+    offered, accepted = zip(*engine.acceptance, strict=True)
     assert len(accepted) == depth and len(set(offered)) == 1
     assert offered[0] > accepted[0] and accepted[-1] > 5 and sorted(accepted, reverse=True) == list(accepted)
 
@@ -226,35 +241,35 @@ def test_equal_predictions_are_always_accepted():
     assert engine.acceptance[0].offered <= sum(-(-(one.max_tokens - 1) // (1 + DEEPEST)) for one in requests())
 
 
-def test_the_block_sees_all_tokens_and_streams():
+@pytest.mark.parametrize(("weight", "context", "right"), [(1, 1, 0), (0.05, 0.3, 5)])
+def test_the_block_sees_all_tokens_and_streams(weight, context, right):
     """Every draft is what the block says without a cache, fed all that comes before, prompt included."""
-    model = guessable(0.05, 0.3)
+    model = guessable(weight, context)
     engine = make_engine(model, DEEPEST)
     block = jax.jit(functools.partial(model.model.apply, method="mtp"))
     compared = 0
     for prompt in (list(range(2, 15)) * 3, [3, 8, 8, 5] * 30, [7]):
-        engine.submit(Request(prompt, 40, GREEDY, stop_ids=()))
+        engine.submit(Request(prompt, 25, GREEDY, stop_ids=()))
         runs, fed = [], []
         while not engine.idle:
             runs.append([event.id for event in engine.round()])
             fed.append(np.asarray(engine._ahead)[0].tolist())
         tokens = [*prompt, *itertools.chain(*runs)]
-        text = jnp.asarray(tokens + [0] * (LENGTH - len(tokens)))[None]
-        trunk = model(text).streams
+        text = np.asarray(tokens + [0] * (LENGTH - len(tokens)))[None]
+        trunk = np.asarray(model(text).streams)
         known = len(prompt)
         for run, (newest, *drafts) in zip(runs[1:], fed, strict=False):  # a round returns the tokens of the one before
             known += len(run)
             if not run or known == len(tokens):
                 continue
             assert newest == tokens[known - 1]
-            streams, following = trunk, jnp.roll(text, -1, axis=1)
+            streams, following = trunk.copy(), np.roll(text, -1, axis=1)
             for last, draft in enumerate(drafts, known - 2):
-                output = block({"params": model.params}, streams, following)
-                assert draft == int(jnp.argmax(output.logits[0, last]))
-                streams = streams.at[:, last + 1].set(output.streams[:, last])
-                following = following.at[:, last + 1].set(draft)
+                output = jax.device_get(block({"params": model.params}, streams, following))
+                assert draft == output.logits[0, last].argmax()
+                streams[:, last + 1], following[:, last + 1] = output.streams[:, last], draft
                 compared += 1
-    assert compared > 200 and engine.acceptance[0].accepted > 10
+    assert compared > 150 and engine.acceptance[0].accepted >= right
 
 
 def test_sampled_tokens_are_distributed_as_the_model_says(model, engine):
@@ -278,17 +293,6 @@ def test_sampled_tokens_are_distributed_as_the_model_says(model, engine):
         found = np.bincount([ids[column] for ids in drawn], minlength=16)
         assert wanted.min() > 5
         assert ((found - wanted) ** 2 / wanted).sum() < 37.7  # 99.9% of chi-squared with 15 degrees of freedom
-
-
-@pytest.mark.parametrize(("mesh", "chunk"), [("seq=2,expert=2", 256), ("data=2,tensor=2", CHUNK)])
-def test_on_a_mesh(model, expected, mesh, chunk):
-    """The same tokens; prompts are split over the sequence's devices, steps are not."""
-    spread = Spread(model, mesh, "decode")
-    engine = make_engine(spread, 2, 4, place=Place(spread.mesh, spread.preset), prefill_chunk=chunk)
-    assert_same(served(engine, requests()), expected)
-    assert engine.acceptance[1].accepted > 5
-    [[one, two]] = served(engine, [Request([9] * 40, 4, Sampling(seed=1), stop_ids=(), n=2)])
-    assert one[0] != two[0]
 
 
 def test_refusals(model):
