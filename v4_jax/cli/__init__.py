@@ -34,6 +34,7 @@ VERBS = {
     "info": Verb("inspection", "parameters, FLOPs and cache of a model, against DeepSeek-V3.2"),
     "generate": Verb("generation", "continue a prompt or answer a chat, streaming"),
     "score": Verb("scoring", "log-probabilities of given texts, JSON lines in and out"),
+    "eval": Verb("evaluation", "does it stay useful at length: needles, MRCR, questions about documents"),
     "convert": Verb("checkpoints", "released checkpoint -> Orbax, in the released number formats"),
     "export": Verb("checkpoints", "Orbax, a training run (or released) -> released layout"),
     "plan": Verb("compilation", "compile for a TPU topology: fit, cost, and the mesh to use"),
