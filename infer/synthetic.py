@@ -22,7 +22,7 @@ Line = dict[str, Any]
 Count = Callable[[Line], int]
 
 _CHARACTERS = 4  # of a token, to begin with
-_STEPS = 8  # tries to meet a length in tokens by choosing one in characters
+_STEPS = 12  # tries to meet a length in tokens by choosing one in characters
 _CLOSE = 0.98  # of the length: near enough to stop trying
 
 _SENTENCES = (
@@ -107,14 +107,15 @@ def _fitted(make: Callable[..., Line], key: tuple[int, ...], length: int, count:
     """The line with the most tokens up to `length` that some attempts at its size in characters find."""
     size, best, most = _CHARACTERS * length, None, length // 2  # half of a length or less belongs to a shorter one
     with contextlib.suppress(ValueError):  # what has to stand in it does not fit
-        for _ in range(_STEPS):
+        for step in range(_STEPS):
             line = make(np.random.default_rng(key), size)
             tokens = count(line)
             if most < tokens <= length:
                 best, most = line, tokens
             if most >= _CLOSE * length:
                 break
-            size += round((length - tokens) * size / tokens)
+            aim = length * (1 - step // 2 / 100)  # sentences are whole: just below may be out of reach
+            size += round((aim - tokens) * size / tokens)
     if best is None:
         raise ValueError(f"{length} tokens have no room for {what}; expected a greater length")
     return best

@@ -28,7 +28,7 @@ def scores_table(task: TaskName, cells: Sequence[Cell]) -> Table:
     shown = make_table(
         f"{task}: {metrics[0]}, %" if series else f"{task}, %",
         *(series, *("all" if length is None else format_size(length) for length in lengths)),
-        caption="by tokens of prompt and answer; with 95% intervals",
+        caption="length in tokens; 95% intervals",
     )
     rows: dict[tuple[str, float | None], dict[int | None, Cell]] = {}
     for cell in cells:
@@ -87,8 +87,8 @@ def _curves(axes: Any, task: TaskName, placed: Sequence[tuple[Cell, int]]) -> No
         down, up = zip(
             *((max(cell.mean - cell.low, 0), max(cell.high - cell.mean, 0)) for cell, _ in curve), strict=True
         )
-        x, means = [x for _, x in curve], [cell.mean for cell, _ in curve]
-        axes.errorbar(x, means, yerr=[down, up], marker="o", capsize=3, linewidth=1.5, label=label)
+        places, means = [x for _, x in curve], [cell.mean for cell, _ in curve]
+        axes.errorbar(places, means, yerr=[down, up], marker="o", capsize=3, linewidth=1.5, label=label)
     axes.set_ylim(-0.02, 1.02)
     axes.set_ylabel(metrics[0] if series else "score")
     axes.grid(alpha=0.3)
