@@ -201,8 +201,8 @@ def eval(
     cut = sum(answer.finish == "length" for answer in answers)
     say(
         f"asked {len(asked)} questions: {read:,} tokens read and {replied:,} generated in {seconds:.1f} s"
-        + (f"; {cut} replies were cut at their limit (--max-tokens)" if cut else "")
-        + (f"; {len(skipped)} questions of more than {format_size(longest)} tokens were skipped" if skipped else "")
+        + (f"; {cut} of the replies cut at --max-tokens" if cut else "")
+        + (f"; {len(skipped)} of the questions skipped, longer than {format_size(longest)} tokens" if skipped else "")
     )
     if output is not None:
         say(f"wrote {output / RESULTS} and {output / PICTURE}")
