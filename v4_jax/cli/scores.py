@@ -57,7 +57,7 @@ def draw(task: TaskName, cells: Sequence[Cell]) -> Any:
     (_grid if task == "needle" else _curves)(axes, task, placed)
     axes.set_xticks(range(len(lengths)), [format_size(length) for length in lengths])
     axes.set_xlabel("tokens of prompt and answer")
-    axes.set_title(f"{task}: {max(cell.questions for cell in cells)} questions")
+    axes.set_title(f"{task} ({max(cell.questions for cell in cells)} asked)")
     return figure
 
 
@@ -82,12 +82,13 @@ def _curves(axes: Any, task: TaskName, placed: Sequence[tuple[Cell, int]]) -> No
     for cell, x in placed:
         if not series or cell.series is not None:
             curves.setdefault(cell.metric if not series else f"{cell.series:g} {series}", []).append((cell, x))
-    for label, curve in curves.items():
+    for number, (label, curve) in enumerate(curves.items()):
+        aside = 0.03 * (number - (len(curves) - 1) / 2)  # so that no curve's bars hide another's
         # Rounding may put a mean a hair outside of its own interval, which a bar does not allow.
         down, up = zip(
             *((max(cell.mean - cell.low, 0), max(cell.high - cell.mean, 0)) for cell, _ in curve), strict=True
         )
-        places, means = [x for _, x in curve], [cell.mean for cell, _ in curve]
+        places, means = [x + aside for _, x in curve], [cell.mean for cell, _ in curve]
         axes.errorbar(places, means, yerr=[down, up], marker="o", capsize=3, linewidth=1.5, label=label)
     axes.set_ylim(-0.02, 1.02)
     axes.set_ylabel(metrics[0] if series else "score")
