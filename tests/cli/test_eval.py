@@ -90,7 +90,7 @@ def test_the_embedded_model_finds_needles(run, tmp_path):
     """Far outside of its window of 32 tokens, where guesses are right once in a hundred times."""
     with resources.as_file(resources.files("v4_jax") / "data" / "demo") as path:
         arguments = ("--lengths", "512", "--depths", "0,0.5", "--samples", "4", "--policy", "float32")
-        result = run("eval", path, "--raw", *arguments, "--output", tmp_path / "out")
+        result = run("eval", path, "--raw", "--no-bos", *arguments, "--output", tmp_path / "out")
     assert result.code == 0, result.err
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     all_ = found["table"][-1]
@@ -133,6 +133,7 @@ def test_bad_options(run, model, questions):
     assert message.startswith(f"--lengths is for a set that is made up, but --data {questions} gives one")
     message = refusal(run, model, "--task", "mrcr", "--depths", "0.5")
     assert message == "--depths is not for --task mrcr; expected some of --lengths, --needles, --samples\n"
+    assert refusal(run, model, "--no-bos") == "--no-bos is for --raw; a chat always begins with that token\n"
     for option, value, expected in (
         ("--depths", "0,2", "expected 0 to 1"),
         ("--lengths", "4K,x", "'x' is not understood"),

@@ -65,6 +65,7 @@ def eval(
     samples: OptionalCount = None,
     seed: Int = 0,
     raw: Flag = False,
+    no_bos: Flag = False,
     mode: Mode = "non-think",
     max_tokens: OptionalSize = None,
     context: OptionalSize = None,
@@ -105,8 +106,9 @@ def eval(
       told: Records of a text with a needle, of which one is asked for. Default: 24.
       samples: Questions made up of each length, and of each depth or number of needles. Default: 8.
       seed: The same seed makes up the same questions, and samples the same answers.
-      raw: Continue plain text, after a begin-of-sentence token, instead of answering a chat: for base models. Needles
-        are then those that the embedded model was trained on.
+      raw: Continue plain text instead of answering a chat: for base models. Needles are then those that the embedded
+        model was trained on.
+      no_bos: With --raw, put no begin-of-sentence token in front: for models trained without, as the embedded one.
       mode: How a chat is answered: at once, after reasoning, or after the most reasoning.
       max_tokens: Most tokens of a reply. Default: twice the set's longest answer and 32 more; with reasoning, 32K more.
       context: Most tokens of prompt and reply together. Longer questions are skipped. Default: the model's longest.
@@ -126,7 +128,9 @@ def eval(
     directory = ModelDirectory.open(model)
     config, tokenizer, defaults = directory.config, directory.tokenizer(), directory.generation_defaults()
     cache = cache_format(cache_dtype, policy)
-    form = Form(tokenizer, None if raw else mode)
+    if no_bos and not raw:
+        raise CommandError("--no-bos is for --raw; a chat always begins with that token")
+    form = Form(tokenizer, None if raw else mode, bos=not no_bos)
     if output is not None:
         check_output(output)
         with needs("eval"):
@@ -182,6 +186,7 @@ def eval(
             "task": task,
             **({"data": str(data)} if data else {**_made(task, made), "seed": seed}),
             "mode": form.mode,
+            "bos": form.bos,
             "max_tokens": max(one.prompt.max_tokens for one in asked),
             "context": longest,
             "sampling": dataclasses.asdict(sampling),
@@ -214,10 +219,12 @@ class Form(NamedTuple):
     Attributes:
       tokenizer: the model's.
       mode: how a chat is answered; None to continue plain text.
+      bos: plain text begins with the begin-of-sentence token.
     """
 
     tokenizer: Tokenizer
     mode: Mode | None
+    bos: bool
 
     @property
     def thinking_mode(self) -> str | None:
@@ -231,7 +238,8 @@ class Form(NamedTuple):
           ValueError: a plain text is to be asked in a chat, or the chat format cannot express a message.
         """
         if self.thinking_mode is None:
-            return [self.tokenizer.bos_id, *self.tokenizer.encode(question.plain()[0])]
+            ids = self.tokenizer.encode(question.plain()[0])
+            return [self.tokenizer.bos_id, *ids] if self.bos else ids
         if question.text:
             raise ValueError("its questions are texts to continue; expected --raw")
         effort = None if self.mode == "non-think" else self.mode
