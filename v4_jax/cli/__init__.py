@@ -36,6 +36,7 @@ VERBS = {
     "score": Verb("scoring", "log-probabilities of given texts, JSON lines in and out"),
     "batch": Verb("batch", "answer a file of requests, many at a time, continued after any end"),
     "serve": Verb("serving", "OpenAI's API over HTTP, many requests at a time"),
+    "eval": Verb("evaluation", "does it stay useful at length: needles, MRCR, questions about documents"),
     "convert": Verb("checkpoints", "released checkpoint -> Orbax, in the released number formats"),
     "export": Verb("checkpoints", "Orbax, a training run (or released) -> released layout"),
     "plan": Verb("compilation", "compile for a TPU topology: fit, cost, and the mesh to use"),

@@ -35,6 +35,18 @@ def _positive(word: str) -> int:
     return number
 
 
+def _list(kind: Callable[[str], Any], metavar: str) -> Reader[Any]:
+    """Reads one word with several values, separated by commas."""
+    return _reader(lambda word: tuple(kind(part) for part in word.split(",")), f"{metavar},...")
+
+
+def _fraction(word: str) -> float:
+    number = float(word)
+    if not 0 <= number <= 1:
+        raise ValueError(f"{number:g} is out of range: expected 0 to 1")
+    return number
+
+
 _plain = tyro.conf.arg(help_behavior_hint="")  # where the help text itself says what the default is
 _text, _file = _reader(str, "TEXT"), _reader(Path, "FILE")
 _size = _reader(parse_size, "SIZE", format_size)
@@ -43,8 +55,11 @@ OptionalText = Annotated[str | None, _text, _plain]
 OptionalFile = Annotated[Path | None, _file, _plain]
 OptionalFloat = Annotated[float | None, _reader(float, "X"), _plain]
 OptionalInt = Annotated[int | None, _reader(int, "N"), _plain]
-OptionalCount = Annotated[int | None, _reader(_positive, "N"), _plain]
 OptionalSize = Annotated[int | None, _size, _plain]
+OptionalCount = Annotated[int | None, _reader(_positive, "N"), _plain]
+OptionalCounts = Annotated[tuple[int, ...] | None, _list(_positive, "N"), _plain]
+OptionalSizes = Annotated[tuple[int, ...] | None, _list(parse_size, "SIZE"), _plain]
+OptionalFractions = Annotated[tuple[float, ...] | None, _list(_fraction, "X"), _plain]
 File = Annotated[Path, _file, _plain]
 Int = Annotated[int, _reader(int, "N")]
 Count = Annotated[int, _reader(_positive, "N")]
