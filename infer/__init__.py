@@ -1,1 +1,1 @@
-"""Inference: sampling, generation, scoring."""
+"""Inference: sampling, generation, scoring; many requests at once, from files and over HTTP; evaluation at length."""

@@ -513,7 +513,9 @@ _DRAFTED, _NEWEST, _AT_REST = -1, -2, -3
 
 
 def slots_within(config: Config, max_length: int, dtype: CacheDtype, budget: int, place: Place = Place()) -> int:  # noqa: B008
-    """How many slots of `max_length` tokens a cache of at most `budget` bytes per device has, a legal number.
+    """How many slots of `max_length` tokens at most `budget` bytes per device hold, a legal number.
+
+    A slot is a row of the cache and of the counts that penalties look at.
 
     Args:
       config: the architecture.
@@ -526,8 +528,8 @@ def slots_within(config: Config, max_length: int, dtype: CacheDtype, budget: int
       ValueError: not even the smallest cache fits; the message has the numbers.
     """
     unit = place.row_shards
-    shapes = place.cache_shapes(config, unit, max_length, dtype)
-    least = bytes_per_device(shapes)
+    history = place.shapes(lambda: History.empty(unit, config.vocab_size))
+    least = bytes_per_device(_State(place.cache_shapes(config, unit, max_length, dtype), history))
     if least > budget:
         raise ValueError(
             f"a cache of {budget:,} bytes per device has no room for {max_length:,} tokens: "

@@ -270,7 +270,7 @@ def test_slots_of_a_budget(small):
     arguments = (small.config, LENGTH, "float32")
     held = Place().cache(small.config, 1, LENGTH, "float32").nbytes()
     assert make_engine(small, 3).slot_bytes() == held
-    one = sum(held.values()) + 8  # and its two lengths
+    one = sum(held.values()) + 8 + 5 * small.config.vocab_size  # and its two lengths, and what it has seen
     assert slots_within(*arguments, 5 * one + 100) == 5
     with pytest.raises(ValueError, match=r"no room for 192 tokens: 1 slot of that length takes [0-9,]+ bytes"):
         slots_within(*arguments, one // 2)
