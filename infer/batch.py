@@ -216,7 +216,7 @@ def answer_lines(
     numbers: Iterable[int],
     prepare: Prepare,
     record: Callable[[Record], None],
-    progress: Callable[[int], None],
+    progress: Callable[[], None],
 ) -> None:
     """Serves lines with an engine, a few ahead of its slots so that none stays empty.
 
@@ -225,33 +225,32 @@ def answer_lines(
       numbers: legal lines, in the order in which they begin.
       prepare: a line's id and completion.
       record: takes each line's record, in the order in which they finish.
-      progress: called after every round with the number of tokens that it made.
+      progress: called after every token.
     """
     running: dict[int, tuple[int, Any, Completion]] = {}
     ahead = iter(numbers)
-    line = next(ahead, None)
-    while line is not None or not engine.idle:
-        while line is not None and engine.waiting < engine.slots:
+
+    def fill() -> None:
+        while engine.waiting < engine.slots and (line := next(ahead, None)) is not None:
             id, completion = prepare(line)
             try:
                 running[engine.submit(completion.request)] = line, id, completion
             except ValueError as error:  # longer than a slot, or more samples than slots
                 record(refusal(line, id, error))
-            line = next(ahead, None)
-        events = engine.round()
-        for event in events:
-            if event.request not in running or running[event.request][2].choices[event.sample].finish:
-                continue  # a stop string came before it, in the same round
-            number, id, completion = running[event.request]
-            completion.push(event)
-            if completion.choices[event.sample].finish and not event.finish:
-                engine.cancel(event.request, event.sample)
-            if completion.done:
-                del running[event.request]
-                name = f"batch_req_{number}"
-                response = {"status_code": 200, "request_id": name, "body": completion.answer(name)}
-                record(_record(number, id, response=response, error=None))
-        progress(len(events))
+
+    fill()
+    for event in engine.run():
+        number, id, completion = running[event.request]
+        choice, _ = completion.push(event)
+        if choice.cut:
+            engine.cancel(event.request, event.sample)
+        if completion.done:
+            del running[event.request]
+            name = f"batch_req_{number}"
+            response = {"status_code": 200, "request_id": name, "body": completion.answer(name)}
+            record(_record(number, id, response=response, error=None))
+        fill()
+        progress()
 
 
 # ---- the journal ---------------------------------------------------------------------------------------------------
@@ -280,12 +279,10 @@ class Journal:
     """
 
     def __init__(self, output: Path, part: Part, header: Record) -> None:
-        self._output, self._part, self._header = output, part, header
         path = journal_path(output, part)
         self._file = _locked(path)
         records = _Records(path)
         self._file.truncate(records.end)  # a line that was cut short by a full disk or a crash is not a record
-        self._file.seek(records.end)
         if records.header is None:
             self._append(header)
         elif records.header != header:

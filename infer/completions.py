@@ -9,14 +9,14 @@ import dataclasses
 import functools
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 from infer.bodies import Body, BodyError, ChatBody, CompletionBody, SchemaFormat
 from infer.generate import check_ids
 from infer.grammar import Grammar, Grammars
 from infer.requests import Event, Request
 from infer.sampling import Sampling
-from infer.text import MODES, Mode, Piece, Reply
+from infer.text import MODES, Mode, Piece, Reply, Sample, plain_ids
 from v4_jax import chat
 from v4_jax.config import Config
 from v4_jax.tokenizer import Tokenizer
@@ -70,21 +70,6 @@ class Model:
         return tuple(self.tokenizer.encode(chat.THINK_CLOSE))
 
 
-@dataclasses.dataclass(eq=False)
-class Choice:
-    """One of a request's answers as it grows.
-
-    Attributes:
-      reply: its text.
-      events: its tokens.
-      finish: "stop" or "length" once it has ended.
-    """
-
-    reply: Reply
-    events: list[Event] = dataclasses.field(default_factory=list)
-    finish: str | None = None
-
-
 class Completion:
     """One body on its way to its answer.
 
@@ -121,9 +106,9 @@ class Completion:
             model.reasoning_end if thinks else (),
             budget,
         )
-        self._stops = self.request.stops(model.config)
+        stops = self.request.stops(model.config)
         written = functools.partial(Reply, model.tokenizer, body.stops, prompt.thinking_mode, prompt.begun)
-        self.choices = [Choice(written()) for _ in range(self.request.n)]
+        self.choices = [Sample(written(), stops) for _ in range(self.request.n)]
         self._created = int(time.time())
 
     @property
@@ -136,19 +121,10 @@ class Completion:
         """Tokens generated so far, all choices together."""
         return sum(len(choice.events) for choice in self.choices)
 
-    def push(self, event: Event) -> list[Piece]:
-        """Takes a token and returns the text that it makes certain.
-
-        A choice that ends though its event does not (`finish`) met a stop string: the engine is to be told so.
-        """
+    def push(self, event: Event) -> tuple[Sample, list[Piece]]:
+        """Takes a token; returns the choice that it continues, and the text that it makes certain."""
         choice = self.choices[event.sample]
-        choice.events.append(event)
-        # A text also stops where its grammar leaves nothing to add: that token is a part of it.
-        pieces = [] if event.id in self._stops else choice.reply.push(event.id)
-        if event.finish or choice.reply.stopped:
-            pieces += choice.reply.finish()
-            choice.finish = "stop" if choice.reply.stopped else event.finish
-        return pieces
+        return choice, choice.push(event)
 
     # ---- the answer --------------------------------------------------------------------------------------------------
 
@@ -164,19 +140,18 @@ class Completion:
         None while there is nothing to say. Tool calls come whole, when all of them are certain.
         """
         choice = self.choices[event.sample]
-        finish = self.finish_reason(choice) if choice.finish else None
-        logprobs = self.logprobs([event]) if self.body.wants_logprobs else None
         said: dict[str, Any] = {}
         for kind, text in pieces:
-            if name := _STREAMED.get(kind):
+            if text and (name := _STREAMED.get(kind)):
                 said[name] = said.get(name, "") + text
+        finish = None
         if choice.finish:
-            message = choice.reply.message()
-            if calls := message.get("tool_calls"):
-                said["tool_calls"] = [{"index": i, **call} for i, call in enumerate(calls)]
-            if block := message.get("unparsed_tool_calls"):
-                said["unparsed_tool_calls"] = block
-        said = {name: value for name, value in said.items() if value}
+            finish, written = self._ended(choice)
+            if "tool_calls" in written:
+                said["tool_calls"] = [{"index": i, **call} for i, call in enumerate(written["tool_calls"])]
+            if "unparsed_tool_calls" in written:
+                said["unparsed_tool_calls"] = written["unparsed_tool_calls"]
+        logprobs = self._logprobs([event])
         if not (said or finish or logprobs):
             return None
         common = {"index": event.sample, "finish_reason": finish, "logprobs": logprobs}
@@ -193,22 +168,22 @@ class Completion:
         usage = {"prompt_tokens": len(self.request.prompt), "completion_tokens": self.new_tokens}
         return usage | {"total_tokens": sum(usage.values())}
 
-    def _answer(self, index: int, choice: Choice) -> dict[str, Any]:
-        logprobs = self.logprobs(choice.events) if self.body.wants_logprobs else None
-        common = {"index": index, "finish_reason": self.finish_reason(choice), "logprobs": logprobs}
-        if not isinstance(self.body, ChatBody):
-            return common | {"text": choice.reply.text.get("content", "")}
-        return common | {"message": {"role": "assistant", **choice.reply.message()}}
+    def _answer(self, index: int, choice: Sample) -> dict[str, Any]:
+        finish, written = self._ended(choice)
+        common = {"index": index, "finish_reason": finish, "logprobs": self._logprobs(choice.events)}
+        if isinstance(self.body, ChatBody):
+            return common | {"message": {"role": "assistant", **written}}
+        return common | {"text": written["content"]}
 
-    def finish_reason(self, choice: Choice) -> str | None:
-        """Why a choice ended, in OpenAI's words."""
-        called = (
-            choice.finish == "stop" and isinstance(self.body, ChatBody) and choice.reply.message().get("tool_calls")
-        )
-        return "tool_calls" if called else choice.finish
+    def _ended(self, choice: Sample) -> tuple[str | None, dict[str, Any]]:
+        """Why a choice ended, in OpenAI's words, and what it wrote."""
+        written = choice.reply.message()
+        return "tool_calls" if choice.finish == "stop" and "tool_calls" in written else choice.finish, written
 
-    def logprobs(self, events: Sequence[Event]) -> dict[str, Any]:
-        """Log-probabilities of tokens, in the form of the body's kind."""
+    def _logprobs(self, events: Sequence[Event]) -> dict[str, Any] | None:
+        """Log-probabilities of tokens, in the form of the body's kind; None if they are not asked for."""
+        if not self.body.wants_logprobs:
+            return None
         if isinstance(self.body, ChatBody):
             content = []
             for event in events:
@@ -247,15 +222,13 @@ class _Prompt(NamedTuple):
 
 
 def _prompt(body: ChatBody | CompletionBody, model: Model) -> _Prompt:
-    tokenizer = model.tokenizer
     if isinstance(body, ChatBody):
         return _chat_prompt(body, model)
     if isinstance(body.prompt, list):
         return _Prompt(body.prompt)
     if not body.prompt:
         raise BodyError("prompt is empty; expected some text", "prompt")
-    ids = tokenizer.encode(body.prompt)
-    return _Prompt(ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids])
+    return _Prompt(plain_ids(model.tokenizer, body.prompt))
 
 
 def _chat_prompt(body: ChatBody, model: Model) -> _Prompt:
@@ -267,20 +240,17 @@ def _chat_prompt(body: ChatBody, model: Model) -> _Prompt:
             "or tool_choice 'auto'",
             "tool_choice",
         )
+    format = body.response_format
     text = chat.encode(
         body.messages,
         thinking_mode=thinking_mode,
         reasoning_effort=effort,
         tools=None if body.tool_choice == "none" else body.tools,
-        response_format=body.response_format.json_schema.schema_ if _has_schema(body.response_format) else None,
+        response_format=format.json_schema.schema_ if isinstance(format, SchemaFormat) else None,
     )
     # A model that has begun to write a call goes on with it.
     begun = chat.begin_tool_call(tool) if forced else ""
     return _Prompt(model.tokenizer.encode(text + begun), thinking_mode, begun)
-
-
-def _has_schema(format: Any) -> TypeGuard[SchemaFormat]:
-    return isinstance(format, SchemaFormat)
 
 
 def _constraint(body: Body, model: Model) -> Grammar | None:
@@ -293,7 +263,7 @@ def _constraint(body: Body, model: Model) -> Grammar | None:
             "or tool_choice 'none'",
             "response_format",
         )
-    if _has_schema(body.response_format):
+    if isinstance(body.response_format, SchemaFormat):
         return model.grammars.json_schema(body.response_format.json_schema.schema_)
     return model.grammars.json_object()
 

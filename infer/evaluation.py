@@ -23,7 +23,7 @@ from infer.engine import Engine
 from infer.generate import Progress
 from infer.requests import Request
 from infer.sampling import GREEDY, Sampling
-from infer.text import Reply
+from infer.text import Reply, Sample
 from v4_jax.tokenizer import Tokenizer
 
 TaskName = Literal["needle", "mrcr", "questions"]
@@ -349,34 +349,29 @@ def ask(
     Raises:
       ValueError: a prompt that the engine can never serve.
     """
-    replies = [Reply(tokenizer, prompt.stops, thinking_mode) for prompt in prompts]
-    counts, finishes = [0] * len(prompts), [""] * len(prompts)
-    of_number = {}
+    samples: dict[int, tuple[Prompt, Sample]] = {}  # in the prompts' order
     for index, prompt in enumerate(prompts):
         own = dataclasses.replace(sampling, seed=(sampling.seed + index) % 2**32)
-        of_number[engine.submit(Request(prompt.ids, prompt.max_tokens, own, stop_ids))] = index
+        request = Request(prompt.ids, prompt.max_tokens, own, stop_ids)
+        sample = Sample(Reply(tokenizer, prompt.stops, thinking_mode), request.stops(engine.config))
+        samples[engine.submit(request)] = prompt, sample
     total, done = sum(len(prompt.ids) + prompt.max_tokens for prompt in prompts), 0
     for event in engine.run():
-        index = of_number[event.request]
-        if finishes[index]:
-            continue
-        reply, prompt = replies[index], prompts[index]
-        done += 1 if counts[index] else 1 + len(prompt.ids)
-        counts[index] += 1
-        if event.finish != "stop":
-            reply.push(event.id)
-        if reply.stopped:
+        prompt, sample = samples[event.request]
+        done += 1 if sample.events else 1 + len(prompt.ids)
+        sample.push(event)
+        if sample.cut:
             engine.cancel(event.request)
-        finishes[index] = "stop string" if reply.stopped else event.finish or ""
-        if finishes[index]:
-            reply.finish()
-            done += prompt.max_tokens - counts[index]
+        if sample.finish:
+            done += prompt.max_tokens - len(sample.events)
         if progress is not None:
             progress(done, total)
-    return [
-        Answer(reply.text.get("content", ""), reply.text.get("reasoning", ""), count, finish)
-        for reply, count, finish in zip(replies, counts, finishes, strict=True)
-    ]
+    return [_answer(sample) for _, sample in samples.values()]
+
+
+def _answer(sample: Sample) -> Answer:
+    text, finish = sample.reply.text, "stop string" if sample.reply.stopped else sample.finish or ""
+    return Answer(text.get("content", ""), text.get("reasoning", ""), len(sample.events), finish)
 
 
 # ---- grouping --------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import numpy as np
 from jax import Array
 
 from infer.generate import Progress, check_ids, check_precision, chunk_size
+from infer.text import plain_ids
 from v4_jax.cache import Cache, CacheDtype
 from v4_jax.config import Config
 from v4_jax.files import complete
@@ -108,9 +109,7 @@ def read_jobs(
                 if not isinstance(content["text"], str):
                     raise ValueError(LEGAL_LINE)
                 loaded = loaded or tokenizer()
-                tokens = loaded.encode(content["text"])
-                if bos and tokens[:1] != [loaded.bos_id]:
-                    tokens = [loaded.bos_id, *tokens]
+                tokens = plain_ids(loaded, content["text"]) if bos else loaded.encode(content["text"])
             else:
                 tokens = content["tokens"]
                 if not isinstance(tokens, list) or any(type(token) is not int for token in tokens):

@@ -275,7 +275,7 @@ class _Server:
         except ApiError as error:  # the status is on its way already
             yield event(error.body())
         finally:
-            await running.leave()
+            await running.aclose()
 
 
 class _Running:
@@ -290,8 +290,8 @@ class _Running:
 
     def _ended_early(self, event: Event) -> bool:
         """Takes a token; whether it met a stop string."""
-        self._pieces = self.completion.push(event)
-        return bool(self.completion.choices[event.sample].finish) and not event.finish
+        choice, self._pieces = self.completion.push(event)
+        return choice.cut
 
     async def begin(self) -> None:
         """Waits for the first token: until then, what goes wrong is an answer's status.
@@ -321,11 +321,9 @@ class _Running:
             async for _ in self.choices():
                 pass
 
-    async def leave(self) -> None:
+    async def aclose(self) -> None:
         """Gives the slots back, if they are not free yet."""
         await self._tokens.aclose()  # type: ignore[attr-defined]
-
-    aclose = leave
 
     async def _next(self) -> Event | None:
         try:

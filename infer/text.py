@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from infer.generate import Finish
+from infer.requests import Event
 from v4_jax import chat
 from v4_jax.tokenizer import Tokenizer
 
@@ -18,6 +21,12 @@ MODES: dict[Mode, tuple[str, str | None]] = {
     "high": ("thinking", "high"),
     "max": ("thinking", "max"),
 }
+
+
+def plain_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Tokens of a text to continue, which begin with the begin-of-sentence token in any case."""
+    ids = tokenizer.encode(text)
+    return ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
 
 
 class StoppingText:
@@ -132,3 +141,35 @@ class Reply:
     def _keep(self, pieces: list[Piece]) -> None:
         for kind, text in pieces:
             self.text[kind] = self.text.get(kind, "") + text
+
+
+@dataclasses.dataclass(eq=False)
+class Sample:
+    """One of a request's samples as it grows: the engine's events in, text out.
+
+    Attributes:
+      reply: its text.
+      stop_ids: tokens that end it and are no text.
+      events: its tokens.
+      finish: "stop" or "length" once it has ended.
+    """
+
+    reply: Reply
+    stop_ids: frozenset[int]
+    events: list[Event] = dataclasses.field(default_factory=list)
+    finish: Finish | None = None
+
+    def push(self, event: Event) -> list[Piece]:
+        """Takes a token and returns the pieces that it makes certain."""
+        self.events.append(event)
+        # A text also stops where its grammar leaves nothing to add: that token is a part of it.
+        pieces = [] if event.id in self.stop_ids else self.reply.push(event.id)
+        if event.finish or self.reply.stopped:
+            pieces += self.reply.finish()
+            self.finish = "stop" if self.reply.stopped else event.finish
+        return pieces
+
+    @property
+    def cut(self) -> bool:
+        """Whether a stop string ended it in place of the engine, which is then to be told so."""
+        return self.finish is not None and self.events[-1].finish is None

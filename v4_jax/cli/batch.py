@@ -14,12 +14,12 @@ from jax.experimental import multihost_utils
 
 from infer.text import Mode
 from v4_jax.cli.console import CommandError, bad_input, check_output, needs, progress_bar, say, working
+from v4_jax.cli.contexts import DEFAULT_MAX_TOKENS, check_length, room
 from v4_jax.cli.devices import join
-from v4_jax.cli.engines import EngineOptions, describe_drafts, room
-from v4_jax.cli.generation import DEFAULT_MAX_TOKENS
+from v4_jax.cli.engines import EngineOptions, describe_drafts
 from v4_jax.cli.models import ModelDirectory
-from v4_jax.cli.options import Count, Flag, Int, Model, OptionalFloat, OptionalInt, OptionalSize, OptionalText
-from v4_jax.cli.sizes import format_size
+from v4_jax.cli.options import Count, Flag, Int, Model, OptionalSize, OptionalText
+from v4_jax.cli.sampling import SamplingOptions
 
 InputFile = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INPUT", help_behavior_hint="")]
 OutputFile = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT", help_behavior_hint="")]
@@ -34,12 +34,8 @@ def batch(
     raw: Flag = False,
     max_tokens: Count = DEFAULT_MAX_TOKENS,
     context: OptionalSize = None,
-    temperature: OptionalFloat = None,
-    top_p: OptionalFloat = None,
-    top_k: OptionalInt = None,
-    min_p: OptionalFloat = None,
+    sampling: SamplingOptions = SamplingOptions(),  # noqa: B008 (frozen)
     seed: Int = 0,
-    greedy: Flag = False,
     part: OptionalText = None,
     as_finished: Flag = False,
     overwrite: Flag = False,
@@ -68,12 +64,8 @@ def batch(
       raw: A line that is a string is a text to continue, not a question.
       max_tokens: Most tokens of an answer whose request does not say.
       context: Most tokens of a prompt and its answer; longer requests become errors. Default: what the longest needs.
-      temperature: Where the request does not say; 0 takes the best token. Default: generation_config.json's, or 1.
-      top_p: The same for sampling from the fewest best tokens with this much probability.
-      top_k: The same for sampling from this many best tokens; 0 is all.
-      min_p: The same for sampling from tokens at least this fraction as likely as the best.
+      sampling: How tokens are chosen, where the request does not say.
       seed: Where the request does not say, its seed is this plus its line's number.
-      greedy: Short for --temperature 0.
       part: Serve only a part of the lines, such as 2/4; the last of all parts to finish writes the output.
       as_finished: Write the answers in the order in which they finished.
       overwrite: Replace an output file that is there.
@@ -89,14 +81,9 @@ def batch(
     directory = ModelDirectory.open(model)
     engine.check(directory)
     config, tokenizer, release = directory.config, directory.tokenizer(), directory.generation_defaults()
-    longest = config.max_position_embeddings if context is None else context
-    if longest > config.max_position_embeddings:
-        raise CommandError(
-            f"--context {format_size(longest)} is more than the model's "
-            f"{format_size(config.max_position_embeddings)} tokens"
-        )
+    longest = config.max_position_embeddings if context is None else check_length(config, context)
     with bad_input():
-        sampling = release.sampling(temperature, top_p, top_k, min_p, seed, greedy)
+        chosen = sampling.over(release, seed)
         share = job.Part() if part is None else job.Part.parse(part)
     check_output(output)
     if output.exists() and not overwrite and not job.journal_path(output, share).exists():
@@ -114,7 +101,7 @@ def batch(
             "raw": raw,
             "max_tokens": max_tokens,
             "context": context,
-            "sampling": dataclasses.asdict(sampling),
+            "sampling": dataclasses.asdict(chosen),
             "dtype": engine.dtype,
             "policy": engine.policy,
             "cache_dtype": engine.cache_dtype,
@@ -138,7 +125,7 @@ def batch(
             with bad_input(f"{output}: {len(done) - 1} of {len(mine)} answers are kept, to go on from: "):
                 journal.add(one)
 
-    defaults = Defaults(sampling, release.stop_ids, max_tokens, mode)
+    defaults = Defaults(chosen, release.stop_ids, max_tokens, mode)
     asked = Asked(directory.path.name, config, tokenizer, defaults, longest)
 
     def prepare(number: int) -> tuple[Any, Completion]:
@@ -153,15 +140,13 @@ def batch(
             needed = job.survey([number for number in mine if number not in done], prepare, lines, record)
         if needed.numbers:
             length = room(needed.length, config.max_position_embeddings) if context is None else context
-            server = engine.plan(directory, length, needed.samples)()
-            with working("compiling"):
-                server.compile()
+            server = engine.build(directory, length, needed.samples)
             started = time.perf_counter()
             with progress_bar("answering", "requests") as report:
 
-                def progress(made: int) -> None:
+                def progress() -> None:
                     nonlocal tokens
-                    tokens += made
+                    tokens += 1
                     rate = tokens / (time.perf_counter() - started)
                     report(f"{rate:,.1f} tokens/s", len(done), len(mine))
 

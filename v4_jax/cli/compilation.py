@@ -16,6 +16,7 @@ from v4_jax.ahead_of_time import Compiled, Job, MissingCompiler, PlanError, comp
 from v4_jax.chips import Topology
 from v4_jax.cli import plan as card
 from v4_jax.cli.console import CommandError, bad_input, say, show, working
+from v4_jax.cli.contexts import check_length
 from v4_jax.cli.inspection import config_of
 from v4_jax.cli.options import Count, JsonFlag, OptionalSize, OptionalText
 from v4_jax.cli.sizes import format_size
@@ -76,8 +77,7 @@ def plan(
     config = config_of(model) if task == "train" else without_mtp(config_of(model))
     longest = config.max_position_embeddings
     context = min(_ROW if task == "train" else 1024**2, longest) if context is None else context
-    if context > longest:
-        raise CommandError(f"--context {format_size(context)} is more than the model's {format_size(longest)} tokens")
+    check_length(config, context)
     if chunk is not None and task != "prefill":
         takes = "decode takes one token of each row" if task == "decode" else "training takes whole rows"
         raise CommandError(f"--chunk is for prefill: {takes}")

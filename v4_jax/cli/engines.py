@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 
 from infer.engine import Engine, slots_within
 from infer.generate import check_precision
 from infer.speculative import Acceptance, check_depth
-from v4_jax.cli.console import CommandError, bad_input, say
+from v4_jax.cli.console import CommandError, bad_input, say, working
 from v4_jax.cli.devices import place
 from v4_jax.cli.models import ModelDirectory, cache_format
 from v4_jax.cli.options import CacheFormat, Count, Dtype, Int, OptionalCount, OptionalSize, OptionalText, Preset
@@ -18,7 +18,6 @@ from v4_jax.cli.sizes import format_size
 from v4_jax.policy import PolicyName
 
 DEFAULT_SLOTS = 8
-ROUND = 256  # a slot's room is a multiple of this, so that similar jobs share programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +60,8 @@ class EngineOptions:
             check_precision(directory.config, self.policy, cache_format(self.cache_dtype, self.policy))
             check_depth(self.draft, directory.config)
 
-    def plan(self, directory: ModelDirectory, length: int, most: int) -> Callable[[], Engine]:
-        """Settles mesh and slots, and says what the cache takes; the weights are read when the result is called.
+    def build(self, directory: ModelDirectory, length: int, most: int) -> Engine:
+        """Settles mesh and slots, says what the cache takes, reads the weights and compiles.
 
         Args:
           directory: the model.
@@ -70,7 +69,7 @@ class EngineOptions:
           most: slots that could be of use, where nothing else says how many.
 
         Raises:
-          CommandError: no such mesh can be made, or the cache does not fit.
+          CommandError: no such mesh can be made, the cache does not fit, or the weights are damaged.
         """
         config, cache = directory.config, cache_format(self.cache_dtype, self.policy)
         # Any number of rows that is a multiple of the devices splits over them; how many there are is settled after it.
@@ -83,23 +82,22 @@ class EngineOptions:
             slots = self.slots or -(-min(most, DEFAULT_SLOTS) // spot.row_shards) * spot.row_shards
         sizes = spot.cache_shapes(config, slots, length, cache).nbytes()
         say(describe_cache(slots, length, sizes))
-
-        def build() -> Engine:
-            params = directory.load(self.dtype, spot)
-            with bad_input():
-                return Engine(
-                    config,
-                    params,
-                    slots=slots,
-                    max_length=length,
-                    policy=self.policy,
-                    cache_dtype=cache,
-                    prefill_chunk=self.prefill_chunk,
-                    draft=self.draft,
-                    place=spot,
-                )
-
-        return build
+        params = directory.load(self.dtype, spot)
+        with bad_input():
+            engine = Engine(
+                config,
+                params,
+                slots=slots,
+                max_length=length,
+                policy=self.policy,
+                cache_dtype=cache,
+                prefill_chunk=self.prefill_chunk,
+                draft=self.draft,
+                place=spot,
+            )
+        with working("compiling"):
+            engine.compile()
+        return engine
 
 
 def describe_cache(slots: int, length: int, sizes: dict[str, int]) -> str:
@@ -118,8 +116,3 @@ def describe_drafts(acceptance: Sequence[Acceptance]) -> str:
     """One line: how often drafts were right, by depth; "" if there were none."""
     rates = [f"{one.accepted / one.offered:.0%}" for one in acceptance if one.offered]
     return f"drafts accepted by depth: {', '.join(rates)}" if rates else ""
-
-
-def room(length: int, longest: int) -> int:
-    """Tokens of a slot for texts of `length`: rounded up, within the model's context `longest`."""
-    return min(longest, -(-length // ROUND) * ROUND)

@@ -15,11 +15,12 @@ import jax
 from infer import synthetic
 from infer.evaluation import TASKS, Answer, Prompt, Question, Result, TaskName, ask, length_bin, read_set, table
 from infer.score import write_lines
-from infer.text import MODES, Mode
+from infer.text import MODES, Mode, plain_ids
 from v4_jax import chat
-from v4_jax.cli.console import CommandError, bad_input, needs, progress_bar, read_text, say, show, working
+from v4_jax.cli.console import CommandError, bad_input, check_output, needs, progress_bar, read_text, say, show
+from v4_jax.cli.contexts import check_length, room
 from v4_jax.cli.devices import join
-from v4_jax.cli.engines import EngineOptions, room
+from v4_jax.cli.engines import EngineOptions
 from v4_jax.cli.models import ModelDirectory
 from v4_jax.cli.options import (
     Flag,
@@ -33,9 +34,9 @@ from v4_jax.cli.options import (
     OptionalSize,
     OptionalSizes,
 )
+from v4_jax.cli.sampling import SamplingOptions
 from v4_jax.cli.scores import PICTURE, RESULTS, check_directory, draw, scores_table, write_results
 from v4_jax.cli.sizes import format_size
-from v4_jax.config import Config
 from v4_jax.tokenizer import Tokenizer
 
 # Made-up sets, where nothing else is asked for.
@@ -115,8 +116,8 @@ def eval(
         with needs("eval"):
             import matplotlib.figure  # noqa: F401 known to be there before hours of work
     with bad_input():
-        sampling = defaults.sampling(temperature or 0.0, None, None, None, seed, greedy=False)
-    longest = _longest(context, config)
+        sampling = SamplingOptions(temperature=temperature or 0.0).over(defaults, seed)
+    longest = config.max_position_embeddings if context is None else check_length(config, context)
     made = {"lengths": lengths, "depths": depths, "needles": needles, "told": told, "samples": samples}
     name, lines = _lines(task, data, generate, form, longest, made, seed)
     if generate is not None:
@@ -127,9 +128,7 @@ def eval(
     with bad_input(f"{name}: "):
         asked, skipped = _fitting(questions, form, longest, max_tokens)
     needed = max(len(one.prompt.ids) + one.prompt.max_tokens for one in asked)
-    server = engine.plan(directory, room(needed, longest), len(asked))()
-    with working("compiling"):
-        server.compile()
+    server = engine.build(directory, room(needed, longest), len(asked))
     started = time.perf_counter()
     with progress_bar(f"asking {len(asked)} questions", "tokens") as report:
         answers = ask(
@@ -199,8 +198,8 @@ class Form(NamedTuple):
           ValueError: a plain text is to be asked in a chat, or the chat format cannot express a message.
         """
         if self.thinking_mode is None:
-            ids = self.tokenizer.encode(question.plain()[0])
-            return [self.tokenizer.bos_id, *ids] if self.bos else ids
+            text = question.plain()[0]
+            return plain_ids(self.tokenizer, text) if self.bos else self.tokenizer.encode(text)
         if question.text:
             raise ValueError("its questions are texts to continue; expected --raw")
         effort = None if self.mode is None else MODES[self.mode][1]
@@ -282,13 +281,6 @@ def _make(task: TaskName, chosen: dict[str, Any], form: Form, seed: int) -> Iter
     return (synthetic.conversations if task == "mrcr" else synthetic.corpora)(**arguments)
 
 
-def _longest(context: int | None, config: Config) -> int:
-    longest = config.max_position_embeddings
-    if context is not None and context > longest:
-        raise CommandError(f"--context {format_size(context)} is more than the model's {format_size(longest)} tokens")
-    return longest if context is None else context
-
-
 def _fitting(
     questions: Sequence[Question], form: Form, longest: int, max_tokens: int | None
 ) -> tuple[list[Asked], list[dict[str, Any]]]:
@@ -336,10 +328,7 @@ def _write_set(lines: Sequence[str], path: Path) -> None:
     if str(path) == "-":
         print("\n".join(lines))
         return
-    if not path.absolute().parent.is_dir():
-        raise CommandError(f"there is no directory {path.absolute().parent} to write {path.name} in")
-    if path.is_dir():
-        raise CommandError(f"--generate {path} is a directory; expected the name of a file to make")
+    check_output(path)
     if not jax.process_index():
         with bad_input():
             write_lines(lines, path)

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 from infer.generate import Generation, Generator, check_ids, check_precision
 from infer.sampling import Sampling
-from infer.text import MODES, Mode, Reply
+from infer.text import MODES, Mode, Reply, plain_ids
 from v4_jax import chat
 from v4_jax.cli.console import CommandError, bad_input, progress_bar, read_json, read_text, say, working
+from v4_jax.cli.contexts import DEFAULT_MAX_TOKENS, check_length, room
 from v4_jax.cli.devices import join, place
 from v4_jax.cli.models import ModelDirectory, cache_format
 from v4_jax.cli.options import (
@@ -26,20 +27,18 @@ from v4_jax.cli.options import (
     Int,
     JsonFlag,
     Model,
-    OptionalFloat,
-    OptionalInt,
     OptionalSize,
     OptionalText,
     Preset,
     Texts,
 )
 from v4_jax.cli.reply import Writer
+from v4_jax.cli.sampling import SamplingOptions
 from v4_jax.cli.sizes import format_size
 from v4_jax.config import Config
 from v4_jax.policy import PolicyName
 from v4_jax.tokenizer import Tokenizer
 
-DEFAULT_MAX_TOKENS = 512
 THINK_MAX_CONTEXT = 384 * 1024  # what the release advises for Think Max
 
 
@@ -53,12 +52,8 @@ def generate(
     mode: Mode = "non-think",
     max_tokens: OptionalSize = None,
     context: OptionalSize = None,
-    temperature: OptionalFloat = None,
-    top_p: OptionalFloat = None,
-    top_k: OptionalInt = None,
-    min_p: OptionalFloat = None,
+    sampling: SamplingOptions = SamplingOptions(),  # noqa: B008 (frozen)
     seed: Int = 0,
-    greedy: Flag = False,
     stop: Texts = (),
     dtype: Dtype = "native",
     policy: PolicyName = "bfloat16",
@@ -95,12 +90,8 @@ def generate(
         384K or more).
       max_tokens: Most tokens to generate. Default: what --context leaves, or 512 without it.
       context: Most tokens of prompt and reply together, such as 131072, 128K or 1M. Default: both fit.
-      temperature: 0 takes the best token each time. Default: generation_config.json's, or 1.
-      top_p: Sample from the fewest best tokens with this much probability. Default: generation_config.json's, or 1.
-      top_k: Sample from this many best tokens; 0 is all. Default: generation_config.json's, or 0.
-      min_p: Sample from tokens at least this fraction as likely as the best. Default: generation_config.json's, or 0.
+      sampling: How tokens are chosen.
       seed: The same seed gives the same text.
-      greedy: Short for --temperature 0.
       stop: End the reply before this text; may be given several times.
       dtype: How weights are held: as released, or expanded.
       policy: Precision of the computation; released is bfloat16 with the release's rounding of keys and values.
@@ -118,7 +109,7 @@ def generate(
     config, tokenizer, defaults = directory.config, directory.tokenizer(), directory.generation_defaults()
     cache = cache_format(cache_dtype, policy)
     with bad_input():
-        sampling = defaults.sampling(temperature, top_p, top_k, min_p, seed, greedy)
+        chosen = sampling.over(defaults, seed)
         check_precision(config, policy, cache)
         given = _prompt(tokenizer, config, prompt, chat_file, tokens, raw, mode)
         limits = Limits.of(len(given.ids), max_tokens, context, config)
@@ -144,9 +135,9 @@ def generate(
     if not as_json:
         terminal = sys.stdout.isatty()
         writer = Writer(sys.stdout, show_reasoning=terminal or show_reasoning, headings=show_reasoning)
-    outcome = stream(generator, given.ids, limits.max_tokens, sampling, defaults.stop_ids, reply, writer)
+    outcome = stream(generator, given.ids, limits.max_tokens, chosen, defaults.stop_ids, reply, writer)
     if as_json:
-        print(json.dumps(_as_json(outcome, reply, given, sampling), ensure_ascii=False))
+        print(json.dumps(_as_json(outcome, reply, given, chosen), ensure_ascii=False))
     else:
         say(outcome.summary())
 
@@ -179,20 +170,16 @@ class Limits(NamedTuple):
           CommandError: the context is longer than the model's, or the prompt leaves no room in it.
         """
         longest = config.max_position_embeddings
-        if context is not None and context > longest:
-            raise CommandError(
-                f"--context {format_size(context)} is more than the model's {format_size(longest)} tokens"
-            )
-        if max_tokens is not None and max_tokens > longest:
-            raise CommandError(
-                f"--max-tokens {format_size(max_tokens)} is more than the model's {format_size(longest)} tokens"
-            )
+        if context is not None:
+            check_length(config, context)
+        if max_tokens is not None:
+            check_length(config, max_tokens, "--max-tokens")
         if context is None:
             context = min(longest, prompt + (DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens))
         if prompt >= context:
             raise CommandError(f"the prompt has {prompt} tokens, which leaves no room in a context of {context}")
         max_tokens = context - prompt if max_tokens is None else min(max_tokens, context - prompt)
-        return cls(max_tokens, context, min(longest, -(-(prompt + max_tokens) // 256) * 256))
+        return cls(max_tokens, context, room(prompt + max_tokens, longest))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,8 +311,7 @@ def _prompt(
     if not prompt.strip():
         raise CommandError("the prompt is empty; expected some text (--prompt, --chat, --tokens or stdin)")
     if raw:
-        ids = tokenizer.encode(prompt)
-        return Prompt(ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids], None)
+        return Prompt(plain_ids(tokenizer, prompt), None)
     text = chat.encode([{"role": "user", "content": prompt}], thinking_mode=thinking_mode, reasoning_effort=effort)
     return Prompt(tokenizer.encode(text), thinking_mode)
 

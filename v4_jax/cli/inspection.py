@@ -11,8 +11,9 @@ import tyro
 from v4_jax.checkpoint import run_of
 from v4_jax.cli import info as card
 from v4_jax.cli.console import CommandError, bad_input, show
+from v4_jax.cli.contexts import check_length
 from v4_jax.cli.options import JsonFlag, OptionalSize
-from v4_jax.cli.sizes import format_size, parse_size
+from v4_jax.cli.sizes import parse_size
 from v4_jax.config import Config
 
 PRESETS = {"flash": Config.flash, "pro": Config.pro, "tiny": Config.tiny}
@@ -39,8 +40,7 @@ def info(model: Subject, *, context: OptionalSize = None, as_json: JsonFlag = Fa
     config = config_of(model)
     longest = config.max_position_embeddings
     context = min(_DEFAULT_CONTEXT, longest) if context is None else context
-    if context > longest:
-        raise CommandError(f"--context {format_size(context)} is more than the model's {format_size(longest)} tokens")
+    check_length(config, context)
     if as_json:
         print(json.dumps(card.as_json(config, context), indent=2))
     else:

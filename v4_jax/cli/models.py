@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any, cast
 
-from infer.sampling import Sampling
 from v4_jax.cache import CacheDtype
 from v4_jax.checkpoint import Checkpoint, load, open_checkpoint, run_of
 from v4_jax.cli.console import CommandError, bad_input, read_json, say, watched
@@ -121,35 +120,6 @@ class GenerationDefaults:
         if not all(type(stop) is int for stop in stops):
             raise CommandError(f"{path} has eos_token_id {stops!r}, expected a token id or a list of them")
         return cls(temperature, number("top_p", 1.0), int(number("top_k", 0)), number("min_p", 0.0), tuple(stops))
-
-    def sampling(
-        self,
-        temperature: float | None,
-        top_p: float | None,
-        top_k: int | None,
-        min_p: float | None,
-        seed: int,
-        greedy: bool,
-    ) -> Sampling:
-        """These defaults with what the options say instead; None says nothing.
-
-        Raises:
-          CommandError: greedy, and a temperature that is not.
-          ValueError: a value out of range.
-        """
-        if greedy and temperature:
-            raise CommandError(
-                f"--greedy means --temperature 0, but --temperature is {temperature:g}; give one of them"
-            )
-        if greedy:
-            temperature = 0.0
-        return Sampling(
-            self.temperature if temperature is None else temperature,
-            self.top_p if top_p is None else top_p,
-            self.top_k if top_k is None else top_k,
-            self.min_p if min_p is None else min_p,
-            seed,
-        )
 
 
 def cache_format(chosen: CacheFormat, policy: PolicyName) -> CacheDtype:

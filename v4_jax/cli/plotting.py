@@ -12,7 +12,7 @@ import tyro
 from rich.table import Table
 
 from train.metrics import METRICS, read_metrics
-from v4_jax.cli.console import CommandError, bad_input, needs, say, show
+from v4_jax.cli.console import CommandError, bad_input, check_output, needs, say, show
 from v4_jax.cli.options import OptionalFile, OptionalText
 from v4_jax.files import complete
 
@@ -81,8 +81,7 @@ def plot(runs: Runs, /, *, out: OptionalFile = None, metrics: OptionalText = Non
     chosen = _panels(found, metrics)
     if target.suffix.lower() != ".png" or target.is_dir():
         raise CommandError(f"--out is {target}; expected the name of a .png file")
-    if not target.absolute().parent.is_dir():
-        raise CommandError(f"there is no directory {target.absolute().parent} to write {target.name} in")
+    check_output(target)
     picture = io.BytesIO()
     draw(found, chosen).savefig(picture, format="png", dpi=120)
     with bad_input(), complete(target) as working:

@@ -7,22 +7,19 @@ import socket
 from typing import Any
 
 from infer.text import Mode
-from v4_jax.cli.console import CommandError, bad_input, needs, read_text, say, working
+from v4_jax.cli.console import CommandError, bad_input, needs, read_text, say
+from v4_jax.cli.contexts import DEFAULT_MAX_TOKENS, check_length
 from v4_jax.cli.engines import EngineOptions
-from v4_jax.cli.generation import DEFAULT_MAX_TOKENS
 from v4_jax.cli.models import ModelDirectory
 from v4_jax.cli.options import (
     Count,
-    Flag,
     Model,
     OptionalCount,
     OptionalFile,
-    OptionalFloat,
-    OptionalInt,
     OptionalText,
     Size,
 )
-from v4_jax.cli.sizes import format_size
+from v4_jax.cli.sampling import SamplingOptions
 
 KEY = "V4_JAX_API_KEY"
 DEFAULT_CONTEXT = 32768
@@ -37,11 +34,7 @@ def serve(
     context: Size = DEFAULT_CONTEXT,
     max_tokens: Count = DEFAULT_MAX_TOKENS,
     mode: Mode = "non-think",
-    temperature: OptionalFloat = None,
-    top_p: OptionalFloat = None,
-    top_k: OptionalInt = None,
-    min_p: OptionalFloat = None,
-    greedy: Flag = False,
+    sampling: SamplingOptions = SamplingOptions(),  # noqa: B008 (frozen)
     keys: OptionalFile = None,
     requests: OptionalCount = None,
     max_body: Size = 32 << 20,
@@ -69,11 +62,7 @@ def serve(
       context: Most tokens of a prompt and its answer.
       max_tokens: Most tokens of an answer whose request does not say.
       mode: How a chat is answered whose request does not say: at once, after reasoning, or after the most reasoning.
-      temperature: Where the request does not say; 0 takes the best token. Default: generation_config.json's, or 1.
-      top_p: The same for sampling from the fewest best tokens with this much probability.
-      top_k: The same for sampling from this many best tokens; 0 is all.
-      min_p: The same for sampling from tokens at least this fraction as likely as the best.
-      greedy: Short for --temperature 0.
+      sampling: How tokens are chosen, where the request does not say.
       keys: A file with the keys that let clients in, one a line; they send one as Authorization: Bearer KEY. Default:
         the one in V4_JAX_API_KEY, or else everybody is let in.
       requests: Requests that are served or wait at the same time; further ones are turned away with 429. Default: four
@@ -93,19 +82,15 @@ def serve(
     directory = ModelDirectory.open(model)
     engine.check(directory)
     config, tokenizer, release = directory.config, directory.tokenizer(), directory.generation_defaults()
-    if context > config.max_position_embeddings:
-        longest = format_size(config.max_position_embeddings)
-        if context != DEFAULT_CONTEXT:
-            raise CommandError(f"--context {format_size(context)} is more than the model's {longest} tokens")
-        context = config.max_position_embeddings
+    if context == DEFAULT_CONTEXT:
+        context = min(context, config.max_position_embeddings)
+    check_length(config, context)
     with bad_input():
-        sampling = release.sampling(temperature, top_p, top_k, min_p, 0, greedy)
+        chosen = sampling.over(release, seed=0)
     legal = _keys(keys)
     listening = _listen(host, port)
-    server = engine.plan(directory, context, most=1 << 30)()
-    with working("compiling"):
-        server.compile()
-    defaults = Defaults(sampling, release.stop_ids, max_tokens, mode)
+    server = engine.build(directory, context, most=1 << 30)
+    defaults = Defaults(chosen, release.stop_ids, max_tokens, mode)
     served = Served(name or directory.path.name, config, tokenizer, defaults, context)
     app = make_app(
         Service(server, requests or 4 * server.slots), served, keys=legal, limits=Limits(max_body, float(timeout))

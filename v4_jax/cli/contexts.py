@@ -1,0 +1,28 @@
+"""How long texts may get, in tokens."""
+
+from __future__ import annotations
+
+from v4_jax.cli.console import CommandError
+from v4_jax.cli.sizes import format_size
+from v4_jax.config import Config
+
+DEFAULT_MAX_TOKENS = 512  # of a reply, where nothing says how long it may get
+
+_ROUND = 256
+
+
+def check_length(config: Config, length: int, option: str = "--context") -> int:
+    """A length that an option asks for, if the model goes so far.
+
+    Raises:
+      CommandError: it does not.
+    """
+    longest = config.max_position_embeddings
+    if length > longest:
+        raise CommandError(f"{option} {format_size(length)} is more than the model's {format_size(longest)} tokens")
+    return length
+
+
+def room(length: int, longest: int) -> int:
+    """Room in a cache for texts of `length`, at most `longest`: rounded up so that similar ones share programs."""
+    return min(longest, -(-length // _ROUND) * _ROUND)
