@@ -12,6 +12,9 @@ token at a time.
 
 What a request gets does not depend on its neighbours: its chunks are cut by its own prompt alone, a token's program is
 always the same, and random numbers come from its seed and position. Three programs serve all requests, compiled once.
+
+With a prefix cache (`prefixes`) what earlier texts began with is not read again; see `infer.prefix_cache`. Chunks are
+then cut from where a text differs, so that another rounding may depend on what was served before.
 """
 
 from __future__ import annotations
@@ -30,11 +33,14 @@ from infer import speculative
 from infer.generate import CPU_STEP, Finish, check_precision
 from infer.guide import NO_TOKEN, Guide, Move
 from infer.history import History
+from infer.pager import Kept, Pager
+from infer.prefix_cache import Keeping, Trail
 from infer.requests import Event, Request
 from infer.sampling import ALL, GREEDY, Sampling, SamplingRows
 from infer.speculative import Acceptance, Taken
 from v4_jax.cache import Cache, CacheDtype
 from v4_jax.config import Config
+from v4_jax.pages import PAGE
 from v4_jax.placement import Place, bytes_per_device
 from v4_jax.policy import Policy
 from v4_jax.transformer import Transformer
@@ -78,6 +84,9 @@ class _Sequence:
       guide: what else decides about its tokens.
       left: tokens that it may still yield; 0 once it has ended.
       fed: prompt token to feed next; None once it feeds what it generated.
+      newest: token to feed next, as far as the host knows.
+      trail: the hashes of the tokens before it; None without a prefix cache.
+      cached: tokens of its prompt that were in the prefix cache.
     """
 
     request: int
@@ -89,6 +98,9 @@ class _Sequence:
     guide: Guide | None
     left: int
     fed: int | None
+    newest: int
+    trail: Trail | None = None
+    cached: int = 0
 
 
 @dataclasses.dataclass(eq=False)
@@ -98,12 +110,26 @@ class _Reading:
     Attributes:
       prompt: its tokens.
       samples: the sequences that go on from it.
-      done: tokens read.
+      done: tokens read; None before it begins.
+      sealed: tokens whose entries were found.
+      trail: the hashes of what there is to read; None without a prefix cache.
     """
 
     prompt: Sequence[int]
     samples: list[_Sequence]
-    done: int = 0
+    done: int | None = None
+    sealed: int = 0
+    trail: Trail | None = None
+
+    @property
+    def slot(self) -> int:
+        """Where it is read into."""
+        return self.samples[0].slot
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to read."""
+        return self.done == len(self.prompt) - 1
 
 
 class _Flight(NamedTuple):
@@ -131,9 +157,10 @@ class Engine:
       policy: precision, a `Policy` or its name.
       cache_dtype: number format of the cache; see `v4_jax.init_cache`.
       prefill_chunk: prompt tokens that are read between two steps of generation; on a mesh that splits the sequence it
-        is rounded up to what splits evenly.
+        is rounded up to what splits evenly, with a prefix cache to a multiple of 128.
       draft: tokens that the multi-token-prediction block guesses ahead in every step, up to 4; 0 is plain decoding.
         Requests get the same tokens, but for what rounding does: a step of several tokens adds in another order.
+      prefixes: what to keep of texts for those that begin alike; None keeps nothing.
       place: the mesh that `params` lie on, with its rules.
 
     Attributes:
@@ -143,6 +170,7 @@ class Engine:
       programs: programs compiled so far; constant after `compile`.
 
     Raises:
+      OSError: the prefix cache's directory cannot be used.
       ShardingError: the slots do not split evenly over the mesh.
       ValueError: sizes out of range, an unknown policy, or a cache format that the policy or the model does not allow.
     """
@@ -158,6 +186,7 @@ class Engine:
         cache_dtype: CacheDtype = "bfloat16",
         prefill_chunk: int = 512,
         draft: int = 0,
+        prefixes: Keeping | None = None,
         place: Place = Place(),  # noqa: B008 (frozen)
     ) -> None:
         for name, value in (("slots", slots), ("prefill_chunk", prefill_chunk)):
@@ -170,9 +199,13 @@ class Engine:
         self.programs = 0
         self._params, self._place, self._cache_dtype = params, place, cache_dtype
         self._model = Transformer(config, policy=policy, mesh=place.mesh, rules=place.rules)
-        self._chunk = place.chunk(prefill_chunk)
+        self._chunk = place.chunk(prefill_chunk if prefixes is None else -(-prefill_chunk // PAGE) * PAGE)
         self._readers = place.row_shards  # prompts that one call reads
         self._shapes = place.cache_shapes(config, slots, max_length, cache_dtype)
+        self._pager: Pager | None = None
+        if prefixes is not None:
+            arguments: dict[str, Any] = dict(chunk=self._chunk, draft=draft, policy=policy, cache_dtype=cache_dtype)
+            self._pager = Pager(prefixes, config, params, self._shapes, **arguments, place=place)
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
         self._reading: list[_Reading] = []
         self._occupied: list[_Sequence | None] = [None] * slots  # by slot: who generates or waits for its prompt
@@ -230,9 +263,9 @@ class Engine:
         step = jax.jit(
             self._step, donate_argnums=(1, 2), out_shardings=(places, whole, whole), compiler_options=options
         )
-        read = jax.jit(self._read, donate_argnums=1, out_shardings=places)
+        read = jax.jit(self._read, donate_argnums=1, out_shardings=(places, whole))
         copy = jax.jit(self._copy, donate_argnums=0, out_shardings=places)
-        chunks = [integers(readers, self._chunk + 1), *[integers(readers)] * 3]
+        chunks = [integers(readers, self._chunk + 1), *[integers(readers)] * 4]
         for program, arguments in (
             (step, (self._params, state, ahead, given, rows, place.shapes(lambda: everything))),
             (read, (self._params, state, *chunks)),
@@ -240,6 +273,8 @@ class Engine:
         ):
             program.lower(*arguments).compile()
             self.programs += 1
+        if self._pager is not None:
+            self.programs += self._pager.compile(state, places)
         # They run what was compiled. Called as compiled objects, they would refuse 4-bit weights that several processes
         # share: jax 0.10 misreads those arrays' layout.
         self._run_step, self._run_read, self._run_copy = step, read, copy
@@ -290,10 +325,17 @@ class Engine:
         self._admit()
         self._read_chunk()
         ahead = self._take_step()
+        if self._pager is not None:
+            self._pager.settle(leaving=1)  # what this round's chunk completed
         events = [*self._events, *(self._collect({} if ahead is None else ahead.moves) if self._flight else [])]
         self._events.clear()
         self._flight = ahead
         return events
+
+    def close(self) -> None:
+        """Waits until what a prefix cache keeps is written; the engine is of no use after that."""
+        if self._pager is not None:
+            self._pager.close()
 
     # ---- programs ----------------------------------------------------------------------------------------------------
 
@@ -332,19 +374,29 @@ class Engine:
             last = jnp.concatenate([last, drafts], axis=1)
         return _State(cache, history), jnp.where(going[:, None], last, ahead), taken
 
-    def _read(self, params: Any, state: _State, tokens: Array, counts: Array, slots: Array, begin: Array) -> _State:
+    def _read(
+        self, params: Any, state: _State, tokens: Array, counts: Array, slots: Array, begin: Array, sealed: Array
+    ) -> tuple[_State, Kept | None]:
         """Reads `counts` [P] of `tokens` [P, C + 1] into `slots` [P], which hold `begin` [P] tokens; slot B is nowhere.
 
-        One more token is known than is read: the multi-token-prediction block reads it with the one before.
+        One more token is known than is read: the multi-token-prediction block reads it with the one before. Of `sealed`
+        [P] tokens the entries are there already. Returns what a prefix cache may keep, too.
         """
         part = jax.tree.map(lambda x: jnp.take(x, slots, axis=_row_axis(x), mode="clip"), state.cache)
         part = part.replace(lengths=begin, mtp_lengths=begin)
-        output: Any = self._model.apply({"params": params}, tokens[:, :-1], lengths=counts, cache=part, logits="none")
+        arguments: dict[str, Any] = dict(lengths=counts, logits="none")
+        found: dict[str, Any] = {}
+        if self._pager is not None:
+            part, found = self._pager.widened(part), {"sealed": sealed}
+        output: Any = self._model.apply({"params": params}, tokens[:, :-1], cache=part, **arguments, **found)
         if self.draft:
-            arguments = dict(lengths=counts, cache=output.cache, logits="none")
-            output = self._model.apply({"params": params}, output.streams, tokens[:, 1:], method="mtp", **arguments)
-        cache = jax.tree.map(lambda x, new: _set_rows(x, slots, new), state.cache, output.cache)
-        return _State(cache, state.history.read(slots, tokens[:, :-1], counts, begin))
+            arguments |= dict(cache=output.cache, method="mtp")
+            output = self._model.apply({"params": params}, output.streams, tokens[:, 1:], **arguments)
+        part, kept = output.cache, None
+        if self._pager is not None:
+            part, kept = self._pager.read(part, begin)
+        cache = jax.tree.map(lambda x, new: _set_rows(x, slots, new), state.cache, part)
+        return _State(cache, state.history.read(slots, tokens[:, :-1], counts, begin)), kept
 
     def _copy(self, state: _State, source: Array, targets: Array) -> _State:
         """Copies row `source` to rows `targets` [B]; row B is nowhere."""
@@ -378,6 +430,7 @@ class Engine:
                     guide=request.guide(self.config),
                     left=request.max_tokens,
                     fed=request.prompt[-1],
+                    newest=request.prompt[-1],
                 )
                 self._occupied[sequence.slot] = sequence
                 samples.append(sequence)
@@ -387,24 +440,41 @@ class Engine:
         """Reads a chunk of the prompts that came first."""
         for one in [one for one in self._reading if not any(sequence.left for sequence in one.samples)]:
             self._reading.remove(one)
-            self._occupied[one.samples[0].slot] = None
+            self._occupied[one.slot] = None
         batch = self._reading[: self._readers]
-        if not batch:
-            return
         tokens = np.zeros((self._readers, self._chunk + 1), np.int32)
-        counts, begin = np.zeros((2, self._readers), np.int32)
+        counts, begin, sealed = np.zeros((3, self._readers), np.int32)
         slots = np.full(self._readers, self.slots, np.int32)
+        kept = []
         for row, one in enumerate(batch):
+            found = one.done is None and self._begin(one)
+            assert one.done is not None
+            if one.complete and found:
+                continue  # all of it
             part = one.prompt[one.done : one.done + self._chunk + 1]
             tokens[row, : len(part)] = part
-            counts[row], slots[row], begin[row] = len(part) - 1, one.samples[0].slot, one.done
+            counts[row], slots[row], begin[row], sealed[row] = len(part) - 1, one.slot, one.done, one.sealed
             one.done += len(part) - 1
-        arguments = self._place.put((tokens, counts, slots, begin))
-        self._state = self._run_read(self._params, self._state, *arguments)
+            if one.trail is not None:
+                kept.append((row, one.trail, int(begin[row]), one.done))
+        if (slots < self.slots).any():
+            arguments = self._place.put((tokens, counts, slots, begin, sealed))
+            self._state, copies = self._run_read(self._params, self._state, *arguments)
+            if self._pager is not None:
+                self._pager.chunk_read(copies, kept)
         for one in batch:
-            if one.done == len(one.prompt) - 1:
+            if one.complete:
                 self._reading.remove(one)
                 self._fork(one)
+
+    def _begin(self, one: _Reading) -> int:
+        """Fetches what the prefix cache has of a prompt; returns how many tokens need not be read."""
+        one.done = 0
+        if self._pager is not None:
+            self._state, (one.done, one.sealed, one.trail) = self._pager.begin(self._state, one.slot, one.prompt)
+            for sequence in one.samples:
+                sequence.cached = one.done
+        return one.done
 
     def _fork(self, one: _Reading) -> None:
         """Lets all samples of a prompt that was read go on, from copies of its row."""
@@ -414,6 +484,8 @@ class Engine:
             targets = np.full(self.slots, self.slots, np.int32)
             targets[: len(others)] = [sequence.slot for sequence in others]
             self._state = self._run_copy(self._state, *self._place.put((np.int32(first.slot), targets)))
+        for sequence in one.samples:
+            sequence.trail = None if one.trail is None else one.trail.copy()
         self._generating += [sequence for sequence in one.samples if sequence.left]
         if not first.left:  # cancelled while the others still needed what was read into its slot
             self._occupied[first.slot] = None
@@ -477,24 +549,30 @@ class Engine:
             if one.left:
                 self._offered += 1
                 self._accepted[: taken.counts[one.slot] - 1] += 1
-        events = []
+        events, paged = [], []  # those that completed a page
         for one in self._flight.moves:
             for place in range(taken.counts[one.slot]):
                 if not one.left:  # cancelled, or ended by one of these tokens
                     break
                 at, token = (one.slot, place), int(taken.ids[one.slot, place])
                 one.left -= 1
+                if one.trail is not None and one.trail.push(one.newest):
+                    paged.append(one)
+                one.newest = token
                 if one in ahead and ahead[one].unless == token:
                     del ahead[one]
                 complete = token in one.stops or (one.guide is not None and one.guide.read(token))
                 finish: Finish | None = "stop" if complete else None if one.left else "length"
                 if finish:
                     self._end(one)
-                event = Event(one.request, one.sample, token, float(taken.logprobs[at]), finish)
+                event = Event(one.request, one.sample, token, float(taken.logprobs[at]), finish, cached=one.cached)
                 if one.top_logprobs:
                     best_ids, logprobs = (x[at][: one.top_logprobs].tolist() for x in taken.alternatives)
                     event = event._replace(alternatives=tuple(zip(best_ids, logprobs, strict=True)))
                 events.append(event)
+        for one in paged:
+            if self._pager is not None and one.trail is not None:
+                self._pager.generated(self._state, one.slot, one.trail)
         return events
 
     def _end(self, sequence: _Sequence) -> None:

@@ -103,6 +103,7 @@ class Event(NamedTuple):
       logprob: its log-probability under the model, before bias, penalties, constraint, temperature and filters.
       finish: "stop" or "length" with the sample's last token, else None.
       alternatives: the most probable tokens and their log-probabilities, best first, as many as were asked for.
+      cached: tokens of the prompt that were not read for this request, as they were in the prefix cache.
     """
 
     request: int
@@ -111,3 +112,4 @@ class Event(NamedTuple):
     logprob: float
     finish: Finish | None
     alternatives: tuple[tuple[int, float], ...] = ()
+    cached: int = 0

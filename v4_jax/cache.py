@@ -173,7 +173,7 @@ class Ring(struct.PyTreeNode):
           A function that reads the `past` tokens before the chunk (on a split sequence, before this device's shard)
           [B, past, C], oldest first, zeros before a row's first token; and the role's rows with the chunk stored.
         """
-        if tokens.shape[1] + past <= self.rows.shape[2]:
+        if not split.sequence and tokens.shape[1] + past <= self.rows.shape[2]:
             # Nothing that is read gets overwritten: storing first lets the compiler update the stack in place, where
             # reading first would make it copy all layers' rows in every layer.
             stored = self.replace(rows=self._append(tokens, layout, ()))

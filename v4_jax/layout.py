@@ -47,6 +47,7 @@ class Layout(struct.PyTreeNode):
       packed: whether rows may hold several documents.
       whole: the chunk that this one is a device's shard of; None when the sequence is not split.
       offset: int32 index of its first token in `whole`.
+      sealed: [B] int32 tokens whose blocks have their entries already; None is the same as 0.
     """
 
     positions: Array
@@ -56,6 +57,7 @@ class Layout(struct.PyTreeNode):
     packed: bool = struct.field(pytree_node=False)
     whole: Layout | None = None
     offset: Array | int = 0
+    sealed: Array | None = None
 
     @classmethod
     def of(
@@ -66,6 +68,7 @@ class Layout(struct.PyTreeNode):
         lengths: Array | None = None,
         segment_ids: Array | None = None,
         positions: Array | None = None,
+        sealed: Array | None = None,
     ) -> Layout:
         """Resolves the optional arguments of a forward pass.
 
@@ -75,6 +78,7 @@ class Layout(struct.PyTreeNode):
           lengths: [B] valid tokens of each row in this chunk; the rest is padding on the right.
           segment_ids: [B, S] document of each token, contiguous; 0 is padding. Not with a cache.
           positions: [B, S] rotary positions; by default counted from each document's first token.
+          sealed: [B] tokens of each row whose blocks are not compressed anew; not with `segment_ids`.
 
         Raises:
           ValueError: segment ids together with a cache, or an argument of the wrong shape.
@@ -83,6 +87,7 @@ class Layout(struct.PyTreeNode):
         start = None if start is None else start.astype(jnp.int32)
         for name, value, expected in (
             ("lengths", lengths, (batch,)),
+            ("sealed", sealed, (batch,)),
             ("segment_ids", segment_ids, shape),
             ("positions", positions, shape),
         ):
@@ -102,7 +107,7 @@ class Layout(struct.PyTreeNode):
             first = jnp.zeros(shape, jnp.int32) if start is None else jnp.broadcast_to(-start[:, None], shape)
         if positions is None:
             positions = index - first
-        return cls(positions, first, valid, start, segment_ids is not None)
+        return cls(positions, first, valid, start, segment_ids is not None, sealed=sealed)
 
     def shard(self, offset: Array, size: int) -> Layout:
         """The tokens [offset, offset + size) as a device sees them that holds only these."""
@@ -114,7 +119,7 @@ class Layout(struct.PyTreeNode):
         if not self.packed:
             start = (0 if self.start is None else self.start) + jnp.full(self.valid.shape[:1], offset, jnp.int32)
         first = cut(self.first) - offset
-        return Layout(cut(self.positions), first, cut(self.valid), start, self.packed, whole=self, offset=offset)
+        return Layout(cut(self.positions), first, cut(self.valid), start, self.packed, self, offset, sealed=self.sealed)
 
     @property
     def size(self) -> int:
@@ -187,6 +192,8 @@ class Layout(struct.PyTreeNode):
         slots = (start // ratio)[:, None] + jnp.arange(count, dtype=jnp.int32)
         first_token = slots * ratio - start[:, None]
         complete = first_token + ratio <= self.counts[:, None]
+        if self.sealed is not None:
+            complete &= slots * ratio >= self.sealed[:, None]
         positions = self.positions[:, :1] + first_token
         return Blocks(first_token, complete, slots > 0, positions, jnp.where(complete, slots, limit), aligned=True)
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -105,7 +104,7 @@ class Place(NamedTuple):
 
     def put(self, tree: Any) -> Any:
         """Host arrays, equal in all processes, to every device."""
-        return jax.tree.map(jnp.asarray, tree) if self.mesh is None else jax.device_put(tree, self.replicated)
+        return jax.device_put(tree, self.replicated, may_alias=False)
 
     def keep(self, tree: Any) -> Any:
         """Within a program: makes arrays whole on every device, as for the last token's logits before sampling."""
@@ -218,7 +217,7 @@ def on_mesh(
     batch, sequence = (tuple(axes) or None for axes in (split.axes("batch"), split.sequence))
     tokens, decisions, row = P(batch, sequence), P(None, batch, sequence), P(batch)
     specs: dict[str, Any] = {name: tokens for name in ("tokens", "streams", "next_tokens")}
-    specs |= {name: row for name in ("positions", "segment_ids", "lengths")}
+    specs |= {name: row for name in ("positions", "segment_ids", "lengths", "sealed")}
     specs |= {"routing": decisions, "cache": cache_specs(given["cache"], table, mesh) if "cache" in given else None}
     vocab = (split.short if logits == "last" else split).shared("vocab") or None
     returned = {"logits": P(batch, None if logits == "last" else sequence, vocab), "cache": specs["cache"]}

@@ -225,6 +225,7 @@ class Transformer(Module):
         segment_ids: Array | None = None,
         lengths: Array | None = None,
         cache: Cache | None = None,
+        sealed: Array | None = None,
         logits: Logits = "all",
         routing: Routing | None = None,
         return_routing: bool = False,
@@ -238,6 +239,8 @@ class Transformer(Module):
           segment_ids: [B, S] int32 document of each token, contiguous in a row; 0 is padding. Not with a cache.
           lengths: [B] int32 valid tokens of each row; the rest is padding on the right.
           cache: what earlier chunks left; rows may stand at different lengths.
+          sealed: [B] int32 tokens of each row, a multiple of 128, whose entries and index keys are in the cache
+            although the row may be shorter: reading these tokens refills windows and open blocks alone.
           logits: which logits to compute: "all" [B, S, V], "last" [B, 1, V] at each row's last valid token, or "none".
           routing: decisions to replay instead of taking them anew; each field may be None.
           return_routing: whether to return the decisions taken.
@@ -256,11 +259,11 @@ class Transformer(Module):
             arguments: dict[str, Any] = dict(
                 tokens=tokens, positions=positions, segment_ids=segment_ids, lengths=lengths
             )
-            arguments |= dict(cache=cache, routing=routing)
+            arguments |= dict(cache=cache, routing=routing, sealed=sealed)
             call = functools.partial(Transformer.__call__, logits=logits, return_routing=return_routing)
             return on_mesh(self, call, arguments, logits, return_routing)
         start = None if cache is None else cache.lengths
-        layout = self._layout(tokens, start, lengths, segment_ids, positions)
+        layout = self._layout(tokens, start, lengths, segment_ids, positions, sealed)
         streams = expand(self._embed(tokens), self.config.hc_mult)
         step, decisions = self._layers(Step(streams, cache), Context(tokens, layout), routing, return_routing)
         if step.cache is not None:
@@ -367,6 +370,7 @@ class Transformer(Module):
         lengths: Array | None,
         segment_ids: Array | None,
         positions: Array | None,
+        sealed: Array | None = None,
     ) -> Layout:
         """Where the tokens stand; of a split sequence, where this device's shard of it does."""
         axes, (batch, size) = self.split.sequence, tokens.shape
@@ -376,6 +380,7 @@ class Transformer(Module):
             lengths=lengths,
             segment_ids=segment_ids,
             positions=positions,
+            sealed=sealed,
         )
         return whole.shard(jnp.int32(size) * collectives.index(axes), size) if axes else whole
 

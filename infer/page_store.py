@@ -1,0 +1,203 @@
+"""Where pages of prompts are kept: the host's memory, a directory, or both.
+
+What was used last stays. An item is a dictionary of arrays under a name that says what it is, wherever it comes from,
+so that a directory may serve several processes and models, one after another or at once.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import threading
+import time
+import warnings
+import zipfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from v4_jax.files import complete
+
+Item = dict[str, np.ndarray]
+
+_SUFFIX = ".npz"
+_QUEUED = 64  # items that wait to be written; who wants to add one waits too
+_ABANDONED = 600  # seconds after which nobody is still writing a file
+
+
+class Memory:
+    """Items in memory; the one that was not used for longest makes room.
+
+    Args:
+      most: bytes.
+
+    Attributes:
+      nbytes: held now.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.nbytes = 0
+        self._most = most
+        self._items: collections.OrderedDict[str, Item] = collections.OrderedDict()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._items
+
+    def get(self, name: str) -> Item | None:
+        """An item, which is then the last one used."""
+        if name in self._items:
+            self._items.move_to_end(name)
+        return self._items.get(name)
+
+    def put(self, name: str, item: Item) -> None:
+        """Keeps an item, if there is room for it at all."""
+        size = _size(item)
+        if size > self._most or name in self._items:
+            return
+        self._items[name] = item
+        self.nbytes += size
+        while self.nbytes > self._most:
+            self.nbytes -= _size(self._items.popitem(last=False)[1])
+
+
+class Directory:
+    """Items in files; the one that was not used for longest makes room.
+
+    Files are written by a thread, one after another, and appear under their names when they are complete. They hold a
+    checksum of every array. The time of a file's last change is the time of its last use, which survives restarts.
+
+    Args:
+      path: the directory; made if it is not there. Its other files are left alone.
+      most: bytes of all items.
+
+    Raises:
+      OSError: it cannot be made or read.
+    """
+
+    def __init__(self, path: Path, most: int) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        self._path, self._most = path, most
+        self._writer, self._queue = ThreadPoolExecutor(1, "pages"), threading.Semaphore(_QUEUED)
+        self._lock = threading.Lock()  # of what follows
+        self._sizes: collections.OrderedDict[str, int] = collections.OrderedDict()
+        self._bytes = 0
+        found = []
+        for file in path.glob(f"*{_SUFFIX}*"):  # other processes may be at work here
+            with contextlib.suppress(OSError):
+                stat = file.stat()
+                if not file.name.startswith("."):
+                    found.append((stat.st_mtime_ns, file.name.removesuffix(_SUFFIX), stat.st_size))
+                elif time.time() - stat.st_mtime > _ABANDONED:  # by a process that was killed while it wrote
+                    file.unlink()
+        for _, name, size in sorted(found):
+            self._add(name, size)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._sizes
+
+    def get(self, name: str) -> Item | None:
+        """Reads an item, which is then the last one used; one that is damaged is taken away."""
+        if name not in self:
+            return None
+        file = self._file(name)
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                item = dict(arrays)
+            os.utime(file)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            if not isinstance(error, FileNotFoundError):
+                warnings.warn(f"{file} is damaged and was removed: {error}", stacklevel=2)
+            with self._lock:
+                self._remove(name)
+            return None
+        with self._lock:
+            if name in self._sizes:
+                self._sizes.move_to_end(name)
+        return item
+
+    def put(self, name: str, item: Item) -> None:
+        """Writes an item, sooner or later; where nothing can be written, it is not kept."""
+        if name in self or _size(item) > self._most:
+            return
+        self._queue.acquire()
+        self._writer.submit(self._write, name, item).add_done_callback(lambda _: self._queue.release())
+
+    def close(self) -> None:
+        """Waits until all is written."""
+        self._writer.shutdown()
+
+    def _write(self, name: str, item: Item) -> None:
+        file = self._file(name)
+        try:
+            with complete(file) as working, working.open("wb") as output:
+                np.savez(output, **item)  # type: ignore[arg-type]
+            self._add(name, file.stat().st_size)
+        except OSError as error:
+            warnings.warn(f"pages are not kept in {self._path}: {error.strerror or error}", stacklevel=2)
+
+    def _add(self, name: str, size: int) -> None:
+        with self._lock:
+            self._bytes += size - self._sizes.pop(name, 0)
+            self._sizes[name] = size
+            while self._bytes > self._most:
+                self._remove(next(iter(self._sizes)))
+
+    def _remove(self, name: str) -> None:
+        self._bytes -= self._sizes.pop(name, 0)
+        with contextlib.suppress(OSError):
+            self._file(name).unlink(missing_ok=True)
+
+    def _file(self, name: str) -> Path:
+        return self._path / (name + _SUFFIX)
+
+
+class PageStore:
+    """Memory before a directory, either of which may be missing.
+
+    Args:
+      memory: bytes of memory; 0 is none.
+      directory: what outlasts the process.
+    """
+
+    def __init__(self, memory: int, directory: Directory | None = None) -> None:
+        self._memory, self._directory = Memory(memory), directory
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that items take."""
+        return self._memory.nbytes
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._memory or (self._directory is not None and name in self._directory)
+
+    def get(self, name: str) -> Item | None:
+        """An item; None if it is not there, or damaged."""
+        item = self._memory.get(name)
+        if item is None and self._directory is not None:
+            item = self._directory.get(name)
+            if item is not None:
+                self._memory.put(name, item)
+        return item
+
+    def put(self, name: str, item: Item) -> None:
+        """Keeps an item where there is room."""
+        self._memory.put(name, item)
+        if self._directory is not None:
+            self._directory.put(name, item)
+
+    def use(self, names: Iterable[str]) -> None:
+        """Says that items in memory were used, the last one last."""
+        for name in names:
+            self._memory.get(name)
+
+    def close(self) -> None:
+        """Waits until all is written that is to outlast the process."""
+        if self._directory is not None:
+            self._directory.close()
+
+
+def _size(item: Item) -> int:
+    return sum(array.nbytes for array in item.values())
