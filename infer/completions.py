@@ -82,6 +82,7 @@ class Completion:
       body: as given.
       request: for the engine.
       choices: the answers, `request.n` of them.
+      cached: tokens of the prompt that were in the prefix cache.
 
     Raises:
       ValueError: the body cannot be served: the chat format cannot express its messages, a token id is illegal, a
@@ -109,6 +110,7 @@ class Completion:
         stops = self.request.stops(model.config)
         written = functools.partial(Reply, model.tokenizer, body.stops, prompt.thinking_mode, prompt.begun)
         self.choices = [Sample(written(), stops) for _ in range(self.request.n)]
+        self.cached = 0
         self._created = int(time.time())
 
     @property
@@ -123,7 +125,7 @@ class Completion:
 
     def push(self, event: Event) -> tuple[Sample, list[Piece]]:
         """Takes a token; returns the choice that it continues, and the text that it makes certain."""
-        choice = self.choices[event.sample]
+        choice, self.cached = self.choices[event.sample], event.cached
         return choice, choice.push(event)
 
     # ---- the answer --------------------------------------------------------------------------------------------------
@@ -164,9 +166,16 @@ class Completion:
         return {"id": name, "object": kind, "created": self._created, "model": self._model.name}
 
     def usage(self) -> dict[str, Any]:
-        """Tokens read and generated."""
-        usage = {"prompt_tokens": len(self.request.prompt), "completion_tokens": self.new_tokens}
-        return usage | {"total_tokens": sum(usage.values())}
+        """Tokens read and generated; those of the prompt that were in the prefix cache as DeepSeek and OpenAI say it."""
+        prompt = len(self.request.prompt)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": self.new_tokens,
+            "total_tokens": prompt + self.new_tokens,
+            "prompt_cache_hit_tokens": self.cached,
+            "prompt_cache_miss_tokens": prompt - self.cached,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+        }
 
     def _answer(self, index: int, choice: Sample) -> dict[str, Any]:
         finish, written = self._ended(choice)

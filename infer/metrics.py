@@ -17,6 +17,7 @@ class Metrics:
     Attributes:
       requests: finished requests, by path and status.
       prompt_tokens: read.
+      cached_tokens: of those prompts, which were in the prefix cache.
       generated_tokens: made.
       first_token: seconds until a request's first token.
       duration: seconds until a request's last token.
@@ -28,6 +29,7 @@ class Metrics:
         own: dict[str, Any] = {"namespace": "v4_jax", "registry": self.registry}
         self.requests = Counter("requests", "Finished requests", ["path", "status"], **own)
         self.prompt_tokens = Counter("prompt_tokens", "Prompt tokens of requests that were served", **own)
+        self.cached_tokens = Counter("cached_tokens", "Of the prompt tokens, those that were not read again", **own)
         self.generated_tokens = Counter("generated_tokens", "Tokens generated", **own)
         self.first_token = Histogram("first_token_seconds", "Until the first token", buckets=_SECONDS, **own)
         self.duration = Histogram("request_seconds", "Until the last token", buckets=_SECONDS, **own)

@@ -34,7 +34,10 @@ _ERROR = _object(
     "error",
     error=_object("message type", message=_TEXT, type=_TEXT, param={"type": ["string", "null"]}, code={}),
 )
-_USAGE = _object("prompt_tokens completion_tokens total_tokens")
+_USAGE = _object(
+    "prompt_tokens completion_tokens total_tokens prompt_cache_hit_tokens prompt_cache_miss_tokens "
+    "prompt_tokens_details"
+)
 _MODEL = _object("id object created owned_by", id=_TEXT, object={"const": "model"}, created=_WHOLE, owned_by=_TEXT)
 
 

@@ -301,6 +301,7 @@ class _Running:
         """
         self._first = await self._next()
         self._metrics.prompt_tokens.inc(len(self.completion.request.prompt))
+        self._metrics.cached_tokens.inc(self.completion.cached)
         self._metrics.first_token.observe(self._last - self._begun)
 
     async def choices(self) -> AsyncIterator[dict[str, Any]]:

@@ -151,6 +151,7 @@ def batch(
                     report(f"{rate:,.1f} tokens/s", len(done), len(mine))
 
                 job.answer_lines(server, needed.numbers, prepare, record, progress)
+            server.close()
             if drafts := describe_drafts(server.acceptance):
                 say(drafts)
         if journal:

@@ -9,15 +9,59 @@ import jax
 
 from infer.engine import Engine, slots_within
 from infer.generate import check_precision
+from infer.prefix_cache import Keeping
 from infer.speculative import Acceptance, check_depth
 from v4_jax.cli.console import CommandError, bad_input, say, working
 from v4_jax.cli.devices import place
 from v4_jax.cli.models import ModelDirectory, cache_format
-from v4_jax.cli.options import CacheFormat, Count, Dtype, Int, OptionalCount, OptionalSize, OptionalText, Preset
+from v4_jax.cli.options import (
+    CacheFormat,
+    Count,
+    Dtype,
+    Int,
+    OptionalCount,
+    OptionalFile,
+    OptionalSize,
+    OptionalText,
+    Preset,
+    Size,
+    SizeOrZero,
+    WindowsKept,
+)
 from v4_jax.cli.sizes import format_size
 from v4_jax.policy import PolicyName
 
 DEFAULT_SLOTS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixOptions:
+    """What is kept of prompts and answers for later prompts that begin alike.
+
+    Attributes:
+      prefix_memory: Bytes of the host's memory to keep the cache of earlier texts in, so that prompts that begin as
+        they did are read from where they differ on.
+      prefix_windows: From where on a text can be gone on with: full, any multiple of 128 tokens; a number of tokens,
+        its multiples, in less room; none, in an eighth of the room, but some tokens for each layer are read again.
+      prefix_directory: Where to keep it across restarts, besides.
+      prefix_disk: Bytes of that directory.
+    """
+
+    prefix_memory: SizeOrZero = 0
+    prefix_windows: WindowsKept = "full"
+    prefix_directory: OptionalFile = None
+    prefix_disk: Size = 64 << 30
+
+    def keeping(self) -> Keeping | None:
+        """The same for the engine.
+
+        Raises:
+          CommandError: tokens that are no multiple of 128.
+        """
+        if not self.prefix_memory and self.prefix_directory is None:
+            return None
+        with bad_input("--prefix-windows: "):
+            return Keeping(self.prefix_memory, self.prefix_windows, self.prefix_directory, self.prefix_disk)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +77,7 @@ class EngineOptions:
       prefill_chunk: Prompt tokens read between two steps of generation; with a mesh, rounded up to what splits evenly.
       draft: Tokens that the multi-token-prediction block guesses ahead in every step, up to 4; the answers are those of
         0, sooner.
+      prefix: What is kept of prompts and answers.
       mesh: How to spread the model over all devices: sizes of data, seq, expert and tensor, such as seq=4,expert=2.
         Default: one device.
       preset: Which mesh axes split what; long-context splits long prompts over all axes but data.
@@ -45,6 +90,7 @@ class EngineOptions:
     cache_dtype: CacheFormat = "auto"
     prefill_chunk: Count = 512
     draft: Int = 0
+    prefix: PrefixOptions = PrefixOptions()  # noqa: RUF009 (frozen)
     mesh: OptionalText = None
     preset: Preset = "long-context"
 
@@ -56,6 +102,7 @@ class EngineOptions:
         """
         if self.slots is not None and self.memory is not None:
             raise CommandError("--slots and --memory both say how many answers are generated at once; give one of them")
+        self.prefix.keeping()
         with bad_input():
             check_precision(directory.config, self.policy, cache_format(self.cache_dtype, self.policy))
             check_depth(self.draft, directory.config)
@@ -93,6 +140,7 @@ class EngineOptions:
                 cache_dtype=cache,
                 prefill_chunk=self.prefill_chunk,
                 draft=self.draft,
+                prefixes=self.prefix.keeping(),
                 place=spot,
             )
         with working("compiling"):

@@ -140,6 +140,7 @@ def eval(
             stop_ids=defaults.stop_ids,
             progress=lambda done, total: report("", done, total),
         )
+    server.close()
     seconds = time.perf_counter() - started
     results = [
         Result(one.length, one.question.series, TASKS[task].grade(one.question, form.said(answer)))

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from infer.prefix_cache import Windows
 from v4_jax.cli.sizes import format_size, parse_size
 
 Reader = tyro.constructors.PrimitiveConstructorSpec
@@ -51,6 +52,10 @@ _plain = tyro.conf.arg(help_behavior_hint="")  # where the help text itself says
 _text, _file = _reader(str, "TEXT"), _reader(Path, "FILE")
 _size = _reader(parse_size, "SIZE", format_size)
 
+def _windows(word: str) -> Windows:
+    return word if word in ("full", "none") else parse_size(word)  # type: ignore[return-value]
+
+
 OptionalText = Annotated[str | None, _text, _plain]
 OptionalFile = Annotated[Path | None, _file, _plain]
 OptionalFloat = Annotated[float | None, _reader(float, "X"), _plain]
@@ -64,6 +69,11 @@ File = Annotated[Path, _file, _plain]
 Int = Annotated[int, _reader(int, "N")]
 Count = Annotated[int, _reader(_positive, "N")]
 Size = Annotated[int, _size]
+SizeOrZero = Annotated[int, _reader(lambda word: 0 if word == "0" else parse_size(word), "SIZE", format_size)]
+WindowsKept = Annotated[
+    Windows,
+    _reader(_windows, "full|none|SIZE", lambda value: value if isinstance(value, str) else format_size(value)),
+]
 Texts = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff, _plain]
 

@@ -9,7 +9,7 @@ from typing import Any
 from infer.text import Mode
 from v4_jax.cli.console import CommandError, bad_input, needs, read_text, say
 from v4_jax.cli.contexts import DEFAULT_MAX_TOKENS, check_length
-from v4_jax.cli.engines import EngineOptions
+from v4_jax.cli.engines import EngineOptions, PrefixOptions
 from v4_jax.cli.models import ModelDirectory
 from v4_jax.cli.options import (
     Count,
@@ -39,7 +39,7 @@ def serve(
     requests: OptionalCount = None,
     max_body: Size = 32 << 20,
     timeout: Count = 3600,
-    engine: EngineOptions = EngineOptions(),  # noqa: B008 (frozen)
+    engine: EngineOptions = EngineOptions(prefix=PrefixOptions(prefix_memory=1 << 30)),  # noqa: B008 (frozen)
 ) -> None:
     """Serves a model over HTTP in the form of OpenAI's API: chat completions, completions, models; streamed or whole.
 
