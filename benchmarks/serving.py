@@ -1,8 +1,9 @@
-"""Serving under load: throughput and waiting times of `v4-jax serve` against the requests that come in, and drafts.
+"""Serving under load: throughput and waiting times of `v4-jax serve` against load, drafts, prefixes.
 
 The server runs as a process of its own with the embedded model; clients come at random times (Poisson), each with a
 text of its own, and stream what is answered. First twice as many clients as there are slots, without a pause, show how
 much the server can do; then clients come at fractions of that rate. Once for each depth of drafts, at the same rates.
+Last, one client asks one question after another about the same long text, with and without a prefix cache.
 
     python benchmarks/serving.py [--requests 60] [--drafts 0 2]
 
@@ -35,22 +36,30 @@ RESULTS = Path(__file__).parent / "results"
 MODEL = Path(__file__).parents[1] / "v4_jax" / "data" / "demo"
 
 SLOTS, PROMPT, ANSWER = 8, 1000, 48  # characters of a text, which are tokens; tokens of an answer
+DOCUMENT, QUESTION, QUESTIONS = 8192, 100, 20  # tokens that all prompts share, and of each one's end
+PREFIXES = {
+    "none kept": ["--prefix-memory", 0],
+    "windows full": ["--prefix-memory", "1G"],
+    "windows every 1K": ["--prefix-memory", "1G", "--prefix-windows", "1K"],
+    "windows none": ["--prefix-memory", "1G", "--prefix-windows", "none"],
+}
 LOADS = (0.25, 0.5, 0.75, 1.0, 1.25)  # of what the server can do
 
 
 class Seen(NamedTuple):
-    """What one client sees, in seconds from the moment that it asks."""
+    """What one client sees, in seconds from the moment that it asks; and what of its prompt was not read again."""
 
     first: float
     last: float
     tokens: int
+    cached: int
 
 
 @contextlib.contextmanager
-def server(draft: int) -> Iterator[str]:
+def server(*others: Any) -> Iterator[str]:
     """A running server's address."""
-    options = ["--policy", "float32", "--slots", SLOTS, "--context", "2K", "--port", 8123, "--requests", 10**6]
-    command = [Path(sys.executable).parent / "v4-jax", "serve", MODEL, *options, "--draft", draft]
+    options = ["--policy", "float32", "--slots", SLOTS, "--port", 8123, "--requests", 10**6]
+    command = [Path(sys.executable).parent / "v4-jax", "serve", MODEL, *options, *others]
     process = subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
@@ -67,14 +76,17 @@ def server(draft: int) -> Iterator[str]:
 async def ask(client: httpx.AsyncClient, text: str) -> Seen:
     """One client's request."""
     body = {"prompt": text, "max_tokens": ANSWER, "temperature": 0, "stream": True, "logprobs": 0}
-    asked, first, tokens = time.perf_counter(), 0.0, 0
+    body |= {"stream_options": {"include_usage": True}}
+    asked, first, tokens, cached = time.perf_counter(), 0.0, 0, 0
     async with client.stream("POST", "/completions", json=body) as response:
         response.raise_for_status()
         async for line in response.aiter_lines():
             if line.startswith("data: {"):
-                tokens += len(json.loads(line[6:])["choices"][0]["logprobs"]["tokens"])
+                said = json.loads(line[6:])
+                tokens += sum(len(choice["logprobs"]["tokens"]) for choice in said["choices"])
+                cached = (said["usage"] or {}).get("prompt_cache_hit_tokens", 0)
                 first = first or time.perf_counter() - asked
-    return Seen(first, time.perf_counter() - asked, tokens)
+    return Seen(first, time.perf_counter() - asked, tokens, cached)
 
 
 async def closed(client: httpx.AsyncClient, texts: list[str]) -> float:
@@ -119,14 +131,25 @@ async def measure(address: str, count: int, rates: list[float]) -> tuple[list[fl
         return rates, [{"most requests a second": most}, *[await offered(client, texts, rate) for rate in rates]]
 
 
-def picture(found: dict[int, list[dict[str, Any]]], path: Path) -> None:
-    """Throughput and time to the first token against the load."""
+async def shared(address: str) -> dict[str, Any]:
+    """What a client sees who asks about a text that it has asked about before; the first question is left out."""
+    rng = np.random.default_rng(2)
+    document = recall.lesson(rng, DOCUMENT, told=24, asked=24)
+    ends = [recall.lesson(rng, QUESTION, told=2, asked=2) for _ in range(QUESTIONS + 1)]
+    async with httpx.AsyncClient(base_url=address, timeout=None) as client:
+        _, *seen = [await ask(client, document + end) for end in ends]
+    first = np.quantile([one.first for one in seen], (0.5, 0.95)).tolist()
+    return {"first token": first, "found": float(np.mean([one.cached for one in seen]))}
+
+
+def picture(found: dict[int, list[dict[str, Any]]], prefixes: dict[str, dict[str, Any]], path: Path) -> None:
+    """Throughput and time to the first token against the load, and time to the first token against what is kept."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right, last) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     for draft, (_, *rows) in found.items():
         loads = [row["requests a second"] for row in rows]
         left.plot(loads, [row["tokens a second"] for row in rows], marker="o", label=f"draft {draft}")
@@ -137,6 +160,9 @@ def picture(found: dict[int, list[dict[str, Any]]], path: Path) -> None:
     for axes in (left, right):
         axes.legend()
         axes.grid(alpha=0.3)
+    last.barh(list(prefixes), [row["first token"][0] for row in prefixes.values()])
+    last.invert_yaxis()
+    last.set(xlabel="seconds to the first token, median", title=f"{DOCUMENT:,} of {DOCUMENT + QUESTION:,} tokens known")
     figure.savefig(path, dpi=120)
 
 
@@ -148,8 +174,12 @@ def main() -> None:
     found: dict[int, list[dict[str, Any]]] = {}
     rates: list[float] = []
     for draft in given.drafts:
-        with server(draft) as address:
+        with server("--context", "2K", "--prefix-memory", 0, "--draft", draft) as address:
             rates, found[draft] = asyncio.run(measure(address, given.requests, rates))
+    prefixes: dict[str, dict[str, Any]] = {}
+    for name, options in PREFIXES.items():
+        with server("--context", "16K", *options) as address:
+            prefixes[name] = asyncio.run(shared(address))
     table = Table(title=f"{SLOTS} slots, prompts of {PROMPT} tokens, answers of {ANSWER}", title_justify="left")
     for name in (
         "draft",
@@ -172,10 +202,17 @@ def main() -> None:
                 f"{1e3 * between[0]:.1f}, {1e3 * between[1]:.1f}",
             )
     Console(width=120).print(table)
+    title = f"{QUESTIONS} questions of {QUESTION} tokens about {DOCUMENT:,}"
+    table = Table("prefix cache", "tokens found", "first token, s (50%, 95%)", title=title, title_justify="left")
+    for name, row in prefixes.items():
+        table.add_row(name, f"{row['found']:.0f}", "{:.3f}, {:.3f}".format(*row["first token"]))
+    Console(width=120).print(table)
     settings = {"slots": SLOTS, "prompt": PROMPT, "answer": ANSWER, "requests": given.requests}
+    settings |= {"document": DOCUMENT, "question": QUESTION, "questions": QUESTIONS}
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "serving.json").write_text(json.dumps({"settings": settings, "by draft": found}, indent=1) + "\n")
-    picture(found, RESULTS / "serving.png")
+    results = {"settings": settings, "by draft": found, "prefixes": prefixes}
+    (RESULTS / "serving.json").write_text(json.dumps(results, indent=1) + "\n")
+    picture(found, prefixes, RESULTS / "serving.png")
 
 
 if __name__ == "__main__":

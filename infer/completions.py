@@ -166,7 +166,7 @@ class Completion:
         return {"id": name, "object": kind, "created": self._created, "model": self._model.name}
 
     def usage(self) -> dict[str, Any]:
-        """Tokens read and generated; those of the prompt that were in the prefix cache as DeepSeek and OpenAI say it."""
+        """Tokens read and generated; what of the prompt was cached as DeepSeek and OpenAI say it."""
         prompt = len(self.request.prompt)
         return {
             "prompt_tokens": prompt,

@@ -193,7 +193,7 @@ class Pager:
             if plan.tail is not None and tail is None:
                 continue  # it was lost, which the next plan knows
             state, held = self._put(state, slot, keys[: plan.pages], prompt, held)
-            if held == plan.pages:
+            if held >= plan.pages:
                 break
             keys = keys[:held]
         parts = self._empty_tail if tail is None else _parts(tail, self._tails)

@@ -67,7 +67,8 @@ class Service:
         self._wanted.put(None)
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
-        await asyncio.to_thread(self.engine.close)
+        if self._failure is None:
+            await asyncio.to_thread(self.engine.close)
         for number in self._listeners:
             self.engine.cancel(number)
         self._fail(ServiceDown("the service is closed"))

@@ -11,11 +11,12 @@ import pytest
 OPTIONS = ("--policy", "float32", "--context", "1K", "--slots", "2")
 
 
-def test_serves_and_drains(start, model):
-    """Told to end in the middle of a stream, it ends after the stream."""
+def test_serves_and_drains(start, model, tmp_path):
+    """Told to end in the middle of a stream, it ends after the stream; what it has read is kept on disk."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    process = start("serve", model, *OPTIONS, "--port", port, "--name", "small", V4_JAX_API_KEY="secret")
+    kept = ("--prefix-directory", tmp_path / "pages", "--prefix-windows", "256")
+    process = start("serve", model, *OPTIONS, *kept, "--port", port, "--name", "small", V4_JAX_API_KEY="secret")
     try:
         said = ""
         while "serving" not in said:
@@ -26,6 +27,12 @@ def test_serves_and_drains(start, model):
         assert "cache: 2 slots of 1K tokens" in said
         assert httpx.get(address + "/models").status_code == 401
         client = openai.OpenAI(base_url=address, api_key="secret", max_retries=0)
+        for found in (0, 256):
+            usage = client.completions.create(model="small", prompt=[5] * 300 + [6], max_tokens=1).usage
+            assert (usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens) == (301, found)
+            assert (usage.prompt_cache_hit_tokens, usage.prompt_cache_miss_tokens) == (found, 301 - found)
+        metrics = httpx.get(address.replace("/v1", "/metrics")).text
+        assert "v4_jax_cached_tokens_total 256.0" in metrics and "v4_jax_prompt_tokens_total 602.0" in metrics
         asked = dict(model="small", prompt="Hello", max_tokens=900, temperature=1.5, seed=2)
         stream = client.completions.create(**asked, stream=True, stream_options={"include_usage": True})
         next(stream)
@@ -36,6 +43,8 @@ def test_serves_and_drains(start, model):
             client.models.list()
         assert process.wait(timeout=60) in (0, -signal.SIGTERM)
         assert "Traceback" not in process.stderr.read()
+        kept = {file.name.partition(".")[2] for file in (tmp_path / "pages").iterdir()}
+        assert kept == {"page.npz", "tail.npz"}
     finally:
         process.kill()
         process.communicate()
@@ -50,6 +59,11 @@ def test_what_cannot_be_served(run, model, tmp_path):
             (("--port", 70000), "cannot listen at 127.0.0.1 port 70000: "),
             (("--host", "nowhere.invalid"), "cannot listen at nowhere.invalid"),
             (("--context", "2M"), "--context 2M is more than the model's"),
+            (
+                ("--prefix-windows", 100),
+                "--prefix-windows: windows is 100, expected 'full', 'none', or tokens, a multip",
+            ),
+            (("--prefix-directory", empty), "keys is a file; expected a directory, or none yet"),
             (("--keys", empty), "holds no keys; expected one a line"),
             (("--memory", "1K", "--slots", 2), "--slots and --memory both say"),
         ):

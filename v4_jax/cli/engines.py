@@ -56,10 +56,14 @@ class PrefixOptions:
         """The same for the engine.
 
         Raises:
-          CommandError: tokens that are no multiple of 128.
+          CommandError: tokens that are no multiple of 128, or a file in place of the directory.
         """
         if not self.prefix_memory and self.prefix_directory is None:
             return None
+        if self.prefix_directory is not None and self.prefix_directory.is_file():
+            raise CommandError(
+                f"--prefix-directory {self.prefix_directory} is a file; expected a directory, or none yet"
+            )
         with bad_input("--prefix-windows: "):
             return Keeping(self.prefix_memory, self.prefix_windows, self.prefix_directory, self.prefix_disk)
 
@@ -90,7 +94,7 @@ class EngineOptions:
     cache_dtype: CacheFormat = "auto"
     prefill_chunk: Count = 512
     draft: Int = 0
-    prefix: PrefixOptions = PrefixOptions()  # noqa: RUF009 (frozen)
+    prefix: PrefixOptions = PrefixOptions()
     mesh: OptionalText = None
     preset: Preset = "long-context"
 

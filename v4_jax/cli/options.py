@@ -52,6 +52,7 @@ _plain = tyro.conf.arg(help_behavior_hint="")  # where the help text itself says
 _text, _file = _reader(str, "TEXT"), _reader(Path, "FILE")
 _size = _reader(parse_size, "SIZE", format_size)
 
+
 def _windows(word: str) -> Windows:
     return word if word in ("full", "none") else parse_size(word)  # type: ignore[return-value]
 
