@@ -1,10 +1,11 @@
 """Continuous batching: many requests over one model, in a fixed number of slots.
 
-Each slot is a row of one cache. A round reads one chunk of a waiting prompt and then takes one token of every row that
-is generating, so that long prompts delay the others by a chunk at a time. All of a prompt but its last token is read in
-chunks; the last one goes through the same program as generated tokens do, which is the only one that samples. Samples
-that share a prompt (`Request.n`) therefore share its reading: the row is copied and each copy goes on with a seed of
-its own.
+Each slot is a row of one cache, which is paged: a request is admitted when there are slots and pages for all that it
+may come to, so that those in company never wait for each other. A round reads one chunk of a waiting prompt and then
+takes one token of every row that is generating, so that long prompts delay the others by a chunk at a time. All of a
+prompt but its last token is read in chunks; the last one goes through the same program as generated tokens do, which is
+the only one that samples. Samples that share a prompt (`Request.n`) therefore share its reading and the pages that it
+fills: the rest of the row is copied, and each copy goes on with a seed of its own.
 
 With the model's multi-token-prediction block (`draft`) a step takes the newest token of a row and some guesses of what
 follows, and yields as many tokens as were right, and one more; see `infer.speculative`. Rows that a guide leads go one
@@ -25,49 +26,23 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from infer import speculative
-from infer.generate import CPU_STEP, Finish, check_precision
+from infer.generate import Finish, check_precision
 from infer.guide import NO_TOKEN, Guide, Move
-from infer.history import History
-from infer.pager import Kept, Pager
+from infer.page_table import PageTable
+from infer.pager import Pager
 from infer.prefix_cache import Keeping, Trail
+from infer.programs import AT_REST, DRAFTED, NEWEST, Given, Programs
 from infer.requests import Event, Request
 from infer.sampling import ALL, GREEDY, Sampling, SamplingRows
 from infer.speculative import Acceptance, Taken
-from v4_jax.cache import Cache, CacheDtype
+from v4_jax.cache import PAGE, CacheDtype
 from v4_jax.config import Config
-from v4_jax.pages import PAGE
-from v4_jax.placement import Place, bytes_per_device
+from v4_jax.placement import Place
 from v4_jax.policy import Policy
 from v4_jax.transformer import Transformer
-
-
-class _State(NamedTuple):
-    """What the slots hold: the cache, and the tokens that penalties look at."""
-
-    cache: Cache
-    history: History
-
-
-class _Given(NamedTuple):
-    """What the host says about a step.
-
-    Attributes:
-      feed: [B] int32: a prompt token; -1 for the row's newest one and its drafts; -2 for the newest one alone; -3 to
-        leave the row alone.
-      unless: [B] int32: the row is left alone if its newest token is this one.
-      forced: [B] int32: the token to generate; -1 if it is to be sampled.
-      best: [] bool: whether anyone asks for the most probable tokens.
-    """
-
-    feed: Any
-    unless: Any
-    forced: Any
-    best: Any
 
 
 @dataclasses.dataclass(eq=False)
@@ -154,6 +129,8 @@ class Engine:
       params: its parameters, as `v4_jax.load` or `v4_jax.init` return them.
       slots: samples that are generated at the same time; on a mesh with a data axis, a multiple of it.
       max_length: tokens (prompt and continuation) that a sample may reach.
+      pages: pages of the cache, of `Place.page` tokens each, which the samples share; on a mesh with a data axis a
+        multiple of it. None: as many as the slots can fill. See `pages_within`.
       policy: precision, a `Policy` or its name.
       cache_dtype: number format of the cache; see `v4_jax.init_cache`.
       prefill_chunk: prompt tokens that are read between two steps of generation; on a mesh that splits the sequence it
@@ -166,12 +143,12 @@ class Engine:
     Attributes:
       slots: as given.
       max_length: as given.
+      pages: pages of the cache.
       draft: as given.
-      programs: programs compiled so far; constant after `compile`.
 
     Raises:
       OSError: the prefix cache's directory cannot be used.
-      ShardingError: the slots do not split evenly over the mesh.
+      ShardingError: the slots or pages do not split evenly over the mesh.
       ValueError: sizes out of range, an unknown policy, or a cache format that the policy or the model does not allow.
     """
 
@@ -182,6 +159,7 @@ class Engine:
         *,
         slots: int,
         max_length: int,
+        pages: int | None = None,
         policy: str | Policy = "bfloat16",
         cache_dtype: CacheDtype = "bfloat16",
         prefill_chunk: int = 512,
@@ -189,23 +167,27 @@ class Engine:
         prefixes: Keeping | None = None,
         place: Place = Place(),  # noqa: B008 (frozen)
     ) -> None:
-        for name, value in (("slots", slots), ("prefill_chunk", prefill_chunk)):
+        longest = -(-max_length // place.page)
+        pages = slots * longest if pages is None else pages
+        for name, value in (("slots", slots), ("pages", pages), ("prefill_chunk", prefill_chunk)):
             if value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
         check_precision(config, policy, cache_dtype)
         speculative.check_depth(draft, config)
-        place.check(slots)
-        self.config, self.slots, self.max_length, self.draft = config, slots, max_length, draft
-        self.programs = 0
+        for rows in (slots, pages):
+            place.check(rows)
+        self.config, self.slots, self.max_length, self.pages, self.draft = config, slots, max_length, pages, draft
         self._params, self._place, self._cache_dtype = params, place, cache_dtype
-        self._model = Transformer(config, policy=policy, mesh=place.mesh, rules=place.rules)
         self._chunk = place.chunk(prefill_chunk if prefixes is None else -(-prefill_chunk // PAGE) * PAGE)
-        self._readers = place.row_shards  # prompts that one call reads
-        self._shapes = place.cache_shapes(config, slots, max_length, cache_dtype)
+        self._readers = place.row_shards  # prompts that one call reads, one of each shard of rows
+        shapes = place.cache_shapes(config, slots, max_length, cache_dtype, pages=pages)
+        self._table = PageTable(slots, pages, longest, place.row_shards)
         self._pager: Pager | None = None
         if prefixes is not None:
             arguments: dict[str, Any] = dict(chunk=self._chunk, draft=draft, policy=policy, cache_dtype=cache_dtype)
-            self._pager = Pager(prefixes, config, params, self._shapes, **arguments, place=place)
+            self._pager = Pager(prefixes, config, params, shapes, **arguments, place=place)
+        model = Transformer(config, policy=policy, mesh=place.mesh, rules=place.rules)
+        self._programs = Programs(model, shapes, draft=draft, chunk=self._chunk, pager=self._pager, place=place)
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
         self._reading: list[_Reading] = []
         self._occupied: list[_Sequence | None] = [None] * slots  # by slot: who generates or waits for its prompt
@@ -219,9 +201,15 @@ class Engine:
         self._unrestricted: Any = None  # masks of rows without constraints
         self._ahead: Any = None  # [B, 1 + draft] each row's newest token, and guesses of those that follow it
 
-    def slot_bytes(self) -> dict[str, int]:
-        """Bytes of cache that one slot takes, all devices together, by role; windows and open blocks do not grow."""
-        return {role: size // self.slots for role, size in self._shapes.nbytes().items()}
+    @property
+    def programs(self) -> int:
+        """Programs compiled so far; constant after `compile`."""
+        return self._programs.count
+
+    @property
+    def pages_used(self) -> int:
+        """Pages that were given to requests, whether they have filled them yet or not."""
+        return self._table.used
 
     @property
     def waiting(self) -> int:
@@ -243,54 +231,28 @@ class Engine:
 
     def compile(self) -> None:
         """Compiles the programs and makes the cache, unless that was done before."""
-        if self._state is not None:
-            return
-        place, slots, readers = self._place, self.slots, self._readers
-
-        def integers(*shape: int) -> jax.ShapeDtypeStruct:
-            return place.shape(shape, jnp.int32)
-
-        def nothing_seen() -> History:
-            return History.empty(slots, self.config.vocab_size)
-
-        state = _State(self._shapes, place.shapes(nothing_seen))
-        places = None if place.mesh is None else jax.tree.map(lambda x: x.sharding, state)
-        ahead, whole = integers(slots, 1 + self.draft), place.replicated
-        given = _Given(integers(slots), integers(slots), integers(slots), place.shape((), bool))
-        everything = np.full((slots, -(-self.config.vocab_size // 32)), ALL)
-        rows = place.shapes(lambda: SamplingRows.of([GREEDY] * slots))
-        options = CPU_STEP if jax.default_backend() == "cpu" else None
-        step = jax.jit(
-            self._step, donate_argnums=(1, 2), out_shardings=(places, whole, whole), compiler_options=options
-        )
-        read = jax.jit(self._read, donate_argnums=1, out_shardings=(places, whole))
-        copy = jax.jit(self._copy, donate_argnums=0, out_shardings=places)
-        chunks = [integers(readers, self._chunk + 1), *[integers(readers)] * 4]
-        for program, arguments in (
-            (step, (self._params, state, ahead, given, rows, place.shapes(lambda: everything))),
-            (read, (self._params, state, *chunks)),
-            (copy, (state, integers(), integers(slots))),
-        ):
-            program.lower(*arguments).compile()
-            self.programs += 1
-        if self._pager is not None:
-            self.programs += self._pager.compile(state, places)
-        # They run what was compiled. Called as compiled objects, they would refuse 4-bit weights that several processes
-        # share: jax 0.10 misreads those arrays' layout.
-        self._run_step, self._run_read, self._run_copy = step, read, copy
-        cache = jax.jit(lambda: place.cache(self.config, slots, self.max_length, self._cache_dtype))()
-        self._unrestricted = place.put(everything)
-        self._state = _State(cache, place.put(nothing_seen()))
-        self._ahead = place.put(np.zeros(ahead.shape, np.int32))
+        if self._state is None:
+            self._programs.compile(self._params)
+            arguments = (self.config, self.slots, self.max_length, self._cache_dtype)
+            cache = jax.jit(lambda: self._place.cache(*arguments, pages=self.pages))()
+            self._state, self._ahead = self._programs.begin(cache)
+            self._unrestricted = self._place.put(self._programs.everything)
 
     def submit(self, request: Request) -> int:
         """Puts a request in line. Returns its number.
 
         Raises:
           ValueError: it can never be served: an empty prompt, an id outside of the vocabulary, too long, more samples
-            than slots, or what `Request` does not allow.
+            than slots, more than all pages hold, or what `Request` does not allow.
         """
         request.check(self.config, self.slots, self.max_length)
+        each, shared = self._pages_of(request)
+        if not self._table.choose(range(self.slots), request.n, each, shared, empty=True):
+            raise ValueError(
+                f"{request.n} sample{'s' if request.n > 1 else ''} of up to {len(request.prompt) + request.max_tokens} "
+                f"tokens need{'' if request.n > 1 else 's'} {shared + request.n * (each - shared)} pages of "
+                f"{self._place.page} tokens, more than there are: the cache has {self.pages} for all requests"
+            )
         self._waiting.append((self._submitted, request))
         self._submitted += 1
         return self._submitted - 1
@@ -323,6 +285,7 @@ class Engine:
         """
         self.compile()
         self._admit()
+        self._send_table()
         self._read_chunk()
         ahead = self._take_step()
         if self._pager is not None:
@@ -337,93 +300,31 @@ class Engine:
         if self._pager is not None:
             self._pager.close()
 
-    # ---- programs ----------------------------------------------------------------------------------------------------
-
-    def _step(
-        self, params: Any, state: _State, ahead: Array, given: _Given, rows: SamplingRows, allowed: Array
-    ) -> tuple[_State, Array, Taken]:
-        """A token further, or several, for rows that are not left alone.
-
-        Returns the state, each row's newest token and its drafts [B, 1 + draft], and what was sampled.
-        """
-        prompt, newest = given.feed >= 0, ahead[:, 0]
-        going = prompt | ((given.feed != _AT_REST) & (newest != given.unless))
-        fed = ahead.at[:, 0].set(jnp.where(prompt, given.feed, newest))
-        offered = jnp.where(given.feed == _DRAFTED, self.draft, 0)
-        before = state.cache.lengths
-        output: Any = self._model.apply(
-            {"params": params},
-            fed,
-            lengths=jnp.where(going, 1 + offered, 0),
-            cache=state.cache,
-            logits="all",
-        )
-        choose = speculative.Choice(rows, allowed, given.forced, given.best)
-        history = state.history.prompt(given.feed, prompt)
-        logits, before = self._place.keep((output.logits, before))
-        taken, history = speculative.verify(logits, fed, going, offered, choose, before, history)
-        cache = output.cache.rolled_back(lengths=before + taken.counts)
-        last = jnp.take_along_axis(taken.ids, jnp.maximum(taken.counts - 1, 0)[:, None], axis=1)
-        if self.draft:
-
-            def block(*arguments: Any, **options: Any) -> Any:
-                return self._model.apply({"params": params}, *arguments, logits="last", method="mtp", **options)
-
-            arguments = output.streams, taken.ids, taken.counts, rows, cache, self._place.keep
-            drafts, cache = speculative.draft(block, *arguments)
-            last = jnp.concatenate([last, drafts], axis=1)
-        return _State(cache, history), jnp.where(going[:, None], last, ahead), taken
-
-    def _read(
-        self, params: Any, state: _State, tokens: Array, counts: Array, slots: Array, begin: Array, sealed: Array
-    ) -> tuple[_State, Kept | None]:
-        """Reads `counts` [P] of `tokens` [P, C + 1] into `slots` [P], which hold `begin` [P] tokens; slot B is nowhere.
-
-        One more token is known than is read: the multi-token-prediction block reads it with the one before. Of `sealed`
-        [P] tokens the entries are there already. Returns what a prefix cache may keep, too.
-        """
-        part = jax.tree.map(lambda x: jnp.take(x, slots, axis=_row_axis(x), mode="clip"), state.cache)
-        part = part.replace(lengths=begin, mtp_lengths=begin)
-        arguments: dict[str, Any] = dict(lengths=counts, logits="none")
-        found: dict[str, Any] = {}
-        if self._pager is not None:
-            part, found = self._pager.widened(part), {"sealed": sealed}
-        output: Any = self._model.apply({"params": params}, tokens[:, :-1], cache=part, **arguments, **found)
-        if self.draft:
-            arguments |= dict(cache=output.cache, method="mtp")
-            output = self._model.apply({"params": params}, output.streams, tokens[:, 1:], **arguments)
-        part, kept = output.cache, None
-        if self._pager is not None:
-            part, kept = self._pager.read(part, begin)
-        cache = jax.tree.map(lambda x, new: _set_rows(x, slots, new), state.cache, part)
-        return _State(cache, state.history.read(slots, tokens[:, :-1], counts, begin)), kept
-
-    def _copy(self, state: _State, source: Array, targets: Array) -> _State:
-        """Copies row `source` to rows `targets` [B]; row B is nowhere."""
-
-        def copy(x: Array) -> Array:
-            row = jnp.take(x, source[None], axis=_row_axis(x))
-            shape = list(row.shape)
-            shape[_row_axis(x)] = targets.shape[0]
-            return _set_rows(x, targets, jnp.broadcast_to(row, shape))
-
-        return _State(jax.tree.map(copy, state.cache), state.history.copy(source, targets))
-
     # ---- a round's parts ---------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """Gives free slots to those in line, in order: nobody is overtaken, so that nobody waits forever."""
-        free = [slot for slot, sequence in enumerate(self._occupied) if sequence is None]
-        while self._waiting and self._waiting[0][1].n <= len(free):
-            number, request = self._waiting.popleft()
-            samples = []
-            for index in range(request.n):
+        """Gives free slots and pages to those in line, in order: nobody is overtaken, so that nobody waits forever."""
+        while self._waiting:
+            number, request = self._waiting[0]
+            each, shared = self._pages_of(request)
+            free = [slot for slot, sequence in enumerate(self._occupied) if sequence is None]
+            slots = self._table.choose(free, request.n, each, shared)
+            if not slots:
+                return
+            self._waiting.popleft()
+            samples, owners = [], dict[int, int]()
+            for index, slot in enumerate(slots):
+                owner = owners.setdefault(self._table.shard(slot), slot)
+                if owner == slot:
+                    self._table.give(slot, each)
+                else:
+                    self._table.share(owner, slot, each, shared)
                 seed = (request.sampling.seed + index) % 2**32
                 sampling = dataclasses.replace(request.sampling, seed=seed)
                 sequence = _Sequence(
                     request=number,
                     sample=index,
-                    slot=free.pop(0),
+                    slot=slot,
                     sampling=sampling,
                     stops=request.stops(self.config),
                     top_logprobs=request.top_logprobs,
@@ -436,17 +337,31 @@ class Engine:
                 samples.append(sequence)
             self._reading.append(_Reading(request.prompt, samples))
 
+    def _pages_of(self, request: Request) -> tuple[int, int]:
+        """Pages of each sample, and how many of them the samples share: those that the prompt fills."""
+        page = self._place.page
+        return -(-(len(request.prompt) + request.max_tokens) // page), (len(request.prompt) - 1) // page
+
+    def _send_table(self) -> None:
+        """Lets the devices know whose the pages are now; what was started before goes by what was so then."""
+        if self._table.changed:
+            self._table.changed = False
+            table = self._place.put_rows(self._table.array)
+            self._state = self._state._replace(cache=self._state.cache.replace(table=table))
+
     def _read_chunk(self) -> None:
-        """Reads a chunk of the prompts that came first."""
+        """Reads a chunk of the prompt that came first in each shard of the rows."""
         for one in [one for one in self._reading if not any(sequence.left for sequence in one.samples)]:
             self._reading.remove(one)
-            self._occupied[one.slot] = None
-        batch = self._reading[: self._readers]
+            self._vacate(one.slot)
+        batch: dict[int, _Reading] = {}
+        for one in self._reading:
+            batch.setdefault(self._table.shard(one.slot), one)
         tokens = np.zeros((self._readers, self._chunk + 1), np.int32)
         counts, begin, sealed = np.zeros((3, self._readers), np.int32)
         slots = np.full(self._readers, self.slots, np.int32)
         kept = []
-        for row, one in enumerate(batch):
+        for row, one in batch.items():
             found = one.done is None and self._begin(one)
             assert one.done is not None
             if one.complete and found:
@@ -459,10 +374,10 @@ class Engine:
                 kept.append((row, one.trail, int(begin[row]), one.done))
         if (slots < self.slots).any():
             arguments = self._place.put((tokens, counts, slots, begin, sealed))
-            self._state, copies = self._run_read(self._params, self._state, *arguments)
+            self._state, copies = self._programs.read(self._params, self._state, *arguments)
             if self._pager is not None:
                 self._pager.chunk_read(copies, kept)
-        for one in batch:
+        for one in batch.values():
             if one.complete:
                 self._reading.remove(one)
                 self._fork(one)
@@ -479,16 +394,21 @@ class Engine:
     def _fork(self, one: _Reading) -> None:
         """Lets all samples of a prompt that was read go on, from copies of its row."""
         first, *others = one.samples
-        others = [sequence for sequence in others if sequence.left]
-        if others:
-            targets = np.full(self.slots, self.slots, np.int32)
-            targets[: len(others)] = [sequence.slot for sequence in others]
-            self._state = self._run_copy(self._state, *self._place.put((np.int32(first.slot), targets)))
+        page = self._place.page
+        filled, begun = (len(one.prompt) - 1) // page, -(-(len(one.prompt) - 1) // page)
+        complete = {self._table.shard(first.slot)}  # shards whose pages hold the prompt
+        for sequence in [sequence for sequence in others if sequence.left]:
+            shard = self._table.shard(sequence.slot)
+            pages = range(filled if shard in complete else 0, begun)
+            for number, count in [(number, 1) for number in pages] or [(0, 0)]:
+                numbers = (first.slot, sequence.slot, number, count)
+                self._state = self._programs.copy(self._state, *self._place.put([np.int32(x) for x in numbers]))
+            complete.add(shard)
         for sequence in one.samples:
             sequence.trail = None if one.trail is None else one.trail.copy()
         self._generating += [sequence for sequence in one.samples if sequence.left]
         if not first.left:  # cancelled while the others still needed what was read into its slot
-            self._occupied[first.slot] = None
+            self._vacate(first.slot)
 
     def _take_step(self) -> _Flight | None:
         """Starts a step of all that can go on; those at their limit are known to end before it."""
@@ -498,10 +418,10 @@ class Engine:
         drafted = [one for one in going if self.draft and one.fed is None and one.guide is None]
         unless, forced = np.full((2, self.slots), NO_TOKEN, np.int32)
         reporting = any(one.top_logprobs for one in going)
-        given = _Given(np.full(self.slots, _AT_REST, np.int32), unless, forced, np.bool_(reporting))
+        given = Given(np.full(self.slots, AT_REST, np.int32), unless, forced, np.bool_(reporting))
         allowed: np.ndarray | None = None
         for one, move in going.items():
-            newest = _DRAFTED if one.guide is None else _NEWEST
+            newest = DRAFTED if one.guide is None else NEWEST
             given.feed[one.slot], one.fed = newest if one.fed is None else one.fed, None
             unless[one.slot], forced[one.slot] = move.unless, move.forced
             if move.mask is not None:
@@ -513,7 +433,9 @@ class Engine:
         inputs = self._placed("given", [x.tobytes() for x in given], lambda: given)
         rows = self._placed("rows", samplings, lambda: SamplingRows.of(samplings))
         masks = self._unrestricted if allowed is None else self._place.put(allowed)
-        self._state, self._ahead, taken = self._run_step(self._params, self._state, self._ahead, inputs, rows, masks)
+        self._state, self._ahead, taken = self._programs.step(
+            self._params, self._state, self._ahead, inputs, rows, masks
+        )
         return _Flight(going, drafted, taken if reporting else taken._replace(alternatives=None))
 
     def _moves(self) -> _Moves:
@@ -581,47 +503,12 @@ class Engine:
         if sequence in self._generating:
             self._generating.remove(sequence)
         if not any(one.samples[0] is sequence for one in self._reading):
-            self._occupied[sequence.slot] = None
+            self._vacate(sequence.slot)
+
+    def _vacate(self, slot: int) -> None:
+        """Frees a slot and its pages."""
+        self._occupied[slot] = None
+        self._table.take_back(slot)
 
 
 _Moves = dict[_Sequence, Move]
-
-# In place of a prompt token to feed: the row's newest one and its drafts; the newest one alone; none.
-_DRAFTED, _NEWEST, _AT_REST = -1, -2, -3
-
-
-def slots_within(config: Config, max_length: int, dtype: CacheDtype, budget: int, place: Place = Place()) -> int:  # noqa: B008
-    """How many slots of `max_length` tokens at most `budget` bytes per device hold, a legal number.
-
-    A slot is a row of the cache and of the counts that penalties look at.
-
-    Args:
-      config: the architecture.
-      max_length: tokens of a slot.
-      dtype: number format of the cache.
-      budget: bytes of each device.
-      place: the mesh.
-
-    Raises:
-      ValueError: not even the smallest cache fits; the message has the numbers.
-    """
-    unit = place.row_shards
-    history = place.shapes(lambda: History.empty(unit, config.vocab_size))
-    least = bytes_per_device(_State(place.cache_shapes(config, unit, max_length, dtype), history))
-    if least > budget:
-        raise ValueError(
-            f"a cache of {budget:,} bytes per device has no room for {max_length:,} tokens: "
-            f"{unit} slot{'s' if unit > 1 else ''} of that length take{'' if unit > 1 else 's'} {least:,} bytes"
-        )
-    return budget // least * unit
-
-
-def _row_axis(x: Array) -> int:
-    """The batch axis of an array of the cache: [B] lengths, [L, B, ...] stacked rows."""
-    return min(1, x.ndim - 1)
-
-
-def _set_rows(x: Array, rows: Array, values: Array) -> Array:
-    """`x` with other rows of its batch axis; a row out of range is dropped."""
-    index = (slice(None),) * _row_axis(x) + (rows,)
-    return x.at[index].set(values, mode="drop")

@@ -37,8 +37,10 @@ class Metrics:
         self.between_tokens = Histogram("token_seconds", "Between tokens, mean of a request", buckets=fine, **own)
         for name, text, value in (
             ("active_requests", "Requests that are served or wait", lambda: service.active),
-            ("waiting_requests", "Requests that wait for slots", lambda: service.engine.waiting),
+            ("waiting_requests", "Requests that wait for slots or pages", lambda: service.engine.waiting),
             ("slots", "Samples that can be generated at the same time", lambda: service.engine.slots),
+            ("pages", "Pages of the cache", lambda: service.engine.pages),
+            ("used_pages", "Pages of the cache that belong to requests", lambda: service.engine.pages_used),
         ):
             Gauge(name, text, **own).set_function(value)
         drafts = Gauge("drafts", "Drafts so far, by depth, and whether they were right", ["depth", "outcome"], **own)

@@ -15,9 +15,9 @@ from jax import Array
 
 from infer.page_store import Item
 from infer.prefix_cache import Keeping, PrefixCache, Trail, root_of
-from v4_jax.cache import SPARE, Cache, CacheDtype
+from v4_jax.cache import PAGE, SPARE, Cache, CacheDtype
 from v4_jax.config import Config
-from v4_jax.pages import PAGE, Parts, entries_of, page_sizes, put, resized, slots_of, tail_sizes, take, tokens_to_refill
+from v4_jax.pages import Parts, entries_of, page_sizes, put, resized, slots_of, tail_sizes, take, tokens_to_refill
 from v4_jax.placement import Place
 from v4_jax.policy import Policy
 

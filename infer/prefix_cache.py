@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from infer.page_store import Directory, Item, PageStore
-from v4_jax.pages import PAGE
+from v4_jax.cache import PAGE
 
 Windows = Literal["full", "none"] | int
 

@@ -126,6 +126,16 @@ def resolve(rules: Rules | str | None) -> Rules:
     return PRESETS[rules]
 
 
+def axes_of(name: str, rules: Rules, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """Axes of a mesh that split a logical axis."""
+    return tuple(axis for axis in rules[name] if axis in mesh.shape)
+
+
+def shards_of(name: str, rules: Rules, mesh: Mesh | AbstractMesh | None) -> int:
+    """Shards into which a mesh splits a logical axis; 1 without a mesh."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes_of(name, rules, mesh))
+
+
 def spec(axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
     """Mesh axes of each dimension of an array.
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from sharding import collectives
-from sharding.axes import Rules, ShardingError
+from sharding.axes import Rules, ShardingError, shards_of
 
 # Logical axes along which a device can do its own share of the work.
 SHARED_WORK = frozenset({"experts", "heads", "index_heads", "mlp", "o_groups", "sinks", "vocab"})
@@ -67,7 +67,7 @@ class Split:
     @staticmethod
     def whole(mesh: Mesh | AbstractMesh, rules: Rules, unit: int) -> int:
         """The shortest sequence that is split: `unit` tokens on every device that a sequence is split over."""
-        return unit * math.prod(mesh.shape.get(axis, 1) for axis in rules["sequence"])
+        return unit * shards_of("sequence", rules, mesh)
 
     def axes(self, name: str | None) -> tuple[str, ...]:
         """Mesh axes of more than one device that split a logical axis."""

@@ -12,8 +12,9 @@ import pytest
 from sharding.split import UNSPLIT
 from tests.equivalence.tiny import make
 from v4_jax import Config, ConfigError, Transformer, init_cache
-from v4_jax.cache import Ring, Rows
+from v4_jax.cache import PAGE, Ring
 from v4_jax.layout import Layout
+from v4_jax.rows import Rows
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +29,9 @@ def model():
     )
 
 
+@pytest.mark.parametrize("paged", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "released"])
-def test_a_step_costs_the_same_at_any_capacity(model, dtype):
+def test_a_step_costs_the_same_at_any_capacity(model, dtype, paged):
     """Hardly any temporary of a decoding step grows with the length that the cache has room for.
 
     Converting or copying a role's rows around the one row that is written would make them grow as the cache does.
@@ -41,7 +43,8 @@ def test_a_step_costs_the_same_at_any_capacity(model, dtype):
         return output.logits, output.cache
 
     def temporaries(length):
-        cache = jax.eval_shape(lambda: init_cache(model.config, 1, length, dtype=dtype))
+        pages = length // PAGE if paged else None
+        cache = jax.eval_shape(lambda: init_cache(model.config, 1, length, dtype=dtype, pages=pages))
         tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
         compiled = jax.jit(step, donate_argnums=2).lower(model.params, tokens, cache).compile()
         return compiled.memory_analysis().temp_size_in_bytes, sum(cache.nbytes().values())
@@ -92,6 +95,8 @@ def test_refusals():
         init_cache(config, 1, 8, dtype="int8")
     with pytest.raises(ValueError, match="0 tokens is out of range"):
         init_cache(config, 1, 0)
+    with pytest.raises(ValueError, match="a cache of 0 pages is out of range: expected at least one"):
+        init_cache(config, 1, 8, pages=0)
     with pytest.raises(ValueError, match="need multiples of 64"):
         init_cache(dataclasses.replace(config, head_dim=96), 1, 8, dtype="released")
     with pytest.raises(ConfigError, match="sliding_window is 1, expected at least 2"):

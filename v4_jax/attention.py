@@ -17,7 +17,7 @@ from jax import Array
 
 from sharding import collectives
 from sharding.collectives import Axes, all_gather, pmax, psum, reduce_scatter
-from v4_jax.cache import Cache, Entries, Ring, Rows, halo
+from v4_jax.cache import Cache, Entries, Ring, halo
 from v4_jax.compressor import Compressor
 from v4_jax.config import Config, Layer
 from v4_jax.layout import Blocks, Layout
@@ -37,6 +37,7 @@ from v4_jax.outputs import Routing
 from v4_jax.parameters import Module
 from v4_jax.policy import Policy, einsum
 from v4_jax.rotary import inverse_frequencies, rotate
+from v4_jax.rows import Rows
 from v4_jax.stages import SPARSE, Stage, keep, recompute
 
 QUERY_BLOCK = 128  # queries of a row that are attended together,
@@ -464,8 +465,7 @@ class Attention(Module):
             if layout.packed and split.sequence:  # a device's blocks end where its documents let them
                 fresh = _in_order(fresh, numbers)
             return (Entries.local(fresh) if fresh.shape[1] else None), None
-        entries = Entries(cache.rows[role], slot, self.policy.compute_dtype, split.axes("entries"))
-        entries = entries.write(numbers, fresh)
+        entries = cache.entries(role, slot, self.policy.compute_dtype, split.axes("entries")).write(numbers, fresh)
         cache = cache.store(role, entries.rows).store(role + " state", state)
         if split.sequence or layout.size > FEW_QUERIES:
             entries = entries.together(jnp.max(layout.visible(self.roles.ratio)[1]), split.everywhere)

@@ -20,18 +20,22 @@ from jax import Array
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from sharding import collectives
-from sharding.axes import Rules, resolve, sharding
+from sharding.axes import Rules, axes_of, resolve, sharding, shards_of
 from sharding.collectives import Axes, from_left, rows_at
 from sharding.split import Split
 from v4_jax.config import RATIO_OF_ROLE, Config
 from v4_jax.layout import Layout
-from v4_jax.number_formats import E2M1, E4M3, E8M0, INDEX_BLOCK, KV_BLOCK, bytes_of, decode_rows, encode_rows
+from v4_jax.number_formats import INDEX_BLOCK, KV_BLOCK
+from v4_jax.rows import Rows
 
 CacheDtype = Literal["float32", "bfloat16", "released"]
 
 OVERLAPPING_RATIO = 4
 
-LANES = 128  # elements in a row of a TPU's memory tile
+# Tokens for each entry of the roles that grow with the length.
+ENTRY_RATIOS = {"csa": RATIO_OF_ROLE["csa"], "index": RATIO_OF_ROLE["csa"], "hca": RATIO_OF_ROLE["hca"]}
+
+PAGE = math.lcm(*ENTRY_RATIOS.values())  # tokens, whose blocks all end where it does
 
 # Slots of a ring beyond the tokens that are ever read back: so that a short chunk can be stored first, and taken back
 # later, without having overwritten what came before it.
@@ -48,101 +52,6 @@ def span(ratio: int) -> int:
 def projection_width(ratio: int, width: int) -> int:
     """Channels of a token's projections for entries of `width`: values and gates, once per block that it enters."""
     return 2 * width * span(ratio) // ratio
-
-
-class Rows(struct.PyTreeNode):
-    """Rows [L, B, N, C] in one storage format, held as bit patterns.
-
-    Where a backend lacks a small float type, it updates one row of an array by converting the whole array to a type
-    that it has, and back. Integers of the same width are updated in place everywhere, so floats become bits.
-
-    A "kv" row is one run of bytes: codes, scales, rotary channels, and zeros up to a multiple of 128, the width of a
-    TPU's memory tile. Rows of any other width would be laid out across, and copied around every gather.
-
-    Attributes:
-      arrays: the stored parts: one array; for "index" codes and scales.
-      kind: "plain"; "kv", the first channels in E4M3 and the rotary rest in bfloat16; or "index", E2M1.
-      dtype: number format of plain rows.
-      channels: channels of a row.
-      rotary: how many of a "kv" row's, the last ones, are kept in bfloat16.
-    """
-
-    arrays: tuple[Array, ...]
-    kind: Literal["plain", "kv", "index"] = struct.field(pytree_node=False, default="plain")
-    dtype: Any = struct.field(pytree_node=False, default=jnp.float32)
-    channels: int = struct.field(pytree_node=False, default=0)
-    rotary: int = struct.field(pytree_node=False, default=0)
-
-    @classmethod
-    def empty(cls, shape: tuple[int, int, int], channels: int, **form: Any) -> Rows:
-        """Zeros [L, B, N] x channels in the format that the keyword arguments say."""
-        template = cls((), channels=channels, **form)
-        parts = jax.eval_shape(template.encode, jax.ShapeDtypeStruct((channels,), jnp.float32))
-        # The bits of zero are zero in every format; an E8M0 scale of zero bits is 2^-127, which scales zeros.
-        return template.replace(arrays=tuple(jnp.zeros((*shape, *part.shape), part.dtype) for part in parts))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(L, B, N)."""
-        return self.arrays[0].shape[:3]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(bytes_of(array) for array in self.arrays)
-
-    @property
-    def padding(self) -> int:
-        """How many of them fill rows up."""
-        return 0 if self.kind != "kv" else math.prod(self.shape) * (self.arrays[0].shape[-1] - self._ends[-1])
-
-    @property
-    def _ends(self) -> tuple[int, int, int]:
-        """Where codes, scales and rotary channels end in the bytes of a "kv" row."""
-        codes = self.channels - self.rotary
-        scales = codes + codes // KV_BLOCK
-        return codes, scales, scales + 2 * self.rotary
-
-    def encode(self, rows: Array) -> tuple[Array, ...]:
-        """[..., C] rows as this format's parts."""
-        if self.kind == "plain":
-            return (_bits(rows.astype(self.dtype)),)
-        if self.kind == "index":
-            codes, scales = encode_rows(rows, E2M1, INDEX_BLOCK)
-            return _bits(codes), _bits(scales)
-        split = self.channels - self.rotary
-        codes, scales = encode_rows(rows[..., :split], E4M3, KV_BLOCK)
-        rotary = jax.lax.bitcast_convert_type(rows[..., split:].astype(jnp.bfloat16), jnp.uint8)
-        row = [_bits(codes), _bits(scales), rotary.reshape(*rows.shape[:-1], 2 * self.rotary)]
-        room = jnp.zeros((*rows.shape[:-1], -self._ends[-1] % LANES), jnp.uint8)
-        return (jnp.concatenate([*row, room], axis=-1),)
-
-    def decode(self, parts: tuple[Array, ...], dtype: Any) -> Array:
-        """Inverse of `encode`: [..., C] of `dtype`."""
-        if self.kind == "plain":
-            return _float(parts[0], self.dtype).astype(dtype)
-        if self.kind == "index":
-            return decode_rows(_float(parts[0], E2M1), _float(parts[1], E8M0), dtype)
-        codes, scales, rotary, _ = jnp.split(parts[0], self._ends, axis=-1)
-        nope = decode_rows(_float(codes, E4M3), _float(scales, E8M0), dtype)
-        rotary = rotary.reshape(*rotary.shape[:-1], self.rotary, 2)
-        return jnp.concatenate([nope, jax.lax.bitcast_convert_type(rotary, jnp.bfloat16).astype(dtype)], axis=-1)
-
-    def stored(self, rows: Array) -> Array:
-        """[..., C] rows as they read back once stored, so that a chunk's own rows equal what later chunks will see."""
-        return self.decode(self.encode(rows), rows.dtype)
-
-    def read(self, layer: Any, rows: Array, index: Array, dtype: Any) -> Array:
-        """Rows `index` [B, ...] of batch rows `rows` (broadcast with `index`): [B, ..., C]."""
-        return self.decode(tuple(array[layer, rows, index] for array in self.arrays), dtype)
-
-    def write(self, layer: Any, rows: Array, index: Array, values: Array) -> Rows:
-        """Stores `values` [B, n, C] at `index` [B, n]; an index out of range stores nothing."""
-        parts = self.encode(values)
-        arrays = tuple(
-            array.at[layer, rows, index].set(part, mode="drop") for array, part in zip(self.arrays, parts, strict=True)
-        )
-        return self.replace(arrays=arrays)
 
 
 class Ring(struct.PyTreeNode):
@@ -208,19 +117,24 @@ class Entries(struct.PyTreeNode):
     """One layer's compressed entries, in order.
 
     Spread over devices they lie round robin, number n on device n mod devices, so that every device holds the same
-    share at any length. Numbers are a row's own count of its entries; slots are places on this device.
+    share at any length. Numbers are a row's own count of its entries; slots are a row's count of those on this device.
+    A slot lies where the row's table says that its page does; without a table it lies in the row of the same number.
 
     Attributes:
-      rows: the role's rows, all layers.
+      rows: the role's rows, all layers: [L, B, slots] without a table, [L, 1, places] with one.
       layer: which of them this is.
       dtype: dtype that is read.
       axes: mesh axes over which the entries are spread.
+      table: [B, pages] int32 which page of the rows each page of a row is; -1 for none.
+      page: slots of a page.
     """
 
     rows: Rows
     layer: Any
     dtype: Any = struct.field(pytree_node=False)
     axes: Axes = struct.field(pytree_node=False, default=())
+    table: Array | None = None
+    page: int = struct.field(pytree_node=False, default=0)
 
     @classmethod
     def local(cls, entries: Array) -> Entries:
@@ -233,7 +147,7 @@ class Entries(struct.PyTreeNode):
     @property
     def count(self) -> int:
         """Entries of a row that this device can hold."""
-        return self.rows.shape[2]
+        return self.rows.shape[2] if self.table is None else self.table.shape[1] * self.page
 
     def slots(self, numbers: Array) -> Array:
         """Slots of entries on this device; -1 for those that lie elsewhere, and for -1."""
@@ -249,15 +163,33 @@ class Entries(struct.PyTreeNode):
         devices = collectives.size(self.axes)
         return (number + devices - 1 - collectives.index(self.axes)) // devices
 
+    def places(self, rows: Array, slots: Array) -> tuple[Any, Array]:
+        """Where slots of batch rows lie in the arrays: rows and places there.
+
+        Args:
+          rows: int32, broadcast with `slots`.
+          slots: int32; the place of one out of range, or without a page, is the one after the last.
+        """
+        if self.table is None:
+            return rows, jnp.where((slots < 0) | (slots >= self.count), self.count, slots)
+        page = self.table[rows, jnp.clip(slots // self.page, 0, self.table.shape[1] - 1)]
+        real = (page >= 0) & (slots >= 0) & (slots < self.count)
+        return 0, jnp.where(real, page * self.page + slots % self.page, self.rows.shape[2])
+
     def write(self, numbers: Array, entries: Array) -> Entries:
-        """Stores `entries` [B, E, C] as `numbers` [B, E], dropping those out of range or of other devices."""
-        slots = self.slots(numbers)
-        slots = jnp.where(slots < 0, self.count, slots)
-        return self.replace(rows=self.rows.write(self.layer, _batch(slots, 1), slots, entries))
+        """Stores `entries` [B, E, C] as `numbers` [B, E], dropping those out of range or of other devices.
+
+        What is not finite is stored as zero: pages go from row to row, and zero times NaN, or infinity, is not zero. A
+        row that has come to it is not cured, as its window has it too.
+        """
+        entries = jnp.where(jnp.isfinite(entries), entries, 0)
+        rows, places = self.places(_batch(numbers, 1), self.slots(numbers))
+        return self.replace(rows=self.rows.write(self.layer, rows, places, entries))
 
     def gather(self, slots: Array) -> Array:
         """Entries at `slots` [B, Q, K] (-1 reads an arbitrary row): [B, Q, K, C]."""
-        return self.rows.read(self.layer, _batch(slots, 2), jnp.maximum(slots, 0), self.dtype)
+        rows, places = self.places(_batch(slots, 2), jnp.maximum(slots, 0))
+        return self.rows.read(self.layer, rows, jnp.minimum(places, self.rows.shape[2] - 1), self.dtype)
 
     def together(self, limit: Array, everywhere: Axes) -> Entries:
         """The layer's entries of all devices on each, in stored form; numbers are then slots.
@@ -271,18 +203,15 @@ class Entries(struct.PyTreeNode):
         """
         if not self.axes:
             return self
-        devices = collectives.size(self.axes)
-        sizes = sorted({-(-self.count // 16), -(-self.count // 4), self.count})
+        devices, unit = collectives.size(self.axes), 1 if self.table is None else self.page
+        sizes = sorted({-(-self.count // (parts * unit)) * unit for parts in (16, 4, 1)})
 
         def gathered(slots: int) -> Callable[[tuple[Array, ...]], tuple[Array, ...]]:
             def gather(array: Array) -> Array:
-                cut = jax.lax.dynamic_slice(
-                    array, (self.layer, *(0,) * (array.ndim - 1)), (1, array.shape[1], slots, *array.shape[3:])
-                )
-                rows = jax.lax.all_gather(cut, self.axes, axis=3)  # numbers rise along devices, then along slots
-                rows = rows.reshape(*cut.shape[:2], slots * devices, *cut.shape[3:])
-                room = [(0, 0)] * 2 + [(0, (self.count - slots) * devices)] + [(0, 0)] * (array.ndim - 3)
-                return jnp.pad(rows, room)
+                cut = self._cut(array, 0, slots)
+                rows = jax.lax.all_gather(cut, self.axes, axis=2)  # numbers rise along devices, then along slots
+                rows = rows.reshape(1, cut.shape[0], slots * devices, *cut.shape[2:])
+                return jnp.pad(rows, [(0, 0)] * 2 + [(0, (self.count - slots) * devices)] + [(0, 0)] * (cut.ndim - 2))
 
             return lambda arrays: tuple(gather(array) for array in arrays)
 
@@ -292,13 +221,21 @@ class Entries(struct.PyTreeNode):
         return Entries(self.rows.replace(arrays=arrays), 0, self.dtype)
 
     def block(self, first: Any, size: int) -> Array:
-        """Slots [first, first + size) of every row: [B, size, C]. `first + size` must not exceed `count`."""
+        """Slots [first, first + size) of every row: [B, size, C].
 
-        def cut(array: Array) -> Array:
-            starts = (self.layer, 0, first, *(0,) * (array.ndim - 3))
-            return jax.lax.dynamic_slice(array, starts, (1, array.shape[1], size, *array.shape[3:]))[0]
+        `first + size` must not exceed `count`; where there are pages, both are multiples of `page`.
+        """
+        return self.rows.decode(tuple(self._cut(array, first, size) for array in self.rows.arrays), self.dtype)
 
-        return self.rows.decode(tuple(cut(array) for array in self.rows.arrays), self.dtype)
+    def _cut(self, array: Array, first: Any, size: int) -> Array:
+        """The same of one stored part."""
+        channels = array.shape[3:]
+        if self.table is None:
+            starts = (self.layer, 0, first, *(0 for _ in channels))
+            return jax.lax.dynamic_slice(array, starts, (1, array.shape[1], size, *channels))[0]
+        pages = jax.lax.dynamic_slice_in_dim(self.table, first // self.page, size // self.page, axis=1)
+        whole = array.reshape(array.shape[0], -1, self.page, *channels)[self.layer, jnp.maximum(pages, 0)]
+        return whole.reshape(pages.shape[0], size, *channels)
 
 
 class Cache(struct.PyTreeNode):
@@ -312,15 +249,19 @@ class Cache(struct.PyTreeNode):
           block's;
         "csa" and "hca" [layers of the role, B, max_length / ratio, head_dim], compressed entries;
         "index" [CSA layers, B, max_length / 4, index_head_dim], index keys;
+          in a paged cache these three are [layers, shards of B, pages of a shard x entries of a page, channels];
         "csa state", "hca state" and "index state", float32 projections of the tokens whose block is open.
       max_length: positions that the entries have room for. Lengths are known only at run time: whoever feeds a cache
         keeps within it, for the entries of tokens beyond it are dropped.
+      table: [B, pages of a row] int32 which page of its shard each page of a row is; -1 for none, where entries are
+        dropped. Rows may share pages that are complete. None unless the cache is paged.
     """
 
     lengths: Array
     mtp_lengths: Array
     rows: dict[str, Rows]
     max_length: int = struct.field(pytree_node=False)
+    table: Array | None = None
 
     @property
     def released(self) -> bool:
@@ -330,6 +271,39 @@ class Cache(struct.PyTreeNode):
     def store(self, role: str, rows: Rows) -> Cache:
         """The cache with other rows for a role."""
         return self.replace(rows=self.rows | {role: rows})
+
+    def entries(self, role: str, layer: Any, dtype: Any, axes: Axes) -> Entries:
+        """A layer's entries, or index keys; see `Entries` for the arguments."""
+        return Entries(self.rows[role], layer, dtype, axes, self.table, PAGE // ENTRY_RATIOS[role])
+
+    def some(self, rows: Array) -> Cache:
+        """A cache of batch rows `rows` [R]; one out of range stands for the last. Pages stay where they are."""
+
+        def take(x: Array, axis: int = 0) -> Array:
+            return jnp.take(x, rows, axis=axis, mode="clip")
+
+        own = {role: jax.tree.map(lambda x: take(x, 1), self.rows[role]) for role in self._by_row}
+        table = None if self.table is None else take(self.table)
+        lengths, mtp_lengths = take(self.lengths), take(self.mtp_lengths)
+        return self.replace(lengths=lengths, mtp_lengths=mtp_lengths, rows=self.rows | own, table=table)
+
+    def merged(self, rows: Array, part: Cache) -> Cache:
+        """The cache after `part`, which was `some` of its `rows` [R], has changed; one out of range is dropped."""
+
+        def put(x: Array, new: Array) -> Array:
+            return x.at[rows].set(new, mode="drop")
+
+        def put_stacked(x: Array, new: Array) -> Array:
+            return x.at[:, rows].set(new, mode="drop")
+
+        own = {role: jax.tree.map(put_stacked, self.rows[role], part.rows[role]) for role in self._by_row}
+        lengths, mtp_lengths = put(self.lengths, part.lengths), put(self.mtp_lengths, part.mtp_lengths)
+        return self.replace(lengths=lengths, mtp_lengths=mtp_lengths, rows=part.rows | own)
+
+    @property
+    def _by_row(self) -> list[str]:
+        """Roles that hold something for each batch row; pages are anyone's."""
+        return [role for role in self.rows if self.table is None or role not in ENTRY_RATIOS]
 
     def rolled_back(self, *, lengths: Array | None = None, mtp_lengths: Array | None = None) -> Cache:
         """The cache as if the last tokens of each row, `MOST_TAKEN_BACK` at most, had never been fed.
@@ -360,15 +334,14 @@ def cache_specs(cache: Any, rules: Rules, mesh: Mesh | AbstractMesh) -> Any:
     Windows and open blocks are on every device of a batch row; entries and index keys are spread over "entries".
     """
 
-    def place(name: str) -> tuple[str, ...] | None:
-        return tuple(axis for axis in rules[name] if axis in mesh.shape) or None
+    batch, entries = (axes_of(name, rules, mesh) or None for name in ("batch", "entries"))
 
     def spec(role: str) -> PartitionSpec:
-        return PartitionSpec(None, place("batch"), place("entries") if role in ("csa", "hca", "index") else None)
+        return PartitionSpec(None, batch, entries if role in ENTRY_RATIOS else None)
 
     rows = {role: jax.tree.map(lambda _, role=role: spec(role), rows) for role, rows in cache.rows.items()}
-    lengths = PartitionSpec(place("batch"))
-    return cache.replace(lengths=lengths, mtp_lengths=lengths, rows=rows)
+    row = PartitionSpec(batch)
+    return cache.replace(lengths=row, mtp_lengths=row, rows=rows, table=None if cache.table is None else row)
 
 
 def init_cache(
@@ -377,6 +350,7 @@ def init_cache(
     max_length: int,
     *,
     dtype: CacheDtype = "bfloat16",
+    pages: int | None = None,
     mesh: Mesh | None = None,
     rules: Rules | str | None = None,
 ) -> Cache:
@@ -388,18 +362,21 @@ def init_cache(
       max_length: tokens (prompt and continuation) that a row may reach.
       dtype: "released" keeps keys/values in E4M3 with bfloat16 rotary channels and index keys in E2M1, which needs a
         policy that fake-quantises; "bfloat16" or "float32" keep them plain.
+      pages: pages of a paged cache, all rows together, of which none has any yet; each is of `PAGE` tokens for every
+        device that a row's entries are spread over. None: every row has room of its own for `max_length`.
       mesh: devices to place it on; None is the default device.
       rules: which mesh axes split which logical axes ("batch", "entries"), a `sharding.axes.Rules` or a preset's name.
 
     Raises:
-      ShardingError: rows that do not split evenly over the mesh.
+      ShardingError: rows or pages that do not split evenly over the mesh.
       ValueError: an unknown dtype, a length out of range, or head sizes that the released formats cannot hold.
     """
-    build = functools.partial(_empty, config, batch, max_length, dtype, _spread(mesh, resolve(rules)))
+    build = functools.partial(_empty, config, batch, max_length, dtype, pages, resolve(rules), mesh)
     if mesh is None:
         return build()
-    sharding(mesh, ("batch",), (batch,), resolve(rules), name="the cache")
-    shapes = cache_shapes(config, batch, max_length, dtype=dtype, mesh=mesh, rules=rules)
+    for count, name in ((batch, "the cache"), (pages or 0, "the cache's pages")):
+        sharding(mesh, ("batch",), (count,), resolve(rules), name=name)
+    shapes = cache_shapes(config, batch, max_length, dtype=dtype, pages=pages, mesh=mesh, rules=rules)
     return jax.jit(build, out_shardings=jax.tree.map(lambda x: x.sharding, shapes))()
 
 
@@ -409,25 +386,29 @@ def cache_shapes(
     max_length: int,
     *,
     dtype: CacheDtype = "bfloat16",
+    pages: int | None = None,
     mesh: Mesh | AbstractMesh | None = None,
     rules: Rules | str | None = None,
 ) -> Any:
     """What `init_cache` makes, as `jax.ShapeDtypeStruct`s that say where each array lies; for a mesh of none too."""
     table = resolve(rules)
-    shapes = jax.eval_shape(lambda: _empty(config, batch, max_length, dtype, _spread(mesh, table)))
+    shapes = jax.eval_shape(lambda: _empty(config, batch, max_length, dtype, pages, table, mesh))
     if mesh is None:
         return shapes
     places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), cache_specs(shapes, table, mesh))
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
 
 
-def _spread(mesh: Mesh | AbstractMesh | None, rules: Rules) -> int:
-    """Devices that a row's entries are spread over."""
-    return 1 if mesh is None else math.prod(mesh.shape.get(axis, 1) for axis in rules["entries"])
-
-
-def _empty(config: Config, batch: int, max_length: int, dtype: CacheDtype, spread: int) -> Cache:
-    """An empty cache; entries are padded to a multiple of the devices that they are spread over."""
+def _empty(
+    config: Config,
+    batch: int,
+    max_length: int,
+    dtype: CacheDtype,
+    pages: int | None,
+    rules: Rules,
+    mesh: Mesh | AbstractMesh | None,
+) -> Cache:
+    """An empty cache; a row's entries are padded to a multiple of the devices that they are spread over."""
     if dtype not in ("float32", "bfloat16", "released"):
         raise ValueError(f"unknown cache dtype {dtype!r}, expected 'float32', 'bfloat16' or 'released'")
     if batch < 1 or not 0 < max_length <= config.max_position_embeddings:
@@ -441,64 +422,45 @@ def _empty(config: Config, batch: int, max_length: int, dtype: CacheDtype, sprea
             f"found {config.nope_head_dim} and {config.index_head_dim}: use dtype='bfloat16'"
         )
 
+    if pages is not None and pages < 1:
+        raise ValueError(f"a cache of {pages} pages is out of range: expected at least one")
+
+    spread, shards = (shards_of(name, rules, mesh) for name in ("entries", "batch"))
     released = dtype == "released"
     plain = {"kind": "plain", "dtype": jnp.dtype("bfloat16" if released else dtype)}
     key_form = {"kind": "kv", "rotary": config.qk_rope_head_dim} if released else plain
     index_form = {"kind": "index"} if released else plain
 
-    def keys(layers: int, count: int) -> Rows:
-        return Rows.empty((layers, batch, count), config.head_dim, **key_form)
+    def entries(layers: int, ratio: int) -> tuple[int, int, int]:
+        if pages is not None:
+            return layers, shards, pages // shards * spread * (PAGE // ratio)
+        return layers, batch, -(-max(1, max_length // ratio) // spread) * spread
 
-    def index_keys(layers: int, count: int) -> Rows:
-        return Rows.empty((layers, batch, count), config.index_head_dim, **index_form)
+    def keys(shape: tuple[int, int, int]) -> Rows:
+        return Rows.empty(shape, config.head_dim, **key_form)
 
     def state(layers: int, ratio: int, width: int) -> Rows:
         return Rows.empty((layers, batch, span(ratio) + SPARE), projection_width(ratio, width))
 
     attention = [layer.attention for layer in config.layers]
     ring = config.sliding_window + SPARE
-    rows = {"window": keys(len(attention), ring)}
+    rows = {"window": keys((len(attention), batch, ring))}
     for role in ("csa", "hca"):
         if layers := attention.count(role):
             ratio = RATIO_OF_ROLE[role]
-            count = -(-max(1, max_length // ratio) // spread) * spread
-            rows[role] = keys(layers, count)
+            rows[role] = keys(entries(layers, ratio))
             rows[role + " state"] = state(layers, ratio, config.head_dim)
             if role == "csa":
-                rows["index"] = index_keys(layers, count)
+                rows["index"] = Rows.empty(entries(layers, ratio), config.index_head_dim, **index_form)
                 rows["index state"] = state(layers, ratio, config.index_head_dim)
     if config.num_nextn_predict_layers:
-        rows["mtp"] = keys(config.num_nextn_predict_layers, ring)
+        rows["mtp"] = keys((config.num_nextn_predict_layers, batch, ring))
     # Two arrays, not one used twice: a donated cache may not hold a buffer in two places.
     lengths, mtp_lengths = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), jnp.int32)
-    return Cache(lengths=lengths, mtp_lengths=mtp_lengths, rows=rows, max_length=max_length)
+    table = None if pages is None else jnp.full((batch, -(-max_length // (PAGE * spread))), -1, jnp.int32)
+    return Cache(lengths=lengths, mtp_lengths=mtp_lengths, rows=rows, max_length=max_length, table=table)
 
 
 def _batch(like: Array, trailing: int) -> Array:
     """Batch row numbers shaped to broadcast against an index with `trailing` more axes."""
     return jnp.arange(like.shape[0]).reshape(-1, *(1,) * trailing)
-
-
-def _bits(x: Array) -> Array:
-    """Floats narrower than 32 bits as unsigned integers; two 4-bit ones to a byte, along the last axis."""
-    if x.dtype == E2M1:
-        # By arithmetic: XLA:CPU has been seen to make invalid code of bitcasts that involve 4-bit types.
-        values = x.astype(jnp.float32)
-        size = jnp.abs(values)
-        code = jnp.where(size <= 2, 2 * size, 5 + (size > 3) + (size > 4)).astype(jnp.uint8)
-        code |= jnp.where(values < 0, 8, 0).astype(jnp.uint8)
-        return code[..., 0::2] | (code[..., 1::2] << 4)
-    width = x.dtype.itemsize
-    return x if width >= 4 else jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16}[width])
-
-
-def _float(x: Array, dtype: Any) -> Array:
-    """Inverse of `_bits`; E2M1 comes as float32."""
-    if x.dtype == dtype:
-        return x
-    if jnp.dtype(dtype) == E2M1:
-        code = jnp.stack([x & 15, x >> 4], axis=-1).reshape(*x.shape[:-1], 2 * x.shape[-1])
-        step = (code & 7).astype(jnp.float32)
-        size = jnp.where(step <= 4, step / 2, step - 2 + (step > 6))
-        return jnp.where(code >= 8, -size, size)
-    return jax.lax.bitcast_convert_type(x, dtype)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from v4_jax.cache import Ring, Rows, halo, span
+from v4_jax.cache import Ring, halo, span
 from v4_jax.config import Config
 from v4_jax.layout import Blocks, Layout
 from v4_jax.norm import rms_norm
@@ -21,6 +21,7 @@ from v4_jax.number_formats import fake_quant_index, fake_quant_kv
 from v4_jax.parameters import Module
 from v4_jax.policy import Policy, einsum
 from v4_jax.rotary import rotate
+from v4_jax.rows import Rows
 
 
 class Compressor(Module):

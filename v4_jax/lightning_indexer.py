@@ -17,7 +17,7 @@ from jax import Array
 from sharding.collectives import all_gather
 from sharding.split import Split
 from sharding.top_k import distributed_top_k
-from v4_jax.cache import Entries, Ring, Rows
+from v4_jax.cache import Entries, Ring
 from v4_jax.compressor import Compressor
 from v4_jax.config import RATIO_OF_ROLE, Config
 from v4_jax.layout import Blocks, Layout
@@ -26,6 +26,7 @@ from v4_jax.number_formats import dequantise, fake_quant_index
 from v4_jax.parameters import Module
 from v4_jax.policy import Policy, einsum
 from v4_jax.rotary import rotate
+from v4_jax.rows import Rows
 
 ENTRY_BLOCK = 2048  # entries scored at once
 

@@ -10,7 +10,6 @@ Parts of a row are dictionaries by role, of arrays in stored form [layers, rows,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,22 +19,19 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from sharding import collectives
-from sharding.axes import resolve
+from sharding.axes import axes_of, resolve
 from sharding.collectives import Axes
-from v4_jax.cache import Cache, Entries, Rows, cache_specs, span
-from v4_jax.config import RATIO_OF_ROLE, Config
+from v4_jax.cache import ENTRY_RATIOS, PAGE, Cache, Entries, cache_specs, span
+from v4_jax.config import Config
 from v4_jax.placement import Place
+from v4_jax.rows import Rows
 
 Parts = dict[str, tuple[Array, ...]]
-
-_RATIOS = {"csa": RATIO_OF_ROLE["csa"], "index": RATIO_OF_ROLE["csa"], "hca": RATIO_OF_ROLE["hca"]}
-
-PAGE = math.lcm(*_RATIOS.values())
 
 
 def page_sizes(cache: Cache) -> dict[str, int]:
     """What a page holds: entries by role."""
-    return {role: PAGE // ratio for role, ratio in _RATIOS.items() if role in cache.rows}
+    return {role: PAGE // ratio for role, ratio in ENTRY_RATIOS.items() if role in cache.rows}
 
 
 def tail_sizes(cache: Cache, config: Config, *, mtp: bool) -> dict[str, int]:
@@ -49,7 +45,7 @@ def tail_sizes(cache: Cache, config: Config, *, mtp: bool) -> dict[str, int]:
     """
     windows = {"window": config.sliding_window} | ({"mtp": config.sliding_window} if mtp else {})
     # A block that overlaps the one before needs that one's projections; one that does not needs nothing closed.
-    overlaps = {role + " state": span(ratio) - ratio for role, ratio in _RATIOS.items()}
+    overlaps = {role + " state": span(ratio) - ratio for role, ratio in ENTRY_RATIOS.items()}
     return {role: size for role, size in (windows | overlaps).items() if size and role in cache.rows}
 
 
@@ -105,16 +101,15 @@ def take(cache: Cache, rows: Array, index: dict[str, Array], place: Place) -> Pa
     """
 
     def on_device(cache: Cache, rows: Array, index: dict[str, Array]) -> Parts:
-        def part(array: Array, row: Array, slots: Array, axes: Axes) -> Array:
-            here = (row >= 0)[:, None] & (slots >= 0)
-            found = array[:, jnp.maximum(row, 0)[:, None], jnp.maximum(slots, 0)]
-            return _from_its_device(jnp.where(here[None, :, :, None], found, 0), axes)
+        def part(array: Array, at: tuple[Any, Array], axes: Axes) -> Array:
+            row, slots = at
+            found = array.at[:, row, slots].get(mode="fill", fill_value=0)
+            return _from_its_device(found, axes)
 
         taken = {}
         for role, numbers in index.items():
-            held, (batch, spread) = cache.rows[role], _axes(role, place)
-            row, slots = _local(rows, held.shape[1], batch), Entries(held, 0, None, spread).slots(numbers)
-            taken[role] = tuple(part(array, row, slots, batch + spread) for array in held.arrays)
+            at, axes = _where(cache, role, rows[:, None], numbers, place)
+            taken[role] = tuple(part(array, at, axes) for array in cache.rows[role].arrays)
         return taken
 
     return _on_devices(place, cache, on_device, PartitionSpec())(cache, rows, index)
@@ -133,10 +128,7 @@ def put(cache: Cache, row: Array, index: dict[str, Array], parts: Parts, place: 
 
     def on_device(cache: Cache, row: Array, index: dict[str, Array], parts: Parts) -> Cache:
         for role, numbers in index.items():
-            held, (batch, spread) = cache.rows[role], _axes(role, place)
-            own = _local(row, held.shape[1], batch)
-            slots = Entries(held, 0, None, spread).slots(numbers)
-            own, slots = (jnp.where(x < 0, size, x) for x, size in zip((own, slots), held.shape[1:], strict=True))
+            held, ((own, slots), _) = cache.rows[role], _where(cache, role, row, numbers, place)
             arrays = zip(held.arrays, parts[role], strict=True)
             stored = tuple(array.at[:, own, slots].set(part, mode="drop") for array, part in arrays)
             cache = cache.store(role, held.replace(arrays=stored))
@@ -162,19 +154,20 @@ def resized(cache: Cache, by: int, sizes: dict[str, int]) -> Cache:
     return cache.replace(rows=cache.rows | {role: ring(role) for role in sizes})
 
 
-def _axes(role: str, place: Place) -> tuple[Axes, Axes]:
-    """Mesh axes over which a role's rows, and its entries, are spread."""
-    if place.mesh is None:
-        return (), ()
-    rules, mesh = resolve(place.rules), place.mesh
-    batch, entries = (tuple(axis for axis in rules[name] if axis in mesh.shape) for name in ("batch", "entries"))
-    return batch, entries if role in _RATIOS else ()
+def _where(cache: Cache, role: str, rows: Array, numbers: Array, place: Place) -> tuple[tuple[Any, Array], Axes]:
+    """Where entries' numbers, or slots of a ring, of batch rows lie in this device's arrays: rows and places there.
 
-
-def _local(rows: Array, count: int, axes: Axes) -> Array:
-    """Numbers of `rows` on this device, which has `count` of them; -1 for the others."""
-    local = rows - collectives.index(axes) * count
-    return jnp.where((local >= 0) & (local < count), local, -1)
+    Places are out of range for those that lie nowhere here. Returns also the mesh axes over which the role is spread.
+    """
+    batch: Axes = ()
+    spread: Axes = ()
+    if place.mesh is not None:
+        batch = axes_of("batch", resolve(place.rules), place.mesh)
+        spread = axes_of("entries", resolve(place.rules), place.mesh) if role in ENTRY_RATIOS else ()
+    entries = cache.entries(role, 0, None, spread) if role in ENTRY_RATIOS else Entries(cache.rows[role], 0, None)
+    own = rows - collectives.index(batch) * cache.lengths.shape[0]
+    here = (own >= 0) & (own < cache.lengths.shape[0])
+    return entries.places(jnp.where(here, own, 0), jnp.where(here, entries.slots(numbers), -1)), batch + spread
 
 
 def _from_its_device(x: Array, axes: Axes) -> Array:

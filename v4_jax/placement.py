@@ -17,10 +17,10 @@ from jax import Array
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sharding.axes import Rules, ShardingError, resolve, sharding
+from sharding.axes import Rules, ShardingError, axes_of, resolve, sharding, shards_of
 from sharding.mesh import abstract_mesh, format_mesh, mesh_shapes
 from sharding.split import Split
-from v4_jax.cache import Cache, CacheDtype, cache_shapes, cache_specs, init_cache
+from v4_jax.cache import PAGE, Cache, CacheDtype, cache_shapes, cache_specs, init_cache
 from v4_jax.config import RATIO_OF_ROLE, Config
 from v4_jax.number_formats import FP4_BLOCK, FP8_BLOCK, bytes_of
 from v4_jax.outputs import Logits, Output, Routing
@@ -58,13 +58,17 @@ class Place(NamedTuple):
     mesh: Mesh | None = None
     rules: Rules | str | None = None
 
-    def cache(self, config: Config, batch: int, max_length: int, dtype: CacheDtype) -> Cache:
+    def cache(
+        self, config: Config, batch: int, max_length: int, dtype: CacheDtype, *, pages: int | None = None
+    ) -> Cache:
         """An empty cache there."""
-        return init_cache(config, batch, max_length, dtype=dtype, mesh=self.mesh, rules=self.rules)
+        return init_cache(config, batch, max_length, dtype=dtype, pages=pages, mesh=self.mesh, rules=self.rules)
 
-    def cache_shapes(self, config: Config, batch: int, max_length: int, dtype: CacheDtype) -> Cache:
+    def cache_shapes(
+        self, config: Config, batch: int, max_length: int, dtype: CacheDtype, *, pages: int | None = None
+    ) -> Cache:
         """The shapes of `cache` and where they lie, to compile for."""
-        return cache_shapes(config, batch, max_length, dtype=dtype, mesh=self.mesh, rules=self.rules)
+        return cache_shapes(config, batch, max_length, dtype=dtype, pages=pages, mesh=self.mesh, rules=self.rules)
 
     def check(self, batch: int) -> None:
         """Checks that rows split evenly.
@@ -78,9 +82,12 @@ class Place(NamedTuple):
     @property
     def row_shards(self) -> int:
         """Shards that rows are split into: their number is a multiple of it."""
-        if self.mesh is None:
-            return 1
-        return math.prod(self.mesh.shape.get(axis, 1) for axis in resolve(self.rules)["batch"])
+        return shards_of("batch", resolve(self.rules), self.mesh)
+
+    @property
+    def page(self) -> int:
+        """Tokens of a page of the cache: `PAGE` for every device that a row's entries are spread over."""
+        return PAGE * shards_of("entries", resolve(self.rules), self.mesh)
 
     def chunk(self, size: int) -> int:
         """The smallest legal chunk of at least `size` tokens: short ones of any size are on all devices."""
@@ -105,6 +112,13 @@ class Place(NamedTuple):
     def put(self, tree: Any) -> Any:
         """Host arrays, equal in all processes, to every device."""
         return jax.device_put(tree, self.replicated, may_alias=False)
+
+    def put_rows(self, array: Any) -> Array:
+        """A host array [B, ...], equal in all processes, to the devices of its rows."""
+        where = (
+            None if self.mesh is None else NamedSharding(self.mesh, P(axes_of("batch", resolve(self.rules), self.mesh)))
+        )
+        return jax.device_put(array, where, may_alias=False)
 
     def keep(self, tree: Any) -> Any:
         """Within a program: makes arrays whole on every device, as for the last token's logits before sampling."""

@@ -54,9 +54,8 @@ def test_every_line_gets_a_record(run, model, questions, tmp_path, answers):
     output = tmp_path / "out.jsonl"
     result = run("batch", model, questions, output, *OPTIONS, "--slots", 3)
     assert (result.code, result.out) == (0, "")
-    assert (
-        "cache: 3 slots of 256 tokens" in result.err and "answered 12 requests, 3 of them with an error" in result.err
-    )
+    assert "cache: 3 slots of up to 256 tokens, 6 pages of 128 tokens" in result.err
+    assert "answered 12 requests, 3 of them with an error" in result.err
     records = read(output)
     assert [one["line"] for one in records] == list(range(1, 13)) and os.listdir(tmp_path) == ["out.jsonl"]
     errors = {one["line"]: one["error"]["message"] for one in records if one["error"]}
@@ -160,7 +159,6 @@ def test_another_job_does_not_go_on_from_a_journal(run, model, questions, tmp_pa
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (("--slots", 2, "--memory", "1M"), "--slots and --memory both say"),
         (("--memory", "1K"), "a cache of 1,024 bytes per device has no room for 256 tokens"),
         (("--part", "3/2"), "part '3/2' is not understood"),
         (("--context", "2M"), "--context 2M is more than the model's"),

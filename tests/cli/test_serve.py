@@ -24,7 +24,7 @@ def test_serves_and_drains(start, model, tmp_path):
             assert line, said
             said += line
         address = re.search(r"serving small at (http://127.0.0.1:\d+/v1)$", said, flags=re.MULTILINE)[1]
-        assert "cache: 2 slots of 1K tokens" in said
+        assert "cache: 2 slots of up to 1K tokens, 16 pages of 128 tokens" in said
         assert httpx.get(address + "/models").status_code == 401
         client = openai.OpenAI(base_url=address, api_key="secret", max_retries=0)
         for found in (0, 256):
@@ -65,7 +65,10 @@ def test_what_cannot_be_served(run, model, tmp_path):
             ),
             (("--prefix-directory", empty), "keys is a file; expected a directory, or none yet"),
             (("--keys", empty), "holds no keys; expected one a line"),
-            (("--memory", "1K", "--slots", 2), "--slots and --memory both say"),
+            (
+                ("--memory", "1K", "--slots", 2),
+                "1,024 bytes per device has no room for 32,768 tokens: 2 slots with pages",
+            ),
         ):
             result = run("serve", model, *options)
             assert result.code == 2 and sentence in result.err, result

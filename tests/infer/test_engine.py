@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from infer.engine import Engine, slots_within
+from infer.engine import Engine
 from infer.generate import Generator
+from infer.page_table import pages_within
 from infer.requests import Request
 from infer.sampling import GREEDY, Sampling
 from tests.equivalence.spread import Spread
@@ -265,12 +266,57 @@ def test_on_a_mesh(small, alone, mesh):
     assert one[0] != two[0]
 
 
-def test_slots_of_a_budget(small):
-    """As many as fit, whole multiples of the mesh's rows, counted as they are stored."""
-    arguments = (small.config, LENGTH, "float32")
-    held = Place().cache(small.config, 1, LENGTH, "float32").nbytes()
-    assert make_engine(small, 3).slot_bytes() == held
-    one = sum(held.values()) + 8 + 5 * small.config.vocab_size  # and its two lengths, and what it has seen
-    assert slots_within(*arguments, 5 * one + 100) == 5
-    with pytest.raises(ValueError, match=r"no room for 192 tokens: 1 slot of that length takes [0-9,]+ bytes"):
-        slots_within(*arguments, one // 2)
+def test_samples_spread_over_shards(small):
+    """Those on other devices than the prompt was read on get copies of its pages, the others share them."""
+    spread = Spread(small, "data=2,tensor=2", "decode")
+    engine = make_engine(spread, 4, place=Place(spread.mesh, spread.preset), max_length=384)
+    one = Request([7] * 130 + [9] * 170, 4, Sampling(seed=1), stop_ids=(), n=4)
+    [together] = served(engine, [one])
+    apart = served(engine, [dataclasses.replace(one, n=1, sampling=Sampling(seed=1 + i)) for i in range(4)])
+    assert together == [sample for [sample] in apart]
+    number = engine.submit(one)
+    engine.round()
+    engine.cancel(number, 0)
+    engine.cancel(number, 2)  # the first that would have got copies
+    ids = {i: [] for i in range(4)}
+    for event in engine.run():
+        ids[event.sample].append(event.id)
+    assert ids == {0: [], 1: together[1][0], 2: [], 3: together[3][0]} and engine.pages_used == 0
+
+
+def test_waiting_for_pages(small, alone):
+    """Fewer pages than the slots could fill: who has to wait does, in order, and gets the same."""
+    engine = make_engine(small, 3, pages=3)
+    assert served(engine, requests()) == alone and engine.pages_used == 0
+    assert engine.programs == 3
+    long, short = Request([3] * 150, 20, stop_ids=()), Request([4] * 10, 30, stop_ids=())
+    first, second, third, fourth = (engine.submit(one) for one in (long, short, long, short))
+    ended, most = [], 0
+    for event in engine.run():
+        most = max(most, engine.pages_used)
+        ended += [event.request] * (event.finish is not None)
+    assert ended in ([first, second, third, fourth], [second, first, third, fourth]) and most == 3
+    shared = Request([5] * 130, 20, Sampling(seed=2), stop_ids=(), n=2)  # a page for both, and one for each
+    [[one, other]] = served(engine, [shared])
+    assert one[0] != other[0]
+    numbers = "2 samples of up to 190 tokens need 4 pages of 128 tokens, more than there are: the cache has 3 for all"
+    with pytest.raises(ValueError, match=numbers):
+        engine.submit(Request([5] * 120, 70, stop_ids=(), n=2))
+    with pytest.raises(ValueError, match="pages is 0, expected at least 1"):
+        make_engine(small, 3, pages=0)
+
+
+def test_pages_of_a_budget(small):
+    """As many as fit beside what slots take, counted as they are stored, and no more than slots can fill."""
+    arguments = (small.config, 4, LENGTH, "float32")
+
+    def size(pages):
+        cache = Place().cache(*arguments[:3], "float32", pages=pages)
+        return sum(cache.nbytes().values()) + 4 * (8 + 2 * 4 + 5 * small.config.vocab_size)
+
+    assert size(3) - size(2) == 128 // 4 * 4 * (32 + 16) + 4 * 32
+    assert [pages_within(*arguments, size(pages) + 100) for pages in (2, 3, 5, 8, 30)] == [2, 3, 5, 8, 8]
+    with pytest.raises(
+        ValueError, match=r"no room for 192 tokens: 4 slots with pages for one text of that length take "
+    ):
+        pages_within(*arguments, size(2) - 1)

@@ -181,8 +181,8 @@ def test_slots_of_cancelled_requests(engine, grammars, alone):
 
 def test_constrained_samples_keep_step(engine, grammars, monkeypatch):
     """They sit out every other round, but together, so that a step serves all of them; free ones sit out none."""
-    steps, run = [], engine._run_step
-    monkeypatch.setattr(engine, "_run_step", lambda *inputs: steps.append(1) or run(*inputs))
+    steps, run = [], engine._programs.step
+    monkeypatch.setattr(engine._programs, "step", lambda *inputs: steps.append(1) or run(*inputs))
     request = Request([9], 60, constraint=grammars.regex("a{20}"))
     engine.submit(request)
     engine.round()

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 import jax
 
-from infer.engine import Engine, slots_within
+from infer.engine import Engine
 from infer.generate import check_precision
+from infer.page_table import pages_within
 from infer.prefix_cache import Keeping
 from infer.speculative import Acceptance, check_depth
+from v4_jax.cache import ENTRY_RATIOS
 from v4_jax.cli.console import CommandError, bad_input, say, working
 from v4_jax.cli.devices import place
 from v4_jax.cli.models import ModelDirectory, cache_format
@@ -73,8 +75,10 @@ class EngineOptions:
     """How requests are served.
 
     Attributes:
-      slots: Answers that are generated at the same time. Default: what --memory has room for, or 8 without it.
-      memory: Bytes of each device for the cache, such as 8G; slots are as many as fit.
+      slots: Answers that are generated at the same time. Default: 8.
+      memory: Bytes of each device for the cache, such as 8G. What slots do not need makes pages of 128 tokens, of which
+        an answer takes as many as its prompt and its longest continuation fill. Default: pages for all slots at their
+        longest.
       dtype: How weights are held: as released, or expanded.
       policy: Precision of the computation; released is bfloat16 with the release's rounding of keys and values.
       cache_dtype: Number format of the cache; auto is the policy's.
@@ -102,10 +106,8 @@ class EngineOptions:
         """Checks what can be known before anything is loaded.
 
         Raises:
-          CommandError: precision, slots or memory that do not fit together.
+          CommandError: precision or draft that do not go with the model, or settings of the prefix cache.
         """
-        if self.slots is not None and self.memory is not None:
-            raise CommandError("--slots and --memory both say how many answers are generated at once; give one of them")
         self.prefix.keeping()
         with bad_input():
             check_precision(directory.config, self.policy, cache_format(self.cache_dtype, self.policy))
@@ -126,13 +128,13 @@ class EngineOptions:
         # Any number of rows that is a multiple of the devices splits over them; how many there are is settled after it.
         rows = self.slots or jax.device_count()
         spot = place(config, self.mesh, self.preset, batch=rows, native=self.dtype == "native")
+        slots = self.slots or -(-min(most, DEFAULT_SLOTS) // spot.row_shards) * spot.row_shards
+        pages = slots * -(-length // spot.page)
         if self.memory is not None:
             with bad_input():
-                slots = slots_within(config, length, cache, self.memory, spot)
-        else:
-            slots = self.slots or -(-min(most, DEFAULT_SLOTS) // spot.row_shards) * spot.row_shards
-        sizes = spot.cache_shapes(config, slots, length, cache).nbytes()
-        say(describe_cache(slots, length, sizes))
+                pages = pages_within(config, slots, length, cache, self.memory, spot)
+        sizes = spot.cache_shapes(config, slots, length, cache, pages=pages).nbytes()
+        say(describe_cache(slots, length, pages, spot.page, sizes))
         params = directory.load(self.dtype, spot)
         with bad_input():
             engine = Engine(
@@ -140,6 +142,7 @@ class EngineOptions:
                 params,
                 slots=slots,
                 max_length=length,
+                pages=pages,
                 policy=self.policy,
                 cache_dtype=cache,
                 prefill_chunk=self.prefill_chunk,
@@ -152,15 +155,13 @@ class EngineOptions:
         return engine
 
 
-def describe_cache(slots: int, length: int, sizes: dict[str, int]) -> str:
-    """One line: slots, and bytes by role; per token where they grow with the length."""
-    fixed = {"window", "mtp", "open blocks"}
-    grows = [f"{name} {size / slots / length:.1f}" for name, size in sizes.items() if name not in fixed]
-    stays = [f"{name} {size // slots:,}" for name, size in sizes.items() if name in fixed]
-    each = sum(sizes.values()) // slots
+def describe_cache(slots: int, length: int, pages: int, page: int, sizes: dict[str, int]) -> str:
+    """One line: slots and pages, and bytes by role; per token where they grow with the length."""
+    grows = [f"{role} {size / pages / page:.1f}" for role, size in sizes.items() if role in ENTRY_RATIOS]
+    stays = [f"{role} {size // slots:,}" for role, size in sizes.items() if role not in ENTRY_RATIOS]
     return (
-        f"cache: {slots} slots of {format_size(length)} tokens, {each:,} bytes each; "
-        f"bytes a token: {', '.join(grows) or 'none'}; bytes a slot: {', '.join(stays)}"
+        f"cache: {slots} slots of up to {format_size(length)} tokens, {pages:,} pages of {page} tokens, "
+        f"{sum(sizes.values()):,} bytes; bytes a token: {', '.join(grows) or 'none'}; bytes a slot: {', '.join(stays)}"
     )
 
 
