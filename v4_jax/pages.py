@@ -6,6 +6,8 @@ again, and the tail of the last one: the windows and, where blocks overlap, the 
 larger part (of DeepSeek-V4-Flash seven times a page), and each holds for its own page's end alone.
 
 Parts of a row are dictionaries by role, of arrays in stored form [layers, rows, n, channels] as `cache.Rows` holds.
+
+Layers are indexed one by one: slices through all of them would have the TPU compiler turn the whole pool around.
 """
 
 from __future__ import annotations
@@ -102,9 +104,8 @@ def take(cache: Cache, rows: Array, index: dict[str, Array], place: Place) -> Pa
 
     def on_device(cache: Cache, rows: Array, index: dict[str, Array]) -> Parts:
         def part(array: Array, at: tuple[Any, Array], axes: Axes) -> Array:
-            row, slots = at
-            found = array.at[:, row, slots].get(mode="fill", fill_value=0)
-            return _from_its_device(found, axes)
+            layers = jnp.arange(array.shape[0])[:, None, None]
+            return _from_its_device(array.at[layers, *at].get(mode="fill", fill_value=0), axes)
 
         taken = {}
         for role, numbers in index.items():
@@ -128,9 +129,10 @@ def put(cache: Cache, row: Array, index: dict[str, Array], parts: Parts, place: 
 
     def on_device(cache: Cache, row: Array, index: dict[str, Array], parts: Parts) -> Cache:
         for role, numbers in index.items():
-            held, ((own, slots), _) = cache.rows[role], _where(cache, role, row, numbers, place)
+            held, (at, _) = cache.rows[role], _where(cache, role, row, numbers, place)
+            layers = jnp.arange(held.shape[0])[:, None]
             arrays = zip(held.arrays, parts[role], strict=True)
-            stored = tuple(array.at[:, own, slots].set(part, mode="drop") for array, part in arrays)
+            stored = tuple(array.at[layers, *at].set(part, mode="drop") for array, part in arrays)
             cache = cache.store(role, held.replace(arrays=stored))
         return cache
 

@@ -1,0 +1,68 @@
+"""The TPU compiler takes the engine's programs, and none of them copies the cache's pages around."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import jax
+import pytest
+
+from infer.pager import Pager
+from infer.prefix_cache import Keeping
+from infer.programs import Programs
+from sharding.mesh import make_mesh
+from v4_jax import Config, Transformer
+from v4_jax.ahead_of_time import abstract_params
+from v4_jax.cache import ENTRY_RATIOS
+from v4_jax.placement import Place, bytes_per_device
+
+pytest.importorskip("libtpu")
+pytestmark = pytest.mark.skipif(jax.default_backend() == "tpu", reason="other topologies need a host without TPUs")
+
+SLOTS, LENGTH = 8, 1 << 15
+MANY = 16  # times the pages that the slots could fill
+
+# Flash's attention with few and narrow layers, a period of which repeats, and few experts.
+CONFIG = dataclasses.replace(
+    Config.flash(),
+    vocab_size=1024,
+    hidden_size=1024,
+    num_hidden_layers=6,
+    num_hash_layers=1,
+    compress_ratios=(0, 4, 128, 4, 128, 4, 0),
+    num_attention_heads=16,
+    n_routed_experts=8,
+)
+
+
+def test_pages_stay_where_they_are(monkeypatch):
+    """With drafts and a prefix cache: each program's temporaries are a fraction of the pages that it is given."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices
+    place = Place(make_mesh("data=2,seq=2", list(devices)), "long-context")
+    chunk = place.chunk(256)
+    cache = place.cache_shapes(CONFIG, SLOTS, LENGTH, "bfloat16", pages=MANY * SLOTS * LENGTH // place.page)
+    arguments = dict(draft=2, chunk=chunk, place=place)
+    params = abstract_params(CONFIG, place.mesh, place.rules, "native")
+    pager = Pager(Keeping(1), CONFIG, params, cache, **arguments, policy="bfloat16", cache_dtype="bfloat16")
+    model = Transformer(CONFIG, mesh=place.mesh, rules=place.rules)
+    programs = Programs(model, cache, **arguments, pager=pager)
+
+    found, compile_ = [], jax.stages.Lowered.compile
+
+    def compiled(lowered, *rest, **options):
+        found.append(compile_(lowered, *rest, **options).memory_analysis())
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compiled)
+    monkeypatch.setattr("infer.programs.CPU_STEP", None)
+    programs.compile(params)
+    pages = bytes_per_device({role: cache.rows[role] for role in ENTRY_RATIOS})
+    assert len(found) == programs.count == 6
+    assert max(one.temp_size_in_bytes for one in found) < pages / 4, [one.temp_size_in_bytes for one in found]
+    step, read, copy, copy_page, put_pages, put_tail = found
+    assert all(one.alias_size_in_bytes >= pages for one in (step, read, copy, put_pages, put_tail))
+    assert copy_page.output_size_in_bytes < pages / 100
