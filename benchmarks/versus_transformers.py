@@ -126,7 +126,7 @@ def measure_ours(task: Task) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from infer.generate import CPU_STEP
+    from infer.programs import CPU_STEP
     from v4_jax import Transformer, init_cache
     from v4_jax.parameters import declarations, is_parameter
 
@@ -144,7 +144,7 @@ def measure_ours(task: Task) -> dict[str, Any]:
         return jnp.argmax(output.logits[:, -1:], axis=-1).astype(jnp.int32), output.logits[0, -1], output.cache
 
     step = jax.jit(apply, donate_argnums=2)
-    single = jax.jit(apply, donate_argnums=2, compiler_options=CPU_STEP)  # as `infer.generate` decodes
+    single = jax.jit(apply, donate_argnums=2, compiler_options=CPU_STEP)  # as the engine decodes
 
     def fresh() -> Any:
         return init_cache(config, 1, task.length + task.decode, dtype="float32")

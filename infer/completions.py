@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from infer.bodies import Body, BodyError, ChatBody, CompletionBody, SchemaFormat
-from infer.generate import check_ids
+from infer.checks import check_ids
 from infer.grammar import Grammar, Grammars
 from infer.requests import Event, Request
 from infer.sampling import Sampling

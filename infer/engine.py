@@ -29,13 +29,13 @@ import jax
 import numpy as np
 
 from infer import speculative
-from infer.generate import Finish, check_precision
+from infer.checks import check_precision
 from infer.guide import NO_TOKEN, Guide, Move
 from infer.page_table import PageTable
 from infer.pager import Pager
 from infer.prefix_cache import Keeping, Trail
 from infer.programs import AT_REST, DRAFTED, NEWEST, Given, Programs
-from infer.requests import Event, Request
+from infer.requests import Event, Finish, Request
 from infer.sampling import ALL, GREEDY, Sampling, SamplingRows
 from infer.speculative import Acceptance, Taken
 from v4_jax.cache import PAGE, CacheDtype
@@ -145,6 +145,7 @@ class Engine:
       max_length: as given.
       pages: pages of the cache.
       draft: as given.
+      tokens_read: prompt tokens so far, of all requests, that were read or found in the prefix cache.
 
     Raises:
       OSError: the prefix cache's directory cannot be used.
@@ -169,7 +170,8 @@ class Engine:
     ) -> None:
         longest = -(-max_length // place.page)
         pages = slots * longest if pages is None else pages
-        for name, value in (("slots", slots), ("pages", pages), ("prefill_chunk", prefill_chunk)):
+        sizes = {"slots": slots, "max_length": max_length, "pages": pages, "prefill_chunk": prefill_chunk}
+        for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
         check_precision(config, policy, cache_dtype)
@@ -194,8 +196,10 @@ class Engine:
         self._generating: list[_Sequence] = []
         self._flight: _Flight | None = None
         self._events: collections.deque[Event] = collections.deque()  # of a round, not yet yielded by `run`
+        self.tokens_read = 0
         self._offered, self._accepted = 0, np.zeros(draft, int)
         self._submitted = 0
+        self._last_read: Any = ()  # something that the last chunk's program returned
         self._inputs: dict[str, tuple[Any, Any]] = {}  # the last step's host inputs, and the same on the devices
         self._state: Any = None
         self._unrestricted: Any = None  # masks of rows without constraints
@@ -271,9 +275,15 @@ class Engine:
             if sample is None or sequence.sample == sample:
                 self._end(sequence)
 
-    def run(self) -> Iterator[Event]:
-        """Works until nothing is left; requests may be submitted and cancelled between events."""
+    def run(self, each_round: Callable[[], None] | None = None) -> Iterator[Event]:
+        """Works until nothing is left; requests may be submitted and cancelled between events.
+
+        Args:
+          each_round: called before each round.
+        """
         while not self.idle:
+            if each_round is not None:
+                each_round()
             self._events.extend(self.round())
             while self._events:
                 yield self._events.popleft()
@@ -369,16 +379,21 @@ class Engine:
             part = one.prompt[one.done : one.done + self._chunk + 1]
             tokens[row, : len(part)] = part
             counts[row], slots[row], begin[row], sealed[row] = len(part) - 1, one.slot, one.done, one.sealed
+            self.tokens_read += len(part) - 1
             one.done += len(part) - 1
             if one.trail is not None:
                 kept.append((row, one.trail, int(begin[row]), one.done))
         if (slots < self.slots).any():
             arguments = self._place.put((tokens, counts, slots, begin, sealed))
-            self._state, copies = self._programs.read(self._params, self._state, *arguments)
+            before = self._last_read
+            self._state, copies, self._last_read = self._programs.read(self._params, self._state, *arguments)
+            # One chunk runs, one is queued: never idle, and whoever comes next waits for two chunks, not for a prompt.
+            jax.block_until_ready(before)
             if self._pager is not None:
                 self._pager.chunk_read(copies, kept)
         for one in batch.values():
             if one.complete:
+                self.tokens_read += 1  # the last one, which the next step takes
                 self._reading.remove(one)
                 self._fork(one)
 
@@ -389,6 +404,7 @@ class Engine:
             self._state, (one.done, one.sealed, one.trail) = self._pager.begin(self._state, one.slot, one.prompt)
             for sequence in one.samples:
                 sequence.cached = one.done
+            self.tokens_read += one.done
         return one.done
 
     def _fork(self, one: _Reading) -> None:

@@ -19,8 +19,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
+from infer.chunks import Progress
 from infer.engine import Engine
-from infer.generate import Progress
 from infer.requests import Request
 from infer.sampling import GREEDY, Sampling
 from infer.text import Reply, Sample

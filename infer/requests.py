@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from infer.generate import Finish, check_ids, check_vocabulary
+from infer.checks import check_ids, check_vocabulary
 from infer.grammar import Grammar
 from infer.guide import Guide
 from infer.sampling import MOST_ALTERNATIVES, Sampling
 from v4_jax.config import Config
+
+Finish = Literal["stop", "length"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from infer.generate import Progress, check_ids, check_precision, chunk_size
+from infer.checks import check_ids, check_precision
+from infer.chunks import Progress, chunk_size
 from infer.text import plain_ids
 from v4_jax.cache import Cache, CacheDtype
 from v4_jax.config import Config

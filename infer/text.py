@@ -6,8 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from infer.generate import Finish
-from infer.requests import Event
+from infer.requests import Event, Finish
 from v4_jax import chat
 from v4_jax.tokenizer import Tokenizer
 

@@ -45,6 +45,17 @@ def test_seeds(reply):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_drafts(run, model, reply):
+    """The same tokens, in fewer steps; both outputs say how many guesses were right."""
+    plain, drafted = reply("--tokens", "5", "--greedy"), reply("--tokens", "5", "--greedy", "--draft", 2)
+    assert drafted["tokens"] == plain["tokens"] and plain["speed"]["drafts"] == []
+    first, second = drafted["speed"]["drafts"]
+    assert first["offered"] == second["offered"] > 0 and first["offered"] >= first["accepted"] >= second["accepted"]
+    said = run("generate", model, "--tokens", "5", "--draft", 1, *FAST).err
+    assert "ended by token limit, drafts accepted by depth: " in said
+    assert "draft is 5, expected 0 (plain decoding) to 4" in run("generate", model, "--tokens", "5", "--draft", 5).err
+
+
 class Prompted(Exception):
     pass
 
@@ -60,8 +71,8 @@ def test_prompts(run, model, monkeypatch, tokenizer, tmp_path):
     def prompt(messages, **options):
         return tokenizer.encode(chat.encode(messages, **options))
 
-    def stop_there(generator, ids, *_):
-        raise Prompted(ids)
+    def stop_there(engine, request, *_):
+        raise Prompted(request.prompt)
 
     def given(*arguments, stdin=""):
         with pytest.raises(Prompted) as stopped:

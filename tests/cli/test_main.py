@@ -55,7 +55,7 @@ def test_errors_that_are_ours_keep_their_traceback(model, monkeypatch):
     def broken(*_):
         raise ValueError("a mistake in the program, not in its input")
 
-    monkeypatch.setattr("infer.generate.Generator.compile", broken)
+    monkeypatch.setattr("infer.engine.Engine.compile", broken)
     with pytest.raises(ValueError, match="a mistake in the program"):
         main(["generate", str(model), "--prompt", "x"])
 

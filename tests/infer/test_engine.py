@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from infer.engine import Engine
-from infer.generate import Generator
 from infer.page_table import pages_within
 from infer.requests import Request
 from infer.sampling import GREEDY, Sampling
@@ -85,17 +84,6 @@ def test_neighbours_change_nothing(engine, alone):
     assert served(engine, requests()) == alone
     assert served(engine, requests()[::-1])[::-1] == alone
     assert all(len(ids) == one.max_tokens for [(ids, _, _)], one in zip(alone, requests(), strict=True))
-
-
-def test_the_same_tokens_as_plain_generation(small, alone):
-    generator = Generator(
-        small.config, small.params, max_length=LENGTH, prefill_chunk=CHUNK, policy="float32", cache_dtype="float32"
-    )
-    for request, [(ids, logprobs, _)] in zip(requests(), alone, strict=True):
-        sampled = dict(max_tokens=request.max_tokens, sampling=request.sampling, stop_ids=())
-        tokens = list(generator.generate([request.prompt], **sampled))
-        assert [token.id for token in tokens] == ids
-        np.testing.assert_allclose([token.logprob for token in tokens], logprobs, atol=1e-4)
 
 
 def test_samples_share_a_prompt(engine):

@@ -21,7 +21,7 @@ pytest.importorskip("libtpu")
 pytestmark = pytest.mark.skipif(jax.default_backend() == "tpu", reason="other topologies need a host without TPUs")
 
 SLOTS, LENGTH = 8, 1 << 15
-MANY = 16  # times the pages that the slots could fill
+MANY = 64  # times the pages that the slots could fill
 
 # Flash's attention with few and narrow layers, a period of which repeats, and few experts.
 CONFIG = dataclasses.replace(
@@ -37,7 +37,7 @@ CONFIG = dataclasses.replace(
 
 
 def test_pages_stay_where_they_are(monkeypatch):
-    """With drafts and a prefix cache: each program's temporaries are a fraction of the pages that it is given."""
+    """With drafts and a prefix cache: the temporaries of no program have room for a copy of a role's pages."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
@@ -62,7 +62,7 @@ def test_pages_stay_where_they_are(monkeypatch):
     programs.compile(params)
     pages = bytes_per_device({role: cache.rows[role] for role in ENTRY_RATIOS})
     assert len(found) == programs.count == 6
-    assert max(one.temp_size_in_bytes for one in found) < pages / 4, [one.temp_size_in_bytes for one in found]
+    assert max(one.temp_size_in_bytes for one in found) < pages / 8, [one.temp_size_in_bytes for one in found]
     step, read, copy, copy_page, put_pages, put_tail = found
     assert all(one.alias_size_in_bytes >= pages for one in (step, read, copy, put_pages, put_tail))
-    assert copy_page.output_size_in_bytes < pages / 100
+    assert copy_page.output_size_in_bytes < pages / 1000

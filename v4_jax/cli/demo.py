@@ -14,7 +14,10 @@ import jax
 import numpy as np
 
 from infer import recall
-from infer.generate import Generator
+from infer.chunks import chunk_size
+from infer.engine import Engine
+from infer.generate import Generation
+from infer.requests import Request
 from infer.sampling import GREEDY, Sampling
 from infer.text import Reply
 from v4_jax import chat, checkpoint
@@ -22,7 +25,7 @@ from v4_jax.checkpoint import Comparison
 from v4_jax.cli import devices
 from v4_jax.cli import info as card
 from v4_jax.cli.checkpoints import kinds_table
-from v4_jax.cli.console import CommandError, bad_input, progress_bar, say, show
+from v4_jax.cli.console import CommandError, bad_input, progress_bar, say, show, working
 from v4_jax.cli.generation import Limits, stream
 from v4_jax.cli.info import make_table
 from v4_jax.cli.models import ModelDirectory
@@ -91,11 +94,12 @@ def _sentence(directory: ModelDirectory, params: Any, max_tokens: int) -> None:
     with bad_input():
         sampling = Sampling(defaults.temperature, defaults.top_p, defaults.top_k, defaults.min_p)
     _step(4, "Generate: chunked prefill, then a token at a time through the compressed cache")
-    generator = Generator(config, params, max_length=limits.allocated)
+    engine = Engine(config, params, slots=1, max_length=limits.allocated, prefill_chunk=chunk_size(len(ids), 512))
     print(f"{PROMPT}\n", flush=True)
     reply = Reply(tokenizer, (), "chat")
     writer = Writer(sys.stdout, show_reasoning=True, headings=False, safe=True)
-    say(stream(generator, ids, limits.max_tokens, sampling, defaults.stop_ids, reply, writer).summary())
+    request = Request(ids, limits.max_tokens, sampling, defaults.stop_ids)
+    say(stream(engine, request, reply, writer).summary())
 
 
 def _recall(directory: ModelDirectory) -> None:
@@ -110,25 +114,25 @@ def _recall(directory: ModelDirectory) -> None:
     print(f"Each tells {TOLD} records, a key of letters with a number, and ends with the key of one of them:\n")
     print(f"  {_shortened(questions[0])}\n", flush=True)
     place = devices.place(config, mesh, "long-context", batch=len(prompts), length=CHUNK, native=True)
-    generator = Generator(
+    engine = Engine(
         config,
         directory.load("native", place),
+        slots=len(prompts),
         max_length=LENGTH + recall.DIGITS,
         policy="float32",
         prefill_chunk=CHUNK,
         place=place,
     )
+    started = time.perf_counter()
+    with working("compiling"):
+        engine.compile()
+    compiled = time.perf_counter() - started
+    requests = [Request(prompt, recall.DIGITS, GREEDY, stop_ids=()) for prompt in prompts]
     with progress_bar("reading", "tokens") as report:
-        generation = generator.generate(
-            prompts,
-            max_tokens=recall.DIGITS,
-            sampling=GREEDY,
-            stop_ids=(),
-            progress=lambda done, total: report("", done, total),
-        )
+        generation = Generation(engine, requests, lambda done, total: report("", done, total))
         found = [""] * len(prompts)
-        for token in generation:
-            found[token.row] += tokenizer.decode([token.id])
+        for event in generation:
+            found[event.request] += tokenizer.decode([event.id])
     shown = make_table("", "told before", "asked for", "found", "")
     for question, value in zip(questions, found, strict=True):
         right = value == question.record.value
@@ -136,8 +140,8 @@ def _recall(directory: ModelDirectory) -> None:
     show(shown)
     window, picked = config.sliding_window, config.index_topk
     say(
-        f"read {generation.prompt_tokens:,} tokens in {generation.prefill_seconds:.1f} s, after compiling for "
-        f"{generator.compile_seconds:.0f} s"
+        f"read {generation.prompt_tokens:,} tokens in {generation.prefill_seconds + generation.decode_seconds:.1f} s, "
+        f"after compiling for {compiled:.0f} s"
     )
     print(
         f"\nThe window of full attention is {window} tokens. All else comes through compressed entries, one for four "

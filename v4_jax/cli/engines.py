@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import jax
 
+from infer.checks import check_precision
 from infer.engine import Engine
-from infer.generate import check_precision
 from infer.page_table import pages_within
 from infer.prefix_cache import Keeping
 from infer.speculative import Acceptance, check_depth

@@ -7,16 +7,23 @@ import itertools
 import json
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from infer.generate import Generation, Generator, check_ids, check_precision
+from infer.checks import check_ids, check_precision
+from infer.chunks import chunk_size
+from infer.engine import Engine
+from infer.generate import Generation
+from infer.requests import Request
 from infer.sampling import Sampling
+from infer.speculative import Acceptance, check_depth
 from infer.text import MODES, Mode, Reply, plain_ids
 from v4_jax import chat
 from v4_jax.cli.console import CommandError, bad_input, progress_bar, read_json, read_text, say, working
 from v4_jax.cli.contexts import DEFAULT_MAX_TOKENS, check_length, room
 from v4_jax.cli.devices import join, place
+from v4_jax.cli.engines import describe_drafts
 from v4_jax.cli.models import ModelDirectory, cache_format
 from v4_jax.cli.options import (
     CacheFormat,
@@ -59,6 +66,7 @@ def generate(
     policy: PolicyName = "bfloat16",
     cache_dtype: CacheFormat = "auto",
     prefill_chunk: Count = 512,
+    draft: Int = 0,
     mesh: OptionalText = None,
     preset: Preset = "long-context",
     distributed: Flag = False,
@@ -97,6 +105,8 @@ def generate(
       policy: Precision of the computation; released is bfloat16 with the release's rounding of keys and values.
       cache_dtype: Number format of the cache; auto is the policy's.
       prefill_chunk: Prompt tokens read at once; with a mesh, rounded up to what splits evenly.
+      draft: Tokens that the multi-token-prediction block guesses ahead in every step, up to 4; the reply is that of 0,
+        sooner.
       mesh: How to spread the model over all devices: sizes of data, seq, expert and tensor, such as
         seq=4,expert=2. Default: one device.
       preset: Which mesh axes split what; long-context splits long prompts over all axes but data.
@@ -111,6 +121,7 @@ def generate(
     with bad_input():
         chosen = sampling.over(defaults, seed)
         check_precision(config, policy, cache)
+        check_depth(draft, config)
         given = _prompt(tokenizer, config, prompt, chat_file, tokens, raw, mode)
         limits = Limits.of(len(given.ids), max_tokens, context, config)
         reply = Reply(tokenizer, stop, given.thinking_mode)
@@ -122,20 +133,23 @@ def generate(
     where = place(config, mesh, preset, batch=1, native=dtype == "native")
     params = directory.load(dtype, where)
     with bad_input():
-        generator = Generator(
+        engine = Engine(
             config,
             params,
+            slots=where.row_shards,
             max_length=limits.allocated,
             policy=policy,
             cache_dtype=cache,
-            prefill_chunk=prefill_chunk,
+            prefill_chunk=chunk_size(len(given.ids), prefill_chunk),
+            draft=draft,
             place=where,
         )
     writer = None
     if not as_json:
         terminal = sys.stdout.isatty()
         writer = Writer(sys.stdout, show_reasoning=terminal or show_reasoning, headings=show_reasoning)
-    outcome = stream(generator, given.ids, limits.max_tokens, chosen, defaults.stop_ids, reply, writer)
+    request = Request(given.ids, limits.max_tokens, chosen, defaults.stop_ids)
+    outcome = stream(engine, request, reply, writer)
     if as_json:
         print(json.dumps(_as_json(outcome, reply, given, chosen), ensure_ascii=False))
     else:
@@ -192,6 +206,7 @@ class Outcome:
       ids: the tokens generated, a final stop token included.
       logprobs: their log-probabilities.
       finish: "stop" (a stop token), "stop string" or "length".
+      acceptance: how many drafts were right, by depth.
     """
 
     generation: Generation
@@ -199,6 +214,7 @@ class Outcome:
     ids: list[int]
     logprobs: list[float]
     finish: str
+    acceptance: list[Acceptance]
 
     def speed(self) -> dict[str, Any]:
         """Counts and times, prefill and decoding apart; the first token counts as prefill."""
@@ -209,6 +225,7 @@ class Outcome:
             "new_tokens": run.new_tokens,
             "decode_seconds": round(run.decode_seconds, 4),
             "compile_seconds": round(self.compile_seconds, 4),
+            "drafts": [one._asdict() for one in self.acceptance],
         }
 
     def summary(self) -> str:
@@ -222,50 +239,36 @@ class Outcome:
             f"prefill {rate(run.prompt_tokens, run.prefill_seconds)}, "
             f"decode {rate(run.new_tokens - run.first_tokens, run.decode_seconds)}, "
             f"compiled in {self.compile_seconds:.1f} s, ended by {ends.get(self.finish, self.finish)}"
+            + (f", {drafts}" if (drafts := describe_drafts(self.acceptance)) else "")
         )
 
 
-def stream(
-    generator: Generator,
-    ids: list[int],
-    max_tokens: int,
-    sampling: Sampling,
-    stop_ids: tuple[int, ...],
-    reply: Reply,
-    writer: Writer | None,
-) -> Outcome:
+def stream(engine: Engine, request: Request, reply: Reply, writer: Writer | None) -> Outcome:
     """Generates from one prompt, feeding the reply and writing its pieces as they become certain.
 
     Args:
-      generator: runs the model.
-      ids: the prompt.
-      max_tokens: most tokens to generate.
-      sampling: how to sample.
-      stop_ids: tokens that end the reply; their own text is not part of it.
+      engine: runs the model.
+      request: what to continue; the text of a token that stops it is not part of the reply.
       reply: collects the text.
       writer: shows it; None to show nothing.
     """
+    started = time.perf_counter()
     with working("compiling"):
-        generator.compile([ids])
+        engine.compile()
+    compile_seconds = time.perf_counter() - started
     made: list[int] = []
     logprobs: list[float] = []
     finish = "length"
     with progress_bar("reading the prompt", "tokens") as report:
-        generation = generator.generate(
-            [ids],
-            max_tokens=max_tokens,
-            sampling=sampling,
-            stop_ids=stop_ids,
-            progress=lambda done, total: report("", done, total),
-        )
+        generation = Generation(engine, [request], lambda done, total: report("", done, total))
         running = iter(generation)
         first = next(running)
     try:
-        for token in itertools.chain([first], running):
-            made.append(token.id)
-            logprobs.append(token.logprob)
-            finish = token.finish or finish
-            pieces = reply.push(token.id) if token.finish != "stop" else []
+        for event in itertools.chain([first], running):
+            made.append(event.id)
+            logprobs.append(event.logprob)
+            finish = event.finish or finish
+            pieces = reply.push(event.id) if event.finish != "stop" else []
             if writer:
                 writer.write(pieces)
             if reply.stopped:
@@ -277,7 +280,7 @@ def stream(
     finally:
         if writer:
             writer.finish()
-    return Outcome(generation, generator.compile_seconds, made, logprobs, finish)
+    return Outcome(generation, compile_seconds, made, logprobs, finish, engine.acceptance)
 
 
 def _prompt(
