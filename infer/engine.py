@@ -176,8 +176,7 @@ class Engine:
                 raise ValueError(f"{name} is {value}, expected at least 1")
         check_precision(config, policy, cache_dtype)
         speculative.check_depth(draft, config)
-        for rows in (slots, pages):
-            place.check(rows)
+        place.check(slots)
         self.config, self.slots, self.max_length, self.pages, self.draft = config, slots, max_length, pages, draft
         self._params, self._place, self._cache_dtype = params, place, cache_dtype
         self._chunk = place.chunk(prefill_chunk if prefixes is None else -(-prefill_chunk // PAGE) * PAGE)

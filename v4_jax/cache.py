@@ -374,8 +374,6 @@ def init_cache(
     build = functools.partial(_empty, config, batch, max_length, dtype, pages, resolve(rules), mesh)
     if mesh is None:
         return build()
-    for count, name in ((batch, "the cache"), (pages or 0, "the cache's pages")):
-        sharding(mesh, ("batch",), (count,), resolve(rules), name=name)
     shapes = cache_shapes(config, batch, max_length, dtype=dtype, pages=pages, mesh=mesh, rules=rules)
     return jax.jit(build, out_shardings=jax.tree.map(lambda x: x.sharding, shapes))()
 
@@ -390,11 +388,17 @@ def cache_shapes(
     mesh: Mesh | AbstractMesh | None = None,
     rules: Rules | str | None = None,
 ) -> Any:
-    """What `init_cache` makes, as `jax.ShapeDtypeStruct`s that say where each array lies; for a mesh of none too."""
+    """What `init_cache` makes, as `jax.ShapeDtypeStruct`s that say where each array lies; for a mesh of none too.
+
+    Raises:
+      ShardingError, ValueError: as `init_cache`.
+    """
     table = resolve(rules)
     shapes = jax.eval_shape(lambda: _empty(config, batch, max_length, dtype, pages, table, mesh))
     if mesh is None:
         return shapes
+    for count, name in ((batch, "the cache"), (pages or 0, "the cache's pages")):
+        sharding(mesh, ("batch",), (count,), table, name=name)
     places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), cache_specs(shapes, table, mesh))
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
 

@@ -11,6 +11,7 @@ from infer.engine import Engine
 from infer.page_table import pages_within
 from infer.requests import Request
 from infer.sampling import GREEDY, Sampling
+from sharding.axes import ShardingError
 from tests.equivalence.spread import Spread
 from tests.equivalence.tiny import make
 from v4_jax.placement import Place
@@ -262,6 +263,8 @@ def test_samples_spread_over_shards(small):
     [together] = served(engine, [one])
     apart = served(engine, [dataclasses.replace(one, n=1, sampling=Sampling(seed=1 + i)) for i in range(4)])
     assert together == [sample for [sample] in apart]
+    with pytest.raises(ShardingError, match="the cache's pages: axis 'batch' of size 7 cannot be split 2 ways"):
+        make_engine(spread, 4, place=Place(spread.mesh, spread.preset), pages=7)
     number = engine.submit(one)
     engine.round()
     engine.cancel(number, 0)
