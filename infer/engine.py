@@ -36,7 +36,7 @@ from infer.pager import Pager
 from infer.prefix_cache import Keeping, Trail
 from infer.programs import AT_REST, DRAFTED, NEWEST, Given, Programs
 from infer.requests import Event, Finish, Request
-from infer.sampling import ALL, GREEDY, Sampling, SamplingRows
+from infer.sampling import GREEDY, Sampling, SamplingRows
 from infer.speculative import Acceptance, Taken
 from v4_jax.cache import PAGE, CacheDtype
 from v4_jax.config import Config
@@ -168,7 +168,7 @@ class Engine:
         prefixes: Keeping | None = None,
         place: Place = Place(),  # noqa: B008 (frozen)
     ) -> None:
-        longest = -(-max_length // place.page)
+        longest = place.pages(max_length)
         pages = slots * longest if pages is None else pages
         sizes = {"slots": slots, "max_length": max_length, "pages": pages, "prefill_chunk": prefill_chunk}
         for name, value in sizes.items():
@@ -321,13 +321,9 @@ class Engine:
             if not slots:
                 return
             self._waiting.popleft()
-            samples, owners = [], dict[int, int]()
+            self._table.hand_out(slots, each, shared)
+            samples = []
             for index, slot in enumerate(slots):
-                owner = owners.setdefault(self._table.shard(slot), slot)
-                if owner == slot:
-                    self._table.give(slot, each)
-                else:
-                    self._table.share(owner, slot, each, shared)
                 seed = (request.sampling.seed + index) % 2**32
                 sampling = dataclasses.replace(request.sampling, seed=seed)
                 sequence = _Sequence(
@@ -348,8 +344,8 @@ class Engine:
 
     def _pages_of(self, request: Request) -> tuple[int, int]:
         """Pages of each sample, and how many of them the samples share: those that the prompt fills."""
-        page = self._place.page
-        return -(-(len(request.prompt) + request.max_tokens) // page), (len(request.prompt) - 1) // page
+        place, prompt = self._place, len(request.prompt)
+        return place.pages(prompt + request.max_tokens), (prompt - 1) // place.page
 
     def _send_table(self) -> None:
         """Lets the devices know whose the pages are now; what was started before goes by what was so then."""
@@ -409,8 +405,8 @@ class Engine:
     def _fork(self, one: _Reading) -> None:
         """Lets all samples of a prompt that was read go on, from copies of its row."""
         first, *others = one.samples
-        page = self._place.page
-        filled, begun = (len(one.prompt) - 1) // page, -(-(len(one.prompt) - 1) // page)
+        read = len(one.prompt) - 1
+        filled, begun = read // self._place.page, self._place.pages(read)
         complete = {self._table.shard(first.slot)}  # shards whose pages hold the prompt
         for sequence in [sequence for sequence in others if sequence.left]:
             shard = self._table.shard(sequence.slot)
@@ -440,7 +436,7 @@ class Engine:
             given.feed[one.slot], one.fed = newest if one.fed is None else one.fed, None
             unless[one.slot], forced[one.slot] = move.unless, move.forced
             if move.mask is not None:
-                allowed = np.full(self._unrestricted.shape, ALL) if allowed is None else allowed
+                allowed = self._programs.everything.copy() if allowed is None else allowed
                 allowed[one.slot] = move.mask
         samplings = [GREEDY] * self.slots
         for one in self._generating:  # those at rest too: others that come and go then change nothing

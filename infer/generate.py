@@ -69,4 +69,4 @@ class Generation:
             self.first_tokens += together
             self.new_tokens += 1
             self.decode_seconds = now - first
-            yield event._replace(request=self._numbers.index(event.request))
+            yield event._replace(request=event.request - self._numbers[0])

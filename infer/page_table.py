@@ -34,7 +34,6 @@ class PageTable:
     def __init__(self, slots: int, pages: int, longest: int, shards: int) -> None:
         self.array = np.full((slots, longest), -1, np.int32)
         self.changed = True
-        self._free = [list(range(pages // shards))[::-1] for _ in range(shards)]
         self._owners = np.zeros((shards, pages // shards), int)
         self._slots = slots // shards  # of a shard
 
@@ -60,7 +59,7 @@ class PageTable:
         Returns:
           The slots; [] if there are not enough slots or pages.
         """
-        room = [self._owners.shape[1] if empty else len(free) for free in self._free]
+        room = ((self._owners == 0) | empty).sum(axis=1).tolist()
         chosen: list[int] = []
         by_shard = [[slot for slot in slots if self.shard(slot) == shard] for shard in range(len(room))]
 
@@ -73,31 +72,39 @@ class PageTable:
             chosen += by_shard[shard][: min(most(shard), samples - len(chosen))]
         return chosen if len(chosen) == samples else []
 
+    def hand_out(self, slots: Sequence[int], pages: int, shared: int) -> None:
+        """Gives slots that were chosen `pages` each; those in one shard share the first `shared` of them."""
+        owners: dict[int, int] = {}
+        for slot in slots:
+            owner = owners.setdefault(self.shard(slot), slot)
+            if owner == slot:
+                self.give(slot, pages)
+            else:
+                self.share(owner, slot, pages, shared)
+
     def give(self, slot: int, pages: int) -> None:
         """Gives a slot pages, to begin with."""
-        self._hold(slot, range(pages))
+        self._hold(slot, 0, pages)
 
     def share(self, source: int, slot: int, pages: int, shared: int) -> None:
         """Gives a slot the first `shared` pages of another one of its shard, and free ones for the rest."""
         self.array[slot, :shared] = self.array[source, :shared]
         self._owners[self.shard(slot), self.array[slot, :shared]] += 1
-        self._hold(slot, range(shared, pages))
+        self._hold(slot, shared, pages)
 
     def take_back(self, slot: int) -> None:
         """Ends a slot's claim to its pages."""
-        shard, held = self.shard(slot), self.array[slot]
-        held = held[held >= 0]
-        self._owners[shard, held] -= 1
-        self._free[shard] += [page for page in held.tolist() if not self._owners[shard, page]]
+        held = self.array[slot]
+        self._owners[self.shard(slot), held[held >= 0]] -= 1
         self.array[slot] = -1
         self.changed = True
 
-    def _hold(self, slot: int, numbers: range) -> None:
-        shard = self.shard(slot)
-        for number in numbers:
-            page = self._free[shard].pop()
-            self._owners[shard, page] = 1
-            self.array[slot, number] = page
+    def _hold(self, slot: int, begin: int, end: int) -> None:
+        """Makes free pages those of a slot from number `begin` to `end`."""
+        owners = self._owners[self.shard(slot)]
+        free = np.flatnonzero(owners == 0)[: end - begin]
+        owners[free] = 1
+        self.array[slot, begin:end] = free
         self.changed = True
 
 
@@ -124,7 +131,7 @@ def pages_within(
     Raises:
       ValueError: no row could reach that length; the message has the numbers.
     """
-    shards, longest = place.row_shards, -(-max_length // place.page)
+    shards, longest = place.row_shards, place.pages(max_length)
     history = place.shapes(lambda: History.empty(slots, config.vocab_size))
 
     def size(pages: int) -> int:

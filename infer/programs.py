@@ -96,7 +96,7 @@ class Programs:
         ahead, whole = integers(slots, 1 + self._draft), place.replicated
         given = Given(integers(slots), integers(slots), integers(slots), place.shape((), bool))
         rows = place.shapes(lambda: SamplingRows.of([GREEDY] * slots))
-        options = CPU_STEP if jax.default_backend() == "cpu" else None
+        options = CPU_STEP if place.platform == "cpu" else None
         # They run what is compiled here. Called as compiled objects, they would refuse 4-bit weights that several
         # processes share: jax 0.10 misreads those arrays' layout.
         self.step = jax.jit(

@@ -20,6 +20,17 @@ DATA = Path(__file__).parent / "data"
 CHECKPOINTS = ("flash-tiny", "pro-tiny", "flash-base-tiny", "released-tiny")
 
 
+def tpu_devices(topology: str) -> list:
+    """Devices to compile for, such as those of "v5p:2x2x1", where there is no TPU."""
+    from jax.experimental import topologies
+
+    from v4_jax.ahead_of_time import ENVIRONMENT
+
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+
+
 @pytest.fixture(params=CHECKPOINTS)
 def released(request) -> Path:
     """Each of the released-layout directories in turn."""

@@ -17,7 +17,7 @@ from jax import Array
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sharding.axes import Rules, ShardingError, axes_of, resolve, sharding, shards_of
+from sharding.axes import Rules, ShardingError, resolve, sharding, shards_of
 from sharding.mesh import abstract_mesh, format_mesh, mesh_shapes
 from sharding.split import Split
 from v4_jax.cache import PAGE, Cache, CacheDtype, cache_shapes, cache_specs, init_cache
@@ -89,6 +89,15 @@ class Place(NamedTuple):
         """Tokens of a page of the cache: `PAGE` for every device that a row's entries are spread over."""
         return PAGE * shards_of("entries", resolve(self.rules), self.mesh)
 
+    def pages(self, tokens: int) -> int:
+        """Pages that so many tokens of a row fill or begin."""
+        return -(-tokens // self.page)
+
+    @property
+    def platform(self) -> str:
+        """What the devices are: "cpu", "tpu", ..."""
+        return jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
+
     def chunk(self, size: int) -> int:
         """The smallest legal chunk of at least `size` tokens: short ones of any size are on all devices."""
         if self.mesh is None:
@@ -115,9 +124,8 @@ class Place(NamedTuple):
 
     def put_rows(self, array: Any) -> Array:
         """A host array [B, ...], equal in all processes, to the devices of its rows."""
-        where = (
-            None if self.mesh is None else NamedSharding(self.mesh, P(axes_of("batch", resolve(self.rules), self.mesh)))
-        )
+        table = resolve(self.rules)
+        where = None if self.mesh is None else sharding(self.mesh, ("batch",), array.shape[:1], table)
         return jax.device_put(array, where, may_alias=False)
 
     def keep(self, tree: Any) -> Any:

@@ -55,11 +55,8 @@ def test_what_others_have_is_not_given():
         shared = int(rng.integers(0, pages))
         chosen = table.choose(free, samples, pages, shared)
         if chosen:
-            owners = {}
-            for slot in chosen:
-                owner = owners.setdefault(table.shard(slot), slot)
-                table.give(slot, pages) if owner == slot else table.share(owner, slot, pages, shared)
-                held[slot] = pages, shared
+            table.hand_out(chosen, pages, shared)
+            held |= dict.fromkeys(chosen, (pages, shared))
         else:
             assert not table.choose(free, samples, pages, 0)
         for slot in [slot for slot in held if rng.random() < 0.3]:

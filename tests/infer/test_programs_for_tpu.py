@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 
 import jax
 import pytest
@@ -12,6 +11,7 @@ from infer.pager import Pager
 from infer.prefix_cache import Keeping
 from infer.programs import Programs
 from sharding.mesh import make_mesh
+from tests.conftest import tpu_devices
 from v4_jax import Config, Transformer
 from v4_jax.ahead_of_time import abstract_params
 from v4_jax.cache import ENTRY_RATIOS
@@ -38,12 +38,7 @@ CONFIG = dataclasses.replace(
 
 def test_pages_stay_where_they_are(monkeypatch):
     """With drafts and a prefix cache: the temporaries of no program have room for a copy of a role's pages."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    from jax.experimental import topologies
-
-    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices
-    place = Place(make_mesh("data=2,seq=2", list(devices)), "long-context")
+    place = Place(make_mesh("data=2,seq=2", tpu_devices("v5p:2x2x1")), "long-context")
     chunk = place.chunk(256)
     cache = place.cache_shapes(CONFIG, SLOTS, LENGTH, "bfloat16", pages=MANY * SLOTS * LENGTH // place.page)
     arguments = dict(draft=2, chunk=chunk, place=place)
@@ -58,7 +53,6 @@ def test_pages_stay_where_they_are(monkeypatch):
         found.append(compile_(lowered, *rest, **options).memory_analysis())
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", compiled)
-    monkeypatch.setattr("infer.programs.CPU_STEP", None)
     programs.compile(params)
     pages = bytes_per_device({role: cache.rows[role] for role in ENTRY_RATIOS})
     assert len(found) == programs.count == 6

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 
 import jax
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 
 from sharding.split import UNSPLIT
+from tests.conftest import tpu_devices
 from v4_jax import Config
 from v4_jax.kernels.grouped_matmul import grouped_matmul
 from v4_jax.mixture_of_experts import Experts, dispatch
@@ -28,12 +28,7 @@ SPARE = 4 << 20  # bytes: lists of visits and rows of a decode step; one expert 
 @pytest.fixture(scope="module", params=TOPOLOGIES)
 def place(request):
     """Maps shapes to those of arrays on one chip of the topology."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    from jax.experimental import topologies
-
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=request.param)
-    mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("x",))
+    mesh = jax.sharding.Mesh(np.array(tpu_devices(request.param)[:1]), ("x",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     return lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 

@@ -25,7 +25,8 @@ from v4_jax.checkpoint import Comparison
 from v4_jax.cli import devices
 from v4_jax.cli import info as card
 from v4_jax.cli.checkpoints import kinds_table
-from v4_jax.cli.console import CommandError, bad_input, progress_bar, say, show, working
+from v4_jax.cli.console import CommandError, bad_input, progress_bar, say, show
+from v4_jax.cli.engines import compile_engine
 from v4_jax.cli.generation import Limits, stream
 from v4_jax.cli.info import make_table
 from v4_jax.cli.models import ModelDirectory
@@ -123,10 +124,7 @@ def _recall(directory: ModelDirectory) -> None:
         prefill_chunk=CHUNK,
         place=place,
     )
-    started = time.perf_counter()
-    with working("compiling"):
-        engine.compile()
-    compiled = time.perf_counter() - started
+    compiled = compile_engine(engine)
     requests = [Request(prompt, recall.DIGITS, GREEDY, stop_ids=()) for prompt in prompts]
     with progress_bar("reading", "tokens") as report:
         generation = Generation(engine, requests, lambda done, total: report("", done, total))

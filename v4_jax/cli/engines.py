@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 
 import jax
@@ -129,7 +130,7 @@ class EngineOptions:
         rows = self.slots or jax.device_count()
         spot = place(config, self.mesh, self.preset, batch=rows, native=self.dtype == "native")
         slots = self.slots or -(-min(most, DEFAULT_SLOTS) // spot.row_shards) * spot.row_shards
-        pages = slots * -(-length // spot.page)
+        pages = slots * spot.pages(length)
         if self.memory is not None:
             with bad_input():
                 pages = pages_within(config, slots, length, cache, self.memory, spot)
@@ -150,9 +151,16 @@ class EngineOptions:
                 prefixes=self.prefix.keeping(),
                 place=spot,
             )
-        with working("compiling"):
-            engine.compile()
+        compile_engine(engine)
         return engine
+
+
+def compile_engine(engine: Engine) -> float:
+    """Compiles its programs, and says so meanwhile. Returns the seconds that it took."""
+    started = time.perf_counter()
+    with working("compiling"):
+        engine.compile()
+    return time.perf_counter() - started
 
 
 def describe_cache(slots: int, length: int, pages: int, page: int, sizes: dict[str, int]) -> str:

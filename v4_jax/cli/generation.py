@@ -7,7 +7,6 @@ import itertools
 import json
 import re
 import sys
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +19,10 @@ from infer.sampling import Sampling
 from infer.speculative import Acceptance, check_depth
 from infer.text import MODES, Mode, Reply, plain_ids
 from v4_jax import chat
-from v4_jax.cli.console import CommandError, bad_input, progress_bar, read_json, read_text, say, working
+from v4_jax.cli.console import CommandError, bad_input, progress_bar, read_json, read_text, say
 from v4_jax.cli.contexts import DEFAULT_MAX_TOKENS, check_length, room
 from v4_jax.cli.devices import join, place
-from v4_jax.cli.engines import describe_drafts
+from v4_jax.cli.engines import compile_engine, describe_drafts
 from v4_jax.cli.models import ModelDirectory, cache_format
 from v4_jax.cli.options import (
     CacheFormat,
@@ -252,10 +251,7 @@ def stream(engine: Engine, request: Request, reply: Reply, writer: Writer | None
       reply: collects the text.
       writer: shows it; None to show nothing.
     """
-    started = time.perf_counter()
-    with working("compiling"):
-        engine.compile()
-    compile_seconds = time.perf_counter() - started
+    compile_seconds = compile_engine(engine)
     made: list[int] = []
     logprobs: list[float] = []
     finish = "length"
