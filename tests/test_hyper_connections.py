@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from v4_jax import Config
-from v4_jax.hyper_connections import HyperConnection, Mix, StreamCollapse, expand, sinkhorn, spread
+from v4_jax.hyper_connections import HyperConnection, Mix, StreamCollapse, combine, expand, sinkhorn, spread
 
 CONFIG = dataclasses.replace(Config.tiny(), hidden_size=16, compress_ratios=(0, 0, 4, 128, 4, 128, 4, 0))
 
@@ -70,6 +70,42 @@ def test_sinkhorn_is_doubly_stochastic():
     np.testing.assert_allclose(matrix.sum(0), 1, atol=1e-4)
     np.testing.assert_allclose(matrix.sum(1), 1, atol=1e-3)
     assert matrix.min() > 0
+
+
+@pytest.mark.parametrize("size", [1.0, 20.0])
+def test_sinkhorn_and_its_gradient_are_those_of_the_normalisations(size):
+    """Factors are iterated instead of the matrix, the backward pass is written down; also where softmax saturates."""
+
+    def plain(logits):
+        matrix = jax.nn.softmax(logits, axis=1) + 1e-6
+        matrix = matrix / (matrix.sum(0) + 1e-6)
+        for _ in range(19):
+            matrix = matrix / (matrix.sum(1, keepdims=True) + 1e-6)
+            matrix = matrix / (matrix.sum(0) + 1e-6)
+        return matrix
+
+    logits = size * jax.random.normal(jax.random.key(1), (4, 4, 2, 50))
+    cotangent = jax.random.normal(jax.random.key(2), logits.shape)
+    expected, pull = jax.vjp(plain, logits)
+    found, own = jax.vjp(lambda x: sinkhorn(x, 20, 1e-6), logits)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    np.testing.assert_allclose(own(cotangent)[0], pull(cotangent)[0], atol=1e-5)
+
+
+def test_gradients_of_combined_streams():
+    """Against those of the same sums as one einsum, for both parts and the weights."""
+    keys = jax.random.split(jax.random.key(4), 4)
+    parts = jax.random.normal(keys[0], (2, 7, 4, 8)), jax.random.normal(keys[1], (2, 7, 1, 8))
+    weights = jax.random.normal(keys[2], (5, 3, 2, 7))
+
+    def plain(parts, weights):
+        return jnp.einsum("jkbs,bsjd->bskd", weights, jnp.concatenate(parts, axis=2))
+
+    cotangent = jax.random.normal(keys[3], (2, 7, 3, 8))
+    expected, pull = jax.vjp(plain, parts, weights)
+    found, own = jax.vjp(combine, parts, weights)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), own(cotangent), pull(cotangent))
 
 
 def test_collapse_by_hand(site):

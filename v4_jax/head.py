@@ -33,16 +33,18 @@ def _forward(logits: Array, tokens: Array, axes: Axes) -> tuple[Array, Any]:
     found = jnp.take_along_axis(logits, jnp.clip(tokens, 0, vocabulary - 1)[..., None], axis=-1)[..., 0]
     chosen = psum(jnp.where(here, found, 0), axes)
     largest = pmax(jnp.max(logits, axis=-1), axes)
-    total = largest + jnp.log(psum(jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1), axes))
-    return chosen - total, (logits, tokens, total)
+    # Computed once, for the sum and for the backward pass; fused into the sum they would be computed again, and slowly.
+    powers = jax.lax.optimization_barrier(jnp.exp(logits - largest[..., None]))
+    total = psum(jnp.sum(powers, axis=-1), axes)
+    return chosen - largest - jnp.log(total), (powers, tokens, total)
 
 
 def _backward(axes: Axes, residuals: Any, gradient: Array) -> tuple[Array, None]:
     """In one pass over the logits. Every device has the whole gradient, of which all of them together make one sum."""
-    logits, tokens, total = residuals
+    powers, tokens, total = residuals
     gradient = psum(gradient, axes)
-    one = jnp.arange(logits.shape[-1]) == tokens[..., None]
-    return gradient[..., None] * (one - jnp.exp(logits - total[..., None])), None
+    one = jnp.arange(powers.shape[-1]) == tokens[..., None]
+    return gradient[..., None] * one - (gradient / total)[..., None] * powers, None
 
 
 log_probability.defvjp(_forward, _backward)

@@ -42,35 +42,108 @@ def expand(x: Array, streams: int) -> Array:
 
 def spread(streams: Array, output: Array, mix: Mix) -> Array:
     """New streams [B, S, hc, D] from the old ones and a site's output [B, S, D]."""
-    count = streams.shape[2]
-    old = [streams[:, :, j].astype(jnp.float32) for j in range(count)]
-    output = output.astype(jnp.float32)
-    new = [
-        mix.post[..., k, None] * output + sum(mix.residual[j, k][..., None] * old[j] for j in range(count))
-        for k in range(count)
-    ]
-    return jnp.stack(new, axis=2).astype(streams.dtype)
+    weights = jnp.concatenate([mix.residual, jnp.moveaxis(mix.post, -1, 0)[None]])
+    return combine((streams, output[:, :, None]), weights).astype(streams.dtype)
+
+
+@jax.custom_vjp
+def combine(parts: tuple[Array, ...], weights: Array) -> Array:
+    """Weighted sums of streams; one pass over them, and one in the backward pass for each gradient.
+
+    Args:
+      parts: [B, S, n, D] streams each, J in all.
+      weights: [J, K, B, S] float32 share of stream j in sum k.
+
+    Returns:
+      [B, S, K, D] float32.
+    """
+    old = [part[:, :, j].astype(jnp.float32) for part in parts for j in range(part.shape[2])]
+    new = [_weighted_sum(old, weights[:, k]) for k in range(weights.shape[1])]
+    return jnp.stack(new, axis=2)
+
+
+def _weighted_sum(terms: Any, weights: Any) -> Array:
+    """Sum of terms [..., D], each times its weight [...]; written out, as XLA fuses sums better than reductions."""
+    return functools.reduce(jnp.add, (w[..., None] * x for x, w in zip(terms, weights, strict=True)))
+
+
+def _combine_forward(parts: tuple[Array, ...], weights: Array) -> tuple[Array, Any]:
+    return combine(parts, weights), (parts, weights)
+
+
+def _combine_backward(residuals: Any, gradient: Array) -> tuple[tuple[Array, ...], Array]:
+    parts, weights = residuals
+    new = [gradient[:, :, k] for k in range(gradient.shape[2])]
+    of_weights = [einsum("bsjd,bskd->jkbs", part.astype(jnp.float32), gradient, dtype=jnp.float32) for part in parts]
+    of_old = iter([_weighted_sum(new, weights[j]) for j in range(weights.shape[0])])
+    of_parts = [jnp.stack([next(of_old) for _ in range(part.shape[2])], axis=2).astype(part.dtype) for part in parts]
+    return tuple(of_parts), jnp.concatenate(of_weights)
+
+
+combine.defvjp(_combine_forward, _combine_backward)
 
 
 def sinkhorn(logits: Array, iterations: int, eps: float) -> Array:
     """Doubly stochastic matrices from logits [hc, hc, ...], over the first two axes.
 
     Softmax over the second index with `eps` added, one normalisation over the first index, then `iterations - 1` times
-    both, second index first. The matrix axes lead so that each step is one pass over long vectors.
+    both, second index first; a normalisation divides by a sum plus `eps`. Every matrix on the way is the first one with
+    its rows and columns scaled, so that only these factors are iterated. The matrix axes lead so that each step is one
+    pass over long vectors.
     """
+    matrix = jax.nn.softmax(logits, axis=1) + eps
+    rows, columns = _factors(matrix, iterations, eps)
+    return rows[:, None] * matrix * columns
 
-    # Row by row: the transpose of a broadcast would be a reduction, one tiny kernel after another in the backward pass.
-    def over_first(m: Array) -> Array:
-        total = functools.reduce(jnp.add, m) + eps
-        return jnp.stack([row / total for row in m])
 
-    def over_second(m: Array) -> Array:
-        columns = [m[:, k] for k in range(m.shape[1])]
-        total = functools.reduce(jnp.add, columns) + eps
-        return jnp.stack([column / total for column in columns], axis=1)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _factors(matrix: Array, iterations: int, eps: float) -> tuple[Array, Array]:
+    """Factors of rows and of columns, [hc, ...] each."""
+    return _factors_forward(matrix, iterations, eps)[0]
 
-    matrix = over_first(jax.nn.softmax(logits, axis=1) + eps)
-    return jax.lax.fori_loop(0, iterations - 1, lambda _, m: over_first(over_second(m)), matrix)
+
+def _over_second(matrix: Array, columns: Array) -> Array:
+    """Sums over the second index, columns weighted; written out as `_weighted_sum` is."""
+    return functools.reduce(jnp.add, (matrix[:, k] * columns[k] for k in range(matrix.shape[1])))
+
+
+def _over_first(matrix: Array, rows: Array) -> Array:
+    return functools.reduce(jnp.add, (matrix[j] * rows[j] for j in range(matrix.shape[0])))
+
+
+def _factors_forward(matrix: Array, iterations: int, eps: float) -> tuple[tuple[Array, Array], Any]:
+    # A sum is the factor times the weighted sum, so that factor / (sum + eps) = 1 / (weighted sum + eps / factor).
+    def step(factors: tuple[Array, Array], _: None) -> tuple[Any, Any]:
+        rows, columns = factors
+        after = 1 / (_over_second(matrix, columns) + eps / rows)
+        return (after, 1 / (_over_first(matrix, after) + eps / columns)), factors
+
+    rows = jnp.ones_like(matrix[:, 0])
+    first = rows, 1 / (_over_first(matrix, rows) + eps)
+    last, before = jax.lax.scan(step, first, length=iterations - 1)
+    return last, (matrix, before, last)
+
+
+def _factors_backward(iterations: int, eps: float, residuals: Any, gradients: tuple[Array, Array]) -> tuple[Array]:
+    """With z the inverse of a factor, the gradient of z is that of the factor times -factor^2."""
+    del iterations
+    matrix, before, last = residuals
+
+    def step(carry: Any, before: tuple[Array, Array]) -> tuple[Any, None]:
+        of_matrix, of_rows, of_columns, (rows, columns) = carry
+        rows_before, columns_before = before
+        of_sums = -of_columns * columns**2
+        of_rows = -(of_rows + _over_second(matrix, of_sums)) * rows**2
+        of_matrix += rows[:, None] * of_sums + of_rows[:, None] * columns_before
+        of_columns = _over_first(matrix, of_rows) - eps * of_sums / columns_before**2
+        return (of_matrix, -eps * of_rows / rows_before**2, of_columns, before), None
+
+    carry = jnp.zeros_like(matrix), *gradients, last
+    (of_matrix, _, of_columns, (_, columns)), _ = jax.lax.scan(step, carry, before, reverse=True)
+    return (of_matrix - of_columns * columns**2,)
+
+
+_factors.defvjp(_factors_forward, _factors_backward)
 
 
 def _mixes(streams: Array, weight: Array, eps: float) -> Array:
@@ -80,10 +153,9 @@ def _mixes(streams: Array, weight: Array, eps: float) -> Array:
     return einsum("bsc,mc->mbs", flat, weight, dtype=jnp.float32) * scale
 
 
-def _weighted_sum(streams: Array, weights: Array) -> Array:
+def _collapse(streams: Array, weights: Array) -> Array:
     """Sum over streams of [B, S, hc, D] with weights [hc, B, S]: [B, S, D] in the streams' dtype."""
-    terms = (weights[j][..., None] * streams[:, :, j].astype(jnp.float32) for j in range(streams.shape[2]))
-    return functools.reduce(jnp.add, terms).astype(streams.dtype)
+    return combine((streams,), weights[:, None])[:, :, 0].astype(streams.dtype)
 
 
 class HyperConnection(Module):
@@ -113,7 +185,7 @@ class HyperConnection(Module):
         post = 2 * jax.nn.sigmoid(part(hc, 2 * hc, 1))
         logits = part(2 * hc, size, 2).reshape(hc, hc, *mixes.shape[1:])
         mix = Mix(jnp.moveaxis(post, 0, -1), sinkhorn(logits, c.hc_sinkhorn_iters, c.hc_eps))
-        return _weighted_sum(streams, pre), mix
+        return _collapse(streams, pre), mix
 
 
 class StreamCollapse(Module):
@@ -127,7 +199,7 @@ class StreamCollapse(Module):
         c = self.config
         weight, base, scale = _declare(self, c.hc_mult, 1)
         mixes = _mixes(streams, weight, c.rms_norm_eps)
-        return _weighted_sum(streams, jax.nn.sigmoid(mixes * scale[0] + base[:, None, None]) + c.hc_eps)
+        return _collapse(streams, jax.nn.sigmoid(mixes * scale[0] + base[:, None, None]) + c.hc_eps)
 
 
 def _declare(module: Any, rows: int, gates: int) -> tuple[Array, Array, Array]:
