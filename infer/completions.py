@@ -106,9 +106,10 @@ class Completion:
             _constraint(body, model),
             model.reasoning_end if thinks else (),
             budget,
+            prompt.opening,
         )
         stops = self.request.stops(model.config)
-        written = functools.partial(Reply, model.tokenizer, body.stops, prompt.thinking_mode, prompt.begun)
+        written = functools.partial(Reply, model.tokenizer, body.stops, prompt.thinking_mode)
         self.choices = [Sample(written(), stops) for _ in range(self.request.n)]
         self.cached = 0
         self._created = int(time.time())
@@ -222,12 +223,12 @@ class _Prompt(NamedTuple):
     Attributes:
       ids: tokens.
       thinking_mode: of the chat format that they are in; None for plain text.
-      begun: how the answer begins.
+      opening: how the answer begins.
     """
 
     ids: list[int]
     thinking_mode: str | None = None
-    begun: str = ""
+    opening: Sequence[int] = ()
 
 
 def _prompt(body: ChatBody | CompletionBody, model: Model) -> _Prompt:
@@ -243,12 +244,6 @@ def _prompt(body: ChatBody | CompletionBody, model: Model) -> _Prompt:
 def _chat_prompt(body: ChatBody, model: Model) -> _Prompt:
     thinking_mode, effort = MODES[body.mode(model.defaults.mode)]
     forced, tool = body.call()
-    if forced and thinking_mode != "chat":
-        raise BodyError(
-            "tool_choice asks for a tool, which is possible without reasoning only; expected reasoning_effort 'none', "
-            "or tool_choice 'auto'",
-            "tool_choice",
-        )
     format = body.response_format
     text = chat.encode(
         body.messages,
@@ -258,8 +253,8 @@ def _chat_prompt(body: ChatBody, model: Model) -> _Prompt:
         response_format=format.json_schema.schema_ if isinstance(format, SchemaFormat) else None,
     )
     # A model that has begun to write a call goes on with it.
-    begun = chat.begin_tool_call(tool) if forced else ""
-    return _Prompt(model.tokenizer.encode(text + begun), thinking_mode, begun)
+    opening = model.tokenizer.encode(chat.begin_tool_call(tool)) if forced else ()
+    return _Prompt(model.tokenizer.encode(text), thinking_mode, opening)
 
 
 def _constraint(body: Body, model: Model) -> Grammar | None:

@@ -8,8 +8,8 @@ the only one that samples. Samples that share a prompt (`Request.n`) therefore s
 fills: the rest of the row is copied, and each copy goes on with a seed of its own.
 
 With the model's multi-token-prediction block (`draft`) a step takes the newest token of a row and some guesses of what
-follows, and yields as many tokens as were right, and one more; see `infer.speculative`. Rows that a guide leads go one
-token at a time.
+follows, and yields as many tokens as were right, and one more; see `infer.speculative`. Rows go one token at a time
+while a guide leads them.
 
 What a request gets does not depend on its neighbours: its chunks are cut by its own prompt alone, a token's program is
 always the same, and random numbers come from its seed and position. Three programs serve all requests, compiled once.
@@ -56,7 +56,7 @@ class _Sequence:
       sampling: with its own seed.
       stops: tokens that end it.
       top_logprobs: most probable tokens to report.
-      guide: what else decides about its tokens.
+      guide: what else decides about its tokens; None once nothing does.
       left: tokens that it may still yield; 0 once it has ended.
       fed: prompt token to feed next; None once it feeds what it generated.
       newest: token to feed next, as far as the host knows.
@@ -495,6 +495,8 @@ class Engine:
                 if one in ahead and ahead[one].unless == token:
                     del ahead[one]
                 complete = token in one.stops or (one.guide is not None and one.guide.read(token))
+                if one.guide is not None and one.guide.spent:
+                    one.guide = None
                 finish: Finish | None = "stop" if complete else None if one.left else "length"
                 if finish:
                     self._end(one)

@@ -1,9 +1,9 @@
-"""What one sample may say next, as far as the host has a say in it: a constraint, and an end to its reasoning.
+"""What one sample may say next, as far as the host has a say in it: a constraint, an end to reasoning, an opening.
 
 Both follow from the tokens before, but the engine starts a step before it has read the last one's tokens. Constrained
 samples therefore sit out a step while their last token is being read; so does a sample that is about to be told to end
-its reasoning, once. While it reasons freely before a constraint it does not: such a step names the token that would end
-the reasoning, and the devices themselves leave the sample alone if that was its newest one.
+its reasoning, once. While it reasons freely before something else it does not: such a step names the token that would
+end the reasoning, and the devices themselves leave the sample alone if that was its newest one.
 """
 
 from __future__ import annotations
@@ -41,14 +41,27 @@ class Guide:
       end: tokens that end the reasoning; empty if there is no reasoning. The grammar holds only after them.
       budget: tokens after which reasoning that has not ended by itself is made to: `end`, or what is missing of it,
         is put into the sample's mouth; None for any number.
+      opening: tokens that the answer begins with, after any reasoning; not for one with a grammar.
     """
 
-    def __init__(self, matcher: Matcher | None = None, end: Sequence[int] = (), budget: int | None = None) -> None:
-        self._matcher, self._end, self._budget = matcher, tuple(end), budget
+    def __init__(
+        self,
+        matcher: Matcher | None = None,
+        end: Sequence[int] = (),
+        budget: int | None = None,
+        opening: Sequence[int] = (),
+    ) -> None:
+        self._matcher, self._end, self._budget, self._opening = matcher, tuple(end), budget, opening
         self._reasoning = bool(end)
         self._tokens = 0  # of the reasoning
         self._last: collections.deque[int] = collections.deque(maxlen=len(end))
-        self._forced: collections.deque[int] = collections.deque()
+        self._forced: collections.deque[int] = collections.deque(() if end else opening)
+
+    @property
+    def spent(self) -> bool:
+        """Whether the sample is on its own from here on."""
+        pending = self._opening or self._budget is not None
+        return self._matcher is None and not self._forced and not (self._reasoning and pending)
 
     @property
     def constrained(self) -> bool:
@@ -66,7 +79,8 @@ class Guide:
             self._budget = None
         if self._forced:
             return Move(forced=self._forced.popleft())
-        return Move(unless=self._end[-1] if self._matcher is not None and unread else NO_TOKEN)
+        awaited = self._reasoning and (self._matcher is not None or self._opening)
+        return Move(unless=self._end[-1] if awaited and unread else NO_TOKEN)
 
     def read(self, token: int) -> bool:
         """Takes note of a token that did not end the sample. Returns whether the sample is complete with it."""
@@ -74,6 +88,8 @@ class Guide:
             self._tokens += 1
             self._last.append(token)
             self._reasoning = tuple(self._last) != self._end
+            if not self._reasoning:
+                self._forced.extend(self._opening)
         elif self._matcher is not None:
             self._matcher.accept(token)
             return self._matcher.finished

@@ -31,6 +31,7 @@ class Request:
       reasoning_end: tokens that end the reasoning which the prompt opened; a constraint holds only after them.
       reasoning_budget: tokens after which reasoning is ended: `reasoning_end`, or what is missing of it, is then
         generated, unless it was before.
+      opening: tokens that the answer begins with, after any reasoning.
     """
 
     prompt: Sequence[int]
@@ -42,6 +43,7 @@ class Request:
     constraint: Grammar | None = None
     reasoning_end: Sequence[int] = ()
     reasoning_budget: int | None = None
+    opening: Sequence[int] = ()
 
     def check(self, config: Config, slots: int, max_length: int) -> None:
         """Checks that it can be served.
@@ -55,7 +57,7 @@ class Request:
           ValueError: it never can.
         """
         check_ids(self.prompt, config)
-        check_vocabulary([*self.sampling.logit_bias, *self.reasoning_end], config)
+        check_vocabulary([*self.sampling.logit_bias, *self.reasoning_end, *self.opening], config)
         for name, value in (("max_tokens", self.max_tokens), ("n", self.n)):
             if value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
@@ -77,6 +79,8 @@ class Request:
                 )
             if not self.stops(config):
                 raise ValueError("a constrained text needs stop_ids to end with, found none")
+            if self.opening:
+                raise ValueError("an opening and a constraint; expected one of them, or a constraint that begins so")
         if self.reasoning_budget is not None:
             if self.reasoning_budget < 0:
                 raise ValueError(f"reasoning_budget is {self.reasoning_budget}, expected 0 or more tokens")
@@ -89,10 +93,9 @@ class Request:
 
     def guide(self, config: Config) -> Guide | None:
         """What leads a new sample, if anything does."""
-        if self.constraint is None and self.reasoning_budget is None:
-            return None
         matcher = None if self.constraint is None else self.constraint.start(self.stops(config))
-        return Guide(matcher, self.reasoning_end, self.reasoning_budget)
+        guide = Guide(matcher, self.reasoning_end, self.reasoning_budget, self.opening)
+        return None if guide.spent else guide
 
 
 class Event(NamedTuple):

@@ -85,17 +85,15 @@ class Reply:
       tokenizer: decodes the tokens.
       stops: strings that end the reply.
       thinking_mode: the chat prompt's; None for plain continuation, which is all "content".
-      begun: how the reply begins, where the prompt has begun it.
 
     Attributes:
       text: what the model wrote so far, by kind.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], thinking_mode: str | None, begun: str = "") -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], thinking_mode: str | None) -> None:
         self._decoder = StoppingText(tokenizer, stops)
         self._splitter = chat.StreamSplitter(thinking_mode) if thinking_mode else None
         self.text: dict[str, str] = {}
-        self._split(begun)
 
     @property
     def stopped(self) -> bool:

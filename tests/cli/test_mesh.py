@@ -40,6 +40,16 @@ def test_score(run, eight):
     assert json.loads(spread.out)["total"] == pytest.approx(json.loads(alone.out)["total"], abs=1e-3)
 
 
+def test_eval(run, eight, tmp_path):
+    arguments = ("--lengths", "512", "--depths", "0.5", "--samples", "2", "--raw", "--policy", "float32")
+    for name, mesh in (("alone", ()), ("spread", ("--mesh", "seq=2,data=4"))):
+        result = run("eval", eight, *arguments, *mesh, "--output", tmp_path / name)
+        assert result.code == 0, result.err
+    alone, spread = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("alone", "spread"))
+    assert spread["questions"] == alone["questions"] and len(alone["questions"]) == 2
+    assert spread["settings"]["engine"]["slots"] == 4 and alone["settings"]["engine"]["slots"] == 2
+
+
 @pytest.mark.parametrize(
     ("mesh", "said"),
     [

@@ -252,6 +252,42 @@ def test_reasoning_that_ends_itself_is_left_alone(engine):
     assert tuple(ids[at - 3 - begun : at - begun]) == end
 
 
+OPENING = TOKENIZER.encode("call:")
+
+
+def test_an_opening(engine, small):
+    """Answers begin with it; what follows is what the model says after it, alone or in company."""
+    plain = Request([7] * 23, 30, Sampling(seed=16), stop_ids=())
+    request = dataclasses.replace(plain, opening=OPENING)
+    [first], [_, *others], *_ = together = served(engine, [request, dataclasses.replace(request, n=3), *free()])
+    ids, logprobs, _ = first
+    assert ids[:5] == OPENING and len(ids) == 30
+    assert [other[0][:5] for other in others] == [OPENING] * 2 and others[0] != others[1]
+    model = log_softmax(small, request.prompt, ids)
+    np.testing.assert_allclose(logprobs, model[np.arange(len(ids)), ids], atol=1e-4)
+    continued = dataclasses.replace(plain, prompt=[*plain.prompt, *OPENING], max_tokens=25)
+    assert served(engine, [continued])[0][0][0] == ids[5:]
+    assert served(engine, [request]) == together[:1]
+    assert served(engine, [dataclasses.replace(request, max_tokens=3)])[0][0][::2] == (OPENING[:3], "length")
+
+
+@pytest.mark.parametrize("end", [THINK_CLOSE, tuple(TOKENIZER.encode("ee.")), (30, 30)])
+def test_an_opening_after_reasoning(engine, end):
+    """Which ends by itself, wherever, or at its budget; not a token comes between."""
+    near = {end[0]: 7.0, end[-1]: 6.5}
+    thought = Request([8] * 20, 120, Sampling(seed=2, logit_bias=near), stop_ids=(1,))
+    [[(freely, _, _)]] = served(engine, [thought])
+    at = ends(freely, end)[0]
+    request = dataclasses.replace(thought, reasoning_end=end, opening=OPENING)
+    [[(ids, _, _)]] = alone = served(engine, [request])
+    assert ids[: at + 5] == [*freely[:at], *OPENING] and len(ids) > at + 5
+    assert served(engine, [request, *free()])[:1] == alone
+    for budget in (0, 2, at + 1):
+        [[(ids, _, _)]] = served(engine, [dataclasses.replace(request, reasoning_budget=budget)])
+        ended = ends(ids, end)[0]
+        assert ended == min(at, budget + len(end)) and ids[ended : ended + 5] == OPENING
+
+
 def test_an_end_that_repeats_itself():
     """What is missing of it completes it and not earlier, however it began."""
     random = np.random.default_rng(0)
@@ -347,6 +383,8 @@ def test_refused_at_the_door(engine, grammars):
         engine.submit(Request([3], 5, constraint=Grammars(ByteTokenizer(300)).regex("a+")))
     with pytest.raises(ValueError, match="reasoning_budget is -1, expected 0 or more tokens"):
         engine.submit(Request([3], 5, reasoning_end=(5,), reasoning_budget=-1))
+    with pytest.raises(ValueError, match="an opening and a constraint; expected one of them"):
+        engine.submit(Request([3], 5, constraint=grammar, opening=(5,)))
     with pytest.raises(ValueError, match="reasoning_budget needs reasoning_end"):
         engine.submit(Request([3], 5, reasoning_budget=4))
     with pytest.raises(ValueError, match="token id 260 is outside of the vocabulary"):

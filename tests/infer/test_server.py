@@ -141,14 +141,15 @@ def test_reasoning_comes_apart(client):
 
 
 def test_a_tool_that_must_be_called(client, parts):
-    """The call is begun in the prompt, and what was begun is a part of the reply."""
+    """The answer begins as a call does, at once or after reasoning."""
     tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]
-    asked = dict(model="tiny", messages=HELLO, tools=tools, max_tokens=5)
+    begun = chat.begin_tool_call("look").lstrip("\n")
+    asked = dict(model="tiny", messages=HELLO, tools=tools, max_tokens=len(begun) + 5)
     chosen = {"type": "function", "function": {"name": "look"}}
     free, forced = (
         client.chat.completions.create(**asked, tool_choice=choice).choices[0].message for choice in ("auto", chosen)
     )
-    assert forced.unparsed_tool_calls.startswith(chat.begin_tool_call("look").lstrip("\n")) and forced.content == ""
+    assert forced.unparsed_tool_calls.startswith(begun) and forced.content == ""
     assert not hasattr(free, "unparsed_tool_calls")
     for choice, sentence in (
         ({"type": "function", "function": {"name": "hear"}}, r"tool_choice asks for 'hear'; the tools are \['look'\]"),
@@ -156,8 +157,10 @@ def test_a_tool_that_must_be_called(client, parts):
     ):
         with pytest.raises(openai.BadRequestError, match=sentence):
             client.chat.completions.create(**asked, tool_choice=choice)
-    with pytest.raises(openai.BadRequestError, match="without reasoning only"):
-        client.chat.completions.create(**asked, tool_choice="required", reasoning_effort="high")
+    thinking = {"type": "enabled", "budget_tokens": 3}
+    forced = client.chat.completions.create(**asked, tool_choice=chosen, extra_body={"thinking": thinking})
+    message = forced.choices[0].message
+    assert message.reasoning_content and message.content == "" and message.unparsed_tool_calls.startswith(begun)
 
 
 def test_an_answer_that_keeps_to_a_schema(client, parts):

@@ -124,13 +124,14 @@ def test_samples_share_a_prompt(engine, plain):
 
 
 def particular():
-    """What looks at the tokens before, what is reported beside them, and a guide, which takes one token at a time."""
+    """What looks at the tokens before, what is reported beside them, and guides, which take one token at a time."""
     prompt, common = [5, 6, 7, 8, 9] * 4, dict(max_tokens=30, stop_ids=())
     return [
         Request(prompt, sampling=Sampling(seed=1, repetition_penalty=1.2, presence_penalty=0.5), **common),
         Request(prompt, sampling=Sampling(temperature=0, frequency_penalty=0.3), **common),
         Request(prompt, sampling=Sampling(seed=2, logit_bias={5: 1.5, 6: -2.0}), top_logprobs=3, **common),
         Request(prompt, sampling=Sampling(seed=3), reasoning_end=(3, 4), reasoning_budget=7, **common),
+        Request(prompt, sampling=Sampling(seed=4), opening=(9, 3, 4), **common),
     ]
 
 
@@ -138,14 +139,23 @@ def particular():
 def test_with_all_that_a_request_may_ask(engine, plain, depth):
     """Each token of a run is penalised for those before it in the same run; alternatives are those of its place."""
     found, expected = served(engine(depth), particular() + requests()[:4]), served(plain, particular())
-    assert_same(found[:4], expected)
-    assert_same(found[4:], served(plain, requests()[:4]))
-    assert [ids.index(3) for [(ids, _, _)] in found[3:4]] == [ids.index(3) for [(ids, _, _)] in expected[3:]]
+    assert_same(found[:5], expected)
+    assert_same(found[5:], served(plain, requests()[:4]))
+    assert [ids.index(3) for [(ids, _, _)] in found[3:4]] == [ids.index(3) for [(ids, _, _)] in expected[3:4]]
     before = engine(depth).acceptance[0]
     for one, other in zip(*(events(made, particular()[2]) for made in (engine(depth), plain)), strict=True):
         assert [id for id, _ in one] == [id for id, _ in other] and len(one) == 3
     accepted = engine(depth).acceptance[0].accepted
     assert accepted > before.accepted
+
+
+def test_drafts_go_on_where_a_guide_ends(engine):
+    """Whose reasoning was ended is on its own after that, and so is an answer that was opened."""
+    for request in particular()[3:]:
+        before = engine(1).acceptance[0]
+        served(engine(1), [request])
+        after = engine(1).acceptance[0]
+        assert 5 < after.offered - before.offered < 30 and after.accepted > before.accepted
 
 
 def events(made, request):

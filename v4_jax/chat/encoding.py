@@ -99,7 +99,7 @@ def encode(
 
 
 def begin_tool_call(name: str | None = None) -> str:
-    """How a reply begins that calls a tool: appended to a prompt in chat mode, it leaves nothing else to write.
+    """How an answer begins that calls a tool: after any reasoning, it leaves nothing else to write.
 
     Args:
         name: The tool to call; None leaves the choice to the model.

@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from infer.text import Mode
 from v4_jax.cli.console import CommandError, bad_input, check_output, needs, progress_bar, say, working
-from v4_jax.cli.contexts import DEFAULT_MAX_TOKENS, check_length, room
+from v4_jax.cli.contexts import DEFAULT_MAX_TOKENS, check_length, check_mode, room
 from v4_jax.cli.devices import join
 from v4_jax.cli.engines import EngineOptions, describe_drafts
 from v4_jax.cli.models import ModelDirectory
@@ -140,6 +140,7 @@ def batch(
             needed = job.survey([number for number in mine if number not in done], prepare, lines, record)
         if needed.numbers:
             length = room(needed.length, config.max_position_embeddings) if context is None else context
+            check_mode(mode, length)
             server = engine.build(directory, length, needed.samples)
             started = time.perf_counter()
             with progress_bar("answering", "requests") as report:

@@ -18,7 +18,7 @@ from infer.score import write_lines
 from infer.text import MODES, Mode, plain_ids
 from v4_jax import chat
 from v4_jax.cli.console import CommandError, bad_input, check_output, needs, progress_bar, read_text, say, show
-from v4_jax.cli.contexts import check_length, room
+from v4_jax.cli.contexts import check_length, check_mode, room
 from v4_jax.cli.devices import join
 from v4_jax.cli.engines import EngineOptions
 from v4_jax.cli.models import ModelDirectory
@@ -128,6 +128,7 @@ def eval(
     with bad_input(f"{name}: "):
         asked, skipped = _fitting(questions, form, longest, max_tokens)
     needed = max(len(one.prompt.ids) + one.prompt.max_tokens for one in asked)
+    check_mode(form.mode, longest)
     server = engine.build(directory, room(needed, longest), len(asked))
     started = time.perf_counter()
     with progress_bar(f"asking {len(asked)} questions", "tokens") as report:

@@ -20,7 +20,7 @@ from infer.speculative import Acceptance, check_depth
 from infer.text import MODES, Mode, Reply, plain_ids
 from v4_jax import chat
 from v4_jax.cli.console import CommandError, bad_input, progress_bar, read_json, read_text, say
-from v4_jax.cli.contexts import DEFAULT_MAX_TOKENS, check_length, room
+from v4_jax.cli.contexts import DEFAULT_MAX_TOKENS, check_length, check_mode, room
 from v4_jax.cli.devices import join, place
 from v4_jax.cli.engines import compile_engine, describe_drafts
 from v4_jax.cli.models import ModelDirectory, cache_format
@@ -40,12 +40,9 @@ from v4_jax.cli.options import (
 )
 from v4_jax.cli.reply import Writer
 from v4_jax.cli.sampling import SamplingOptions
-from v4_jax.cli.sizes import format_size
 from v4_jax.config import Config
 from v4_jax.policy import PolicyName
 from v4_jax.tokenizer import Tokenizer
-
-THINK_MAX_CONTEXT = 384 * 1024  # what the release advises for Think Max
 
 
 def generate(
@@ -124,11 +121,7 @@ def generate(
         given = _prompt(tokenizer, config, prompt, chat_file, tokens, raw, mode)
         limits = Limits.of(len(given.ids), max_tokens, context, config)
         reply = Reply(tokenizer, stop, given.thinking_mode)
-    if mode == "max" and given.thinking_mode and limits.context < THINK_MAX_CONTEXT:
-        say(
-            f"warning: Think Max wants a context of at least {format_size(THINK_MAX_CONTEXT)} tokens, this one has "
-            f"{format_size(limits.context)}; reasoning may be cut short (--context {format_size(THINK_MAX_CONTEXT)})"
-        )
+    check_mode(mode if given.thinking_mode else None, limits.context)
     where = place(config, mesh, preset, batch=1, native=dtype == "native")
     params = directory.load(dtype, where)
     with bad_input():

@@ -8,7 +8,7 @@ from typing import Any
 
 from infer.text import Mode
 from v4_jax.cli.console import CommandError, bad_input, needs, read_text, say
-from v4_jax.cli.contexts import DEFAULT_MAX_TOKENS, check_length
+from v4_jax.cli.contexts import DEFAULT_MAX_TOKENS, check_length, check_mode
 from v4_jax.cli.engines import EngineOptions, PrefixOptions
 from v4_jax.cli.models import ModelDirectory
 from v4_jax.cli.options import (
@@ -85,6 +85,7 @@ def serve(
     if context == DEFAULT_CONTEXT:
         context = min(context, config.max_position_embeddings)
     check_length(config, context)
+    check_mode(mode, context)
     with bad_input():
         chosen = sampling.over(release, seed=0)
     legal = _keys(keys)
