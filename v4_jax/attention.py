@@ -40,8 +40,9 @@ from v4_jax.rotary import inverse_frequencies, rotate
 from v4_jax.rows import Rows
 from v4_jax.stages import SPARSE, Stage, keep, recompute
 
-QUERY_BLOCK = 128  # queries of a row that are attended together,
+QUERY_BLOCK = 128  # queries of a row that see the same keys of the window,
 BATCH_BLOCK = 512  # and of all rows, which bounds the memory of a large batch
+TOGETHER = 2**21  # logits of the window, up to which several blocks of queries are attended side by side
 ENTRY_BLOCK = 128  # entries that HCA attends at once
 FEW_QUERIES = 16  # so many tokens of a row visit the devices that hold its entries; for more, the entries come to them
 
@@ -357,14 +358,14 @@ class Attention(Module):
         spread = () if entries is None else entries.axes
         visiting = tuple(axis for axis in shared if axis in spread)  # all heads visit what such an axis spreads
 
-        def block(tail: Array, x: dict[str, Array]) -> tuple[Array, tuple[Array, Array | None, Array | None]]:
+        def block(x: dict[str, Array]) -> tuple[Array, Array | None, Array | None]:
             queries = linear(x["latent"], wq_b, dtype).reshape(*x["latent"].shape[:2], -1, size)
             queries = rms_norm(queries, None, c.rms_norm_eps)
             queries = rotate(queries, x["positions"], frequencies)
-            seen = jnp.concatenate([tail, x["keys"]], axis=1)
-            number = x["index"][:1] - past + jnp.arange(seen.shape[1])
+            seen = x["keys"]
+            number = x["index"][:, :1, None] - past + jnp.arange(seen.shape[1])
             oldest = jnp.maximum(x["first"], x["index"] - past)
-            mask = (number >= oldest[..., None]) & (number <= x["index"][:, None])
+            mask = (number >= oldest[..., None]) & (number <= x["index"][..., None])
             partial = attend(queries, seen, mask)
             picked = loss = scored = None
             if index is not None:
@@ -386,7 +387,7 @@ class Attention(Module):
             output = output.reshape(*output.shape[:2], wo_a.shape[0], -1)
             output = einsum("bqgi,goi->bqgo", output, wo_a, dtype=dtype)
             output = linear(output.reshape(*output.shape[:2], -1), wo_b, dtype)
-            return seen[:, -past:], (output, picked, loss)
+            return output, picked, loss
 
         inputs = {
             "latent": latent,
@@ -400,7 +401,7 @@ class Attention(Module):
             inputs["weights"] = index.weights
         if picks is not None:
             inputs["picks"] = picks
-        output, picked, loss = by_query_blocks(block, tail, inputs)
+        output, picked, loss = by_query_blocks(block, tail, inputs, heads)
         output = keep(psum(output, split.shared("o_groups")), "attention")
         return output, cache, Routing(entries=picked, indexer_loss=loss)
 
@@ -482,32 +483,50 @@ def _in_order(entries: Array, numbers: Array) -> Array:
     return jnp.take_along_axis(entries, jnp.argsort(numbers, axis=1)[..., None], axis=1)
 
 
-def by_query_blocks(block: Any, carry: Any, inputs: dict[str, Array]) -> Any:
-    """Runs `block(carry, inputs of one block) -> (carry, outputs)` over blocks of at most `QUERY_BLOCK` queries.
+def by_query_blocks(block: Any, tail: Array, inputs: dict[str, Array], heads: int) -> Any:
+    """Runs `block` on blocks of at most `QUERY_BLOCK` queries, and no more than the window is long.
+
+    Where there is little in a block, several are attended side by side, in one operation each.
 
     Args:
-      block: sees each [B, S, ...] input cut to [B, Q, ...], and "index" [Q], the queries' chunk indices.
-      carry: what the first block starts from.
-      inputs: [B, S, ...] arrays.
+      block: sees each [B, S, ...] input cut to [B, Q, ...], but of the keys all that the window shows these queries
+        [B, past + Q, C], and "index" [1, Q], the queries' chunk indices.
+      tail: [B, past, C] keys before the first.
+      inputs: [B, S, ...] arrays, "keys" among them.
+      heads: query heads of the model.
 
     Returns:
-      The outputs, [B, S, ...] again. The backward pass recomputes each block, but for the entries it picked.
+      The outputs, [B, S, ...] again. The backward pass recomputes them step by step where there are several, but for
+      the entries picked.
     """
-    batch, size = next(iter(inputs.values())).shape[:2]
-    count = -(-size // min(QUERY_BLOCK, max(16, BATCH_BLOCK // batch)))
-    width = -(-size // count)
-    if count == 1:
-        return block(carry, inputs | {"index": jnp.arange(size)})[1]
+    (batch, size), past = inputs["keys"].shape[:2], tail.shape[1]
+    blocks = -(-size // min(QUERY_BLOCK, past + 1, max(16, BATCH_BLOCK // batch)))
+    width = -(-size // blocks)
+    steps = -(-blocks // max(1, TOGETHER // (batch * heads * width * (past + width))))
+    together = -(-blocks // steps)
 
-    def cut(x: Array) -> Array:
-        x = jnp.pad(x, [(0, 0), (0, count * width - size)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], count, width, *x.shape[2:]), 1, 0)
+    def cut(x: Array, count: int) -> Array:
+        return jnp.moveaxis(x.reshape(x.shape[0], count, -1, *x.shape[2:]), 1, 0)
 
     def join(x: Array) -> Array:
         x = jnp.moveaxis(x, 0, 1)
-        return x.reshape(x.shape[0], count * width, *x.shape[3:])[:, :size]
+        return x.reshape(x.shape[0], -1, *x.shape[3:])
 
-    blocks = {name: cut(x) for name, x in inputs.items()}
-    blocks["index"] = jnp.arange(count * width).reshape(count, width)
-    outputs = jax.lax.scan(recompute(block), carry, blocks)[1]
-    return jax.tree.map(join, outputs)
+    def step(tail: Array, x: dict[str, Array]) -> tuple[Array, Any]:
+        seen = jnp.concatenate([tail, x["keys"]], axis=1)
+        after = seen[:, seen.shape[1] - past :]
+        if together == 1:
+            return after, block(x | {"keys": seen})
+        windows = jnp.stack([seen[:, i * width : (i + 1) * width + past] for i in range(together)])
+        side_by_side = {name: cut(value, together) for name, value in x.items()} | {"keys": windows}
+        return after, jax.tree.map(join, jax.vmap(block)(side_by_side))
+
+    inputs = inputs | {"index": jnp.arange(size)[None]}
+    padding = steps * together * width - size
+    inputs = {name: jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)) for name, x in inputs.items()}
+    if steps == 1:
+        outputs = step(tail, inputs)[1]
+    else:
+        inputs = {name: cut(x, steps) for name, x in inputs.items()}
+        outputs = jax.tree.map(join, jax.lax.scan(recompute(step), tail, inputs)[1])
+    return jax.tree.map(lambda x: x[:, :size], outputs)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from sharding.mesh import make_mesh, parse_mesh
-from tests.equivalence.tiny import Tiny
+from tests.equivalence.tiny import Tiny, jitted
 from v4_jax import Transformer, init_cache
 from v4_jax.placement import placements
 
@@ -22,24 +22,10 @@ class Spread:
         self.mesh = make_mesh(mesh, jax.devices()[:count])
         self.model = Transformer(tiny.config, policy=policy, mesh=self.mesh, rules=preset)
         self.params = jax.device_put(tiny.params, placements(tiny.config, self.mesh, preset))
-        self._programs = {}
+        self._program = jitted(self.model)
 
-    def program(self, **arguments):
-        """`(params, tokens, traced arguments) -> Output`, jitted, and which of the arguments are traced."""
-        static = {name: value for name, value in arguments.items() if isinstance(value, (str, bool))}
-        traced = tuple(sorted(set(arguments) - set(static)))
-        key = (traced, tuple(sorted(static.items())))
-        if key not in self._programs:
-
-            def run(params, tokens, values):
-                return self.model.apply({"params": params}, tokens, **dict(zip(traced, values, strict=True)), **static)
-
-            self._programs[key] = jax.jit(run)
-        return self._programs[key], traced
-
-    def __call__(self, tokens, **arguments):
-        run, traced = self.program(**arguments)
-        return run(self.params, jnp.asarray(tokens), [arguments[name] for name in traced])
+    def __call__(self, *inputs, **arguments):
+        return self._program(self.params, *map(jnp.asarray, inputs), **arguments)
 
     def cache(self, batch, length, dtype="float32"):
         return init_cache(self.config, batch, length, dtype=dtype, mesh=self.mesh, rules=self.preset)

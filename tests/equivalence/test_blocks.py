@@ -16,10 +16,11 @@ def whole(tiny, tokens):
     return tiny(tokens).logits
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_small_blocks(tiny, tokens, whole, monkeypatch, cached):
-    """Several query blocks, several blocks of index keys and of HCA entries, uneven ends, several tiles."""
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 33)
+@pytest.mark.parametrize(("cached", "together"), [(False, 1), (True, 1), (False, 8000)])
+def test_small_blocks(tiny, tokens, whole, monkeypatch, cached, together):
+    """Query blocks one by one or four at once, several blocks of index keys and of HCA entries, uneven ends, tiles."""
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 13)
+    monkeypatch.setattr(attention, "TOGETHER", together)
     monkeypatch.setattr(attention, "ENTRY_BLOCK", 2)
     monkeypatch.setattr(lightning_indexer, "ENTRY_BLOCK", 20)
     monkeypatch.setattr(grouped_matmul, "TILE", 8)
@@ -41,7 +42,7 @@ def test_gradients_do_not_depend_on_blocks(three, tokens, monkeypatch):
         return jax.jit(jax.grad(loss, allow_int=True))(three.params)
 
     one = gradient()
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 40)
+    monkeypatch.setattr(attention, "TOGETHER", 8000)
     monkeypatch.setattr(grouped_matmul, "TILE", 16)
     for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(one)[0], jax.tree.leaves(gradient()), strict=True):
         if a.dtype != jax.dtypes.float0:
@@ -72,23 +73,18 @@ def test_gradient_is_the_slope(three, tokens):
 
 
 def test_routing_replay(tiny, tokens, whole):
-    apply = jax.jit(tiny.model.apply, static_argnames="return_routing")
-    variables = {"params": tiny.params}
-    routing = apply(variables, tokens, return_routing=True).routing
+    routing = tiny(tokens, return_routing=True).routing
     assert routing.experts.shape == (6, 2, 300, 2)
     assert routing.entries.shape == (3, 2, 300, 8)
-    np.testing.assert_allclose(apply(variables, tokens, routing=routing).logits, whole, atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(tiny(tokens, routing=routing).logits, whole, atol=TOLERANCE, rtol=0)
     other = Routing(experts=(routing.experts + 1) % 4)
-    assert jnp.abs(apply(variables, tokens, routing=other).logits - whole).max() > 0.1
+    assert jnp.abs(tiny(tokens, routing=other).logits - whole).max() > 0.1
     nothing = Routing(entries=jnp.full_like(routing.entries, -1))
-    assert jnp.abs(apply(variables, tokens, routing=nothing).logits - whole).max() > 1e-3
+    assert jnp.abs(tiny(tokens, routing=nothing).logits - whole).max() > 1e-3
 
 
 def test_picked_entries_are_visible_and_distinct(tiny, tokens):
-    routing = jax.jit(tiny.model.apply, static_argnames="return_routing")(
-        {"params": tiny.params}, tokens, return_routing=True
-    ).routing
-    entries = np.asarray(routing.entries)
+    entries = np.asarray(tiny(tokens, return_routing=True).routing.entries)
     visible = (np.arange(300) + 1) // 4
     assert (entries < visible[:, None]).all() and (entries >= -1).all()
     for t in (2, 3, 30, 31, 200, 299):

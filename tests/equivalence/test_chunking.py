@@ -66,7 +66,7 @@ def test_chunk_end_does_not_change_the_cache(tiny, tokens, step_by_step):
 def test_last_logits(tiny, tokens, one_shot):
     lengths = jnp.array([300, 133])
     output = tiny(tokens, lengths=lengths)
-    last = tiny.model.apply({"params": tiny.params}, tokens, lengths=lengths, logits="last").logits
+    last = tiny(tokens, lengths=lengths, logits="last").logits
     assert last.shape == (2, 1, 64)
     np.testing.assert_allclose(last[0, 0], output.logits[0, 299], atol=TOLERANCE)
     np.testing.assert_allclose(last[1, 0], one_shot[1, 132], atol=TOLERANCE)
@@ -74,16 +74,12 @@ def test_last_logits(tiny, tokens, one_shot):
 
 def test_mtp_chunks(tiny, tokens):
     """The MTP block fed at once, and in uneven chunks through its own window."""
-    streams = tiny(tokens).streams[:, :-1]
-
-    def mtp(streams, following, **arguments):
-        return tiny.model.apply({"params": tiny.params}, streams, following, method="mtp", **arguments)
-
-    following = tokens[:, 1:]
-    whole = mtp(streams, following)
+    streams, following = tiny(tokens).streams[:, :-1], tokens[:, 1:]
+    whole = tiny(streams, following, method="mtp")
     cache, logits, first = tiny.cache(2, 300), [], 0
     for size in (1, 20, 130, 148):
-        output = mtp(streams[:, first : first + size], following[:, first : first + size], cache=cache)
+        part = slice(first, first + size)
+        output = tiny(streams[:, part], following[:, part], cache=cache, method="mtp")
         cache, first = output.cache, first + size
         logits.append(output.logits)
     np.testing.assert_allclose(jnp.concatenate(logits, axis=1), whole.logits, atol=TOLERANCE, rtol=0)

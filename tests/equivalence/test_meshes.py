@@ -96,15 +96,6 @@ def pull(model, params, tokens, segments):
     return jax.jit(gradient)(params, tokens)
 
 
-@functools.cache
-def _routed(tiny):
-    return jax.jit(lambda t, n: tiny.model.apply({"params": tiny.params}, t, lengths=n, return_routing=True))
-
-
-def decisions(tiny, tokens, lengths):
-    return _routed(tiny)(tokens, lengths)
-
-
 def same(a, b, what=""):
     np.testing.assert_allclose(a, b, atol=TOLERANCE, rtol=0, err_msg=what)
 
@@ -112,7 +103,7 @@ def same(a, b, what=""):
 def test_ragged_rows_and_decisions(tiny, spread, tokens, one_shot):
     """Logits, streams and every routing decision of rows of different lengths; the last token's logits alone."""
     lengths = jnp.asarray(LENGTHS)
-    expected = decisions(tiny, tokens[:, :LENGTH], lengths)
+    expected = tiny(tokens[:, :LENGTH], lengths=lengths, return_routing=True)
     output = spread(tokens[:, :LENGTH], lengths=lengths, return_routing=True)
     for row, length in enumerate(LENGTHS):
         same(output.logits[row, :length], one_shot[row, :length])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import jax
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -75,10 +76,7 @@ def test_mtp_window(three, rows):
     rows, size = rows[:4], FED
     streams, following = three(rows).streams[:, :-1], rows[:, 1:]
 
-    @jax.jit
-    def mtp(streams, following, **arguments):
-        return three.model.apply({"params": three.params}, streams, following, method="mtp", **arguments)
-
+    mtp = functools.partial(three, method="mtp")
     whole = mtp(streams, following).logits
     cache, rng = three.cache(4, 300), np.random.default_rng(1)
     done = np.zeros(4, int)

@@ -121,7 +121,7 @@ def test_last_logits_of_a_row_that_begins_with_padding(tiny, tokens):
     segments = segments.at[0, 38:].set(0)
     row = tokens[:1, :40]
     everything = tiny(row, segment_ids=segments).logits
-    last = tiny.model.apply({"params": tiny.params}, row, segment_ids=segments, logits="last").logits
+    last = tiny(row, segment_ids=segments, logits="last").logits
     np.testing.assert_allclose(last[0, 0], everything[0, 37], atol=TOLERANCE)
 
 

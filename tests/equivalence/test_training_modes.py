@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.equivalence.tiny import TOPK, make
+from tests.equivalence.tiny import TOPK, jitted, make
 from v4_jax import Transformer, declarations
 from v4_jax.lightning_indexer import divergence
 from v4_jax.parameters import is_parameter
@@ -106,8 +106,8 @@ def test_divergence_by_hand():
 def test_both_stages_agree_where_all_entries_are_picked(tiny, tokens):
     length = 4 * TOPK
     sparse, dense = (
-        tiny.model.clone(stage=Stage(dense=dense, indexer_loss=True)).apply(
-            {"params": tiny.params}, tokens[:, :length], return_routing=True
+        jitted(tiny.model.clone(stage=Stage(dense=dense, indexer_loss=True)))(
+            tiny.params, tokens[:, :length], return_routing=True
         )
         for dense in (False, True)
     )
@@ -121,7 +121,7 @@ def test_dense_attention_sees_every_entry(tiny, tokens):
     all_of_them = make(
         num_hidden_layers=4, compress_ratios=(4, 128, 4, 128, 0), num_hash_layers=1, index_topk=LENGTH // 4
     )
-    dense = tiny.model.clone(stage=Stage(dense=True)).apply({"params": tiny.params}, tokens)
+    dense = jitted(tiny.model.clone(stage=Stage(dense=True)))(tiny.params, tokens)
     np.testing.assert_allclose(all_of_them(tokens).logits, dense.logits, atol=1e-4)
 
 

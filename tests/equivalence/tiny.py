@@ -20,24 +20,29 @@ TOPK = 8
 TOLERANCE = 1e-4
 
 
+def jitted(model: Transformer):
+    """`(params, *inputs, **arguments) -> Output`, a program for each kind of arguments."""
+
+    def run(params, *inputs, **arguments):
+        return model.apply({"params": params}, *inputs, **arguments)
+
+    return jax.jit(run, static_argnames=("logits", "method", "return_routing"))
+
+
 class Tiny(NamedTuple):
     config: Config
     model: Transformer
     params: dict
 
     @functools.cache  # noqa: B019 one instance lives as long as the tests
-    def _program(self, names):
-        def run(params, tokens, values):
-            return self.model.apply({"params": params}, tokens, **dict(zip(names, values, strict=True)))
-
-        return jax.jit(run)
+    def _program(self):
+        return jitted(self.model)
 
     def __hash__(self):
         return id(self)
 
-    def __call__(self, tokens, **arguments) -> Output:
-        names = tuple(sorted(arguments))
-        return self._program(names)(self.params, jnp.asarray(tokens), [arguments[name] for name in names])
+    def __call__(self, *inputs, **arguments) -> Output:
+        return self._program()(self.params, *map(jnp.asarray, inputs), **arguments)
 
     def cache(self, batch: int, length: int, dtype="float32") -> Cache:
         return init_cache(self.config, batch, length, dtype=dtype)
