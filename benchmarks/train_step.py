@@ -69,10 +69,11 @@ def measure(length: int, matrices: str, steps: int) -> dict[str, float]:
     from train.batch import Batch
     from train.objective import Weights
     from train.optimizer import optimizer
-    from train.step import TrainState, make_step
+    from train.step import TrainState, abstract_state, jit_step, make_step
     from v4_jax import Transformer, init
+    from v4_jax.placement import Place
 
-    shape = config()
+    shape, place = config(), Place()
     transform = optimizer(shape, 1e-3, matrices=matrices)
     model = Transformer(shape, policy="float32", remat="none")
     params = init(shape, jax.random.key(0))
@@ -80,7 +81,8 @@ def measure(length: int, matrices: str, steps: int) -> dict[str, float]:
     tokens = np.random.default_rng(0).integers(0, shape.vocab_size, (1, 1, length), np.int32)
     batch = Batch(jnp.asarray(tokens), jnp.ones_like(tokens))
     start = time.perf_counter()
-    step = jax.jit(make_step(model, transform, lambda step: Weights()), donate_argnums=0)
+    step = make_step(model, transform, lambda step: Weights())
+    step = jit_step(step, abstract_state(shape, transform, place), place)
     program = step.lower(state, batch, None).compile()
     compiled = time.perf_counter() - start
     took = []

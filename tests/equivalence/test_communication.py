@@ -157,11 +157,11 @@ def test_training_step(tiny):
             (c.sliding_window - 1, c.head_dim),
             *((span(ratio) - 1, projection_width(ratio, width)) for ratio, width in roles.values()),
         ],
-        # entries of the whole sequence; index queries and head weights of all heads, by blocks of queries
+        # entries of the whole sequence; index queries of all heads, blocks of queries side by side; head weights
         "all-gather": [
             *whole,
             *((size // ratio, width) for ratio, width in roles.values()),
-            (128, c.index_n_heads, c.index_head_dim),
+            (local // c.sliding_window, c.sliding_window, c.index_n_heads, c.index_head_dim),
             (local, c.index_n_heads),
         ],
         "reduce-scatter": [*shards, *((local // ratio, width) for ratio, width in roles.values())],
