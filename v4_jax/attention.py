@@ -24,6 +24,7 @@ from v4_jax.layout import Blocks, Layout
 from v4_jax.lightning_indexer import (
     MASKED,
     LightningIndexer,
+    Visible,
     divergence,
     index_queries,
     index_scores,
@@ -169,21 +170,19 @@ def _nothing(queries: Array) -> Partial:
     return Partial(jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros(queries.shape))
 
 
-def attend_range(queries: Array, entries: Entries, low: Array, high: Array) -> Partial:
-    """Attention over the entries in [low, high) [B, Q] that lie here, by blocks; blocks nobody sees are skipped."""
-    size, low, high = min(ENTRY_BLOCK, entries.count), entries.below(low), entries.below(high)
+def attend_range(queries: Array, entries: Entries, visible: Visible) -> Partial:
+    """Attention over the visible entries that lie here, by blocks; blocks nobody sees are skipped."""
+    size, visible = min(ENTRY_BLOCK, entries.count), visible.here(entries)
 
     def block(wanted: Array) -> Partial:
         first = jnp.minimum(wanted, entries.count - size)  # the last block may reach back over the one before
-        number = first + jnp.arange(size)
-        mask = (number >= wanted) & (number >= low[..., None]) & (number < high[..., None])
-        return attend(queries, entries.block(first, size), mask)
+        return attend(queries, entries.block(first, size), visible.mask(first, size, wanted))
 
     if size == entries.count:
         return block(jnp.int32(0))
 
     def step(partial: Partial, wanted: Array) -> tuple[Partial, None]:
-        seen = jnp.any((high > wanted) & (low < wanted + size))
+        seen = visible.any(wanted, size)
         return jax.lax.cond(seen, lambda p, w: merge(p, block(w)), lambda p, w: p, partial, wanted), None
 
     return jax.lax.scan(step, _nothing(queries), jnp.arange(0, entries.count, size, dtype=jnp.int32))[0]
@@ -217,9 +216,7 @@ class Scored(NamedTuple):
     keys: Entries
 
 
-def indexer_loss(
-    attended: Attended, scored: Scored, picked: Array | None, low: Array, high: Array, heads: Axes
-) -> Array:
+def indexer_loss(attended: Attended, scored: Scored, picked: Array | None, visible: Visible, heads: Axes) -> Array:
     """How far the indexer's scores are from the attention that entries get: a KL divergence per query.
 
     The technical report does not describe this loss; the form is that of DeepSeek-V3.2 (facts, section 6).
@@ -228,8 +225,7 @@ def indexer_loss(
       attended: how the entries are attended; no gradient flows back to it.
       scored: how they are scored.
       picked: [B, Q, K] entries to compare over, -1 for none; None compares over all visible ones.
-      low: [B, Q] first visible entry.
-      high: [B, Q] one past the last visible entry.
+      visible: which entries the queries see.
       heads: mesh axes over which the heads' work is shared.
 
     Returns:
@@ -241,21 +237,20 @@ def indexer_loss(
         return mass(queries, rows, mask, log_total), index_scores(scored.queries, scored.weights, keys)
 
     if picked is not None:
-        visible = picked >= 0
-        got, scores = compare(entries.gather(picked), scored.keys.gather(picked), visible)
-        return divergence(scores, psum(got, heads), visible)
+        found = picked >= 0
+        got, scores = compare(entries.gather(picked), scored.keys.gather(picked), found)
+        return divergence(scores, psum(got, heads), found)
 
     size = min(ENTRY_BLOCK, entries.count)
 
     def block(wanted: Array) -> tuple[Array, Array, Array]:
         first = jnp.minimum(wanted, entries.count - size)
-        number = first + jnp.arange(size)
-        mask = (number >= wanted) & (number >= low[..., None]) & (number < high[..., None])
+        mask = visible.mask(first, size, wanted)
         return *compare(entries.block(first, size), scored.keys.block(first, size), mask), mask
 
     blocks = jax.lax.map(recompute(block), jnp.arange(0, entries.count, size, dtype=jnp.int32))
-    got, scores, visible = map(_joined, blocks)
-    return divergence(scores, psum(got, heads), visible)
+    got, scores, found = map(_joined, blocks)
+    return divergence(scores, psum(got, heads), found)
 
 
 def _joined(blocks: Array) -> Array:
@@ -368,21 +363,22 @@ class Attention(Module):
             mask = (number >= oldest[..., None]) & (number <= x["index"][..., None])
             partial = attend(queries, seen, mask)
             picked = loss = scored = None
+            visible = Visible(x["low"], x["high"], x["least"], x["most"])
             if index is not None:
                 scored = Scored(index.queries(x), x["weights"], index.keys)
                 if not self.stage.dense:
-                    chosen = select(*scored, x["low"], x["high"], c.index_topk) if picks is None else x["picks"]
+                    chosen = select(*scored, visible, c.index_topk) if picks is None else x["picks"]
                     picked = keep(chosen, "picked")
             if entries is not None:
                 visitors = all_gather(queries, visiting, 2)
                 if picked is None:
-                    distant = attend_range(visitors, entries, x["low"], x["high"])
+                    distant = attend_range(visitors, entries, visible)
                 else:
                     distant = attend_picked(visitors, entries, picked)
                 partial = merge(partial, combine(distant, spread, visiting))
                 if scored is not None and self.stage.indexer_loss:
                     attended = Attended(queries, log_denominator(partial, sink), entries)
-                    loss = indexer_loss(attended, scored, picked, x["low"], x["high"], shared)
+                    loss = indexer_loss(attended, scored, picked, visible, shared)
             output = rotate(finish(partial, sink).astype(dtype), x["positions"], frequencies, inverse=True)
             output = output.reshape(*output.shape[:2], wo_a.shape[0], -1)
             output = einsum("bqgi,goi->bqgo", output, wo_a, dtype=dtype)
@@ -490,9 +486,9 @@ def by_query_blocks(block: Any, tail: Array, inputs: dict[str, Array], heads: in
 
     Args:
       block: sees each [B, S, ...] input cut to [B, Q, ...], but of the keys all that the window shows these queries
-        [B, past + Q, C], and "index" [1, Q], the queries' chunk indices.
+        [B, past + Q, C]; "index" [1, Q], the queries' chunk indices; "least" and "most", see `Visible`.
       tail: [B, past, C] keys before the first.
-      inputs: [B, S, ...] arrays, "keys" among them.
+      inputs: [B, S, ...] arrays, "keys", "low" and "high" among them.
       heads: query heads of the model.
 
     Returns:
@@ -515,11 +511,12 @@ def by_query_blocks(block: Any, tail: Array, inputs: dict[str, Array], heads: in
     def step(tail: Array, x: dict[str, Array]) -> tuple[Array, Any]:
         seen = jnp.concatenate([tail, x["keys"]], axis=1)
         after = seen[:, seen.shape[1] - past :]
+        bounds = {"least": jnp.min(x["low"]), "most": jnp.max(x["high"])}
         if together == 1:
-            return after, block(x | {"keys": seen})
+            return after, block(x | bounds | {"keys": seen})
         windows = jnp.stack([seen[:, i * width : (i + 1) * width + past] for i in range(together)])
         side_by_side = {name: cut(value, together) for name, value in x.items()} | {"keys": windows}
-        return after, jax.tree.map(join, jax.vmap(block)(side_by_side))
+        return after, jax.tree.map(join, jax.vmap(lambda x: block(x | bounds))(side_by_side))
 
     inputs = inputs | {"index": jnp.arange(size)[None]}
     padding = steps * together * width - size

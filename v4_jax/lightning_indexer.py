@@ -7,7 +7,7 @@ Technical report, section 2.3.1. Scoring goes by blocks of entries with a runnin
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -112,23 +112,50 @@ def index_scores(queries: Array, weights: Array, keys: Array) -> Array:
     return functools.reduce(jnp.add, heads)
 
 
-def select(queries: Array, weights: Array, keys: Entries, low: Array, high: Array, top: int) -> Array:
+class Visible(NamedTuple):
+    """Which entries queries see.
+
+    Attributes:
+      low: [B, Q] first visible entry.
+      high: [B, Q] one past the last visible entry.
+      least: the least `low` of all queries that are attended side by side, these among them.
+      most: the greatest `high` of them: what lies beyond need not be looked at.
+    """
+
+    low: Array
+    high: Array
+    least: Array
+    most: Array
+
+    def here(self, entries: Entries) -> Visible:
+        """The same in slots of the entries that lie on this device."""
+        return Visible(*map(entries.below, self))
+
+    def mask(self, first: Array, size: int, wanted: Array) -> Array:
+        """[B, Q, size] which of the entries from `first` on are visible and not before `wanted`."""
+        number = first + jnp.arange(size, dtype=jnp.int32)
+        return (number >= wanted) & (number >= self.low[..., None]) & (number < self.high[..., None])
+
+    def any(self, wanted: Array, size: int) -> Array:
+        """Whether anybody may see any of the entries from `wanted` on."""
+        return (self.most > wanted) & (self.least < wanted + size)
+
+
+def select(queries: Array, weights: Array, keys: Entries, visible: Visible, top: int) -> Array:
     """The best-scoring visible entries of each query, wherever they lie.
 
     Args:
       queries: [B, Q, heads, C] index queries.
       weights: [B, Q, heads] float32 head weights.
       keys: index keys of every entry.
-      low: [B, Q] first visible entry.
-      high: [B, Q] one past the last visible entry.
+      visible: which of them the queries see.
       top: how many to keep.
 
     Returns:
       [B, Q, min(top, entries)] int32 entry numbers by falling score, -1 where fewer are visible. Equal scores keep the
       earlier entry.
     """
-    low, high = keys.below(low), keys.below(high)
-    scores, slots = _best_here(queries, weights, keys, low, high, min(top, keys.count))
+    scores, slots = _best_here(queries, weights, keys, visible.here(keys), min(top, keys.count))
     if not keys.axes:
         return slots
     return distributed_top_k(scores, keys.numbers(slots), top, keys.axes)
@@ -148,19 +175,20 @@ def divergence(scores: Array, mass: Array, visible: Array) -> Array:
     return jnp.sum(jnp.where(share > 0, share * (jnp.log(jnp.where(share > 0, share, 1)) - guess), 0), axis=-1)
 
 
-def _best_here(queries: Array, weights: Array, keys: Entries, low: Array, high: Array, top: int) -> tuple[Array, Array]:
-    """Scores and slots [B, Q, top] of the best entries in the slots [low, high) of this device."""
+def _best_here(queries: Array, weights: Array, keys: Entries, visible: Visible, top: int) -> tuple[Array, Array]:
+    """Scores and slots [B, Q, top] of the best entries in the visible slots of this device."""
     size = min(ENTRY_BLOCK, keys.count)
     queries, weights = jax.lax.stop_gradient((queries, weights))
-    best = (jnp.full((*low.shape, top), -jnp.inf), jnp.full((*low.shape, top), -1, jnp.int32))
+    shape = (*visible.low.shape, top)
+    best = (jnp.full(shape, -jnp.inf), jnp.full(shape, -1, jnp.int32))
 
     def merge(best: tuple[Array, Array], wanted: Array) -> tuple[Array, Array]:
         first = jnp.minimum(wanted, keys.count - size)  # the last block may reach back over the one before
-        number = first + jnp.arange(size, dtype=jnp.int32)
         scores = index_scores(queries, weights, jax.lax.stop_gradient(keys.block(first, size)))
-        visible = (number >= wanted) & (number >= low[..., None]) & (number < high[..., None])
-        scores = jnp.concatenate([best[0], jnp.where(visible, scores, -jnp.inf)], axis=-1)
-        numbers = jnp.concatenate([best[1], jnp.broadcast_to(number, visible.shape)], axis=-1)
+        mask = visible.mask(first, size, wanted)
+        scores = jnp.concatenate([best[0], jnp.where(mask, scores, -jnp.inf)], axis=-1)
+        number = first + jnp.arange(size, dtype=jnp.int32)
+        numbers = jnp.concatenate([best[1], jnp.broadcast_to(number, mask.shape)], axis=-1)
         scores, order = jax.lax.top_k(scores, top)
         return scores, jnp.where(scores > -jnp.inf, jnp.take_along_axis(numbers, order, axis=-1), -1)
 
@@ -168,7 +196,6 @@ def _best_here(queries: Array, weights: Array, keys: Entries, low: Array, high: 
         return merge(best, jnp.int32(0))
 
     def step(best: tuple[Array, Array], wanted: Array) -> tuple[tuple[Array, Array], None]:
-        seen = jnp.any((high > wanted) & (low < wanted + size))
-        return jax.lax.cond(seen, merge, lambda best, _: best, best, wanted), None
+        return jax.lax.cond(visible.any(wanted, size), merge, lambda best, _: best, best, wanted), None
 
     return jax.lax.scan(step, best, jnp.arange(0, keys.count, size, dtype=jnp.int32))[0]

@@ -33,6 +33,21 @@ def test_small_blocks(tiny, tokens, whole, monkeypatch, cached, together):
         np.testing.assert_allclose(small(tiny.params, tokens), whole, atol=TOLERANCE, rtol=0)
 
 
+def test_blocks_side_by_side_skip_what_nobody_sees(three, tokens, monkeypatch):
+    """A chunk's cost must not grow with the room of its cache: blocks of entries are passed over by a real branch."""
+
+    def branches():
+        def chunk(tokens, cache):
+            return three.model.apply({"params": three.params}, tokens, cache=cache).logits
+
+        room = 128 * (lightning_indexer.ENTRY_BLOCK + attention.ENTRY_BLOCK)  # several blocks of either kind
+        return str(jax.make_jaxpr(chunk)(tokens[:, :64], three.cache(2, room))).count("cond[")
+
+    together = branches()
+    monkeypatch.setattr(attention, "TOGETHER", 1)
+    assert together == branches() >= 2  # index keys of the CSA layer, entries of the HCA layer
+
+
 def test_gradients_do_not_depend_on_blocks(three, tokens, monkeypatch):
     def gradient():
         def loss(params):
