@@ -489,7 +489,7 @@ def by_query_blocks(block: Any, tail: Array, inputs: dict[str, Array], heads: in
         [B, past + Q, C]; "index" [1, Q], the queries' chunk indices; "least" and "most", see `Visible`.
       tail: [B, past, C] keys before the first.
       inputs: [B, S, ...] arrays, "keys", "low" and "high" among them.
-      heads: query heads of the model.
+      heads: query heads of the model, also where a device works on some of them: entries picked are not so divided.
 
     Returns:
       The outputs, [B, S, ...] again. The backward pass recomputes them step by step where there are several, but for
@@ -514,8 +514,11 @@ def by_query_blocks(block: Any, tail: Array, inputs: dict[str, Array], heads: in
         bounds = {"least": jnp.min(x["low"]), "most": jnp.max(x["high"])}
         if together == 1:
             return after, block(x | bounds | {"keys": seen})
-        windows = jnp.stack([seen[:, i * width : (i + 1) * width + past] for i in range(together)])
-        side_by_side = {name: cut(value, together) for name, value in x.items()} | {"keys": windows}
+        before = -(-past // width)  # so many blocks of keys before its own does a block's window reach into
+        pieces = cut(jnp.pad(seen, [(0, 0), (before * width - past, 0), (0, 0)]), before + together)
+        windows = jnp.concatenate([pieces[i : i + together] for i in range(before + 1)], axis=2)
+        side_by_side = {name: cut(value, together) for name, value in x.items() if name != "keys"}
+        side_by_side["keys"] = windows[:, :, before * width - past :]
         return after, jax.tree.map(join, jax.vmap(lambda x: block(x | bounds))(side_by_side))
 
     inputs = inputs | {"index": jnp.arange(size)[None]}

@@ -18,7 +18,7 @@ def whole(tiny, tokens):
 
 @pytest.mark.parametrize(("cached", "together"), [(False, 1), (True, 1), (False, 8000)])
 def test_small_blocks(tiny, tokens, whole, monkeypatch, cached, together):
-    """Query blocks one by one or four at once, several blocks of index keys and of HCA entries, uneven ends, tiles."""
+    """Query blocks one by one or five at once, several blocks of index keys and of HCA entries, uneven ends, tiles."""
     monkeypatch.setattr(attention, "QUERY_BLOCK", 13)
     monkeypatch.setattr(attention, "TOGETHER", together)
     monkeypatch.setattr(attention, "ENTRY_BLOCK", 2)
