@@ -125,17 +125,17 @@ def objective(
     trunk, mtp_block = _passes(model, params, batch)
     output = trunk(None if decisions is None else Routing(experts=decisions.trunk))
 
-    def likelihood(streams: Array, ahead: int) -> Array:
-        targets, mtp = shift(batch.tokens, ahead), ahead == 2
-        found = model.apply({"params": params}, streams, targets, mtp=mtp, method="log_probabilities")
-        return jnp.sum(jnp.where(same_document(batch.segment_ids, ahead), -cast(Array, found), 0))
+    def loss_of(streams: Array, ahead: int) -> Array:
+        targets, counted = shift(batch.tokens, ahead), same_document(batch.segment_ids, ahead).astype(jnp.float32)
+        call: Any = functools.partial(model.apply, {"params": params}, mtp=ahead == 2, method="cross_entropy")
+        return call(streams, targets, counted)
 
     routing = cast(Routing, output.routing)
-    loss, mtp = likelihood(output.streams, 1), jnp.zeros(())
+    loss, mtp = loss_of(output.streams, 1), jnp.zeros(())
     balance, load = jnp.sum(cast(Array, routing.balance)), cast(Array, routing.load)
     if c.num_nextn_predict_layers:
         drafted = mtp_block(output.streams, None if decisions is None else Routing(experts=decisions.mtp))
-        mtp = likelihood(drafted.streams, 2)
+        mtp = loss_of(drafted.streams, 2)
         balance = balance + jnp.sum(drafted.routing.balance)
         load = jnp.concatenate([load, drafted.routing.load])
     valid = batch.segment_ids > 0

@@ -1,9 +1,8 @@
-"""Log-probabilities from logits, whole or split over devices, and work on tokens block by block."""
+"""Log-probabilities from logits, and the loss they make without an array of [tokens, vocabulary]."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,66 +10,101 @@ import jax.numpy as jnp
 from jax import Array
 
 from sharding.collectives import Axes, pmax, psum
+from v4_jax.policy import einsum
 
-TOKEN_BLOCK = 1024  # tokens whose logits exist at once
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def log_probability(logits: Array, tokens: Array, axes: Axes = ()) -> Array:
-    """Log-probabilities [...] of `tokens` [...] under `logits` [..., V].
-
-    Args:
-      logits: float32.
-      tokens: int32; an id that is not among these logits adds nothing.
-      axes: mesh axes whose devices each have another part of the vocabulary; ids then count from the device's first.
-    """
-    return _forward(logits, tokens, axes)[0]
+LOGITS = 2**23  # logits that a device has at once in a loss
 
 
-def _forward(logits: Array, tokens: Array, axes: Axes) -> tuple[Array, Any]:
+def log_probability(logits: Array, tokens: Array) -> Array:
+    """Log-probabilities [...] of int32 `tokens` [...] under float32 `logits` [..., V]."""
+    return _log_probability(logits, tokens, ())[0]
+
+
+def _log_probability(logits: Array, tokens: Array, axes: Axes) -> tuple[Array, Array, Array]:
+    """As above, of logits split over `axes`, tokens counting from the device's first; the powers, and their sum."""
     vocabulary = logits.shape[-1]
     here = (tokens >= 0) & (tokens < vocabulary)
     found = jnp.take_along_axis(logits, jnp.clip(tokens, 0, vocabulary - 1)[..., None], axis=-1)[..., 0]
     chosen = psum(jnp.where(here, found, 0), axes)
     largest = pmax(jnp.max(logits, axis=-1), axes)
-    # Computed once, for the sum and for the backward pass; fused into the sum they would be computed again, and slowly.
+    # Computed once, for the sum and for the gradient; fused into the sum they would be computed again, and slowly.
     powers = jax.lax.optimization_barrier(jnp.exp(logits - largest[..., None]))
     total = psum(jnp.sum(powers, axis=-1), axes)
-    return chosen - largest - jnp.log(total), (powers, tokens, total)
+    return chosen - largest - jnp.log(total), powers, total
 
 
-def _backward(axes: Axes, residuals: Any, gradient: Array) -> tuple[Array, None]:
-    """In one pass over the logits. Every device has the whole gradient, of which all of them together make one sum."""
-    powers, tokens, total = residuals
-    gradient = psum(gradient, axes)
-    one = jnp.arange(powers.shape[-1]) == tokens[..., None]
-    return gradient[..., None] * one - (gradient / total)[..., None] * powers, None
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def cross_entropy(hidden: Array, head: Array, tokens: Array, weights: Array, axes: Axes = ()) -> Array:
+    """Weighted sum of the negative log-probabilities of tokens, block of tokens by block.
 
-
-log_probability.defvjp(_forward, _backward)
-
-
-def by_token_blocks(function: Callable[[Any], Array], x: Any) -> Array:
-    """Runs `function` on blocks of at most `TOKEN_BLOCK` tokens; of several, again in the backward pass.
+    Where a gradient is asked for, each block's is computed beside its loss, while its logits exist: they are neither
+    kept nor computed again.
 
     Args:
-      function: maps a pytree of [T, ...] arrays to [T, ...], each token by itself.
-      x: pytree of [B, S, ...] arrays.
+      hidden: [T, D] what the head is applied to.
+      head: [V, D], of the dtype of `hidden`, or wider.
+      tokens: [T] int32; an id that is not among these V has its logit on another device.
+      weights: [T] float32; they have no gradient.
+      axes: mesh axes whose devices each have another part of the vocabulary; ids count from the device's first.
 
     Returns:
-      [B, S, ...].
+      A float32 number; every device of `axes` has the whole sum, and of the gradient of `hidden` its own part.
     """
-    batch, length = jax.tree.leaves(x)[0].shape[:2]
-    tokens = batch * length
-    count = -(-tokens // TOKEN_BLOCK)
+
+    def block(x: tuple[Array, ...]) -> Array:
+        hidden, tokens, weights = x
+        return _block(hidden, tokens, weights, head, axes)[0]
+
+    return jnp.sum(jax.lax.map(block, _blocks(head, hidden, tokens, weights)))
+
+
+def _block(hidden: Array, tokens: Array, weights: Array, head: Array, axes: Axes) -> tuple[Array, Array, Array]:
+    """The loss of one block, and the powers and sums of its softmax."""
+    logits = einsum("td,vd->tv", hidden, head, dtype=jnp.float32)
+    scores, powers, total = _log_probability(logits, tokens, axes)
+    return -jnp.sum(weights * scores), powers, total
+
+
+def _blocks(head: Array, *arrays: Array) -> tuple[Array, ...]:
+    """[T, ...] arrays as [blocks, tokens of one, ...], with zeros behind the last token.
+
+    A block adds to the whole gradient of the head: it has enough tokens for its products to outweigh that.
+    """
+    tokens, (vocabulary, width) = arrays[0].shape[0], head.shape
+    count = -(-tokens // max(LOGITS // vocabulary, width // 4))
     size = -(-tokens // count)
 
     def cut(x: Array) -> Array:
-        flat = x.reshape(tokens, *x.shape[2:])
-        padded = jnp.pad(flat, [(0, count * size - tokens)] + [(0, 0)] * (flat.ndim - 1))
-        return padded.reshape(count, size, *flat.shape[1:])
+        padded = jnp.pad(x, [(0, count * size - tokens)] + [(0, 0)] * (x.ndim - 1))
+        return padded.reshape(count, size, *x.shape[1:])
 
-    if count == 1:
-        return function(jax.tree.map(lambda x: x.reshape(tokens, *x.shape[2:]), x)).reshape(batch, length)
-    blocks = jax.lax.map(jax.checkpoint(function), jax.tree.map(cut, x))
-    return blocks.reshape(count * size, *blocks.shape[2:])[:tokens].reshape(batch, length, *blocks.shape[2:])
+    return tuple(map(cut, arrays))
+
+
+def _forward(hidden: Array, head: Array, tokens: Array, weights: Array, axes: Axes) -> tuple[Array, Any]:
+    dtype = jnp.result_type(hidden, head)
+
+    def block(of_head: Array, x: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
+        hidden, tokens, weights = x
+        loss, powers, total = _block(hidden, tokens, weights, head, axes)
+        chosen = jnp.arange(head.shape[0]) == tokens[:, None]
+        # Subtracted before it is rounded: of a sure token the two are almost the same.
+        of_logits = ((weights / total)[:, None] * powers - weights[:, None] * chosen).astype(dtype)
+        of_head = of_head + einsum("tv,td->vd", of_logits, hidden, dtype=jnp.float32)
+        return of_head, (loss, einsum("tv,vd->td", of_logits, head, dtype=jnp.float32))
+
+    zeros = jnp.zeros(head.shape, jnp.float32)
+    of_head, (losses, of_hidden) = jax.lax.scan(block, zeros, _blocks(head, hidden, tokens, weights))
+    of_hidden = of_hidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
+    # Of no elements, for their dtypes.
+    return jnp.sum(losses), (of_hidden, of_head, hidden[:0], head[:0])
+
+
+def _backward(axes: Axes, residuals: Any, gradient: Array) -> tuple[Array, Array, None, None]:
+    """Every device has the whole sum, and of its gradient a part: all of them together make one."""
+    of_hidden, of_head, hidden, head = residuals
+    gradient = psum(gradient, axes)
+    return (gradient * of_hidden).astype(hidden.dtype), (gradient * of_head).astype(head.dtype), None, None
+
+
+cross_entropy.defvjp(_forward, _backward)

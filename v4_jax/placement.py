@@ -261,21 +261,21 @@ def on_mesh(
     return mapped(nn.meta.unbox(model.variables["params"]), given)
 
 
-def scored_on_mesh(model: Transformer, call: Callable[..., Array], streams: Array, targets: Array) -> Array:
-    """Runs `call(model, streams, targets)` [B, S] on every device of the model's mesh, as `on_mesh` does.
+def loss_on_mesh(model: Transformer, call: Callable[..., Array], streams: Array, *arrays: Array) -> Array:
+    """Runs `call(model, streams, *arrays)`, arrays [B, S] and a number, on every device of the mesh, as `on_mesh` does.
 
     Raises:
       ShardingError: something does not split evenly over the mesh.
     """
-    mesh, _, split, local = _local(model, *targets.shape)
+    mesh, _, split, local = _local(model, *streams.shape[:2])
     tokens = P(tuple(split.axes("batch")) or None, tuple(split.sequence) or None)
 
-    def run(params: Any, streams: Array, targets: Array) -> Any:
-        return local.apply({"params": params}, streams, targets, method=call)
+    def run(params: Any, *arrays: Array) -> Any:
+        return local.apply({"params": params}, *arrays, method=call)
 
-    specs = (_param_specs(model), tokens, tokens)
-    mapped = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=tokens, check_vma=False)
-    return mapped(nn.meta.unbox(model.variables["params"]), streams, targets)
+    specs = (_param_specs(model), tokens, *(tokens for _ in arrays))
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
+    return mapped(nn.meta.unbox(model.variables["params"]), streams, *arrays)
 
 
 def _local(model: Transformer, rows: int, length: int) -> tuple[Mesh, Rules, Split, Transformer]:

@@ -23,7 +23,7 @@ from sharding.split import Split
 from v4_jax.attention import Attention
 from v4_jax.cache import Cache
 from v4_jax.config import Config, Layer
-from v4_jax.head import by_token_blocks, log_probability
+from v4_jax.head import cross_entropy
 from v4_jax.hyper_connections import HyperConnection, StreamCollapse, expand, spread
 from v4_jax.layout import Layout
 from v4_jax.linear import linear
@@ -31,7 +31,7 @@ from v4_jax.mixture_of_experts import Experts, MixtureOfExperts
 from v4_jax.norm import rms_norm
 from v4_jax.outputs import Logits, Output, Routing
 from v4_jax.parameters import LAYERS, Module, normal
-from v4_jax.placement import on_mesh, scored_on_mesh
+from v4_jax.placement import loss_on_mesh, on_mesh
 from v4_jax.policy import Policy, einsum
 from v4_jax.stages import SPARSE, Remat, Stage, rematerialised
 
@@ -327,33 +327,34 @@ class Transformer(Module):
         output = self._logits(streams, layout, logits, self.mtp_block.collapse, self.mtp_block.norm_weight)
         return Output(output, cache, streams, jax.tree.map(lambda x: x[None], decided) if return_routing else None)
 
-    def log_probabilities(self, streams: Array, targets: Array, *, mtp: bool = False) -> Array:
-        """Log-probabilities of given tokens, without an array of [tokens, vocabulary] at once.
+    def cross_entropy(self, streams: Array, targets: Array, weights: Array, *, mtp: bool = False) -> Array:
+        """Weighted sum of the negative log-probabilities of given tokens, without an array of [tokens, vocabulary].
 
         Args:
           streams: [B, S, hc, D] `Output.streams` of the trunk, or of the MTP block.
-          targets: [B, S] int32 the token whose log-probability is wanted at each position; out-of-range ids stand for
-            the nearest one.
+          targets: [B, S] int32 the token expected at each position; out-of-range ids stand for the nearest one.
+          weights: [B, S] float32 what each counts; they have no gradient.
           mtp: whether the streams are the MTP block's, which has a collapse and a norm of its own.
 
         Returns:
-          [B, S] float32. The backward pass computes the logits again, block by block.
+          A float32 number. Gradients are computed with it (`head.cross_entropy`): ask for them where they are needed.
         """
         if self.mesh is not None:
-            return scored_on_mesh(self, functools.partial(Transformer.log_probabilities, mtp=mtp), streams, targets)
+            call = functools.partial(Transformer.cross_entropy, mtp=mtp)
+            return loss_on_mesh(self, call, streams, targets, weights)
         collapse = self.mtp_block.collapse if mtp else self.collapse
         norm = self.mtp_block.norm_weight if mtp else self.norm_weight
         head = self.split.gather(self.head_weight, ("vocab", "embed"))
         axes = self.split.shared("vocab")
-        first = collectives.index(axes) * head.shape[0]
+        tokens = jnp.clip(targets, 0, self.config.vocab_size - 1) - collectives.index(axes) * head.shape[0]
 
-        def block(x: tuple[Array, Array]) -> Array:
-            streams, targets = x
-            hidden = rms_norm(collapse(streams[None]), norm, self.config.rms_norm_eps)[0]
-            logits = einsum("td,vd->tv", hidden, head, dtype=jnp.float32)
-            return log_probability(logits, jnp.clip(targets, 0, self.config.vocab_size - 1) - first, axes)
+        @jax.checkpoint
+        def hidden(streams: Array) -> Array:
+            return rms_norm(collapse(streams), norm, self.config.rms_norm_eps)
 
-        return by_token_blocks(block, (streams, targets))
+        flat = hidden(streams).reshape(-1, self.config.hidden_size)
+        loss = cross_entropy(flat, head, tokens.reshape(-1), weights.reshape(-1), axes)
+        return collectives.psum(loss, (*self.split.axes("batch"), *self.split.sequence))
 
     def _check_cache(self, cache: Cache | None, tokens: Array) -> None:
         if cache is None:

@@ -81,14 +81,13 @@ def pull(model, params, tokens, segments):
         def call(*inputs, **arguments):
             return model.apply({"params": params}, *inputs, segment_ids=segments, return_routing=True, **arguments)
 
-        def likelihood(streams, ahead):
+        def loss_of(streams, ahead):
             targets, mtp = jnp.roll(tokens, -ahead, 1), ahead == 2
-            found = model.apply({"params": params}, streams, targets, mtp=mtp, method="log_probabilities")
-            return jnp.sum(found * weights)
+            return model.apply({"params": params}, streams, targets, weights, mtp=mtp, method="cross_entropy")
 
         output = call(tokens)
         mtp = call(output.streams, jnp.roll(tokens, -1, 1), method="mtp")
-        loss = likelihood(output.streams, 1) + likelihood(mtp.streams, 2)
+        loss = loss_of(output.streams, 1) + loss_of(mtp.streams, 2)
         balance = jnp.sum(output.routing.balance) + jnp.sum(mtp.routing.balance)
         divergence = jnp.sum(jnp.where(segments > 0, output.routing.indexer_loss, 0))
         return loss / 10 + balance + divergence, (output.logits, mtp.logits)
