@@ -33,7 +33,7 @@ def close(found, wanted, tolerance):
     )
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 36, 37, 1000])
+@pytest.mark.parametrize("tokens", [4, 8, 36, 37, 1000])
 def test_blocks(inputs, monkeypatch, tokens):
     monkeypatch.setattr(head, "LOGITS", tokens * VOCABULARY)
     wanted, gradients = jax.value_and_grad(plain, argnums=(0, 1))(*inputs)
