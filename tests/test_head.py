@@ -37,9 +37,8 @@ def close(found, wanted, tolerance):
 def test_blocks(inputs, monkeypatch, tokens):
     monkeypatch.setattr(head, "LOGITS", tokens * VOCABULARY)
     wanted, gradients = jax.value_and_grad(plain, argnums=(0, 1))(*inputs)
-    found, found_gradients = jax.jit(jax.value_and_grad(lambda *x: 0.7 * head.cross_entropy(*x), argnums=(0, 1)))(
-        *inputs
-    )
+    program = jax.jit(jax.value_and_grad(lambda *x: 0.7 * head.cross_entropy(*x), argnums=(0, 1)))
+    found, found_gradients = program(*inputs)
     np.testing.assert_allclose(found, 0.7 * wanted, rtol=1e-6)
     np.testing.assert_allclose(head.cross_entropy(*inputs), wanted, rtol=1e-6)
     for a, b in zip(found_gradients, gradients, strict=True):

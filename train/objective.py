@@ -127,8 +127,9 @@ def objective(
 
     def loss_of(streams: Array, ahead: int) -> Array:
         targets, counted = shift(batch.tokens, ahead), same_document(batch.segment_ids, ahead).astype(jnp.float32)
-        call: Any = functools.partial(model.apply, {"params": params}, mtp=ahead == 2, method="cross_entropy")
-        return call(streams, targets, counted)
+        mtp = ahead == 2
+        found = model.apply({"params": params}, streams, targets, counted, mtp=mtp, method="cross_entropy")
+        return cast(Array, found)
 
     routing = cast(Routing, output.routing)
     loss, mtp = loss_of(output.streams, 1), jnp.zeros(())

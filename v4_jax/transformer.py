@@ -33,7 +33,7 @@ from v4_jax.outputs import Logits, Output, Routing
 from v4_jax.parameters import LAYERS, Module, normal
 from v4_jax.placement import loss_on_mesh, on_mesh
 from v4_jax.policy import Policy, einsum
-from v4_jax.stages import SPARSE, Remat, Stage, rematerialised
+from v4_jax.stages import SPARSE, Remat, Stage, recompute, rematerialised
 
 
 class Step(struct.PyTreeNode):
@@ -348,11 +348,8 @@ class Transformer(Module):
         axes = self.split.shared("vocab")
         tokens = jnp.clip(targets, 0, self.config.vocab_size - 1) - collectives.index(axes) * head.shape[0]
 
-        @jax.checkpoint
-        def hidden(streams: Array) -> Array:
-            return rms_norm(collapse(streams), norm, self.config.rms_norm_eps)
-
-        flat = hidden(streams).reshape(-1, self.config.hidden_size)
+        hidden = recompute(lambda streams: rms_norm(collapse(streams), norm, self.config.rms_norm_eps))(streams)
+        flat = hidden.reshape(-1, self.config.hidden_size)
         loss = cross_entropy(flat, head, tokens.reshape(-1), weights.reshape(-1), axes)
         return collectives.psum(loss, (*self.split.axes("batch"), *self.split.sequence))
 
