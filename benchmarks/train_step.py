@@ -7,7 +7,7 @@ that nothing is large but the number of parts. Float32, one row, the whole step:
     python benchmarks/train_step.py                       both optimisers at 256, 1,024 and 4,096 tokens
     python benchmarks/train_step.py --lengths 256 --steps 5
 
-Each case runs in a process of its own, with large pages for its memory (GLIBC_TUNABLES=glibc.malloc.hugetlb=1).
+Each case runs in a process of its own, whose glibc is told to use large pages and to keep them (see `MEMORY`).
 Prints a table and writes benchmarks/results/train_step.json.
 """
 
@@ -29,8 +29,12 @@ RESULTS = Path(__file__).parent / "results" / "train_step.json"
 # MaxText's own step of this shape, measured alone on two cores of the same kind: seconds by length.
 MAXTEXT = {256: 2.2, 1024: 15.0}
 
-# glibc then asks for large pages, which a step's temporaries are otherwise spread over by the hundred thousand.
-LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+# A step's temporaries are otherwise spread over small pages by the hundred thousand, which go back to the system after
+# each step and come again cleared. A thread's own arena cannot hold them: there is one arena.
+MEMORY = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1"
+    ":glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=68719476736"
+}
 
 
 def config() -> Any:
@@ -116,7 +120,7 @@ def main() -> None:
     for length in options.lengths:
         for name in options.optimizers:
             command = [sys.executable, __file__, "--steps", str(options.steps), "--one", str(length), name]
-            run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | LARGE_PAGES)
+            run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | MEMORY)
             one = json.loads(run.stdout.splitlines()[-1])
             found.append({"tokens": length, "optimizer": name} | one)
             peer = MAXTEXT.get(length)

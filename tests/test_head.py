@@ -49,9 +49,9 @@ def test_no_array_of_tokens_and_vocabulary(inputs, monkeypatch):
     """Neither logits nor their gradients, of which the largest are those of one block."""
     monkeypatch.setattr(head, "LOGITS", 8 * VOCABULARY)
     program = jax.jit(jax.value_and_grad(lambda *x: head.cross_entropy(*x), argnums=(0, 1))).lower(*inputs).as_text()
-    assert f"tensor<8x{VOCABULARY}xf32>" in program
-    assert f"tensor<{TOKENS}x{VOCABULARY}x" not in program
-    assert f"tensor<5x8x{VOCABULARY}x" not in program
+    assert f"tensor<{VOCABULARY}x8xf32>" in program
+    assert f"tensor<{VOCABULARY}x{TOKENS}x" not in program
+    assert f"tensor<5x{VOCABULARY}x8x" not in program
 
 
 @pytest.mark.parametrize("of_table", [jnp.bfloat16, jnp.float32])

@@ -23,8 +23,12 @@ from v4_jax.transformer import Transformer, by_layer
 
 Metrics = dict[str, Array]
 
-# The library that XLA:CPU hands sums to takes many times as long for them as XLA's own loops; its matmuls are kept.
-CPU_STEP = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
+# Of XLA's compiler, for a step on CPUs: the library that it hands sums to takes many times as long for them as its own
+# loops, and only the library's matmuls are kept; donated arrays are not copied where their readers can go first.
+CPU_STEP = {
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT",
+    "xla_cpu_copy_insertion_use_region_analysis": True,
+}
 
 
 class TrainState(struct.PyTreeNode):

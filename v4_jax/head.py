@@ -12,24 +12,26 @@ from jax import Array
 from sharding.collectives import Axes, pmax, psum
 from v4_jax.policy import einsum
 
-LOGITS = 2**23  # logits that a device has at once in a loss
+LOGITS = 2**25  # logits that a device has at once in a loss
 
 
 def log_probability(logits: Array, tokens: Array) -> Array:
     """Log-probabilities [...] of int32 `tokens` [...] under float32 `logits` [..., V]."""
-    return _log_probability(logits, tokens, ())[0]
+    return _log_probability(logits, tokens, (), -1)[0]
 
 
-def _log_probability(logits: Array, tokens: Array, axes: Axes) -> tuple[Array, Array, Array]:
-    """As above, of logits split over `axes`, tokens counting from the device's first; the powers, and their sum."""
-    vocabulary = logits.shape[-1]
+def _log_probability(logits: Array, tokens: Array, axes: Axes, axis: int) -> tuple[Array, Array, Array]:
+    """As above, of logits whose array axis `axis` is the vocabulary, split over the mesh axes `axes`, tokens counting
+    from the device's first; the powers, and their sum.
+    """
+    vocabulary = logits.shape[axis]
     here = (tokens >= 0) & (tokens < vocabulary)
-    found = jnp.take_along_axis(logits, jnp.clip(tokens, 0, vocabulary - 1)[..., None], axis=-1)[..., 0]
-    chosen = psum(jnp.where(here, found, 0), axes)
-    largest = pmax(jnp.max(logits, axis=-1), axes)
+    found = jnp.take_along_axis(logits, jnp.expand_dims(jnp.clip(tokens, 0, vocabulary - 1), axis), axis)
+    chosen = psum(jnp.where(here, jnp.squeeze(found, axis), 0), axes)
+    largest = pmax(jnp.max(logits, axis), axes)
     # Computed once, for the sum and for the gradient; fused into the sum they would be computed again, and slowly.
-    powers = jax.lax.optimization_barrier(jnp.exp(logits - largest[..., None]))
-    total = psum(jnp.sum(powers, axis=-1), axes)
+    powers = jax.lax.optimization_barrier(jnp.exp(logits - jnp.expand_dims(largest, axis)))
+    total = psum(jnp.sum(powers, axis), axes)
     return chosen - largest - jnp.log(total), powers, total
 
 
@@ -59,9 +61,12 @@ def cross_entropy(hidden: Array, head: Array, tokens: Array, weights: Array, axe
 
 
 def _block(hidden: Array, tokens: Array, weights: Array, head: Array, axes: Axes) -> tuple[Array, Array, Array]:
-    """The loss of one block, and the powers and sums of its softmax."""
-    logits = einsum("td,vd->tv", hidden, head, dtype=jnp.float32)
-    scores, powers, total = _log_probability(logits, tokens, axes)
+    """The loss of one block, and the powers [V, T] and sums [T] of its softmax.
+
+    The vocabulary comes first: its largest logit and its sum are then passes over long vectors.
+    """
+    logits = einsum("vd,td->vt", head, hidden, dtype=jnp.float32)
+    scores, powers, total = _log_probability(logits, tokens, axes, 0)
     return -jnp.sum(weights * scores), powers, total
 
 
@@ -87,11 +92,11 @@ def _forward(hidden: Array, head: Array, tokens: Array, weights: Array, axes: Ax
     def block(of_head: Array, x: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
         hidden, tokens, weights = x
         loss, powers, total = _block(hidden, tokens, weights, head, axes)
-        chosen = jnp.arange(head.shape[0]) == tokens[:, None]
+        chosen = jnp.arange(head.shape[0])[:, None] == tokens
         # Subtracted before it is rounded: of a sure token the two are almost the same.
-        of_logits = ((weights / total)[:, None] * powers - weights[:, None] * chosen).astype(dtype)
-        of_head = of_head + einsum("tv,td->vd", of_logits, hidden, dtype=jnp.float32)
-        return of_head, (loss, einsum("tv,vd->td", of_logits, head, dtype=jnp.float32))
+        of_logits = (weights / total * powers - weights * chosen).astype(dtype)
+        of_head = of_head + einsum("vt,td->vd", of_logits, hidden, dtype=jnp.float32)
+        return of_head, (loss, einsum("vt,vd->td", of_logits, head, dtype=jnp.float32))
 
     zeros = jnp.zeros(head.shape, jnp.float32)
     of_head, (losses, of_hidden) = jax.lax.scan(block, zeros, _blocks(head, hidden, tokens, weights))
