@@ -132,7 +132,7 @@ def main() -> None:
                 f"{one['compile_seconds']:.0f} s |",
                 flush=True,
             )
-            RESULTS.write_text(json.dumps(found, indent=2) + "\n")
+    RESULTS.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

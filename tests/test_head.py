@@ -50,8 +50,10 @@ def test_no_array_of_tokens_and_vocabulary(inputs, monkeypatch):
     monkeypatch.setattr(head, "LOGITS", 8 * VOCABULARY)
     program = jax.jit(jax.value_and_grad(lambda *x: head.cross_entropy(*x), argnums=(0, 1))).lower(*inputs).as_text()
     assert f"tensor<{VOCABULARY}x8xf32>" in program
-    assert f"tensor<{VOCABULARY}x{TOKENS}x" not in program
-    assert f"tensor<5x{VOCABULARY}x8x" not in program
+    for rows, columns in ((TOKENS, VOCABULARY), (VOCABULARY, TOKENS)):
+        assert f"tensor<{rows}x{columns}x" not in program
+    for rows, columns in ((8, VOCABULARY), (VOCABULARY, 8)):
+        assert f"tensor<5x{rows}x{columns}x" not in program
 
 
 @pytest.mark.parametrize("of_table", [jnp.bfloat16, jnp.float32])
