@@ -20,6 +20,7 @@ from sharding.collectives import Axes, all_gather, pmax, psum, reduce_scatter
 from v4_jax.cache import Cache, Entries, Ring, halo
 from v4_jax.compressor import Compressor
 from v4_jax.config import Config, Layer
+from v4_jax.key_products import products, weighted
 from v4_jax.layout import Blocks, Layout
 from v4_jax.lightning_indexer import (
     MASKED,
@@ -28,7 +29,6 @@ from v4_jax.lightning_indexer import (
     divergence,
     index_queries,
     index_scores,
-    products,
     select,
 )
 from v4_jax.linear import linear
@@ -52,7 +52,7 @@ class Partial(NamedTuple):
     """Softmax over some of the keys, in a form that can be merged with the rest (all float32).
 
     Attributes:
-      maximum: [B, Q, H] largest logit.
+      maximum: [B, Q, H] largest logit; no gradient flows to it.
       total: [B, Q, H] sum of exp(logit - maximum).
       weighted: [B, Q, H, C] sum of exp(logit - maximum) * value.
     """
@@ -70,13 +70,12 @@ def attend(queries: Array, keys: Array, mask: Array) -> Partial:
       keys: [B, K, C] shared by the queries, or [B, Q, K, C] with each query's own.
       mask: [B, Q, K] True where visible.
     """
-    letters = "bkc" if keys.ndim == 3 else "bqkc"
     mask = mask[:, :, None, :]
     logits = jnp.where(mask, _logits(queries, keys), MASKED)
-    maximum = jnp.max(logits, axis=-1)
+    # What is subtracted does not matter in the end, nor does its gradient.
+    maximum = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
     shares = jnp.where(mask, jnp.exp(logits - maximum[..., None]), 0.0)
-    weighted = einsum(f"bqhk,{letters}->bqhc", shares, keys, dtype=keys.dtype, accumulate=jnp.float32)
-    return Partial(maximum, jnp.sum(shares, axis=-1), weighted)
+    return Partial(maximum, jnp.sum(shares, axis=-1), weighted(shares, keys))
 
 
 def mass(queries: Array, keys: Array, mask: Array, log_total: Array) -> Array:
@@ -108,7 +107,7 @@ def merge(a: Partial, b: Partial) -> Partial:
 
 def finish(partial: Partial, sink: Array) -> Array:
     """The attention output [B, Q, H, C] float32; the sink logit [H] takes part in the denominator alone."""
-    maximum = jnp.maximum(partial.maximum, sink)
+    maximum = jax.lax.stop_gradient(jnp.maximum(partial.maximum, sink))
     rescale = jnp.exp(partial.maximum - maximum)
     total = partial.total * rescale + jnp.exp(sink - maximum)
     return partial.weighted * (rescale / total)[..., None]

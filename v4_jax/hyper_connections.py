@@ -148,9 +148,11 @@ _factors.defvjp(_factors_forward, _factors_backward)
 
 def _mixes(streams: Array, weight: Array, eps: float) -> Array:
     """Streams [B, S, hc, D] projected on `weight` [M, hc * D] and divided by their joint RMS: [M, B, S]."""
-    flat = streams.reshape(*streams.shape[:2], -1).astype(jnp.float32)
-    scale = (jnp.mean(flat * flat, axis=-1) + eps) ** -0.5
-    return einsum("bsc,mc->mbs", flat, weight, dtype=jnp.float32) * scale
+    streams = streams.astype(jnp.float32)
+    scale = (jnp.mean(streams * streams, axis=(2, 3)) + eps) ** -0.5
+    # Not of flat streams: both forms would be kept for the backward pass.
+    weight = weight.reshape(-1, *streams.shape[2:])
+    return einsum("bsjd,mjd->mbs", streams, weight, dtype=jnp.float32) * scale
 
 
 def _collapse(streams: Array, weights: Array) -> Array:

@@ -20,6 +20,7 @@ from sharding.top_k import distributed_top_k
 from v4_jax.cache import Entries, Ring
 from v4_jax.compressor import Compressor
 from v4_jax.config import RATIO_OF_ROLE, Config
+from v4_jax.key_products import products
 from v4_jax.layout import Blocks, Layout
 from v4_jax.linear import linear
 from v4_jax.number_formats import dequantise, fake_quant_index
@@ -90,12 +91,6 @@ def index_queries(
     queries = rotate(queries, positions, frequencies)
     queries = fake_quant_index(queries) if policy.fake_quant else queries
     return all_gather(queries, split.shared("index_heads"), 2)
-
-
-def products(queries: Array, keys: Array) -> Array:
-    """Float32 products [B, Q, H, K] of queries [B, Q, H, C] with keys: [B, K, C] shared, or [B, Q, K, C] of each."""
-    letters = "bkc" if keys.ndim == 3 else "bqkc"
-    return einsum(f"bqhc,{letters}->bqhk", queries, keys, dtype=queries.dtype, accumulate=jnp.float32)
 
 
 def index_scores(queries: Array, weights: Array, keys: Array) -> Array:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 
+@functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
 def rms_norm(x: Array, weight: Array | None, eps: float) -> Array:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis; computed in float32, returned in the dtype of `x`."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis; computed in float32, returned in the dtype of `x`.
+
+    The backward pass computes it again: `x` is kept, in its dtype, and nothing that is wider.
+    """
     values = x.astype(jnp.float32)
     values = values * (jnp.mean(values * values, axis=-1, keepdims=True) + eps) ** -0.5
     if weight is not None:
