@@ -72,7 +72,7 @@ def attend(queries: Array, keys: Array, mask: Array) -> Partial:
     """
     mask = mask[:, :, None, :]
     logits = jnp.where(mask, _logits(queries, keys), MASKED)
-    # What is subtracted does not matter in the end, nor does its gradient.
+    # `finish` divides by what was subtracted here: it cancels out of the result, and so would its gradient.
     maximum = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
     shares = jnp.where(mask, jnp.exp(logits - maximum[..., None]), 0.0)
     return Partial(maximum, jnp.sum(shares, axis=-1), weighted(shares, keys))

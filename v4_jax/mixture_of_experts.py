@@ -39,7 +39,7 @@ class Experts(NamedTuple):
 
 @functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
 def swiglu(gate: Array, up: Array, limit: float) -> Array:
-    """silu(min(gate, limit)) * clip(up, -limit, limit) in float32; the backward pass computes it again."""
+    """silu(min(gate, limit)) * clip(up, -limit, limit) in float32; computed again backwards, as `rms_norm` is."""
     gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
     return jax.nn.silu(jnp.minimum(gate, limit)) * jnp.clip(up, -limit, limit)
 
