@@ -51,7 +51,7 @@ oracle: $(VENV)/ready-oracle
 	@$(BIN)/python -m pytest tests/oracle
 
 tpu: $(VENV)/ready-tpu
-	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/kernels/test_compiles_for_tpu.py tests/infer/test_programs_for_tpu.py tests/cli/test_plan.py
+	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/kernels/test_compiles_for_tpu.py tests/infer/engine/test_programs_for_tpu.py tests/commands/test_plan.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -121,9 +121,9 @@ def build(task: Task, split: bool) -> tuple[Any, Any, Any]:
     """Model, parameters and an empty cache, on all devices or on the first."""
     import jax
 
-    from sharding.mesh import make_mesh
     from v4_jax import Transformer, init_cache
     from v4_jax.placement import placements
+    from v4_jax.sharding.mesh import make_mesh
 
     config, mesh = architecture(), make_mesh(MESH) if split else None
     model = Transformer(config, policy="float32", mesh=mesh, rules=PRESET)

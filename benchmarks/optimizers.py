@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from train.metrics import read_metrics
 from v4_jax.config import Config
 from v4_jax.costs import parameter_counts
+from v4_jax.train.metrics import read_metrics
 
 RESULTS = Path(__file__).parent / "results"
 RATES = {"muon": (1e-3, 3e-3, 1e-2, 3e-2), "adamw": (3e-4, 1e-3, 3e-3, 1e-2)}

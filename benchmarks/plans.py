@@ -16,14 +16,14 @@ from pathlib import Path
 
 import jax
 
-from sharding.mesh import parse_mesh
 from v4_jax import Config
-from v4_jax.ahead_of_time import Job, PlanError, compile_for_tpu, without_mtp
-from v4_jax.chips import Topology
-from v4_jax.cli.info import bytes_text
-from v4_jax.cli.plan import Attempt, as_json
-from v4_jax.cli.sizes import format_size, parse_size
-from v4_jax.planning import estimate
+from v4_jax.commands.info_report import bytes_text
+from v4_jax.commands.plan_report import Attempt, as_json
+from v4_jax.commands.shared.sizes import format_size, parse_size
+from v4_jax.planning.compile import Job, PlanError, compile_for_tpu, without_mtp
+from v4_jax.planning.estimates import estimate
+from v4_jax.sharding.chips import Topology
+from v4_jax.sharding.mesh import parse_mesh
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT, PAGE = ROOT / "benchmarks" / "plans", ROOT / "docs" / "plans.md"

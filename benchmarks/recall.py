@@ -24,9 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 import yaml
 
-from infer import recall
 from v4_jax import Transformer, init_cache, load
 from v4_jax.config import RATIO_OF_ROLE, Config
+from v4_jax.infer.evaluation import recall
 from v4_jax.outputs import Routing
 from v4_jax.tokenizer import ByteTokenizer
 

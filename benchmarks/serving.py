@@ -30,7 +30,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from infer import recall
+from v4_jax.infer.evaluation import recall
 
 RESULTS = Path(__file__).parent / "results"
 MODEL = Path(__file__).parents[1] / "v4_jax" / "data" / "demo"

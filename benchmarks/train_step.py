@@ -71,12 +71,12 @@ def measure(length: int, matrices: str, steps: int) -> dict[str, float]:
     import jax.numpy as jnp
     import numpy as np
 
-    from train.batch import Batch
-    from train.objective import Weights
-    from train.optimizer import optimizer
-    from train.step import TrainState, abstract_state, jit_step, make_step
     from v4_jax import Transformer, init
     from v4_jax.placement import Place
+    from v4_jax.train.batch import Batch
+    from v4_jax.train.objectives.pretraining import Weights
+    from v4_jax.train.optimizer import optimizer
+    from v4_jax.train.step import TrainState, abstract_state, jit_step, make_step
 
     shape, place = config(), Place()
     transform = optimizer(shape, 1e-3, matrices=matrices)

@@ -126,8 +126,8 @@ def measure_ours(task: Task) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from infer.programs import CPU_STEP
     from v4_jax import Transformer, init_cache
+    from v4_jax.infer.engine.programs import CPU_STEP
     from v4_jax.parameters import declarations, is_parameter
 
     config = architecture()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from v4_jax.cache import CacheDtype
+from v4_jax.cache.cache import CacheDtype
 from v4_jax.config import Config
 from v4_jax.number_formats import INDEX_BLOCK, KV_BLOCK
 from v4_jax.policy import Policy

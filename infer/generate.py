@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
-from infer.chunks import Progress
-from infer.engine import Engine
-from infer.requests import Event, Request
+from v4_jax.infer.chunks import Progress
+from v4_jax.infer.engine.requests import Event, Request
+from v4_jax.infer.engine.scheduler import Engine
 
 
 class Generation:

@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from infer.checks import check_ids, check_precision
-from infer.chunks import Progress, chunk_size
-from infer.text import plain_ids
-from v4_jax.cache import Cache, CacheDtype
+from v4_jax.cache.cache import Cache, CacheDtype
 from v4_jax.config import Config
 from v4_jax.files import complete
-from v4_jax.head import log_probability
+from v4_jax.infer.checks import check_ids, check_precision
+from v4_jax.infer.chunks import Progress, chunk_size
+from v4_jax.infer.text import plain_ids
+from v4_jax.layers.head import log_probability
 from v4_jax.placement import Place
 from v4_jax.policy import Policy
 from v4_jax.tokenizer import Tokenizer

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from infer.requests import Event, Finish
 from v4_jax import chat
+from v4_jax.infer.engine.requests import Event, Finish
 from v4_jax.tokenizer import Tokenizer
 
 Piece = tuple[str, str]

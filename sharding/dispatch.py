@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sharding.collectives import Axes, index, pmax, size
+from v4_jax.sharding.collectives import Axes, index, pmax, size
 
 # Rows [R, D], what belongs to each row, and the weights -> [R, width]; rows without a valid choice are ignored.
 Work = Callable[[Array, Any, Any], Array]

@@ -9,7 +9,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from sharding.axes import MESH_AXES, ShardingError
+from v4_jax.sharding.axes import MESH_AXES, ShardingError
 
 
 def parse_mesh(text: str) -> dict[str, int]:

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from sharding import collectives
-from sharding.axes import Rules, ShardingError, shards_of
+from v4_jax.sharding import collectives
+from v4_jax.sharding.axes import Rules, ShardingError, shards_of
 
 # Logical axes along which a device can do its own share of the work.
 SHARED_WORK = frozenset({"experts", "heads", "index_heads", "mlp", "o_groups", "sinks", "vocab"})

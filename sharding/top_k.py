@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sharding.collectives import Axes, all_gather
+from v4_jax.sharding.collectives import Axes, all_gather
 
 
 def distributed_top_k(scores: Array, numbers: Array, top: int, axes: Axes) -> Array:

@@ -1,1 +1,1 @@
-"""Continued pretraining. Nothing here yet."""
+"""Continued pretraining and what follows it: objectives, optimiser, data, the loop, checkpoints."""

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from train.objective import Decisions
-from train.step import TrainState
 from v4_jax.checkpoint.orbax_arrays import chunking
 from v4_jax.checkpoint.trained import CHECKPOINTS
+from v4_jax.train.objectives.pretraining import Decisions
+from v4_jax.train.step import TrainState
 
 
 class SaveError(Exception):

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from train.batch import Batch
-from train.documents import TOKENS, DataError, Document, Source, read_documents
+from v4_jax.train.batch import Batch
+from v4_jax.train.documents import TOKENS, DataError, Document, Source, read_documents
 
 __all__ = ["Batch", "Corpus", "DataError", "Rows", "Source"]
 

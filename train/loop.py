@@ -18,19 +18,19 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
-from train.batch import Batch
-from train.checkpoints import Checkpoints
-from train.data import Rows
-from train.objective import Decisions
-from train.optimizer import optimizer
-from train.schedules import attention, learning_rate, loss_weights, stage_at, trained_part
-from train.settings import Settings
-from train.stability import Recovery, SpikeDetector
-from train.step import TrainState, abstract_state, jit_step, make_decide, make_step
 from v4_jax.config import Config
 from v4_jax.parameters import Part
 from v4_jax.placement import Place
 from v4_jax.policy import Policy
+from v4_jax.train.batch import Batch
+from v4_jax.train.checkpoints import Checkpoints
+from v4_jax.train.data import Rows
+from v4_jax.train.objectives.pretraining import Decisions
+from v4_jax.train.optimizer import optimizer
+from v4_jax.train.schedules import attention, learning_rate, loss_weights, stage_at, trained_part
+from v4_jax.train.settings import Settings
+from v4_jax.train.stability import Recovery, SpikeDetector
+from v4_jax.train.step import TrainState, abstract_state, jit_step, make_decide, make_step
 from v4_jax.transformer import Transformer
 
 PRESET = "train"
@@ -184,8 +184,8 @@ class Trainer:
 
         Raises:
           TrainingError: the loss does not come back from a spike, or is not finite.
-          train.checkpoints.SaveError: a checkpoint cannot be written.
-          train.data.DataError: a document cannot be used.
+          v4_jax.train.checkpoints.SaveError: a checkpoint cannot be written.
+          v4_jax.train.data.DataError: a document cannot be used.
         """
         with self._stopping():
             try:

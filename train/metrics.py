@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from v4_jax.chips import chip_of
 from v4_jax.config import Config
 from v4_jax.costs import training_flops
 from v4_jax.files import complete
+from v4_jax.sharding.chips import chip_of
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"

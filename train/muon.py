@@ -24,10 +24,10 @@ from jax import Array
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
-from sharding.axes import Rules, ShardingError, resolve
-from sharding.split import Split
 from v4_jax.config import Config
 from v4_jax.parameters import Parameter, declarations, is_parameter
+from v4_jax.sharding.axes import Rules, ShardingError, resolve
+from v4_jax.sharding.split import Split
 
 # Eight steps that bring the singular values near one, and two that settle them there (section 2.4).
 COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2

@@ -10,11 +10,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sharding.axes import Rules
-from train.muon import RMS, muon
 from v4_jax.config import Config
 from v4_jax.parameters import Part, declarations, is_parameter
 from v4_jax.placement import placements
+from v4_jax.sharding.axes import Rules
+from v4_jax.train.muon import RMS, muon
 
 BALANCE_SPEED = 0.001  # technical report, section 4.2.2
 
@@ -47,7 +47,7 @@ def optimizer(
       betas: AdamW's.
       eps: AdamW's.
       weight_decay: decoupled, of both.
-      rms: size of Muon's updates; see `train.muon.muon`.
+      rms: size of Muon's updates; see `v4_jax.train.muon.muon`.
       balance_speed: by how much a step moves the router's bias of an expert.
       dtype: of Muon's matrix products.
       mesh: devices that the parameters lie on.

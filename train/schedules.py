@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from train.objective import Weights
-from train.settings import Attention, Settings, StageSettings
+from v4_jax.layers.stages import Stage
 from v4_jax.parameters import Part
-from v4_jax.stages import Stage
+from v4_jax.train.objectives.pretraining import Weights
+from v4_jax.train.settings import Attention, Settings, StageSettings
 
 
 def learning_rate(settings: Settings) -> optax.Schedule:

@@ -13,8 +13,8 @@ import pydantic
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from v4_jax.layers.stages import Remat
 from v4_jax.policy import PolicyName
-from v4_jax.stages import Remat
 
 Attention = Literal["dense", "indexer", "sparse"]
 

@@ -12,9 +12,6 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from train.data import Corpus, Rows
-from train.documents import Source
-from train.settings import Settings, SettingsError, write_settings
 from v4_jax.checkpoint import Checkpoint, load, open_checkpoint
 from v4_jax.checkpoint.released import companions
 from v4_jax.checkpoint.trained import RECORD, RUN, run_of
@@ -23,6 +20,9 @@ from v4_jax.files import complete
 from v4_jax.parameters import init
 from v4_jax.placement import Place
 from v4_jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from v4_jax.train.data import Corpus, Rows
+from v4_jax.train.documents import Source
+from v4_jax.train.settings import Settings, SettingsError, write_settings
 
 
 class Origin(NamedTuple):
@@ -70,7 +70,7 @@ def open_rows(settings: Settings, origin: Origin) -> Rows:
     """The run's data, from its beginning.
 
     Raises:
-      train.data.DataError: a source cannot be opened.
+      v4_jax.train.data.DataError: a source cannot be opened.
     """
     data, tokenizer = settings.data, origin.tokenizer
     corpus = Corpus(

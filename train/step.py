@@ -11,14 +11,23 @@ import optax
 from flax import struct
 from jax import Array
 
-from train.batch import Batch
-from train.objective import Counts, Decisions, Sums, Weights, balanced_layers, decide, objective, value_and_grad
-from train.optimizer import state_placements
-from train.precision import compute_copy
 from v4_jax.config import Config
 from v4_jax.parameters import declarations, is_parameter
 from v4_jax.placement import Place, placements
 from v4_jax.policy import Policy
+from v4_jax.train.batch import Batch
+from v4_jax.train.objectives.pretraining import (
+    Counts,
+    Decisions,
+    Sums,
+    Weights,
+    balanced_layers,
+    decide,
+    objective,
+    value_and_grad,
+)
+from v4_jax.train.optimizer import state_placements
+from v4_jax.train.precision import compute_copy
 from v4_jax.transformer import Transformer, by_layer
 
 Metrics = dict[str, Array]
@@ -75,9 +84,9 @@ def make_step(
 
     Args:
       model: the model, on a mesh or not.
-      transform: see `train.optimizer.optimizer`.
+      transform: see `v4_jax.train.optimizer.optimizer`.
       weights: of the losses, by step.
-      fp4_experts: see `train.precision.compute_copy`.
+      fp4_experts: see `v4_jax.train.precision.compute_copy`.
     """
     config, policy = model.config, Policy.of(model.policy)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from v4_jax import chat
-    from v4_jax.cache import Cache, init_cache
+    from v4_jax.cache.cache import Cache, init_cache
     from v4_jax.checkpoint import CheckpointError, load
     from v4_jax.config import Config, ConfigError
     from v4_jax.number_formats import BlockScaled
@@ -34,6 +34,7 @@ __all__ = [
     "Policy",
     "Routing",
     "Transformer",
+    "__version__",
     "chat",
     "declarations",
     "init",
@@ -41,10 +42,12 @@ __all__ = [
     "load",
 ]
 
+__version__ = "0.1.0"
+
 # Imported when first used: the command line must answer --help, and Ctrl-C, before jax is there.
 _HOME = {
     "BlockScaled": "number_formats",
-    "Cache": "cache",
+    "Cache": "cache.cache",
     "CheckpointError": "checkpoint",
     "Config": "config",
     "ConfigError": "config",
@@ -54,7 +57,7 @@ _HOME = {
     "Transformer": "transformer",
     "declarations": "parameters",
     "init": "parameters",
-    "init_cache": "cache",
+    "init_cache": "cache.cache",
     "load": "checkpoint",
 }
 
@@ -65,3 +68,7 @@ def __getattr__(name: str) -> Any:
     if name == "chat":
         return importlib.import_module("v4_jax.chat")
     raise AttributeError(f"module 'v4_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

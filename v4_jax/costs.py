@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from v4_jax.cache import CacheDtype, init_cache
+from v4_jax.cache.cache import CacheDtype, init_cache
 from v4_jax.config import RATIO_OF_ROLE, Config
 from v4_jax.number_formats import E2M1, E4M3, E8M0, FP4_BLOCK, FP8_BLOCK, bytes_of, scale_shape
 from v4_jax.parameters import EXPERTS, Parameter, declarations, is_parameter

@@ -7,7 +7,7 @@ from typing import Literal
 from flax import struct
 from jax import Array
 
-from v4_jax.cache import Cache
+from v4_jax.cache.cache import Cache
 
 Logits = Literal["all", "last", "none"]
 

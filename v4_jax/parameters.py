@@ -19,10 +19,10 @@ from flax import struct
 from jax import Array
 from jax.sharding import Mesh
 
-from sharding.axes import Rules
-from sharding.split import UNSPLIT, Split
 from v4_jax.config import Config, Period
 from v4_jax.number_formats import BlockScaled
+from v4_jax.sharding.axes import Rules
+from v4_jax.sharding.split import UNSPLIT, Split
 
 # Who updates a parameter: the two optimisers of the technical report (section 2.4), the rule that balances the experts'
 # load ("bias", the router's), or nobody ("frozen", the hash table).
@@ -51,7 +51,7 @@ class Parameter(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
 
     Attributes:
       value: the array (or its shape, under `jax.eval_shape`).
-      axes: one logical axis name per dimension, None where nothing is ever split; see `sharding.axes`.
+      axes: one logical axis name per dimension, None where nothing is ever split; see `v4_jax.sharding.axes`.
       group: which optimiser updates it.
       released: name in the released checkpoint; a format string over `{expert}`, the index along the "experts" axis,
         and `{layers[p]}`, the number of the layer at place p of a repeat of the period, on the "layers" axis.

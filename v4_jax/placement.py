@@ -17,14 +17,14 @@ from jax import Array
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sharding.axes import Rules, ShardingError, resolve, sharding, shards_of
-from sharding.mesh import abstract_mesh, format_mesh, mesh_shapes
-from sharding.split import Split
-from v4_jax.cache import PAGE, Cache, CacheDtype, cache_shapes, cache_specs, init_cache
+from v4_jax.cache.cache import PAGE, Cache, CacheDtype, cache_shapes, cache_specs, init_cache
 from v4_jax.config import RATIO_OF_ROLE, Config
 from v4_jax.number_formats import FP4_BLOCK, FP8_BLOCK, bytes_of
 from v4_jax.outputs import Logits, Output, Routing
 from v4_jax.parameters import Parameter, declarations, is_parameter
+from v4_jax.sharding.axes import Rules, ShardingError, resolve, sharding, shards_of
+from v4_jax.sharding.mesh import abstract_mesh, format_mesh, mesh_shapes
+from v4_jax.sharding.split import Split
 
 if TYPE_CHECKING:
     from v4_jax.transformer import Transformer

@@ -17,23 +17,23 @@ from flax import struct
 from jax import Array
 from jax.sharding import Mesh
 
-from sharding import collectives
-from sharding.axes import Rules, ShardingError
-from sharding.split import Split
-from v4_jax.attention import Attention
-from v4_jax.cache import Cache
+from v4_jax.cache.cache import Cache
 from v4_jax.config import Config, Layer
-from v4_jax.head import cross_entropy
-from v4_jax.hyper_connections import HyperConnection, StreamCollapse, expand, spread
+from v4_jax.layers.attention import Attention
+from v4_jax.layers.head import cross_entropy
+from v4_jax.layers.hyper_connections import HyperConnection, StreamCollapse, expand, spread
+from v4_jax.layers.linear import linear
+from v4_jax.layers.mixture_of_experts import Experts, MixtureOfExperts
+from v4_jax.layers.norm import rms_norm
+from v4_jax.layers.stages import SPARSE, Remat, Stage, recompute, rematerialised
 from v4_jax.layout import Layout
-from v4_jax.linear import linear
-from v4_jax.mixture_of_experts import Experts, MixtureOfExperts
-from v4_jax.norm import rms_norm
 from v4_jax.outputs import Logits, Output, Routing
 from v4_jax.parameters import LAYERS, Module, normal
 from v4_jax.placement import loss_on_mesh, on_mesh
 from v4_jax.policy import Policy, einsum
-from v4_jax.stages import SPARSE, Remat, Stage, recompute, rematerialised
+from v4_jax.sharding import collectives
+from v4_jax.sharding.axes import Rules, ShardingError
+from v4_jax.sharding.split import Split
 
 
 class Step(struct.PyTreeNode):
@@ -158,9 +158,9 @@ class Transformer(Module):
       policy: precision, a `Policy` or the name of one.
       mesh: devices that parameters, cache and tokens are split over; None runs on one device. On a mesh, every call
         runs as one `jax.shard_map`, with exactly the communication that the layers write down.
-      rules: which mesh axes split which logical axes: a `sharding.axes.Rules` or the name of a preset.
-      stage: how CSA layers attend, and whether their indexers learn; see `v4_jax.stages`.
-      remat: what the backward pass recomputes: "none", "sublayers" or "layers"; see `v4_jax.stages.rematerialised`.
+      rules: which mesh axes split which logical axes: a `v4_jax.sharding.axes.Rules` or the name of a preset.
+      stage: how CSA layers attend, and whether their indexers learn; see `v4_jax.layers.stages`.
+      remat: what the backward pass recomputes: "none", "sublayers" or "layers"; see `layers.stages`.
     """
 
     config: Config

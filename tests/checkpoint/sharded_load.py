@@ -15,8 +15,8 @@ if len(sys.argv) > 3:
     jax.distributed.initialize(sys.argv[4], num_processes=2, process_id=int(sys.argv[3]))
 assert jax.device_count() == 8
 
-from sharding.axes import resolve  # noqa: E402
 from v4_jax.checkpoint import export, load, open_checkpoint, verify  # noqa: E402
+from v4_jax.sharding.axes import resolve  # noqa: E402
 
 # Devices of one process are neighbours along "tensor", so the two processes hold different experts.
 MESH = Mesh(np.array(jax.devices()).reshape(4, 2), ("expert", "tensor"))

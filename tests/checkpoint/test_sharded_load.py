@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from sharding.axes import resolve
 from tests.checkpoint.directories import random_params
 from tests.conftest import DATA
 from tests.processes import finish, start, start_two
 from v4_jax.checkpoint import CheckpointError, convert, export, load
 from v4_jax.config import Config
+from v4_jax.sharding.axes import resolve
 
 SCRIPT = Path(__file__).with_name("sharded_load.py")
 

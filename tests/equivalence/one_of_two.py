@@ -12,10 +12,10 @@ import numpy as np
 if len(sys.argv) > 3:
     jax.distributed.initialize(sys.argv[4], num_processes=2, process_id=int(sys.argv[3]))
 
-from sharding.mesh import make_mesh
 from tests.equivalence.tiny import make
 from v4_jax import Transformer
 from v4_jax.placement import Place, placements
+from v4_jax.sharding.mesh import make_mesh
 
 tiny = make(num_hidden_layers=3, compress_ratios=(0, 4, 128, 0), num_hash_layers=1, n_routed_experts=8)
 place = Place(make_mesh(sys.argv[1]), "long-context")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from sharding.mesh import make_mesh, parse_mesh
 from tests.equivalence.tiny import Tiny, jitted
 from v4_jax import Transformer, init_cache
 from v4_jax.placement import placements
+from v4_jax.sharding.mesh import make_mesh, parse_mesh
 
 
 class Spread:

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from tests.equivalence.tiny import TOLERANCE, make
-from v4_jax import Routing, Transformer, attention, grouped_matmul, lightning_indexer
+from v4_jax import Routing, Transformer
+from v4_jax.kernels.grouped_matmul import reference as grouped_matmul
+from v4_jax.layers import attention, lightning_indexer
 
 
 @pytest.fixture(scope="module")

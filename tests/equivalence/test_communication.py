@@ -12,15 +12,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sharding.axes import resolve
-from sharding.dispatch import capacity
-from sharding.hlo import collectives
-from sharding.split import Split
 from tests.equivalence.spread import Spread
 from tests.equivalence.tiny import make
 from v4_jax import declarations
-from v4_jax.cache import SPARE, projection_width, span
+from v4_jax.cache.cache import SPARE, projection_width, span
 from v4_jax.parameters import is_parameter
+from v4_jax.planning.hlo import collectives
+from v4_jax.sharding.axes import resolve
+from v4_jax.sharding.dispatch import capacity
+from v4_jax.sharding.split import Split
 
 CONTEXT = 16384
 

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sharding.axes import PRESETS, ShardingError
-from sharding.mesh import make_mesh
 from tests.equivalence.spread import Spread
 from tests.equivalence.tiny import TOLERANCE, make
 from v4_jax import Config, init
+from v4_jax.layers.stages import Stage
 from v4_jax.placement import placements
-from v4_jax.stages import Stage
+from v4_jax.sharding.axes import PRESETS, ShardingError
+from v4_jax.sharding.mesh import make_mesh
 
 MESHES = {
     "seq=8": "long-context",

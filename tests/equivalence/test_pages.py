@@ -7,7 +7,7 @@ import pytest
 
 from tests.equivalence.spread import Spread
 from tests.equivalence.tiny import TOLERANCE, make
-from v4_jax.cache import ENTRY_RATIOS
+from v4_jax.cache.cache import ENTRY_RATIOS
 from v4_jax.placement import Place
 
 SIZES = (130, 1, 1, 128, 26, 1, 1)  # of chunks: over and short of what gathers a row's entries first

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.equivalence.tiny import TOLERANCE
-from v4_jax.cache import MOST_TAKEN_BACK
+from v4_jax.cache.cache import MOST_TAKEN_BACK
 
 # Around the ends of blocks of 4 and 128 tokens, of the window (16) and of its ring (24), and of the top-k (8 entries).
 STARTS = [*range(10), *range(14, 19), *range(22, 27), *range(31, 38), *range(119, 134), *range(247, 260)]

@@ -10,9 +10,9 @@ import pytest
 
 from tests.equivalence.tiny import TOPK, jitted, make
 from v4_jax import Transformer, declarations
-from v4_jax.lightning_indexer import divergence
+from v4_jax.layers.lightning_indexer import divergence
+from v4_jax.layers.stages import Stage
 from v4_jax.parameters import is_parameter
-from v4_jax.stages import Stage
 
 # Of a leaf's largest element: programs that sum in another order; gradients of gates are small sums of large terms.
 GRADIENT = 1e-4

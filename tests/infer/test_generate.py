@@ -6,15 +6,15 @@ import jax
 import numpy as np
 import pytest
 
-from infer.chunks import chunk_size
-from infer.engine import Engine
-from infer.generate import Generation
-from infer.requests import Request
-from infer.sampling import GREEDY, Sampling
 from tests.conftest import DATA
 from tests.equivalence.tiny import make
 from v4_jax.checkpoint import load
 from v4_jax.checkpoint.safetensors import SafetensorsFile
+from v4_jax.infer.chunks import chunk_size
+from v4_jax.infer.engine.requests import Request
+from v4_jax.infer.engine.sampling import GREEDY, Sampling
+from v4_jax.infer.engine.scheduler import Engine
+from v4_jax.infer.generate import Generation
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [2], list(range(5, 50))]
 

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from infer.score import Job, ScoreError, Scorer, read_jobs, schedule, write_lines
 from tests.conftest import DATA
 from v4_jax import Config
 from v4_jax.checkpoint import load
 from v4_jax.checkpoint.safetensors import SafetensorsFile
+from v4_jax.infer.score import Job, ScoreError, Scorer, read_jobs, schedule, write_lines
 from v4_jax.tokenizer import ByteTokenizer
 
 TOLERANCE = 2e-4  # of the published logits

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from infer.text import StoppingText
+from v4_jax.infer.text import StoppingText
 from v4_jax.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer(320)

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sharding.split import UNSPLIT
 from tests.conftest import tpu_devices
 from v4_jax import Config
-from v4_jax.kernels.grouped_matmul import grouped_matmul
-from v4_jax.mixture_of_experts import Experts, dispatch
+from v4_jax.kernels.grouped_matmul.tpu import grouped_matmul
+from v4_jax.layers.mixture_of_experts import Experts, dispatch
 from v4_jax.number_formats import E2M1, E4M3, E8M0, FP4_BLOCK, FP8_BLOCK, BlockScaled, scale_shape
+from v4_jax.sharding.split import UNSPLIT
 
 pytest.importorskip("libtpu")
 pytestmark = pytest.mark.skipif(jax.default_backend() == "tpu", reason="other topologies need a host without TPUs")

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from v4_jax.grouped_matmul import map_groups
-from v4_jax.kernels.grouped_matmul import grouped_matmul, supports
-from v4_jax.linear import linear
-from v4_jax.mixture_of_experts import Experts, expert_ffn
+from v4_jax.kernels.grouped_matmul.reference import map_groups
+from v4_jax.kernels.grouped_matmul.tpu import grouped_matmul, supports
+from v4_jax.layers.linear import linear
+from v4_jax.layers.mixture_of_experts import Experts, expert_ffn
 from v4_jax.number_formats import E2M1, E4M3, E8M0, FP4_BLOCK, BlockScaled, dequantise, quantise
 
 FORMATS = {"e2m1": E2M1, "e4m3": E4M3, "bfloat16": None}

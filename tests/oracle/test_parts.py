@@ -14,9 +14,9 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 from tests.oracle import hf
 from v4_jax import Config
 from v4_jax.config import Layer
-from v4_jax.hyper_connections import HyperConnection, spread
-from v4_jax.norm import rms_norm
-from v4_jax.rotary import inverse_frequencies, rotate
+from v4_jax.layers.hyper_connections import HyperConnection, spread
+from v4_jax.layers.norm import rms_norm
+from v4_jax.layers.rotary import inverse_frequencies, rotate
 
 
 class Doubled(torch.nn.Module):

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from train.data import Corpus, DataError, Rows, Source
+from v4_jax.train.data import Corpus, DataError, Rows, Source
 
 VOCAB = 100_000
 TEXTS = ["one", "zwei\nlines", "三", "", "x" * 50]
@@ -144,7 +144,7 @@ def test_directories_and_patterns(tmp_path):
 
 @pytest.mark.parametrize("scan", [1, 16, 1 << 24])
 def test_lines_end_in_any_way(tmp_path, monkeypatch, scan):
-    monkeypatch.setattr("train.documents._SCAN_BYTES", scan)
+    monkeypatch.setattr("v4_jax.train.documents._SCAN_BYTES", scan)
     (tmp_path / "a.jsonl").write_bytes(b'\n{"text": "A"}\r\n  \n{"text": "B"}\n\n{"text": "C"}')
     assert in_order(open_corpus(Source(str(tmp_path / "a.jsonl")), shuffle=False), 6) == [[], [65], [], [66], [], [67]]
 

@@ -10,14 +10,14 @@ import jax
 import numpy as np
 import pytest
 
-from sharding.mesh import make_mesh
 from tests.equivalence.tiny import make
-from train import loop
-from train.checkpoints import SaveError
-from train.loop import Trainer, TrainingError
-from train.settings import read_settings
-from train.setup import Origin, open_rows, open_run
 from v4_jax.placement import Place
+from v4_jax.sharding.mesh import make_mesh
+from v4_jax.train import loop
+from v4_jax.train.checkpoints import SaveError
+from v4_jax.train.loop import Trainer, TrainingError
+from v4_jax.train.settings import read_settings
+from v4_jax.train.setup import Origin, open_rows, open_run
 
 STEPS, EVERY = 8, 3
 

@@ -8,9 +8,9 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
-from train.metrics import Metrics, MetricsError, duration, line, read_metrics, throughput
 from v4_jax.config import Config
 from v4_jax.costs import flops_per_token
+from v4_jax.train.metrics import Metrics, MetricsError, duration, line, read_metrics, throughput
 
 
 def steps_of(run):

@@ -11,16 +11,16 @@ import optax
 import optax.contrib
 import pytest
 
-from sharding.axes import PRESETS, ShardingError
-from sharding.hlo import Program
-from sharding.hlo_costs import costs
-from sharding.mesh import make_mesh, parse_mesh
 from tests.equivalence.tiny import make
-from train.muon import COEFFICIENTS, RMS, Plan, muon, newton_schulz, orthogonalise
-from train.optimizer import balance, optimizer, state_placements
 from v4_jax import Config, declarations
 from v4_jax.parameters import is_parameter
 from v4_jax.placement import placements
+from v4_jax.planning.hlo import Program
+from v4_jax.planning.hlo_costs import costs
+from v4_jax.sharding.axes import PRESETS, ShardingError
+from v4_jax.sharding.mesh import make_mesh, parse_mesh
+from v4_jax.train.muon import COEFFICIENTS, RMS, Plan, muon, newton_schulz, orthogonalise
+from v4_jax.train.optimizer import balance, optimizer, state_placements
 
 RATE = 1e-2
 MESHES = ("data=8", "expert=8", "tensor=2", "data=2,seq=4", "seq=2,expert=2,tensor=2")

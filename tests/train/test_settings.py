@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import pytest
 import yaml
 
-from train.schedules import attention, learning_rate, loss_weights, stage_at, trained_part
-from train.settings import Settings, SettingsError, describe, read_settings, write_settings
-from v4_jax.stages import Stage
+from v4_jax.layers.stages import Stage
+from v4_jax.train.schedules import attention, learning_rate, loss_weights, stage_at, trained_part
+from v4_jax.train.settings import Settings, SettingsError, describe, read_settings, write_settings
 
 LEAST = {
     "run": "runs/a",

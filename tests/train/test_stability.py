@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from train.stability import Recovery, SpikeDetector
+from v4_jax.train.stability import Recovery, SpikeDetector
 
 
 def noisy(count, mean=3.0, deviation=0.05):

@@ -10,17 +10,17 @@ import numpy as np
 import optax
 import pytest
 
-from sharding.mesh import make_mesh
 from tests.equivalence.tiny import make
-from train.batch import Batch
-from train.objective import Counts, Weights, objective
-from train.precision import compute_copy
-from train.step import TrainState, make_decide, make_step
 from v4_jax import Policy, declarations
+from v4_jax.layers.stages import Stage
 from v4_jax.number_formats import E2M1, dequantise, quantise
 from v4_jax.parameters import is_parameter
 from v4_jax.placement import Place, placements
-from v4_jax.stages import Stage
+from v4_jax.sharding.mesh import make_mesh
+from v4_jax.train.batch import Batch
+from v4_jax.train.objectives.pretraining import Counts, Weights, objective
+from v4_jax.train.precision import compute_copy
+from v4_jax.train.step import TrainState, make_decide, make_step
 from v4_jax.transformer import by_layer
 
 ROWS, LENGTH = 4, 256

@@ -17,7 +17,6 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from sharding.axes import Rules, ShardingError, resolve, sharding
 from v4_jax.checkpoint.block_formats import BlockFormat, check_scales, check_spread, dequantise, scale_name, unpack
 from v4_jax.checkpoint.in_memory import check_expert_ids
 from v4_jax.checkpoint.interface import DTYPES, Checkpoint, CheckpointError
@@ -27,6 +26,7 @@ from v4_jax.checkpoint.opening import opened
 from v4_jax.config import Config
 from v4_jax.number_formats import BlockScaled, scale_shape
 from v4_jax.parameters import Parameter
+from v4_jax.sharding.axes import Rules, ShardingError, resolve, sharding
 
 Index = tuple[slice, ...]
 Fill = Callable[[Index], tuple[np.ndarray, ...]]
@@ -52,7 +52,7 @@ def load(
         float32 and expert ids become int32 in either case. A training run holds all floats in float32: "native" rounds
         them to what `export` writes, "float32" returns them exactly.
       mesh: devices to place the parameters on; None is the default device.
-      rules: which mesh axes split which logical axes: a `sharding.axes.Rules` or the name of a preset.
+      rules: which mesh axes split which logical axes: a `v4_jax.sharding.axes.Rules` or the name of a preset.
 
     Returns:
       The configuration of what was loaded, and the parameter tree of `v4_jax.declarations(config)`, unboxed. The

@@ -1,0 +1,347 @@
+"""`v4-jax generate`: one prompt or one chat, streamed to the terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from v4_jax import chat
+from v4_jax.commands.shared.console import CommandError, bad_input, progress_bar, read_json, read_text, say
+from v4_jax.commands.shared.contexts import DEFAULT_MAX_TOKENS, check_length, check_mode, room
+from v4_jax.commands.shared.devices import join, place
+from v4_jax.commands.shared.engines import compile_engine, describe_drafts
+from v4_jax.commands.shared.models import ModelDirectory, cache_format
+from v4_jax.commands.shared.options import (
+    CacheFormat,
+    ChatFile,
+    Count,
+    Dtype,
+    Flag,
+    Int,
+    JsonFlag,
+    Model,
+    OptionalSize,
+    OptionalText,
+    Preset,
+    Texts,
+)
+from v4_jax.commands.shared.reply import Writer
+from v4_jax.commands.shared.sampling import SamplingOptions
+from v4_jax.config import Config
+from v4_jax.infer.checks import check_ids, check_precision
+from v4_jax.infer.chunks import chunk_size
+from v4_jax.infer.engine.requests import Request
+from v4_jax.infer.engine.sampling import Sampling
+from v4_jax.infer.engine.scheduler import Engine
+from v4_jax.infer.engine.speculative import Acceptance, check_depth
+from v4_jax.infer.generate import Generation
+from v4_jax.infer.text import MODES, Mode, Reply, plain_ids
+from v4_jax.policy import PolicyName
+from v4_jax.tokenizer import Tokenizer
+
+
+def generate(
+    model: Model,
+    *,
+    prompt: OptionalText = None,
+    chat_file: ChatFile = None,
+    tokens: OptionalText = None,
+    raw: Flag = False,
+    mode: Mode = "non-think",
+    max_tokens: OptionalSize = None,
+    context: OptionalSize = None,
+    sampling: SamplingOptions = SamplingOptions(),  # noqa: B008 (frozen)
+    seed: Int = 0,
+    stop: Texts = (),
+    dtype: Dtype = "native",
+    policy: PolicyName = "bfloat16",
+    cache_dtype: CacheFormat = "auto",
+    prefill_chunk: Count = 512,
+    draft: Int = 0,
+    mesh: OptionalText = None,
+    preset: Preset = "long-context",
+    distributed: Flag = False,
+    show_reasoning: Flag = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Continues a prompt or answers a chat, writing the text as it comes.
+
+    The text goes to stdout; speed and warnings go to stderr. On a terminal reasoning is dim and the answer is not;
+    elsewhere only the answer is written, unless --show-reasoning asks for both under headings, or --json for an object
+    with everything in it.
+
+    Examples:
+      v4-jax generate DeepSeek-V4-Flash --prompt "Why is the sky blue?" --mode high
+      v4-jax generate DeepSeek-V4-Flash --chat messages.json --mode max --context 384K
+      v4-jax generate DeepSeek-V4-Flash --mesh tensor=8 --prompt "Why is the sky blue?"
+      cat essay.txt | v4-jax generate DeepSeek-V4-Flash-Base --raw --max-tokens 200 --temperature 0.7
+      v4-jax generate DeepSeek-V4-Flash --tokens "0, 17, 42" --greedy --json
+
+    Args:
+      model: A directory with a released model, or one made by convert.
+      prompt: The question, or with --raw the text to continue. Without --prompt, --chat and --tokens it is read from
+        stdin, less one newline at its end.
+      chat_file: A JSON file with a list of messages (role and content), or an object with "messages" and perhaps
+        "tools" and "response_format"; - is stdin.
+      tokens: Token ids to continue just as they are, such as "0, 17, 42".
+      raw: Continue the prompt itself, after a begin-of-sentence token, without the chat format.
+      mode: How a chat is answered: at once, after reasoning, or after the most reasoning (which wants a context of
+        384K or more).
+      max_tokens: Most tokens to generate. Default: what --context leaves, or 512 without it.
+      context: Most tokens of prompt and reply together, such as 131072, 128K or 1M. Default: both fit.
+      sampling: How tokens are chosen.
+      seed: The same seed gives the same text.
+      stop: End the reply before this text; may be given several times.
+      dtype: How weights are held: as released, or expanded.
+      policy: Precision of the computation; released is bfloat16 with the release's rounding of keys and values.
+      cache_dtype: Number format of the cache; auto is the policy's.
+      prefill_chunk: Prompt tokens read at once; with a mesh, rounded up to what splits evenly.
+      draft: Tokens that the multi-token-prediction block guesses ahead in every step, up to 4; the reply is that of 0,
+        sooner.
+      mesh: How to spread the model over all devices: sizes of data, seq, expert and tensor, such as
+        seq=4,expert=2. Default: one device.
+      preset: Which mesh axes split what; long-context splits long prompts over all axes but data.
+      distributed: This is one of several processes, one per host, that run the same command together.
+      show_reasoning: Write reasoning and answer under headings where stdout is not a terminal.
+      as_json: Write one JSON object at the end: reply, token ids, log-probabilities, speed.
+    """
+    join(distributed)
+    directory = ModelDirectory.open(model)
+    config, tokenizer, defaults = directory.config, directory.tokenizer(), directory.generation_defaults()
+    cache = cache_format(cache_dtype, policy)
+    with bad_input():
+        chosen = sampling.over(defaults, seed)
+        check_precision(config, policy, cache)
+        check_depth(draft, config)
+        given = _prompt(tokenizer, config, prompt, chat_file, tokens, raw, mode)
+        limits = Limits.of(len(given.ids), max_tokens, context, config)
+        reply = Reply(tokenizer, stop, given.thinking_mode)
+    check_mode(mode if given.thinking_mode else None, limits.context)
+    where = place(config, mesh, preset, batch=1, native=dtype == "native")
+    params = directory.load(dtype, where)
+    with bad_input():
+        engine = Engine(
+            config,
+            params,
+            slots=where.row_shards,
+            max_length=limits.allocated,
+            policy=policy,
+            cache_dtype=cache,
+            prefill_chunk=chunk_size(len(given.ids), prefill_chunk),
+            draft=draft,
+            place=where,
+        )
+    writer = None
+    if not as_json:
+        terminal = sys.stdout.isatty()
+        writer = Writer(sys.stdout, show_reasoning=terminal or show_reasoning, headings=show_reasoning)
+    request = Request(given.ids, limits.max_tokens, chosen, defaults.stop_ids)
+    outcome = stream(engine, request, reply, writer)
+    if as_json:
+        print(json.dumps(_as_json(outcome, reply, given, chosen), ensure_ascii=False))
+    else:
+        say(outcome.summary())
+
+
+class Prompt(NamedTuple):
+    """Token ids, and the thinking mode of the chat format that they are in (None: plain text)."""
+
+    ids: list[int]
+    thinking_mode: str | None
+
+
+class Limits(NamedTuple):
+    """How long things may get, in tokens.
+
+    Attributes:
+      max_tokens: to generate at most.
+      context: of prompt and reply together at most.
+      allocated: room in the cache: no more than can be used, rounded up so that similar prompts share programs.
+    """
+
+    max_tokens: int
+    context: int
+    allocated: int
+
+    @classmethod
+    def of(cls, prompt: int, max_tokens: int | None, context: int | None, config: Config) -> Limits:
+        """Resolves what was given and what was not.
+
+        Raises:
+          CommandError: the context is longer than the model's, or the prompt leaves no room in it.
+        """
+        longest = config.max_position_embeddings
+        if context is not None:
+            check_length(config, context)
+        if max_tokens is not None:
+            check_length(config, max_tokens, "--max-tokens")
+        if context is None:
+            context = min(longest, prompt + (DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens))
+        if prompt >= context:
+            raise CommandError(f"the prompt has {prompt} tokens, which leaves no room in a context of {context}")
+        max_tokens = context - prompt if max_tokens is None else min(max_tokens, context - prompt)
+        return cls(max_tokens, context, room(prompt + max_tokens, longest))
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """A finished generation.
+
+    Attributes:
+      generation: its counts and times.
+      compile_seconds: time spent compiling.
+      ids: the tokens generated, a final stop token included.
+      logprobs: their log-probabilities.
+      finish: "stop" (a stop token), "stop string" or "length".
+      acceptance: how many drafts were right, by depth.
+    """
+
+    generation: Generation
+    compile_seconds: float
+    ids: list[int]
+    logprobs: list[float]
+    finish: str
+    acceptance: list[Acceptance]
+
+    def speed(self) -> dict[str, Any]:
+        """Counts and times, prefill and decoding apart; the first token counts as prefill."""
+        run = self.generation
+        return {
+            "prompt_tokens": run.prompt_tokens,
+            "prefill_seconds": round(run.prefill_seconds, 4),
+            "new_tokens": run.new_tokens,
+            "decode_seconds": round(run.decode_seconds, 4),
+            "compile_seconds": round(self.compile_seconds, 4),
+            "drafts": [one._asdict() for one in self.acceptance],
+        }
+
+    def summary(self) -> str:
+        """One line for the reader."""
+        run, ends = self.generation, {"stop": "end of text", "length": "token limit"}
+
+        def rate(tokens: int, seconds: float) -> str:
+            return f"{tokens} tokens in {seconds:.2f} s ({tokens / max(seconds, 1e-9):,.1f} tokens/s)"
+
+        return (
+            f"prefill {rate(run.prompt_tokens, run.prefill_seconds)}, "
+            f"decode {rate(run.new_tokens - run.first_tokens, run.decode_seconds)}, "
+            f"compiled in {self.compile_seconds:.1f} s, ended by {ends.get(self.finish, self.finish)}"
+            + (f", {drafts}" if (drafts := describe_drafts(self.acceptance)) else "")
+        )
+
+
+def stream(engine: Engine, request: Request, reply: Reply, writer: Writer | None) -> Outcome:
+    """Generates from one prompt, feeding the reply and writing its pieces as they become certain.
+
+    Args:
+      engine: runs the model.
+      request: what to continue; the text of a token that stops it is not part of the reply.
+      reply: collects the text.
+      writer: shows it; None to show nothing.
+    """
+    compile_seconds = compile_engine(engine)
+    made: list[int] = []
+    logprobs: list[float] = []
+    finish = "length"
+    with progress_bar("reading the prompt", "tokens") as report:
+        generation = Generation(engine, [request], lambda done, total: report("", done, total))
+        running = iter(generation)
+        first = next(running)
+    try:
+        for event in itertools.chain([first], running):
+            made.append(event.id)
+            logprobs.append(event.logprob)
+            finish = event.finish or finish
+            pieces = reply.push(event.id) if event.finish != "stop" else []
+            if writer:
+                writer.write(pieces)
+            if reply.stopped:
+                finish = "stop string"
+                break
+        last = reply.finish()
+        if writer:
+            writer.write(last)
+    finally:
+        if writer:
+            writer.finish()
+    return Outcome(generation, compile_seconds, made, logprobs, finish, engine.acceptance)
+
+
+def _prompt(
+    tokenizer: Tokenizer,
+    config: Config,
+    prompt: str | None,
+    chat_file: Path | None,
+    tokens: str | None,
+    raw: bool,
+    mode: Mode,
+) -> Prompt:
+    """The prompt from whichever option gives it, or from stdin."""
+    given = {"--prompt": prompt, "--chat": chat_file, "--tokens": tokens}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise CommandError(f"{' and '.join(names)} both give a prompt; expected one of them")
+    if raw and chat_file is not None:
+        raise CommandError("--raw is for plain text and --chat for messages; expected one of them")
+    if tokens is not None:
+        return Prompt(_token_ids(tokens, config), None)
+    thinking_mode, effort = MODES[mode]
+    if chat_file is not None:
+        messages, options = _read_chat(chat_file)
+        with bad_input(f"{chat_file}: "):
+            text = chat.encode(messages, thinking_mode=thinking_mode, reasoning_effort=effort, **options)
+        return Prompt(tokenizer.encode(text), thinking_mode)
+    if prompt is None:
+        if sys.stdin.isatty():
+            say("reading the prompt from the terminal; end it with Ctrl-D")
+        prompt = read_text(Path("-")).removesuffix("\n")
+    if not prompt.strip():
+        raise CommandError("the prompt is empty; expected some text (--prompt, --chat, --tokens or stdin)")
+    if raw:
+        return Prompt(plain_ids(tokenizer, prompt), None)
+    text = chat.encode([{"role": "user", "content": prompt}], thinking_mode=thinking_mode, reasoning_effort=effort)
+    return Prompt(tokenizer.encode(text), thinking_mode)
+
+
+def _token_ids(text: str, config: Config) -> list[int]:
+    words = [word for word in re.split(r"[\s,]+", text.strip("[] \n")) if word]
+    if not all(re.fullmatch(r"-?[0-9]+", word) for word in words):
+        raise CommandError(f'--tokens {text!r} is not understood; expected token ids such as "0, 17, 42"')
+    ids = [int(word) for word in words]
+    check_ids(ids, config)
+    return ids
+
+
+def _read_chat(path: Path) -> tuple[list[Any], dict[str, Any]]:
+    """The messages of a chat file and the options of the encoding that it sets."""
+    content = read_json(path)
+    options: dict[str, Any] = {}
+    if isinstance(content, dict):
+        if unknown := sorted(set(content) - {"messages", "tools", "response_format"}):
+            raise CommandError(f'{path} has the keys {unknown}; expected "messages", "tools" and "response_format"')
+        options = {key: content[key] for key in ("tools", "response_format") if key in content}
+        content = content.get("messages")
+    if not isinstance(content, list) or not all(isinstance(message, dict) for message in content):
+        raise CommandError(f"{path} does not hold a list of messages; expected objects with a role and a content")
+    for number, message in enumerate(content, 1):
+        if message.get("role") == "user" and not message.get("content"):
+            raise CommandError(f"{path}: message {number} of the user has no content; expected text")
+    return content, options
+
+
+def _as_json(outcome: Outcome, reply: Reply, given: Prompt, sampling: Sampling) -> dict[str, Any]:
+    return {
+        **{"reasoning_content": "", "tool_calls": []},
+        **reply.message(),
+        "finish_reason": outcome.finish,
+        "prompt": given.ids,
+        "tokens": outcome.ids,
+        "logprobs": outcome.logprobs,
+        "sampling": dataclasses.asdict(sampling),
+        "speed": outcome.speed(),
+    }

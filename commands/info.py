@@ -1,0 +1,66 @@
+"""`v4-jax info`: what a model is and what it costs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from v4_jax.checkpoint import run_of
+from v4_jax.commands import info_report as card
+from v4_jax.commands.shared.console import CommandError, bad_input, show
+from v4_jax.commands.shared.contexts import check_length
+from v4_jax.commands.shared.options import JsonFlag, OptionalSize
+from v4_jax.commands.shared.sizes import parse_size
+from v4_jax.config import Config
+
+PRESETS = {"flash": Config.flash, "pro": Config.pro, "tiny": Config.tiny}
+
+_DEFAULT_CONTEXT = parse_size("1M")
+
+Subject = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL", help_behavior_hint="")]
+
+
+def info(model: Subject, *, context: OptionalSize = None, as_json: JsonFlag = False) -> None:
+    """Prints a model's card: layers, parameters, FLOPs per token and cache, and how they compare with DeepSeek-V3.2.
+
+    Nothing but config.json is read.
+
+    Examples:
+      v4-jax info flash --context 1M
+      v4-jax info DeepSeek-V4-Pro --json
+
+    Args:
+      model: A directory with a config.json, or flash, pro or tiny.
+      context: Tokens in the sequence, such as 131072, 128K or 1M. Default: 1M, or the model's most if that is less.
+      as_json: Write the numbers as one JSON object.
+    """
+    config = config_of(model)
+    longest = config.max_position_embeddings
+    context = min(_DEFAULT_CONTEXT, longest) if context is None else context
+    check_length(config, context)
+    if as_json:
+        print(json.dumps(card.as_json(config, context), indent=2))
+    else:
+        show(card.render(config, context))
+
+
+def config_of(model: str) -> Config:
+    """The configuration of a directory or a preset.
+
+    Raises:
+      CommandError: there is neither of that name.
+    """
+    path = run_of(model) or Path(model)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CommandError(f"{path} has no config.json; expected the directory of a model")
+        with bad_input(f"{path / 'config.json'}: "):
+            return Config.from_hf(path)
+    if model in PRESETS:
+        return PRESETS[model]()
+    raise CommandError(
+        f"there is no directory {model}, nor a preset of that name; the presets are {', '.join(PRESETS)}"
+    )

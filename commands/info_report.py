@@ -1,0 +1,237 @@
+"""The model card: layers, parameters, FLOPs and cache of a configuration, and how they compare with DeepSeek-V3.2."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from v4_jax import costs
+from v4_jax.commands.shared.sizes import format_size
+from v4_jax.config import Config
+
+
+def as_json(config: Config, context: int) -> dict[str, Any]:
+    """The model card as plain numbers: counts of parameters, FLOPs per token and bytes.
+
+    Args:
+      config: the architecture.
+      context: tokens in the sequence, for FLOPs and cache.
+
+    Raises:
+      ValueError: a context that no cache can hold.
+    """
+    period = config.period
+    counts, cache = costs.parameter_counts(config), _cache(config, context)
+    against = costs.compare(config, context, cache.dtype)
+    return {
+        "context": context,
+        "layers": {
+            "count": len(config.layers),
+            "attention": dict(Counter(layer.attention for layer in config.layers)),
+            "feed_forward": dict(Counter(layer.feed_forward for layer in config.layers)),
+            "period": {
+                "start": period.start,
+                "repeats": period.repeats,
+                "attention": [config.layers[i].attention for i in period.layers(0)] if period.repeats else [],
+            },
+        },
+        "parameters": {**counts._asdict(), "checkpoint": counts.checkpoint},
+        "bytes": {
+            dtype: {"total": size.total, "mtp": size.mtp, "by_format": size.by_format}
+            for dtype, size in (("native", costs.parameter_bytes(config)), ("bfloat16", _bfloat16(config)))
+        },
+        "flops_per_token": {
+            phase: {
+                "linear": flops.linear,
+                "attention": flops.attention,
+                "index": flops.index,
+                "total": flops.total,
+                "equivalent_fp8": flops.equivalent_fp8,
+            }
+            for phase, flops in _flops(config, context).items()
+        },
+        "cache_bytes": {
+            "dtype": cache.dtype,
+            "by_role": cache.by_role,
+            "per_token": cache.per_token,
+            "total": cache.total,
+        },
+        "comparison": {
+            **against._asdict(),
+            "flops_ratio": against.flops_ratio,
+            "headline_flops_ratio": against.headline_ratio,
+            "cache_ratio": against.cache_ratio,
+            "gqa_ratio": against.gqa_ratio,
+        },
+    }
+
+
+def render(config: Config, context: int) -> RenderableType:
+    """The model card as tables; see `as_json`."""
+    cache = _cache(config, context)
+    tables = (
+        _layer_table(config),
+        _parameter_table(config),
+        _flops_table(config, context),
+        _cache_table(cache, context),
+        _comparison_table(costs.compare(config, context, cache.dtype)),
+    )
+    return Group(*tables)
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _layer_table(config: Config) -> Table:
+    period, layers = config.period, config.layers
+    caption = "no roles repeat"
+    if period.repeats:
+        roles = ", ".join(layers[i].attention for i in period.layers(0))
+        caption = f"layers {period.start} to {period.stop - 1}: ({roles}) x {period.repeats}, run as one scan"
+    table = make_table(f"{len(layers)} layers", "role", "layers", "which", caption=caption)
+    for kind in ("attention", "feed_forward"):
+        for role in dict.fromkeys(getattr(layer, kind) for layer in layers):
+            which = [i for i, layer in enumerate(layers) if getattr(layer, kind) == role]
+            table.add_row(f"{kind.replace('_', '-')}: {role}", str(len(which)), _ranges(which))
+    if config.num_nextn_predict_layers:
+        block = config.mtp_layer
+        table.add_row(f"MTP block: {block.attention}, {block.feed_forward}", "1", str(len(layers)))
+    return table
+
+
+def _parameter_table(config: Config) -> Table:
+    counts, native, plain = costs.parameter_counts(config), costs.parameter_bytes(config), _bfloat16(config)
+    table = make_table("Parameters", "", "count", "as released", "bfloat16")
+    table.add_row(
+        "trunk", _count(counts.total), bytes_text(native.total - native.mtp), bytes_text(plain.total - plain.mtp)
+    )
+    table.add_row("  active per token", _count(counts.active), "", "")
+    table.add_row("MTP block", _count(counts.mtp), bytes_text(native.mtp), bytes_text(plain.mtp), end_section=True)
+    table.add_row("checkpoint", _count(counts.checkpoint), bytes_text(native.total), bytes_text(plain.total))
+    for name, _ in _largest_first(plain.by_format | native.by_format):
+        held = [bytes_text(sizes[name]) if name in sizes else "" for sizes in (native.by_format, plain.by_format)]
+        table.add_row(f"  {name}", "", *held)
+    return table
+
+
+def _flops_table(config: Config, context: int) -> Table:
+    flops = _flops(config, context)
+    decode, prefill = flops["decode"], flops["prefill"]
+    table = make_table(
+        f"FLOPs per token at {format_size(context)} tokens",
+        *("", "decoding", "prefill, mean"),
+        caption="FP8 equivalent: attention core twice, index scores half",
+    )
+    for role, value in _largest_first(decode.linear):
+        table.add_row(f"linear: {role}", operations_text(value), operations_text(prefill.linear[role]))
+    for role, value in decode.attention.items():
+        table.add_row(f"attention core: {role}", operations_text(value), operations_text(prefill.attention[role]))
+    table.add_row("index scores", operations_text(decode.index), operations_text(prefill.index), end_section=True)
+    table.add_row("total", operations_text(decode.total), operations_text(prefill.total))
+    table.add_row("FP8 equivalent", operations_text(decode.equivalent_fp8), operations_text(prefill.equivalent_fp8))
+    return table
+
+
+def _cache_table(cache: costs.CacheBytes, context: int) -> Table:
+    title = f"Cache per row at {format_size(context)} tokens, {cache.dtype} format"
+    table = make_table(title, "", "held", "bytes per further token")
+    for role, size in _largest_first(cache.by_role):
+        per_token = f"{cache.per_token[role]:,.1f}" if role in cache.per_token else "constant"
+        table.add_row(role, bytes_text(size), per_token)
+    table.add_section()
+    table.add_row("total", bytes_text(cache.total), f"{sum(cache.per_token.values()):,.1f}")
+    return table
+
+
+def _comparison_table(against: costs.Comparison) -> Table:
+    table = make_table(
+        f"Against others at {format_size(against.context)} tokens",
+        *("", "FLOPs per token", "V4 needs", "cache per row", "V4 needs"),
+        caption="FLOPs of decoding one token, FP8 equivalent; cache without the MTP block's and without padding",
+    )
+    table.add_row("V4, this configuration", operations_text(against.flops), "", bytes_text(against.cache), "")
+    shares = f"{against.flops_ratio:.1%}", f"{against.cache_ratio:.1%}"
+    table.add_row(
+        "DeepSeek-V3.2", operations_text(against.flops_v32), shares[0], bytes_text(against.cache_v32), shares[1]
+    )
+    table.add_row("  by active parameters in whole billions", "", f"{against.headline_ratio:.1%}", "", "")
+    table.add_row("8 KV heads x 128, bfloat16", "", "", bytes_text(against.cache_gqa), f"{against.gqa_ratio:.1%}")
+    return table
+
+
+def make_table(title: str, *columns: str, caption: str | None = None) -> Table:
+    """A table whose first column holds names and whose others hold numbers."""
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left", no_wrap=i == 0)
+    return table
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def _flops(config: Config, context: int) -> dict[str, costs.Flops]:
+    return {
+        "decode": costs.flops_per_token(config, context),
+        "prefill": costs.flops_per_token(config, context, phase="prefill"),
+    }
+
+
+def _bfloat16(config: Config) -> costs.ParameterBytes:
+    return costs.parameter_bytes(config, "bfloat16")
+
+
+def _cache(config: Config, context: int) -> costs.CacheBytes:
+    """Cache bytes in the released formats, or in bfloat16 where the head sizes do not suit them."""
+    try:
+        return costs.cache_bytes(config, context, "released")
+    except ValueError:
+        return costs.cache_bytes(config, context, "bfloat16")  # a bad context raises again
+
+
+def _largest_first(sizes: Mapping[str, int]) -> Iterable[tuple[str, int]]:
+    return sorted(sizes.items(), key=lambda item: -item[1])
+
+
+def _count(value: float) -> str:
+    return _scaled(value, (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)))
+
+
+def operations_text(value: float) -> str:
+    """FLOPs with a unit."""
+    return _scaled(value, (("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3)))
+
+
+def bytes_text(value: float) -> str:
+    """Bytes with a unit."""
+    return _scaled(value, ((" TB", 1e12), (" GB", 1e9), (" MB", 1e6), (" kB", 1e3)), " B")
+
+
+def _scaled(value: float, units: tuple[tuple[str, float], ...], plain: str = "") -> str:
+    """Two decimals of the largest unit that leaves at least one."""
+    for name, size in units:
+        if value >= size:
+            return f"{value / size:,.2f}{name}"
+    return f"{value:,.0f}{plain}"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Rising numbers as runs of equal steps: "0, 1, 3 to 41 by 2"."""
+    parts: list[str] = []
+    start = 0
+    while start < len(numbers):
+        stop = start + 1
+        while stop < len(numbers) and numbers[stop] - numbers[stop - 1] == numbers[start + 1] - numbers[start]:
+            stop += 1
+        if stop - start < 3:
+            stop = start + 1
+            parts.append(str(numbers[start]))
+        else:
+            step = numbers[start + 1] - numbers[start]
+            parts.append(f"{numbers[start]} to {numbers[stop - 1]}" + (f" by {step}" if step > 1 else ""))
+        start = stop
+    return ", ".join(parts)

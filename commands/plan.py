@@ -1,0 +1,150 @@
+"""`v4-jax plan`: compiles the model for a TPU topology that need not be there, and says what it needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Annotated, Any, Literal
+
+import jax
+import tyro
+
+from v4_jax.commands import plan_report as card
+from v4_jax.commands.info import config_of
+from v4_jax.commands.shared.console import CommandError, bad_input, say, show, working
+from v4_jax.commands.shared.contexts import check_length
+from v4_jax.commands.shared.options import Count, JsonFlag, OptionalSize, OptionalText
+from v4_jax.commands.shared.sizes import format_size
+from v4_jax.placement import UNIT, alternatives, check_mesh
+from v4_jax.planning.compile import Compiled, Job, MissingCompiler, PlanError, compile_for_tpu, without_mtp
+from v4_jax.planning.estimates import PRESETS_OF_TASK, Estimate, candidates, estimate
+from v4_jax.sharding.axes import PRESETS as SHARDING_PRESETS
+from v4_jax.sharding.axes import ShardingError
+from v4_jax.sharding.chips import Topology
+from v4_jax.sharding.mesh import abstract_mesh, format_mesh, parse_mesh
+
+MOST = 3  # meshes that are compiled before giving up
+_CHUNK = 8192  # tokens per row of a prefill call, unless so many devices need more
+_ROW = 16384  # tokens per row of a training step
+
+Text = Annotated[str, tyro.conf.arg(metavar="TEXT")]
+Task = Literal["prefill", "decode", "train"]
+
+
+def plan(
+    *,
+    model: Text,
+    task: Task,
+    topology: Text,
+    context: OptionalSize = None,
+    batch: Count = 1,
+    mesh: OptionalText = None,
+    preset: OptionalText = None,
+    chunk: OptionalSize = None,
+    dtype: Literal["native", "bfloat16"] = "native",
+    as_json: JsonFlag = False,
+) -> int:
+    """Compiles the model for TPUs that need not be there: whether it fits, what it costs, and how to split it.
+
+    No weights are read and nothing is run. Without --mesh, all legal meshes are ranked by estimate and the most
+    promising compiled, until one fits. Exit code 1: none does.
+
+    Examples:
+      v4-jax plan --model flash --task decode --context 1M --topology v6e:2x4
+      v4-jax plan --model pro --task prefill --context 1M --chunk 32K --topology v5p:4x4x8
+      v4-jax plan --model flash --task decode --context 1M --topology v6e:2x4 --mesh seq=2,tensor=4 --json
+      v4-jax plan --model flash --task train --context 16K --batch 128 --topology v5p:4x4x8
+
+    Args:
+      model: A directory with a config.json, or flash, pro or tiny.
+      task: decode: one token of each row; prefill: a chunk of each row; train: a step of whole rows, MTP included.
+      topology: The chips: v4, v5e, v5p, v6e or tpu7x and the slice's shape, such as v6e:2x4 or v5p:2x2x2.
+      context: Tokens of each row after the call, such as 128K or 1M. Default: 1M, or 16K in training, or the model's
+        most if that is less.
+      batch: Rows.
+      mesh: Sizes of the mesh axes data, seq, expert and tensor, such as seq=4,tensor=2. Default: the best of all.
+      preset: Which mesh axes split what: decode, prefill, long-context or train. Default: what suits the task.
+      chunk: Tokens of each row that one prefill call takes. Default: 8K, or 128 per device if that is more.
+      dtype: native: weights in the released formats, computing with its rounding; bfloat16: both in that. The cache is
+        bfloat16 in either case. Training keeps float32 masters and moments and computes in bfloat16.
+      as_json: Write the plan as one JSON object.
+    """
+    jax.config.update("jax_platforms", "cpu")  # only shapes are computed here, also where there are TPUs
+    if preset is not None and preset not in SHARDING_PRESETS:
+        raise CommandError(f"no preset {preset!r}; expected one of {', '.join(SHARDING_PRESETS)}")
+    with bad_input("--"):
+        chips = Topology.parse(topology)
+    config = config_of(model) if task == "train" else without_mtp(config_of(model))
+    longest = config.max_position_embeddings
+    context = min(_ROW if task == "train" else 1024**2, longest) if context is None else context
+    check_length(config, context)
+    if chunk is not None and task != "prefill":
+        takes = "decode takes one token of each row" if task == "decode" else "training takes whole rows"
+        raise CommandError(f"--chunk is for prefill: {takes}")
+    if chunk is None:
+        defaults = {"decode": 1, "prefill": min(context, max(_CHUNK, UNIT * chips.devices)), "train": context}
+        chunk = defaults[task]
+    if task == "train":
+        dtype = "bfloat16"
+    if chunk > context:
+        raise CommandError(f"--chunk {format_size(chunk)} is more than --context {format_size(context)}")
+
+    sizes = dict.fromkeys(("data", "seq", "expert", "tensor"), 1)
+    job = Job(config, task, context, batch, chunk, chips, sizes, preset or PRESETS_OF_TASK[task][-1], dtype)
+    estimates = _chosen(job, mesh) if mesh else _best(job, preset)
+    attempts = []
+    for one in estimates[:MOST]:
+        attempts.append(_attempt(one.job))
+        if attempts[-1].fits:
+            break
+    if as_json:
+        print(json.dumps(card.as_json(attempts, estimates), indent=2))
+    else:
+        show(card.render(attempts, estimates))
+    return 0 if attempts[-1].fits else 1
+
+
+def _chosen(job: Job, text: str) -> list[Estimate]:
+    """The mesh that was asked for, if it is legal."""
+    native, devices = job.dtype == "native", job.topology.devices
+    call: dict[str, Any] = {"batch": job.batch, "length": job.chunk, "native": native}
+    with bad_input("--mesh: "):
+        sizes = parse_mesh(text)
+    try:
+        mesh = abstract_mesh(sizes)
+        if mesh.size != devices:
+            raise ShardingError(
+                f"mesh {format_mesh(sizes)} has {mesh.size} places, but {job.topology} {devices} devices"
+            )
+        check_mesh(job.config, mesh, job.preset, **call)
+    except ShardingError as error:
+        raise CommandError(f"--mesh: {error}; {alternatives(job.config, devices, job.preset, **call)}") from None
+    return [estimate(dataclasses.replace(job, mesh=sizes))]
+
+
+def _best(job: Job, preset: str | None) -> list[Estimate]:
+    """All legal meshes, the most promising first."""
+    presets = (preset,) if preset else PRESETS_OF_TASK[job.task]
+    with working("ranking meshes"):
+        found = candidates(job, presets)
+    if not found:
+        raise CommandError(
+            f"no mesh of {job.topology.devices} devices splits {job.batch} rows of {job.chunk} tokens evenly; expected "
+            f"another --batch, a --chunk that is a multiple of {UNIT} per device, or another --topology"
+        )
+    return found
+
+
+def _attempt(job: Job) -> card.Attempt:
+    outcome: Compiled | PlanError
+    with working(f"compiling {format_mesh(job.mesh)} {job.preset}"):
+        try:
+            outcome = compile_for_tpu(job)
+        except MissingCompiler as error:
+            raise CommandError(str(error)) from None
+        except PlanError as error:
+            outcome = error
+    attempt = card.Attempt(job, outcome)
+    if not attempt.fits:
+        say(f"{attempt.name} {attempt.sentence()}")
+    return attempt

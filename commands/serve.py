@@ -1,0 +1,115 @@
+"""`v4-jax serve`: OpenAI's API over HTTP."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+from v4_jax.commands.shared.console import CommandError, bad_input, needs, read_text, say
+from v4_jax.commands.shared.contexts import DEFAULT_MAX_TOKENS, check_length, check_mode
+from v4_jax.commands.shared.engines import EngineOptions, PrefixOptions
+from v4_jax.commands.shared.models import ModelDirectory
+from v4_jax.commands.shared.options import Count, Model, OptionalCount, OptionalFile, OptionalText, Size
+from v4_jax.commands.shared.sampling import SamplingOptions
+from v4_jax.infer.text import Mode
+
+KEY = "V4_JAX_API_KEY"
+DEFAULT_CONTEXT = 32768
+
+
+def serve(
+    model: Model,
+    *,
+    host: str = "127.0.0.1",
+    port: Count = 8000,
+    name: OptionalText = None,
+    context: Size = DEFAULT_CONTEXT,
+    max_tokens: Count = DEFAULT_MAX_TOKENS,
+    mode: Mode = "non-think",
+    sampling: SamplingOptions = SamplingOptions(),  # noqa: B008 (frozen)
+    keys: OptionalFile = None,
+    requests: OptionalCount = None,
+    max_body: Size = 32 << 20,
+    timeout: Count = 3600,
+    engine: EngineOptions = EngineOptions(prefix=PrefixOptions(prefix_memory=1 << 30)),  # noqa: B008 (frozen)
+) -> None:
+    """Serves a model over HTTP in the form of OpenAI's API: chat completions, completions, models; streamed or whole.
+
+    Reasoning comes apart from the answer, as reasoning_content, and may be asked for by reasoning_effort ("none",
+    "high", "max") or by DeepSeek's "thinking". /metrics is for Prometheus, /health for load balancers, /openapi.json
+    says what is understood.
+
+    SIGTERM and Ctrl-C end it when the requests that it has are answered; a second one ends it at once.
+
+    Examples:
+      v4-jax serve DeepSeek-V4-Flash --mesh tensor=8 --memory 8G --context 128K
+      V4_JAX_API_KEY=secret v4-jax serve DeepSeek-V4-Flash --host 0.0.0.0
+      curl localhost:8000/v1/completions -H "Content-Type: application/json" -d '{"prompt": "The sky is"}'
+
+    Args:
+      model: A directory with a released model, or one made by convert.
+      host: Address to listen at; 0.0.0.0 is every one that the machine has.
+      port: Port to listen at.
+      name: What clients call the model. Default: the directory's name.
+      context: Most tokens of a prompt and its answer.
+      max_tokens: Most tokens of an answer whose request does not say.
+      mode: How a chat is answered whose request does not say: at once, after reasoning, or after the most reasoning.
+      sampling: How tokens are chosen, where the request does not say.
+      keys: A file with the keys that let clients in, one a line; they send one as Authorization: Bearer KEY. Default:
+        the one in V4_JAX_API_KEY, or else everybody is let in.
+      requests: Requests that are served or wait at the same time; further ones are turned away with 429. Default: four
+        times the slots.
+      max_body: Bytes of a request's body.
+      timeout: Seconds that a request may take.
+      engine: How requests are served.
+    """
+    with needs("serve"):
+        import uvicorn
+
+        from v4_jax.infer.openai.completions import Defaults
+        from v4_jax.infer.openai.completions import Model as Served
+        from v4_jax.infer.openai.server import Limits, make_app
+        from v4_jax.infer.openai.service import Service
+
+    directory = ModelDirectory.open(model)
+    engine.check(directory)
+    config, tokenizer, release = directory.config, directory.tokenizer(), directory.generation_defaults()
+    if context == DEFAULT_CONTEXT:
+        context = min(context, config.max_position_embeddings)
+    check_length(config, context)
+    check_mode(mode, context)
+    with bad_input():
+        chosen = sampling.over(release, seed=0)
+    legal = _keys(keys)
+    listening = _listen(host, port)
+    server = engine.build(directory, context, most=1 << 30)
+    defaults = Defaults(chosen, release.stop_ids, max_tokens, mode)
+    served = Served(name or directory.path.name, config, tokenizer, defaults, context)
+    app = make_app(
+        Service(server, requests or 4 * server.slots), served, keys=legal, limits=Limits(max_body, float(timeout))
+    )
+    settings = uvicorn.Config(app, log_level="warning", lifespan="on")
+    say(f"serving {served.name} at http://{host}:{listening.getsockname()[1]}/v1" + ("" if legal else ", without keys"))
+    runner: Any = uvicorn.Server(settings)
+    runner.run(sockets=[listening])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that listens, before anything is loaded for it."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CommandError(f"cannot listen at {host} port {port}: {reason}") from None
+
+
+def _keys(path: Any) -> list[str]:
+    """The keys of a file, or of the environment."""
+    if path is None:
+        return [os.environ[KEY]] if os.environ.get(KEY) else []
+    found = read_text(path).split()
+    if not found:
+        raise CommandError(f"{path} holds no keys; expected one a line")
+    return found

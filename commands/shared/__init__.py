@@ -1,0 +1,1 @@
+"""What the verbs share: options, devices, directories, engines, and how they speak."""

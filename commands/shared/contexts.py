@@ -1,0 +1,39 @@
+"""How long texts may get, in tokens."""
+
+from __future__ import annotations
+
+from v4_jax.commands.shared.console import CommandError, say
+from v4_jax.commands.shared.sizes import format_size
+from v4_jax.config import Config
+from v4_jax.infer.text import Mode
+
+DEFAULT_MAX_TOKENS = 512  # of a reply, where nothing says how long it may get
+THINK_MAX_CONTEXT = 384 * 1024  # what the release advises for Think Max
+
+_ROUND = 256
+
+
+def check_length(config: Config, length: int, option: str = "--context") -> int:
+    """A length that an option asks for, if the model goes so far.
+
+    Raises:
+      CommandError: it does not.
+    """
+    longest = config.max_position_embeddings
+    if length > longest:
+        raise CommandError(f"{option} {format_size(length)} is more than the model's {format_size(longest)} tokens")
+    return length
+
+
+def check_mode(mode: Mode | None, context: int) -> None:
+    """Warns of a context that is too short for all the reasoning that a mode asks for."""
+    if mode == "max" and context < THINK_MAX_CONTEXT:
+        say(
+            f"warning: Think Max wants a context of at least {format_size(THINK_MAX_CONTEXT)} tokens, this one has "
+            f"{format_size(context)}; reasoning may be cut short"
+        )
+
+
+def room(length: int, longest: int) -> int:
+    """Room in a cache for texts of `length`, at most `longest`: rounded up so that similar ones share programs."""
+    return min(longest, -(-length // _ROUND) * _ROUND)

@@ -1,0 +1,127 @@
+"""A model directory as the verbs use it: what it is at once, its weights when everything else is known to be right."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, cast
+
+from v4_jax.cache.cache import CacheDtype
+from v4_jax.checkpoint import Checkpoint, load, open_checkpoint, run_of
+from v4_jax.commands.shared.console import CommandError, bad_input, read_json, say, watched
+from v4_jax.commands.shared.options import CacheFormat, Dtype
+from v4_jax.config import Config
+from v4_jax.placement import Place
+from v4_jax.policy import PolicyName
+from v4_jax.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelDirectory:
+    """A released or converted directory, or a training run.
+
+    Attributes:
+      path: the directory; of a run's step, the run's.
+      checkpoint: its tensors, accounted for but not read.
+    """
+
+    path: Path
+    checkpoint: Checkpoint
+
+    @classmethod
+    def open(cls, path: Path) -> ModelDirectory:
+        """Opens a directory.
+
+        Raises:
+          CommandError: there is none, or it holds no model.
+        """
+        expected = "expected a directory that holds a released or converted model, or a training run"
+        if path.exists() and not path.is_dir():
+            raise CommandError(f"{path} is a file; {expected}")
+        if not path.exists():
+            unfinished = path.absolute().with_name(f".{path.name}.partial")
+            hint = f" (its conversion is unfinished: {unfinished})" if unfinished.exists() else ""
+            raise CommandError(f"there is no directory {path}{hint}; {expected}")
+        with bad_input():
+            checkpoint = open_checkpoint(path)
+        for note in checkpoint.notes:
+            say(f"note: {checkpoint.label}: {note}")
+        return cls(run_of(path) or path, checkpoint)
+
+    @property
+    def config(self) -> Config:
+        """The architecture of what the directory holds."""
+        return self.checkpoint.config
+
+    def tokenizer(self) -> Tokenizer:
+        """The directory's tokenizer.
+
+        Raises:
+          CommandError: it has none that fits.
+        """
+        with bad_input():
+            return load_tokenizer(self.path, self.config.vocab_size)
+
+    def generation_defaults(self) -> GenerationDefaults:
+        """What `generation_config.json` says; the release's defaults without one.
+
+        Raises:
+          CommandError: it cannot be read.
+        """
+        path = self.path / "generation_config.json"
+        return GenerationDefaults.of(path, read_json(path) if path.exists() else {}, self.config)
+
+    def load(self, dtype: Dtype, place: Place = Place()) -> Any:  # noqa: B008 (frozen)
+        """Reads the weights, of which each process reads what its own devices hold.
+
+        Raises:
+          CommandError: they are damaged.
+        """
+        source = self.checkpoint
+        already = source.bytes_read
+        with bad_input(), watched(f"loading {self.path.name}", lambda: source.bytes_read - already, source.nbytes):
+            return load(source, dtype=dtype, mesh=place.mesh, rules=place.rules)[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationDefaults:
+    """How a model is meant to be sampled.
+
+    Attributes:
+      temperature: 0 where sampling is off.
+      top_p: see `v4_jax.infer.engine.sampling.Sampling`.
+      top_k: the same.
+      min_p: the same.
+      stop_ids: tokens that end a text.
+    """
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    stop_ids: tuple[int, ...]
+
+    @classmethod
+    def of(cls, path: Path, content: Any, config: Config) -> GenerationDefaults:
+        """Reads a parsed `generation_config.json`; keys that do not concern sampling are left alone."""
+        if not isinstance(content, dict):
+            raise CommandError(f"{path} holds a {type(content).__name__}, expected an object")
+
+        def number(key: str, default: float) -> float:
+            value = content.get(key)
+            value = default if value is None else value
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise CommandError(f"{path} has {key} {value!r}, expected a number")
+            return value
+
+        temperature = number("temperature", 1.0) if content.get("do_sample", True) else 0.0
+        stops = content.get("eos_token_id", config.eos_token_id)
+        stops = stops if isinstance(stops, list) else [stops]
+        if not all(type(stop) is int for stop in stops):
+            raise CommandError(f"{path} has eos_token_id {stops!r}, expected a token id or a list of them")
+        return cls(temperature, number("top_p", 1.0), int(number("top_k", 0)), number("min_p", 0.0), tuple(stops))
+
+
+def cache_format(chosen: CacheFormat, policy: PolicyName) -> CacheDtype:
+    """The cache's number format: as chosen, or for "auto" the one that loses nothing of what the policy computes."""
+    return cast(CacheDtype, policy if chosen == "auto" else chosen)

@@ -1,0 +1,114 @@
+"""`v4-jax train`: continued pretraining, from a settings file."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import jax
+import tyro
+from rich.table import Table
+
+from v4_jax.commands import INTERRUPTED
+from v4_jax.commands.shared import devices
+from v4_jax.commands.shared.console import CommandError, bad_input, needs, say, show
+from v4_jax.commands.shared.options import Flag
+from v4_jax.config import Config
+from v4_jax.placement import Place
+
+if TYPE_CHECKING:
+    from v4_jax.train.settings import Settings
+
+Words = Annotated[
+    tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SETTINGS.yaml FIELD=VALUE", help_behavior_hint="")
+]
+
+
+def train(words: Words = (), /, *, fields: Flag = False, distributed: Flag = False) -> int:
+    """Trains a model: from released weights, from a run of this command, or from nothing.
+
+    A run lives in a directory, which the settings name. The same command again continues it after whatever ended it:
+    from the newest checkpoint, with the same batches, to the same losses. SIGTERM and Ctrl-C save first. The exit code
+    is 0 when all steps are done, and 130 when the run was asked to stop.
+
+    Examples:
+      v4-jax train --fields
+      v4-jax train flash.yaml
+      v4-jax train flash.yaml optimizer.learning_rate=1e-4 stages.0.steps=2000
+      v4-jax plot runs/flash
+      v4-jax export runs/flash trained
+
+    Args:
+      words: A YAML file, and settings to change in it, as in optimizer.learning_rate=1e-4.
+      fields: List every setting with its default, and end.
+      distributed: Join the other processes of the job, each with devices of its own.
+    """
+    with needs("train"):
+        from v4_jax.train.settings import describe, read_settings
+
+    if fields:
+        show(_table(describe()))
+        return 0
+    if not words:
+        raise CommandError("there are no settings; expected a YAML file (v4-jax train --fields lists what it may hold)")
+    path = None if "=" in words[0] else Path(words[0])
+    with bad_input():
+        settings = read_settings(path, words if path is None else words[1:])
+    return _train(settings, distributed)
+
+
+def _train(settings: Settings, distributed: bool) -> int:
+    with needs("train"):
+        from v4_jax.train.checkpoints import SaveError
+        from v4_jax.train.loop import Trainer, TrainingError
+        from v4_jax.train.metrics import Metrics, Report
+        from v4_jax.train.schedules import stage_at
+        from v4_jax.train.setup import Origin, notes, open_rows, open_run
+
+    devices.join(distributed)
+    with bad_input():
+        origin = Origin.of(settings)
+        place = _place(settings, origin.config)
+        rows = open_rows(settings, origin)
+        open_run(settings, origin)
+        metrics = None if jax.process_index() else Metrics(settings.run, tensorboard=settings.log.tensorboard)
+    for note in notes(settings, origin.config):
+        say(f"note: {note}")
+    report = Report(
+        metrics,
+        origin.config,
+        steps=settings.steps,
+        every=settings.log.every,
+        length=lambda step: settings.stages[stage_at(settings, step)].length,
+        say=say,
+    )
+    trainer = Trainer(settings, origin.config, place, rows, lambda: origin.fresh(place, settings.seed), report, say)
+    with metrics or contextlib.nullcontext():
+        try:
+            with bad_input():
+                end = trainer.run()
+        except (SaveError, TrainingError) as error:
+            raise CommandError(str(error)) from None
+    say(f"{end} at step {report.step:,} of {settings.steps:,}: {settings.run}")
+    return 0 if end == "done" else INTERRUPTED
+
+
+def _place(settings: Settings, config: Config) -> Place:
+    """The mesh of the settings, which every stage's batches split evenly over."""
+    place = Place()
+    for stage in settings.stages:
+        rows = stage.rows // stage.microbatches
+        place = devices.place(config, settings.mesh, "train", batch=rows, length=stage.length, native=False)
+    return place
+
+
+def _table(fields: Iterable[tuple[str, str, str]]) -> Table:
+    table = Table(title="Settings of v4-jax train", title_justify="left")
+    table.add_column("field", no_wrap=True)
+    table.add_column("default", overflow="fold")
+    table.add_column("meaning", overflow="fold")
+    for row in fields:
+        table.add_row(*row)
+    return table

@@ -1,0 +1,1 @@
+"""Continuous batching: the scheduler, its compiled programs, sampling, guides and drafts."""

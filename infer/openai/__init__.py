@@ -1,0 +1,1 @@
+"""OpenAI's API: bodies and answers, over HTTP and in job files."""

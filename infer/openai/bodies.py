@@ -1,0 +1,259 @@
+"""Bodies of requests in OpenAI's form, checked: what may be asked of a model, field by field.
+
+Fields that are not known, and values that this package does not honour, are refused: nothing is silently left out of a
+request. Beyond OpenAI's fields, `top_k`, `min_p` and `repetition_penalty` are understood, and DeepSeek's `thinking`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+from v4_jax.infer.engine.sampling import MOST_ALTERNATIVES, MOST_BIASES
+from v4_jax.infer.text import Mode
+
+# The model was trained for three efforts; OpenAI's others mean the nearest one.
+EFFORTS: dict[str, Mode] = {
+    "none": "non-think",
+    "minimal": "high",
+    "low": "high",
+    "medium": "high",
+    "high": "high",
+    "xhigh": "max",
+    "max": "max",
+}
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+MOST_STOPS = 16  # stop strings of a request
+
+
+class BodyError(ValueError):
+    """A body that cannot be served. The message is one sentence.
+
+    Attributes:
+      param: the field at fault, None for the body as a whole.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(_Strict):
+    """What a stream brings beside the text."""
+
+    include_usage: bool = False
+
+
+class TextFormat(_Strict):
+    """An answer of any form."""
+
+    type: Literal["text"]
+
+
+class ObjectFormat(_Strict):
+    """A JSON object."""
+
+    type: Literal["json_object"]
+
+
+class Schema(_Strict):
+    """A JSON schema with a name."""
+
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] | bool = Field(alias="schema")
+    strict: bool | None = None
+
+
+class SchemaFormat(_Strict):
+    """What a JSON schema allows."""
+
+    type: Literal["json_schema"]
+    json_schema: Schema
+
+
+Format = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
+
+
+class FunctionName(_Strict):
+    """Which function."""
+
+    name: str
+
+
+class FunctionChoice(_Strict):
+    """The function that is to be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class Thinking(_Strict):
+    """Whether the model reasons before it answers, in DeepSeek's form, and for how many tokens at most."""
+
+    type: Literal["enabled", "disabled"]
+    budget_tokens: int | None = Field(None, ge=0)
+
+
+Stop = Annotated[str, Field(min_length=1)]
+TokenId = Annotated[int, Field(ge=0)]
+TokenName = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+class Body(_Strict):
+    """What both kinds of bodies may hold; None means the model's default."""
+
+    model: str | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=0, lt=2**31)
+    min_p: float | None = Field(None, ge=0, le=1)
+    seed: int | None = Field(None, ge=0, lt=2**32)
+    repetition_penalty: float | None = Field(None, gt=0, le=1e6)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[TokenName, Bias] | None = Field(None, max_length=MOST_BIASES)
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    n: int | None = Field(None, ge=1)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens to generate."""
+        return self.max_tokens
+
+    @property
+    def stops(self) -> list[str]:
+        """Strings that end an answer."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+
+class CompletionBody(Body):
+    """A text to continue, or its token ids, which are taken as they are."""
+
+    prompt: str | Annotated[list[TokenId], Field(min_length=1)]
+    logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the tokens' log-probabilities are asked for."""
+        return self.logprobs is not None
+
+    @property
+    def alternatives(self) -> int:
+        """Most probable tokens to report at each position."""
+        return self.logprobs or 0
+
+
+class ChatBody(Body):
+    """A conversation to answer."""
+
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Literal["auto", "none", "required"] | FunctionChoice | None = None
+    response_format: Format | None = None
+    reasoning_effort: Effort | None = None
+    thinking: Thinking | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens to generate."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the tokens' log-probabilities are asked for."""
+        return bool(self.logprobs)
+
+    @property
+    def alternatives(self) -> int:
+        """Most probable tokens to report at each position."""
+        return (self.top_logprobs or 0) if self.logprobs else 0
+
+    def call(self) -> tuple[bool, str | None]:
+        """Whether the answer must be a tool call, and of which tool; None leaves it to the model.
+
+        Raises:
+          BodyError: there is no such tool.
+        """
+        if self.tool_choice in (None, "auto", "none"):
+            return False, None
+        functions = [tool.get("function") for tool in self.tools or ()]
+        names = [function.get("name") for function in functions if isinstance(function, dict)]
+        wanted = self.tool_choice.function.name if isinstance(self.tool_choice, FunctionChoice) else None
+        if not names or wanted not in (None, *names):
+            what = "a tool" if wanted is None else repr(wanted)
+            raise BodyError(f"tool_choice asks for {what}; the tools are {names}", "tool_choice")
+        return True, wanted
+
+    def mode(self, default: Mode) -> Mode:
+        """How to answer; the effort says more than whether to think, which says more than the default."""
+        if self.thinking is not None and self.thinking.type == "disabled":
+            return "non-think"
+        if self.reasoning_effort is not None:
+            return EFFORTS[self.reasoning_effort]
+        return "high" if self.thinking is not None and default == "non-think" else default
+
+
+def read_body(content: Any, *, chat: bool | None = None) -> ChatBody | CompletionBody:
+    """Checks a parsed JSON body.
+
+    Args:
+      content: the body.
+      chat: which kind it must be; None takes it by what it holds, "messages" or "prompt".
+
+    Raises:
+      BodyError: it is not legal; the sentence says which field, what was found and what is expected.
+    """
+    if not isinstance(content, dict):
+        raise BodyError(f'the body is a {type(content).__name__}; expected an object with "messages" or "prompt"')
+    if chat is None:
+        chat = "messages" in content
+        if not chat and "prompt" not in content:
+            raise BodyError('the body has neither "messages" nor "prompt"; expected one of them')
+    kind = ChatBody if chat else CompletionBody
+    try:
+        return kind.model_validate(content)
+    except pydantic.ValidationError as error:
+        raise _explained(error, content, kind) from None
+
+
+def _explained(error: pydantic.ValidationError, content: dict[str, Any], kind: type[Body]) -> BodyError:
+    """The first thing that is wrong, as a sentence."""
+    first = error.errors(include_url=False)[0]
+    # Where a field may be of several types, pydantic tries each and puts its name into the path.
+    path: list[str] = []
+    value: Any = content
+    for at, part in enumerate(first["loc"], 1):
+        try:
+            value = value[part]
+        except (KeyError, IndexError, TypeError):
+            if first["type"] in ("missing", "extra_forbidden") and at == len(first["loc"]):
+                path.append(str(part))
+            continue
+        path.append(str(part))
+    where = ".".join(path)
+    if first["type"] == "missing":
+        return BodyError(f"{where} is missing; it is needed", where)
+    if first["type"] == "extra_forbidden":
+        legal = f"; legal fields are {', '.join(sorted(kind.model_fields))}" if len(path) == 1 else ""
+        return BodyError(f"{where} is not supported{legal}", where)
+    reasons = [one["msg"] for one in error.errors(include_url=False) if one["loc"][0] == first["loc"][0]]
+    reason = " or ".join(dict.fromkeys(reason[0].lower() + reason[1:] for reason in reasons))
+    shown = repr(first["input"])
+    return BodyError(f"{where} is {shown if len(shown) <= 80 else shown[:77] + '...'}: {reason}", where)

@@ -1,0 +1,281 @@
+"""Completions in OpenAI's form: what a body asks for, as a request to the engine, and its tokens as the answer.
+
+An answer has its reasoning apart, as `reasoning_content`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from v4_jax import chat
+from v4_jax.config import Config
+from v4_jax.infer.checks import check_ids
+from v4_jax.infer.engine.grammar import Grammar, Grammars
+from v4_jax.infer.engine.requests import Event, Request
+from v4_jax.infer.engine.sampling import Sampling
+from v4_jax.infer.openai.bodies import Body, BodyError, ChatBody, CompletionBody, SchemaFormat
+from v4_jax.infer.text import MODES, Mode, Piece, Reply, Sample, plain_ids
+from v4_jax.tokenizer import Tokenizer
+
+_STREAMED = {"content": "content", "reasoning": "reasoning_content"}  # kinds of text that come as they are written
+
+
+class Defaults(NamedTuple):
+    """What a body leaves open.
+
+    Attributes:
+      sampling: how to sample.
+      stop_ids: tokens that end an answer.
+      max_tokens: most tokens to generate.
+      mode: how a chat is answered.
+    """
+
+    sampling: Sampling
+    stop_ids: tuple[int, ...]
+    max_tokens: int
+    mode: Mode = "non-think"
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What bodies are for.
+
+    Attributes:
+      name: what clients call it.
+      config: the architecture.
+      tokenizer: of the model.
+      defaults: what bodies leave open.
+      max_length: tokens (prompt and answer) that there is room for; a body that does not say how long its answer may
+        get gets what is left.
+    """
+
+    name: str
+    config: Config
+    tokenizer: Tokenizer
+    defaults: Defaults
+    max_length: int
+
+    @functools.cached_property
+    def grammars(self) -> Grammars:
+        """Compiles what answers must keep to; made when first asked for."""
+        return Grammars(self.tokenizer)
+
+    @functools.cached_property
+    def reasoning_end(self) -> tuple[int, ...]:
+        """Tokens that end the reasoning."""
+        return tuple(self.tokenizer.encode(chat.THINK_CLOSE))
+
+
+class Completion:
+    """One body on its way to its answer.
+
+    Args:
+      body: what is asked.
+      model: who is asked.
+      seed: of its random numbers, where the body has none.
+
+    Attributes:
+      body: as given.
+      request: for the engine.
+      choices: the answers, `request.n` of them.
+      cached: tokens of the prompt that were in the prefix cache.
+
+    Raises:
+      ValueError: the body cannot be served: the chat format cannot express its messages, a token id is illegal, a
+        schema is not understood.
+    """
+
+    def __init__(self, body: ChatBody | CompletionBody, model: Model, seed: int) -> None:
+        self.body, self._model = body, model
+        defaults = model.defaults
+        prompt = _prompt(body, model)
+        check_ids(prompt.ids, model.config)
+        thinks = prompt.thinking_mode == "thinking"
+        budget = body.thinking.budget_tokens if thinks and isinstance(body, ChatBody) and body.thinking else None
+        self.request = Request(
+            prompt.ids,
+            body.limit or max(1, min(defaults.max_tokens, model.max_length - len(prompt.ids))),
+            _sampling(body, dataclasses.replace(defaults.sampling, seed=seed)),
+            defaults.stop_ids,
+            body.n or 1,
+            body.alternatives,
+            _constraint(body, model),
+            model.reasoning_end if thinks else (),
+            budget,
+            prompt.opening,
+        )
+        stops = self.request.stops(model.config)
+        written = functools.partial(Reply, model.tokenizer, body.stops, prompt.thinking_mode)
+        self.choices = [Sample(written(), stops) for _ in range(self.request.n)]
+        self.cached = 0
+        self._created = int(time.time())
+
+    @property
+    def done(self) -> bool:
+        """Whether all choices have ended."""
+        return all(choice.finish for choice in self.choices)
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens generated so far, all choices together."""
+        return sum(len(choice.events) for choice in self.choices)
+
+    def push(self, event: Event) -> tuple[Sample, list[Piece]]:
+        """Takes a token; returns the choice that it continues, and the text that it makes certain."""
+        choice, self.cached = self.choices[event.sample], event.cached
+        return choice, choice.push(event)
+
+    # ---- the answer --------------------------------------------------------------------------------------------------
+
+    def answer(self, name: str) -> dict[str, Any]:
+        """The completion object of this id, "chat.completion" or "text_completion"."""
+        kind = "chat.completion" if isinstance(self.body, ChatBody) else "text_completion"
+        choices = [self._answer(index, choice) for index, choice in enumerate(self.choices)]
+        return self.envelope(name, kind) | {"choices": choices, "usage": self.usage()}
+
+    def chunk(self, event: Event, pieces: list[Piece]) -> dict[str, Any] | None:
+        """What a stream says about a token that was pushed and the text it made certain: a choice of a chunk.
+
+        None while there is nothing to say. Tool calls come whole, when all of them are certain.
+        """
+        choice = self.choices[event.sample]
+        said: dict[str, Any] = {}
+        for kind, text in pieces:
+            if text and (name := _STREAMED.get(kind)):
+                said[name] = said.get(name, "") + text
+        finish = None
+        if choice.finish:
+            finish, written = self._ended(choice)
+            if "tool_calls" in written:
+                said["tool_calls"] = [{"index": i, **call} for i, call in enumerate(written["tool_calls"])]
+            if "unparsed_tool_calls" in written:
+                said["unparsed_tool_calls"] = written["unparsed_tool_calls"]
+        logprobs = self._logprobs([event])
+        if not (said or finish or logprobs):
+            return None
+        common = {"index": event.sample, "finish_reason": finish, "logprobs": logprobs}
+        if isinstance(self.body, ChatBody):
+            return common | {"delta": said}
+        return common | {"text": said.get("content", "")}
+
+    def envelope(self, name: str, kind: str) -> dict[str, Any]:
+        """What objects about this completion have in common."""
+        return {"id": name, "object": kind, "created": self._created, "model": self._model.name}
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens read and generated; what of the prompt was cached as DeepSeek and OpenAI say it."""
+        prompt = len(self.request.prompt)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": self.new_tokens,
+            "total_tokens": prompt + self.new_tokens,
+            "prompt_cache_hit_tokens": self.cached,
+            "prompt_cache_miss_tokens": prompt - self.cached,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+        }
+
+    def _answer(self, index: int, choice: Sample) -> dict[str, Any]:
+        finish, written = self._ended(choice)
+        common = {"index": index, "finish_reason": finish, "logprobs": self._logprobs(choice.events)}
+        if isinstance(self.body, ChatBody):
+            return common | {"message": {"role": "assistant", **written}}
+        return common | {"text": written["content"]}
+
+    def _ended(self, choice: Sample) -> tuple[str | None, dict[str, Any]]:
+        """Why a choice ended, in OpenAI's words, and what it wrote."""
+        written = choice.reply.message()
+        return "tool_calls" if choice.finish == "stop" and "tool_calls" in written else choice.finish, written
+
+    def _logprobs(self, events: Sequence[Event]) -> dict[str, Any] | None:
+        """Log-probabilities of tokens, in the form of the body's kind; None if they are not asked for."""
+        if not self.body.wants_logprobs:
+            return None
+        if isinstance(self.body, ChatBody):
+            content = []
+            for event in events:
+                others = [self._token(*other) for other in event.alternatives]
+                content.append(self._token(event.id, event.logprob) | {"top_logprobs": others})
+            return {"content": content}
+        found: dict[str, Any] = {
+            "tokens": [self._decode(event.id) for event in events],
+            "token_logprobs": [event.logprob for event in events],
+        }
+        if self.body.alternatives:
+            found["top_logprobs"] = [{self._decode(id): value for id, value in event.alternatives} for event in events]
+        return found
+
+    def _decode(self, id: int) -> str:
+        return self._model.tokenizer.decode([id])
+
+    def _token(self, id: int, logprob: float) -> dict[str, Any]:
+        token = self._decode(id)
+        whole = "\ufffd" not in token  # and not a part of a character
+        return {"token": token, "logprob": logprob, "bytes": list(token.encode()) if whole else None}
+
+
+class _Prompt(NamedTuple):
+    """What the model reads.
+
+    Attributes:
+      ids: tokens.
+      thinking_mode: of the chat format that they are in; None for plain text.
+      opening: how the answer begins.
+    """
+
+    ids: list[int]
+    thinking_mode: str | None = None
+    opening: Sequence[int] = ()
+
+
+def _prompt(body: ChatBody | CompletionBody, model: Model) -> _Prompt:
+    if isinstance(body, ChatBody):
+        return _chat_prompt(body, model)
+    if isinstance(body.prompt, list):
+        return _Prompt(body.prompt)
+    if not body.prompt:
+        raise BodyError("prompt is empty; expected some text", "prompt")
+    return _Prompt(plain_ids(model.tokenizer, body.prompt))
+
+
+def _chat_prompt(body: ChatBody, model: Model) -> _Prompt:
+    thinking_mode, effort = MODES[body.mode(model.defaults.mode)]
+    forced, tool = body.call()
+    format = body.response_format
+    text = chat.encode(
+        body.messages,
+        thinking_mode=thinking_mode,
+        reasoning_effort=effort,
+        tools=None if body.tool_choice == "none" else body.tools,
+        response_format=format.json_schema.schema_ if isinstance(format, SchemaFormat) else None,
+    )
+    # A model that has begun to write a call goes on with it.
+    opening = model.tokenizer.encode(chat.begin_tool_call(tool)) if forced else ()
+    return _Prompt(model.tokenizer.encode(text), thinking_mode, opening)
+
+
+def _constraint(body: Body, model: Model) -> Grammar | None:
+    """What the answer must keep to."""
+    if not isinstance(body, ChatBody) or body.response_format is None or body.response_format.type == "text":
+        return None
+    if body.tools and body.tool_choice != "none":
+        raise BodyError(
+            f"response_format {body.response_format.type!r} leaves no room for a call of tools; expected one of both, "
+            "or tool_choice 'none'",
+            "response_format",
+        )
+    if isinstance(body.response_format, SchemaFormat):
+        return model.grammars.json_schema(body.response_format.json_schema.schema_)
+    return model.grammars.json_object()
+
+
+def _sampling(body: Body, fallback: Sampling) -> Sampling:
+    """The body's parameters, the fallback's where it has none."""
+    names = (field.name for field in dataclasses.fields(Sampling))
+    given = {name: value for name in names if (value := getattr(body, name)) is not None}
+    if body.logit_bias is not None:
+        given["logit_bias"] = {int(token): bias for token, bias in body.logit_bias.items()}
+    return dataclasses.replace(fallback, **given)

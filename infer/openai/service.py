@@ -1,0 +1,178 @@
+"""The engine as a service: one thread runs it, coroutines wait for their tokens.
+
+The engine belongs to its thread alone. What others want of it, they put in a line that the thread takes up between two
+rounds; what comes out of a round is handed to the event loop in one call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from v4_jax.infer.engine.requests import Event, Request
+from v4_jax.infer.engine.scheduler import Engine
+
+
+class Overloaded(Exception):
+    """More requests than the service takes at once; those that are there go on."""
+
+
+class ServiceDown(Exception):
+    """The engine has failed, or the service is closed."""
+
+
+class Service:
+    """Serves requests of many coroutines with one engine.
+
+    Args:
+      engine: compiled and idle; the service's own from here on.
+      most: requests that are served or wait at the same time.
+
+    Attributes:
+      engine: as given.
+      most: as given.
+    """
+
+    def __init__(self, engine: Engine, most: int) -> None:
+        self.engine, self.most = engine, most
+        self._wanted: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._listeners: dict[int, asyncio.Queue[Event | Exception]] = {}
+        self._submitting: set[asyncio.Future[int]] = set()
+        self._active = 0
+        self._failure: Exception | None = None
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def active(self) -> int:
+        """Requests that are served or wait."""
+        return self._active
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests can be served."""
+        return self._thread is not None and self._thread.is_alive() and self._failure is None
+
+    async def start(self) -> None:
+        """Starts the thread."""
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    async def close(self) -> None:
+        """Stops the thread after its round; requests that are still there fail."""
+        self._wanted.put(None)
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+        if self._failure is None:
+            await asyncio.to_thread(self.engine.close)
+        for number in self._listeners:
+            self.engine.cancel(number)
+        self._fail(ServiceDown("the service is closed"))
+
+    async def tokens(self, request: Request, ended_early: Callable[[Event], bool]) -> AsyncIterator[Event]:
+        """Serves a request; leaving the iteration early frees its slots.
+
+        Args:
+          request: legal for the engine.
+          ended_early: whether a sample is to end after an event that does not end it.
+
+        Raises:
+          Overloaded: too many requests are there already.
+          ServiceDown: the engine has failed.
+          ValueError: the engine refuses the request.
+        """
+        if not self.alive:
+            raise ServiceDown("the engine does not run")
+        if self._active >= self.most:
+            raise Overloaded(f"{self._active} requests are being served or wait, and no more are taken")
+        self._active += 1
+        number, left = None, set(range(request.n))
+        try:
+            number, events = await self._submit(request)
+            while left:
+                event = await events.get()
+                if isinstance(event, Exception):
+                    raise ServiceDown("the engine has failed") from event
+                if event.sample not in left:
+                    continue  # it was ended by a token of the same round
+                early = ended_early(event)
+                if early and not event.finish:
+                    self._ask(lambda sample=event.sample: self.engine.cancel(number, sample))
+                if early or event.finish:
+                    left.remove(event.sample)
+                yield event
+        finally:
+            self._active -= 1
+            if number is not None:
+                self._listeners.pop(number, None)
+                if left:
+                    self._ask(lambda: self.engine.cancel(number))
+
+    async def _submit(self, request: Request) -> tuple[int, asyncio.Queue[Event | Exception]]:
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[int] = loop.create_future()
+        events: asyncio.Queue[Event | Exception] = asyncio.Queue()
+
+        def settle(number: int | None, error: Exception | None) -> None:
+            if answer.done():  # nobody waits for it any more
+                if number is not None:
+                    self._ask(lambda: self.engine.cancel(number))
+            elif error is not None:
+                answer.set_exception(error)
+            elif number is not None:
+                self._listeners[number] = events
+                answer.set_result(number)
+
+        def submit() -> None:
+            try:
+                number = self.engine.submit(request)
+            except ValueError as error:
+                loop.call_soon_threadsafe(settle, None, error)
+            else:
+                loop.call_soon_threadsafe(settle, number, None)
+
+        self._submitting.add(answer)
+        self._ask(submit)
+        try:
+            return await answer, events
+        finally:
+            self._submitting.discard(answer)
+
+    def _ask(self, action: Callable[[], Any]) -> None:
+        self._wanted.put(action)
+
+    # ---- the engine's thread -----------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        assert self._loop is not None
+        try:
+            while True:
+                actions = [self._wanted.get()] if self.engine.idle else []
+                while not self._wanted.empty():
+                    actions.append(self._wanted.get())
+                for action in actions:
+                    if action is None:
+                        return
+                    action()
+                if events := self.engine.round():
+                    self._loop.call_soon_threadsafe(self._deliver, events)
+        except Exception as error:
+            self._failure = error
+            self._loop.call_soon_threadsafe(self._fail, error)
+            raise
+
+    def _deliver(self, events: list[Event]) -> None:
+        for event in events:
+            if listener := self._listeners.get(event.request):
+                listener.put_nowait(event)
+
+    def _fail(self, error: Exception) -> None:
+        for listener in self._listeners.values():
+            listener.put_nowait(error)
+        for answer in self._submitting:
+            if not answer.done():
+                answer.set_exception(ServiceDown("the engine has failed"))

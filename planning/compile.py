@@ -1,0 +1,431 @@
+"""Compiling the model for TPUs that are not there: the program, its arguments' shapes and places, and its cost.
+
+The compiler runs in a process of its own: it must be told about the machine before jax starts, it talks a lot on
+stderr, and an input that it cannot handle may end the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Literal, cast
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from v4_jax.cache.cache import CacheDtype, cache_shapes
+from v4_jax.config import Config
+from v4_jax.kernels.grouped_matmul.reference import tile_rows
+from v4_jax.number_formats import E2M1, E4M3, E8M0, FP4_BLOCK, FP8_BLOCK, BlockScaled, scale_shape
+from v4_jax.outputs import Output
+from v4_jax.parameters import Parameter, declarations, is_parameter
+from v4_jax.placement import Place, bytes_per_device, placements
+from v4_jax.planning.hlo import Instruction, Program, collectives
+from v4_jax.planning.hlo_costs import costs
+from v4_jax.sharding.axes import resolve
+from v4_jax.sharding.chips import GIB, Topology
+from v4_jax.sharding.mesh import make_mesh
+
+Task = Literal["prefill", "decode", "train"]
+WeightFormat = Literal["native", "bfloat16"]
+
+# What libtpu must find when it is loaded on a machine without TPUs; the rest keeps it quiet.
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "JAX_PLATFORMS": "cpu",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+
+
+class PlanError(Exception):
+    """A program that cannot be compiled. The message is a sentence for the user."""
+
+
+class MissingCompiler(PlanError):
+    """libtpu is not installed."""
+
+
+class OutOfMemory(PlanError):
+    """The program needs more memory than a device has.
+
+    Attributes:
+      required: bytes that the compiler found no room for, or None where it does not say.
+      available: bytes that it had for them.
+    """
+
+    def __init__(self, message: str, required: float | None = None, available: float | None = None):
+        super().__init__(message)
+        self.required, self.available = required, available
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A program to compile.
+
+    Attributes:
+      config: the architecture; an MTP block is trained, and left out otherwise (`without_mtp`).
+      task: "decode" one token per row, or "prefill" a chunk of each, or "train", a step of whole rows.
+      context: tokens of a row when the call is over, which is what its cache has room for.
+      batch: rows.
+      chunk: tokens per row and call; all of `context` in training.
+      topology: the chips.
+      mesh: sizes of the mesh axes.
+      preset: the sharding preset.
+      dtype: "native": weights in the released formats; "bfloat16": in that. The cache is bfloat16 in either case.
+        Training computes in bfloat16, and keeps masters and moments in float32.
+    """
+
+    config: Config
+    task: Task
+    context: int
+    batch: int
+    chunk: int
+    topology: Topology
+    mesh: dict[str, int]
+    preset: str
+    dtype: WeightFormat
+
+    @property
+    def cache_dtype(self) -> CacheDtype:
+        """Format of the cache: bfloat16, which holds what the release's rounding leaves exactly.
+
+        Its own formats take 8-bit rows, and the TPU compiler copies a stack of those from one tiling to another around
+        every write in the loop over layers (seen: 18 GB a token for Flash at a million); 16-bit rows stay in place.
+        """
+        return "bfloat16"
+
+    @property
+    def policy(self) -> str:
+        """Precision of the computation."""
+        return "released" if self.dtype == "native" else "bfloat16"
+
+    @property
+    def trains(self) -> bool:
+        """Whether it is a training step."""
+        return self.task == "train"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a call."""
+        return self.batch * self.chunk
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return fields | {"config": self.config.to_hf(), "topology": str(self.topology)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Job:
+        """Inverse of `to_json`."""
+        parsed = {"config": Config.from_hf(values["config"]), "topology": Topology.parse(values["topology"])}
+        return cls(**values | parsed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collectives:
+    """All collectives of one kind in a call of the program, on one device.
+
+    Attributes:
+      kind: see `v4_jax.planning.hlo.KINDS`.
+      runs: how many, loops multiplied out.
+      nbytes: bytes of their results.
+      sent: bytes that the device sends, by the pattern that sends the least.
+    """
+
+    kind: str
+    runs: float
+    nbytes: float
+    sent: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a job; all numbers are of one device and one call.
+
+    Attributes:
+      weights: bytes.
+      cache: bytes.
+      arguments: bytes of all arguments as they lie in memory, padding included.
+      temporaries: bytes.
+      peak: bytes of arguments, temporaries, and results that do not replace an argument.
+      live: the most bytes of those that are in use at one time, by the compiler's count.
+      flops: FLOPs of matrix products, loops multiplied out.
+      hbm: bytes read from and written to memory, loops multiplied out.
+      collectives: by kind.
+      heaviest: the instructions that move most bytes: (bytes, runs, opcode, result, op_name).
+      compiler_flops: FLOPs by the compiler's own count, in which a loop's body counts once.
+      compiler_hbm: bytes likewise.
+      seconds: time that the compiler took.
+    """
+
+    weights: int
+    cache: int
+    arguments: int
+    temporaries: int
+    peak: int
+    live: int
+    flops: float
+    hbm: float
+    collectives: tuple[Collectives, ...]
+    heaviest: tuple[tuple[float, float, str, str, str], ...]
+    compiler_flops: float
+    compiler_hbm: float
+    seconds: float
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends."""
+        return sum(kind.sent for kind in self.collectives)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Compiled:
+        """Inverse of `dataclasses.asdict`."""
+        kinds = tuple(Collectives(**kind) for kind in values["collectives"])
+        return cls(**values | {"collectives": kinds, "heaviest": tuple(map(tuple, values["heaviest"]))})
+
+
+# ---- the program and its arguments -----------------------------------------------------------------------------------
+
+
+def without_mtp(config: Config) -> Config:
+    """The trunk alone."""
+    layers = config.num_hidden_layers
+    return dataclasses.replace(config, num_nextn_predict_layers=0, compress_ratios=config.compress_ratios[:layers])
+
+
+def abstract_params(config: Config, mesh: Mesh | AbstractMesh, rules: Any, dtype: WeightFormat) -> Any:
+    """Every parameter's shape, dtype and place: a tree of `jax.ShapeDtypeStruct`, and `BlockScaled` of such.
+
+    Raises:
+      ShardingError: a parameter that does not split evenly.
+    """
+    base = config.expert_dtype == "fp8"  # the Base releases, where every scale is float32
+
+    def arrays(parameter: Parameter, place: NamedSharding) -> Any:
+        def array(shape: tuple[int, ...], kind: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, kind, sharding=place)
+
+        shape, storage = parameter.shape, parameter.storage
+        if storage in ("i64", "f32"):
+            return array(shape, jnp.int32 if storage == "i64" else jnp.float32)
+        if storage == "bf16" or dtype == "bfloat16":
+            return array(shape, jnp.bfloat16)
+        codes, block = (E2M1, FP4_BLOCK) if storage == "expert" and not base else (E4M3, FP8_BLOCK)
+        scales = array(scale_shape(shape, block), jnp.float32 if base else E8M0)
+        return BlockScaled(array(shape, codes), scales, block)
+
+    return jax.tree.map(arrays, declarations(config), placements(config, mesh, rules), is_leaf=is_parameter)
+
+
+def abstract_cache(job: Job, mesh: Mesh | AbstractMesh) -> Any:
+    """The cache's shapes, dtypes and places."""
+    return cache_shapes(job.config, job.batch, job.context, dtype=job.cache_dtype, mesh=mesh, rules=job.preset)
+
+
+def training(job: Job, mesh: Any) -> tuple[Any, Any]:
+    """A training step, `(state, batch) -> (state, metrics)`, and its state's shapes and places.
+
+    Args:
+      job: the job.
+      mesh: devices, or an abstract mesh where only the state is wanted.
+
+    Raises:
+      ShardingError: the model does not split evenly over the mesh.
+    """
+    from v4_jax.layers.stages import Stage
+    from v4_jax.train.objectives.pretraining import Weights
+    from v4_jax.train.optimizer import optimizer
+    from v4_jax.train.step import abstract_state, make_step
+    from v4_jax.transformer import Transformer
+
+    transform = optimizer(job.config, 2.7e-4, mesh=mesh, rules=job.preset)
+    state = abstract_state(job.config, transform, Place(mesh, job.preset))
+    stage = Stage(dense=False, indexer_loss=True)
+    model = Transformer(job.config, policy=job.policy, mesh=mesh, rules=job.preset, stage=stage, remat="layers")
+    return make_step(model, transform, lambda step: Weights(indexer=1.0)), state
+
+
+def lower(job: Job, mesh: Mesh) -> tuple[Any, Any, Any]:
+    """The job's program for a mesh of TPU devices, lowered; its weights, or training state; its cache, if any.
+
+    Raises:
+      ShardingError: the job does not split evenly over the mesh.
+    """
+    from v4_jax.transformer import Transformer
+
+    everywhere = NamedSharding(mesh, P())
+    tokens = jax.ShapeDtypeStruct((job.batch, job.chunk), jnp.int32, sharding=everywhere)
+    if job.trains:
+        from v4_jax.train.batch import Batch
+        from v4_jax.train.step import jit_step
+
+        step, state = training(job, mesh)
+        rows = jax.ShapeDtypeStruct((1, *tokens.shape), tokens.dtype, sharding=everywhere)
+        return jit_step(step, state, Place(mesh, job.preset)).lower(state, Batch(rows, rows)), state, None
+
+    model = Transformer(job.config, policy=job.policy, mesh=mesh, rules=job.preset)
+    weights, cache = abstract_params(job.config, mesh, job.preset, job.dtype), abstract_cache(job, mesh)
+
+    def call(params: Any, tokens: Any, cache: Any) -> Any:
+        output = cast(Output, model.apply({"params": params}, tokens, cache=cache, logits="last"))
+        return output.logits, output.cache
+
+    return jax.jit(call, donate_argnums=2).lower(weights, tokens, cache), weights, cache
+
+
+def compile_here(job: Job) -> Compiled:
+    """Compiles a job in this process, which was started with `ENVIRONMENT`."""
+    from jax.experimental import topologies
+
+    described = topologies.get_topology_desc(platform="tpu", topology_name=str(job.topology))
+    mesh = make_mesh(job.mesh, list(described.devices))
+    lowered, weights, cache = lower(job, mesh)
+    start = time.monotonic()
+    compiled = lowered.compile()
+    seconds = time.monotonic() - start
+
+    text = compiled.as_text()
+    if path := os.environ.get("V4_JAX_KEEP_PROGRAM"):  # for whoever wants to read it
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+    program, memory = Program(text), compiled.memory_analysis()
+    guess = expected_runs(job, program)
+    spent = costs(program, guess)
+    kinds: dict[str, Collectives] = {}
+    for one in collectives(program, guess):
+        runs, so_far = one.runs or 0, kinds.get(one.kind, Collectives(one.kind, 0, 0, 0))
+        sums = (so_far.runs + runs, so_far.nbytes + runs * one.nbytes, so_far.sent + runs * one.sent)
+        kinds[one.kind] = Collectives(one.kind, *sums)
+    analysis = compiled.cost_analysis()
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Compiled(
+        weights=bytes_per_device(weights),
+        cache=bytes_per_device(cache),
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        peak=memory.argument_size_in_bytes + memory.temp_size_in_bytes + results,
+        live=memory.peak_memory_in_bytes,
+        flops=sum(cost.flops for cost in spent),
+        hbm=sum(cost.nbytes for cost in spent),
+        collectives=tuple(kinds.values()),
+        heaviest=tuple(
+            (cost.nbytes, cost.runs, cost.instruction.opcode, _result(cost.instruction), cost.instruction.op_name)
+            for cost in sorted(spent, key=lambda cost: -cost.nbytes)[:10]
+        ),
+        compiler_flops=float(analysis.get("flops", 0)),
+        compiler_hbm=float(analysis.get("bytes accessed", 0)),
+        seconds=seconds,
+    )
+
+
+def expected_runs(job: Job, program: Program) -> Callable[[Instruction], float]:
+    """How often to count loops whose length depends on the data: the exchange of rows between devices once; the walk
+    over a device's experts, and over tiles of rows inside it, as often as an even load makes it."""
+    config = job.config
+    experts = config.n_routed_experts
+    rows = job.tokens * config.num_experts_per_tok / experts  # of each expert, all devices together
+    devices = math.prod(job.mesh[axis] for axis in resolve(job.preset)["experts"])
+
+    def guess(loop: Instruction) -> float:
+        if program.communicates(loop):
+            return 1
+        if "/while/body/" in loop.op_name.rsplit("/ffn/", 1)[-1]:
+            return max(1.0, rows / tile_rows(math.ceil(rows), 1))
+        return min(1.0, rows) * experts / devices
+
+    return guess
+
+
+def _result(instruction: Instruction) -> str:
+    return ", ".join(f"{shape.dtype}[{','.join(map(str, shape.dimensions))}]" for shape in instruction.shapes[:2])
+
+
+# ---- the compiler's process ------------------------------------------------------------------------------------------
+
+
+def compile_for_tpu(job: Job) -> Compiled:
+    """Compiles a job.
+
+    Raises:
+      MissingCompiler: libtpu is not installed.
+      OutOfMemory: the program does not fit.
+      PlanError: the compiler cannot compile it.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise MissingCompiler("the TPU compiler is not installed; it comes with pip install 'v4-jax[tpu]'")
+    run = subprocess.run(
+        [sys.executable, "-m", __name__],
+        input=json.dumps(job.to_json()),
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    with contextlib.suppress(ValueError, IndexError):
+        reply = json.loads(run.stdout.splitlines()[-1])
+        if "error" in reply:
+            raise _refusal(reply["error"])
+        return Compiled.from_json(reply)
+    raise PlanError(_crash(run.returncode, run.stderr))
+
+
+def _refusal(message: str) -> PlanError:
+    """The compiler's error as one of ours."""
+    if "RESOURCE_EXHAUSTED" not in message:
+        return PlanError(f"the compiler refuses the program: {_first(message)}")
+    sizes = re.search(r"\(?([\d.]+)([KMGT])\)? (?:of|exceeds available HBM) \(?([\d.]+)([KMGT])", message)
+    if not sizes:
+        return OutOfMemory(_first(message))
+    unit = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
+    required, available = float(sizes[1]) * unit[sizes[2]], float(sizes[3]) * unit[sizes[4]]
+    return OutOfMemory(_first(message), required, available)
+
+
+def _crash(code: int, stderr: str) -> str:
+    """A sentence about a compiler that ended without an answer."""
+    if check := re.search(r"Check failed: (.*)", stderr):
+        where = re.search(r'op_name="([^"]*)"', check[1])
+        place = f" at {where[1]}" if where else ""
+        return f"the compiler crashed{place}: {check[1].split(', metadata=')[0]}"
+    if code < 0:
+        return f"the compiler was ended by {signal.Signals(-code).name}, as when the machine runs out of memory"
+    last = [line for line in stderr.splitlines() if line.strip()][-1:]
+    return f"the compiler ended with code {code}: {last[0] if last else 'it said nothing'}"
+
+
+def _first(message: str) -> str:
+    """The first sentence of a long message."""
+    return message.strip().splitlines()[0].rstrip(".")[:500]
+
+
+def main() -> None:
+    """Reads a job from stdin and writes what became of it as the last line of stdout."""
+    answer = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries that print do not get in the way
+    job = Job.from_json(json.load(sys.stdin))
+    try:
+        reply = dataclasses.asdict(compile_here(job))
+    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+        if os.environ.get("V4_JAX_DEBUG"):
+            raise
+        reply = {"error": str(error)}
+    answer.write("\n" + json.dumps(reply) + "\n")
+    answer.flush()
+
+
+if __name__ == "__main__":
+    main()

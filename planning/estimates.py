@@ -1,0 +1,223 @@
+"""Which mesh to run on: what each would hold and move by estimate, and how close a compiled program comes to the least.
+
+A floor on time takes the larger of three: the program's FLOPs at the chip's peak, its memory traffic at full bandwidth,
+and what it sends over the interconnect at full bandwidth. No program is faster; most are slower. Nothing is measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh
+
+from v4_jax import costs
+from v4_jax.config import RATIO_OF_ROLE
+from v4_jax.layers.mixture_of_experts import FEW_TOKENS
+from v4_jax.number_formats import BlockScaled
+from v4_jax.parameters import EXPERTS, Parameter, declarations, is_parameter
+from v4_jax.placement import UNIT, bytes_per_device, check_mesh, legal_meshes
+from v4_jax.planning.compile import Compiled, Job, Task, abstract_cache, abstract_params, training
+from v4_jax.sharding.axes import resolve
+from v4_jax.sharding.chips import Chip
+from v4_jax.sharding.mesh import abstract_mesh, format_mesh
+from v4_jax.sharding.split import Split
+
+PRESETS_OF_TASK: dict[Task, tuple[str, ...]] = {
+    "decode": ("decode",),
+    "prefill": ("prefill", "long-context"),
+    "train": ("train",),
+}
+
+HEADROOM = 0.15  # of a device's memory: what an estimate leaves for temporaries
+
+# What a call goes through: the layers once; in training forward, once more for the backward pass, and backward.
+PASSES: dict[Task, int] = {"decode": 1, "prefill": 1, "train": 3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Floor:
+    """Seconds that a call takes at least, by what bounds it.
+
+    Attributes:
+      flops: at the chip's peak.
+      hbm: at full memory bandwidth.
+      ici: at full interconnect bandwidth.
+    """
+
+    flops: float
+    hbm: float
+    ici: float
+
+    @classmethod
+    def of(cls, chip: Chip, flops: float, hbm: float, sent: float) -> Floor:
+        """The floor of one device's work."""
+        return cls(flops / chip.flops, hbm / chip.hbm_bandwidth, sent / chip.ici_bandwidth)
+
+    @property
+    def seconds(self) -> float:
+        """The largest, as if all three overlapped perfectly."""
+        return max(self.flops, self.hbm, self.ici)
+
+    @property
+    def bound(self) -> str:
+        """Which one that is."""
+        return max(("flops", "hbm", "ici"), key=lambda name: getattr(self, name))
+
+
+@dataclasses.dataclass(frozen=True)
+class Least:
+    """The least that the algorithm needs for a call, all devices together.
+
+    Attributes:
+      flops: FLOPs; in training, see `v4_jax.costs.training_flops`.
+      weights: bytes of weights read once: all dense ones, and the experts that the call's tokens can reach at most. In
+        training, of masters and moments read and written once.
+      cache: bytes of cache read once: windows, open blocks, index keys and HCA entries of every row, and the CSA
+        entries that its last token picks.
+    """
+
+    flops: float
+    weights: float
+    cache: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What a job would take on one device, without compiling it.
+
+    Attributes:
+      job: the job.
+      weights: bytes; in training, of masters and moments.
+      cache: bytes.
+      fits: whether both leave `HEADROOM` of the memory.
+      floor: a rough floor of its time.
+    """
+
+    job: Job
+    weights: int
+    cache: int
+    fits: bool
+    floor: Floor
+
+    @property
+    def order(self) -> tuple[Any, ...]:
+        """Better ones compare smaller: those that fit, the fastest, those with fewer axes."""
+        total = self.floor.flops + self.floor.hbm + self.floor.ici
+        used = sum(size > 1 for size in self.job.mesh.values())
+        size = 0 if self.fits else self.weights + self.cache
+        return (not self.fits, size, total, used, -self.job.mesh["seq"])
+
+    def __str__(self) -> str:
+        return f"{self.job.preset} {format_mesh(self.job.mesh)}"
+
+
+def candidates(job: Job, presets: Sequence[str]) -> list[Estimate]:
+    """Estimates of a job on every legal mesh of its topology under each preset, the most promising first."""
+    found, least = [], least_work(job)  # the same on every mesh
+    for preset in presets:
+        native = job.dtype == "native"
+        shapes = legal_meshes(
+            job.config, job.topology.devices, preset, batch=job.batch, length=job.chunk, native=native
+        )
+        found += [estimate(dataclasses.replace(job, mesh=sizes, preset=preset), least) for sizes in shapes]
+    return sorted(found, key=lambda one: one.order)
+
+
+def estimate(job: Job, least: Least | None = None) -> Estimate:
+    """Estimates a job.
+
+    Args:
+      job: the job.
+      least: what `least_work` says of it, where that is known already.
+
+    Raises:
+      ShardingError: it does not split evenly over its mesh.
+    """
+    mesh, chip = abstract_mesh(job.mesh), job.topology.chip.per_device()
+    check_mesh(job.config, mesh, job.preset, batch=job.batch, length=job.chunk, native=job.dtype == "native")
+    split = Split.on(mesh, resolve(job.preset), job.chunk, UNIT)
+    parts = list(_parts(job, mesh))
+    used = sum(stored for _, stored in parts)
+    held = bytes_per_device(training(job, mesh)[1]) if job.trains else used
+    cache = 0 if job.trains else bytes_per_device(abstract_cache(job, mesh))
+    least, devices, passes = least or least_work(job), job.topology.devices, PASSES[job.task]
+
+    experts = sum(stored for parameter, stored in parts if EXPERTS in parameter.axes)
+    gathered = sum(stored * (_joined(split, parameter) - 1) for parameter, stored in parts)
+    moved = passes * (used - experts + 2 * gathered + experts * _reached(job))
+    hbm = moved + (2 * held if job.trains else least.cache / devices)
+    work = Floor.of(chip, least.flops / devices, hbm, passes * (gathered + _exchanged(job, split, mesh)))
+    fits = held + cache <= (1 - HEADROOM) * chip.hbm_bytes
+    return Estimate(job, held, cache, fits, work)
+
+
+def least_work(job: Job) -> Least:
+    """The least that a job needs."""
+    config = job.config
+    mesh = abstract_mesh(dict.fromkeys(job.mesh, 1))
+    if job.trains:
+        flops = job.tokens * costs.training_flops(config, job.context)
+        return Least(float(flops), 2.0 * bytes_per_device(training(job, mesh)[1]), 0.0)
+    # A chunk's tokens count as its last one, which sees most; a prompt's head is for its last token alone.
+    per_token = costs.flops_per_token(config, job.context)
+    total = job.tokens * per_token.total - (job.tokens - job.batch) * per_token.linear["head"]
+    weights = 0.0
+    for parameter, stored in _parts(job, mesh):
+        if parameter.released == "embed.weight" or parameter.storage == "i64":
+            continue  # of which each token reads a row
+        weights += stored * (_reached(job) if EXPERTS in parameter.axes else 1)
+    by_role = costs.cache_bytes(config, job.context, job.cache_dtype).by_role
+    entries = max(1, job.context // RATIO_OF_ROLE["csa"])
+    cache = by_role | {"csa": by_role.get("csa", 0) * min(1.0, config.index_topk / entries)}
+    return Least(float(total), weights, job.batch * float(sum(cache.values())))
+
+
+def floor_of(job: Job, compiled: Compiled) -> Floor:
+    """The floor of a compiled program."""
+    return Floor.of(job.topology.chip.per_device(), compiled.flops, compiled.hbm, compiled.sent)
+
+
+def _parts(job: Job, mesh: AbstractMesh) -> Iterator[tuple[Parameter, int]]:
+    """Every parameter with the bytes that a device stores of it."""
+    declared = jax.tree.leaves(declarations(job.config), is_leaf=is_parameter)
+    placed = abstract_params(job.config, mesh, job.preset, job.dtype)
+    leaves = jax.tree.leaves(placed, is_leaf=lambda node: isinstance(node, BlockScaled))
+    yield from ((parameter, bytes_per_device(leaf)) for parameter, leaf in zip(declared, leaves, strict=True))
+
+
+def _reached(job: Job) -> float:
+    """Share of the experts that a call's tokens reach at most."""
+    return min(1.0, job.tokens * job.config.num_experts_per_tok / job.config.n_routed_experts)
+
+
+def _joined(split: Split, parameter: Parameter) -> int:
+    """How many shards of a parameter are joined for its use. Experts and vocabulary stay where they are."""
+    if EXPERTS in parameter.axes or parameter.released in ("embed.weight", "head.weight"):
+        return 1
+    names = (name for name in parameter.axes if name is not None)
+    return math.prod(split.count(split.axes(name)) // split.count(split.shared(name)) for name in names)
+
+
+def _exchanged(job: Job, split: Split, mesh: AbstractMesh) -> float:
+    """Bytes of activations and entries that a device sends."""
+    config, layers = job.config, job.config.num_hidden_layers
+    tokens = job.tokens / split.count(split.tokens)
+    row = 2 * config.hidden_size
+    same = split.shared("experts")
+    away = tuple(axis for axis in split.axes("experts") if axis not in same)
+    sent = 0.0
+    if away and tokens * split.count(away) > FEW_TOKENS:
+        sent += layers * 2 * tokens * config.num_experts_per_tok * row  # there and back
+    elif away:
+        sent += layers * 3 * tokens * split.count(away) * row  # all rows in bfloat16, their sums in float32
+    shared = split.shared("o_groups")
+    for axes, width in ((same, 2 * row), (shared, row)):
+        sent += layers * 2 * tokens * width if axes else 0
+    if split.long:  # the entries come to the queries
+        entries = [rows for role, rows in abstract_cache(job, mesh).rows.items() if role in ("csa", "hca", "index")]
+        sent += bytes_per_device(entries) * (split.count(split.axes("entries")) - 1)
+    return sent

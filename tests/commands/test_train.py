@@ -1,0 +1,217 @@
+"""`v4-jax train`: from weights to better ones and out again, whatever ends it on the way."""
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+
+import pytest
+import yaml
+
+from tests.equivalence.tiny import make
+from tests.processes import free_address
+from v4_jax.checkpoint import export
+from v4_jax.train.metrics import read_metrics
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    """A released directory with eight experts."""
+    path = tmp_path_factory.mktemp("eight") / "model"
+    tiny = make(
+        num_hidden_layers=2,
+        compress_ratios=(0, 4),
+        num_nextn_predict_layers=0,
+        num_hash_layers=1,
+        vocab_size=320,
+        n_routed_experts=8,
+    )
+    export((tiny.config, tiny.params), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{i} times {i} is {i * i}. " * 20}) + "\n" for i in range(40)))
+    return path
+
+
+@pytest.fixture
+def settings(tmp_path, eight, texts):
+    """`settings(name, ...)`: a settings file of a run of six steps."""
+
+    def write(name="run", **changes):
+        values = {
+            "run": str(tmp_path / name),
+            "model": str(eight),
+            "data": {"sources": [{"path": str(texts)}], "open_rows": 2, "threads": 1},
+            "stages": [{"steps": STEPS, "length": 128, "rows": 4}],
+            "optimizer": {"learning_rate": 0.003},
+            "checkpoints": {"every": 2},
+            "log": {"every": 1, "tensorboard": False},
+            "policy": "float32",
+        }
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(values | changes))
+        return path
+
+    return write
+
+
+def losses(run):
+    found = read_metrics(run / "metrics.jsonl")
+    return dict(zip(found["step"].tolist(), found["loss"].tolist(), strict=True))
+
+
+def test_the_whole_way(run, settings, tmp_path):
+    """Train, stop half way, go on, look, export, generate."""
+    first = run("train", settings(), f"stages.0.steps={STEPS // 2}")
+    assert first.code == 0, first.err
+    assert f"done at step 3 of 3: {tmp_path / 'run'}" in first.err
+    second = run("train", settings())
+    assert second.code == 0, second.err
+    assert "continuing after step 3 of 6" in second.err and re.search(r"step +6/6  loss \d", second.err)
+    found = losses(tmp_path / "run")
+    assert sorted(found) == list(range(1, STEPS + 1)) and found[STEPS] < found[1]
+
+    again = run("train", settings())
+    assert again.code == 0 and "done at step 6 of 6" in again.err and losses(tmp_path / "run") == found
+
+    assert run("plot", tmp_path / "run").code == 0
+    assert (tmp_path / "run" / "metrics.png").read_bytes().startswith(b"\x89PNG")
+    assert run("export", tmp_path / "run", tmp_path / "released").code == 0
+    assert run("verify", tmp_path / "released", tmp_path / "released").code == 0
+    words = [
+        run("generate", tmp_path / name, "--tokens", "5 6 7", "--greedy", "--max-tokens", "4", "--json")
+        for name in ("run", "released")
+    ]
+    assert [result.code for result in words] == [0, 0]
+
+
+def test_killed(start, run, settings, tmp_path):
+    """Killed without warning, on several devices, the run loses what came after its newest checkpoint, and no more."""
+    mesh = "data=2,expert=2,tensor=2"
+    assert run("train", settings("whole", mesh=mesh)).code == 0
+    process = start("train", settings("run", mesh=mesh))
+    checkpoint = tmp_path / "run" / "checkpoints" / "4"
+    deadline = time.monotonic() + 300
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    after = run("train", settings("run", mesh=mesh))
+    assert after.code == 0 and re.search(r"continuing after step [4-6] of 6", after.err), after.err
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_two_processes(start, run, settings, tmp_path):
+    """Two processes take the steps that one takes, and one goes on where they stopped, on another mesh."""
+    assert run("train", settings("whole")).code == 0
+    alone = losses(tmp_path / "whole")
+    address = free_address()
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
+    both = [
+        start(
+            *("train", settings("run", mesh="data=2,expert=2"), f"stages.0.steps={STEPS // 2}", "--distributed"),
+            XLA_FLAGS=flags,
+            JAX_COORDINATOR_ADDRESS=address,
+            JAX_NUM_PROCESSES="2",
+            JAX_PROCESS_ID=str(number),
+        )
+        for number in range(2)
+    ]
+    said = [process.communicate(timeout=300)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert "done at step 3 of 3" in said[0] and "step" not in said[1]
+    after = run("train", settings("run", mesh="seq=2,expert=4"))
+    assert after.code == 0 and "continuing after step 3 of 6" in after.err
+    assert losses(tmp_path / "run") == pytest.approx(alone, rel=1e-3)
+
+
+def test_asked_to_stop(start, run, settings, tmp_path):
+    """An interrupt saves first, and the exit code says that there is more to do."""
+    long = settings("run", stages=[{"steps": 500, "length": 128, "rows": 4}], checkpoints={"every": 500})
+    process = start("train", long)
+    deadline = time.monotonic() + 300
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 130, err
+    (step,) = re.findall(r"stopped at step (\d+) of 500", err)
+    assert (tmp_path / "run" / "checkpoints" / step).is_dir() and max(losses(tmp_path / "run")) == int(step)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("optimizer.lr=1", "unknown field optimizer.lr; expected one of beta1, "),
+        ("optimizer.learning_rate=fast", "optimizer.learning_rate is 'fast': input should be a valid number"),
+        ("optimizer.weight_decay=-1", "optimizer.weight_decay is -1: input should be greater than or equal to 0"),
+        ("stages.1.steps=3", "stages.1.steps: found '1' in a list of 1, expected 0 to 0"),
+        ("stages.0.microbatches=3", "stages.0: 4 rows do not divide into 3 microbatches"),
+        ("stages.0.attention=thin", "stages.0.attention is 'thin': input should be 'dense', 'indexer' or 'sparse'"),
+        ("optimizer.warmup_steps=7", "warmup_steps 7 and decay_steps 0 exceed the run's 6 steps"),
+        ("architecture={}", "expected either model, a directory to start from, or architecture, of a fresh one"),
+        ("policy", "'policy' is no change of a setting; expected field=value"),
+        ("policy=[", "policy=[ is not YAML: "),
+        ("run.name=x", "run.name: run is "),
+        ("data.sources=[]", "data.sources is []: list should have at least 1 item"),
+        ("data.sources.0.path=nowhere", "nowhere"),
+        ("model=nowhere", "nowhere"),
+        ("mesh=seq=3", "mesh seq=3 has 3 places, but there are 8 devices; legal meshes of 8 devices are "),
+        ("mesh=data=8", "axis 'batch' of size 4 cannot be split 8 ways over data"),
+    ],
+)
+def test_settings_that_cannot_be(run, settings, tmp_path, change, said):
+    result = run("train", settings(), change)
+    assert result.code == 2 and said in result.err and len(result.err.splitlines()) == 1, result.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_settings(run, tmp_path):
+    assert "there are no settings; expected a YAML file" in run("train").err
+    assert "nothing.yaml" in run("train", tmp_path / "nothing.yaml").err
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    assert "holds no settings" in run("train", tmp_path / "list.yaml").err
+    (tmp_path / "part.yaml").write_text("seed: 1\n")
+    assert "run is missing; data is missing; stages is missing" in run("train", tmp_path / "part.yaml").err
+
+
+def test_directories_that_are_no_run(run, settings, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    result = run("train", settings())
+    assert result.code == 2 and "exists and is not a training run" in result.err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_documents_that_cannot_be_used(run, settings, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"txt": "no"}\n')
+    result = run("train", settings(data={"sources": [{"path": str(tmp_path / "bad.jsonl")}]}))
+    assert result.code == 2 and "bad.jsonl" in result.err and "text" in result.err and "Traceback" not in result.err
+    (tmp_path / "empty.jsonl").write_text("")
+    result = run("train", settings("other", data={"sources": [{"path": str(tmp_path / "empty.jsonl")}]}))
+    assert result.code == 2 and "empty.jsonl" in result.err and len(result.err.splitlines()) == 1
+
+
+def test_without_the_extra(run, settings, monkeypatch):
+    monkeypatch.setitem(sys.modules, "v4_jax.train.settings", None)
+    monkeypatch.setitem(sys.modules, "pydantic", None)
+    result = run("train", settings())
+    assert result.code == 2 and "it comes with pip install 'v4-jax[train]'" in result.err
+
+
+def test_every_setting_is_explained(run):
+    result = run("train", "--fields")
+    assert result.code == 0
+    for field in ("run", "data.sources.N.path", "stages.N.attention", "optimizer.learning_rate", "stability.hold"):
+        assert re.search(rf"^│ {re.escape(field)} +│", result.out, flags=re.MULTILINE), field
+    assert "required" in result.out

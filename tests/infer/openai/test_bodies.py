@@ -1,0 +1,75 @@
+"""Request bodies: what is understood, and what is refused in which words."""
+
+import pytest
+
+from v4_jax.infer.openai.bodies import BodyError, ChatBody, CompletionBody, read_body
+
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def test_the_kind_is_told_by_what_a_body_holds():
+    assert isinstance(read_body({"messages": HELLO}), ChatBody)
+    assert isinstance(read_body({"prompt": "Hello"}), CompletionBody)
+    assert read_body({"prompt": [1, 2]}).prompt == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("fields", "default", "mode"),
+    [
+        ({}, "non-think", "non-think"),
+        ({}, "max", "max"),
+        ({"reasoning_effort": "none"}, "max", "non-think"),
+        ({"reasoning_effort": "low"}, "non-think", "high"),
+        ({"reasoning_effort": "high"}, "non-think", "high"),
+        ({"reasoning_effort": "xhigh"}, "non-think", "max"),
+        ({"thinking": {"type": "enabled"}}, "non-think", "high"),
+        ({"thinking": {"type": "enabled"}}, "max", "max"),
+        ({"thinking": {"type": "enabled"}, "reasoning_effort": "max"}, "non-think", "max"),
+        ({"thinking": {"type": "disabled"}, "reasoning_effort": "max"}, "high", "non-think"),
+    ],
+)
+def test_efforts_are_the_release_modes(fields, default, mode):
+    assert read_body({"messages": HELLO, **fields}).mode(default) == mode
+
+
+def test_limits_and_stops():
+    assert read_body({"messages": HELLO, "max_tokens": 5, "max_completion_tokens": 7}).limit == 7
+    assert read_body({"messages": HELLO, "max_tokens": 5}).limit == 5
+    assert read_body({"prompt": "x", "stop": "a"}).stops == ["a"]
+    assert read_body({"prompt": "x", "stop": ["a", "b"]}).stops == ["a", "b"]
+    assert read_body({"prompt": "x"}).stops == []
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence", "param"),
+    [
+        ([], "the body is a list; expected an object", None),
+        ({}, 'the body has neither "messages" nor "prompt"', None),
+        ({"prompt": "x", "foo": 1}, "foo is not supported; legal fields are ", "foo"),
+        ({"prompt": "x", "echo": True}, "echo is not supported", "echo"),
+        ({"prompt": "x", "temperature": "hot"}, "temperature is 'hot': input should be a valid number", "temperature"),
+        ({"prompt": "x", "temperature": -1}, "temperature is -1: input should be greater than", "temperature"),
+        ({"prompt": "x", "n": 0}, "n is 0: input should be greater than", "n"),
+        ({"prompt": "x", "n": True}, "n is True: input should be a valid integer", "n"),
+        ({"prompt": 3}, "prompt is 3: input should be a valid string or input should be a valid list", "prompt"),
+        ({"prompt": []}, "prompt is []: ", "prompt"),
+        ({"messages": []}, "messages is []: list should have at least 1 item", "messages"),
+        ({"messages": ["x"]}, "messages.0 is 'x': input should be a valid dictionary", "messages.0"),
+        ({"messages": HELLO, "response_format": {"type": "text", "x": 1}}, "response_format.x is not", None),
+        ({"messages": HELLO, "thinking": {}}, "thinking.type is missing", "thinking.type"),
+        ({"prompt": "x", "stop": [""]}, "stop is ['']: ", "stop"),
+        ({"prompt": "x", "user": "y" * 200, "seed": 2**32}, "seed is 4294967296: input should be less than", "seed"),
+        ({"prompt": "x", "metadata": "y" * 200}, "metadata is 'yyyyy", "metadata"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_sentence(content, sentence, param):
+    with pytest.raises(BodyError) as caught:
+        read_body(content)
+    assert str(caught.value).startswith(sentence) and len(str(caught.value)) < 400
+    if param:
+        assert caught.value.param == param
+
+
+def test_the_kind_may_be_given():
+    with pytest.raises(BodyError, match="messages is missing"):
+        read_body({"prompt": "x"}, chat=True)

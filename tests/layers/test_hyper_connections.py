@@ -1,0 +1,137 @@
+"""Hyper-connections against the formulas of the technical report, written out per token with numpy."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from v4_jax import Config
+from v4_jax.layers.hyper_connections import HyperConnection, Mix, StreamCollapse, combine, expand, sinkhorn, spread
+
+CONFIG = dataclasses.replace(Config.tiny(), hidden_size=16, compress_ratios=(0, 0, 4, 128, 4, 128, 4, 0))
+
+
+@pytest.fixture(scope="module")
+def site():
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {
+        "fn": jax.random.normal(keys[0], (24, 64)),
+        "base": jax.random.normal(keys[1], (24,)),
+        "scale": jnp.array([0.7, -0.4, 1.3]),
+    }
+    streams = jax.random.normal(keys[2], (1, 5, 4, 16))
+    return params, streams, jax.random.normal(keys[3], (1, 5, 16))
+
+
+def by_hand(params, streams, output):
+    """Collapse and spread of each token in float64."""
+    fn, base, scale = (np.asarray(params[name], np.float64) for name in ("fn", "base", "scale"))
+    eps, inputs, new = 1e-6, [], []
+    for x, z in zip(np.asarray(streams[0], np.float64), np.asarray(output[0], np.float64), strict=True):
+        mixes = fn @ x.reshape(-1) / np.sqrt(np.mean(x**2) + eps)
+        sigmoid = lambda v: 1 / (1 + np.exp(-v))  # noqa: E731
+        pre = sigmoid(mixes[:4] * scale[0] + base[:4]) + eps
+        post = 2 * sigmoid(mixes[4:8] * scale[1] + base[4:8])
+        comb = (mixes[8:] * scale[2] + base[8:]).reshape(4, 4)
+        comb = np.exp(comb - comb.max(1, keepdims=True))
+        comb = comb / comb.sum(1, keepdims=True) + eps
+        comb = comb / (comb.sum(0, keepdims=True) + eps)
+        for _ in range(19):
+            comb = comb / (comb.sum(1, keepdims=True) + eps)
+            comb = comb / (comb.sum(0, keepdims=True) + eps)
+        inputs.append(pre @ x)
+        new.append(np.outer(post, z) + np.einsum("jk,jd->kd", comb, x))
+    return np.array(inputs), np.array(new)
+
+
+def test_site_by_hand(site):
+    params, streams, output = site
+    collapsed, mix = HyperConnection(config=CONFIG).apply({"params": params}, streams)
+    expected_input, expected_streams = by_hand(params, streams, output)
+    np.testing.assert_allclose(collapsed[0], expected_input, atol=1e-5)
+    np.testing.assert_allclose(spread(streams, output, mix)[0], expected_streams, atol=1e-5)
+
+
+def test_residual_is_not_transposed(site):
+    """The mixing matrix is asymmetric, and its transpose would be a different model."""
+    params, streams, output = site
+    _, mix = HyperConnection(config=CONFIG).apply({"params": params}, streams)
+    _, expected = by_hand(params, streams, output)
+    transposed = Mix(mix.post, jnp.swapaxes(mix.residual, 0, 1))
+    assert np.abs(spread(streams, output, transposed)[0] - expected).max() > 0.05
+
+
+def test_sinkhorn_is_doubly_stochastic():
+    matrix = sinkhorn(jax.random.normal(jax.random.key(1), (4, 4, 2, 100)), 20, 1e-6)
+    np.testing.assert_allclose(matrix.sum(0), 1, atol=1e-4)
+    np.testing.assert_allclose(matrix.sum(1), 1, atol=1e-3)
+    assert matrix.min() > 0
+
+
+@pytest.mark.parametrize("size", [1.0, 20.0])
+def test_sinkhorn_and_its_gradient_are_those_of_the_normalisations(size):
+    """Factors are iterated instead of the matrix, the backward pass is written down; also where softmax saturates."""
+
+    def plain(logits):
+        matrix = jax.nn.softmax(logits, axis=1) + 1e-6
+        matrix = matrix / (matrix.sum(0) + 1e-6)
+        for _ in range(19):
+            matrix = matrix / (matrix.sum(1, keepdims=True) + 1e-6)
+            matrix = matrix / (matrix.sum(0) + 1e-6)
+        return matrix
+
+    logits = size * jax.random.normal(jax.random.key(1), (4, 4, 2, 50))
+    cotangent = jax.random.normal(jax.random.key(2), logits.shape)
+    expected, pull = jax.vjp(plain, logits)
+    found, own = jax.vjp(lambda x: sinkhorn(x, 20, 1e-6), logits)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    np.testing.assert_allclose(own(cotangent)[0], pull(cotangent)[0], atol=1e-5)
+
+
+def test_gradients_of_combined_streams():
+    """Against those of the same sums as one einsum, for both parts and the weights."""
+    keys = jax.random.split(jax.random.key(4), 4)
+    parts = jax.random.normal(keys[0], (2, 7, 4, 8)), jax.random.normal(keys[1], (2, 7, 1, 8))
+    weights = jax.random.normal(keys[2], (5, 3, 2, 7))
+
+    def plain(parts, weights):
+        return jnp.einsum("jkbs,bsjd->bskd", weights, jnp.concatenate(parts, axis=2))
+
+    cotangent = jax.random.normal(keys[3], (2, 7, 3, 8))
+    expected, pull = jax.vjp(plain, parts, weights)
+    found, own = jax.vjp(combine, parts, weights)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), own(cotangent), pull(cotangent))
+
+
+def test_collapse_by_hand(site):
+    _, streams, _ = site
+    keys = jax.random.split(jax.random.key(2), 2)
+    params = {
+        "fn": jax.random.normal(keys[0], (4, 64)),
+        "base": jax.random.normal(keys[1], (4,)),
+        "scale": jnp.array([0.6]),
+    }
+    out = StreamCollapse(config=CONFIG).apply({"params": params}, streams)
+    for x, y in zip(np.asarray(streams[0], np.float64), out[0], strict=True):
+        mixes = np.asarray(params["fn"], np.float64) @ x.reshape(-1) / np.sqrt(np.mean(x**2) + 1e-6)
+        pre = 1 / (1 + np.exp(-(mixes * 0.6 + np.asarray(params["base"], np.float64)))) + 1e-6
+        np.testing.assert_allclose(y, pre @ x, atol=1e-5)
+
+
+def test_bfloat16_streams_are_mixed_in_float32(site):
+    params, streams, output = site
+    low = streams.astype(jnp.bfloat16)
+    collapsed, mix = HyperConnection(config=CONFIG).apply({"params": params}, low)
+    assert collapsed.dtype == jnp.bfloat16 and mix.residual.dtype == jnp.float32
+    exact, _ = by_hand(params, low.astype(jnp.float32), output)
+    np.testing.assert_allclose(collapsed[0].astype(jnp.float32), exact, rtol=2**-8, atol=1e-6)
+
+
+def test_expand_copies():
+    x = jnp.arange(6.0).reshape(1, 2, 3)
+    np.testing.assert_array_equal(expand(x, 4), np.repeat(np.asarray(x)[:, :, None], 4, axis=2))

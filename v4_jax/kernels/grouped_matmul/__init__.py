@@ -1,0 +1,1 @@
+"""Rows grouped by expert times their expert's weights."""

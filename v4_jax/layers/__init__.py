@@ -1,0 +1,1 @@
+"""The parts of the model, by the sections of the technical report."""

@@ -1,0 +1,115 @@
+"""Log-probabilities from logits, and the loss they make without an array of [tokens, vocabulary]."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from v4_jax.policy import einsum
+from v4_jax.sharding.collectives import Axes, pmax, psum
+
+LOGITS = 2**25  # logits that a device has at once in a loss
+
+
+def log_probability(logits: Array, tokens: Array) -> Array:
+    """Log-probabilities [...] of int32 `tokens` [...] under float32 `logits` [..., V]."""
+    return _log_probability(logits, tokens, (), -1)[0]
+
+
+def _log_probability(logits: Array, tokens: Array, axes: Axes, axis: int) -> tuple[Array, Array, Array]:
+    """As above, of logits whose array axis `axis` is the vocabulary, split over the mesh axes `axes`, tokens counting
+    from the device's first; the powers, and their sum.
+    """
+    vocabulary = logits.shape[axis]
+    here = (tokens >= 0) & (tokens < vocabulary)
+    found = jnp.take_along_axis(logits, jnp.expand_dims(jnp.clip(tokens, 0, vocabulary - 1), axis), axis)
+    chosen = psum(jnp.where(here, jnp.squeeze(found, axis), 0), axes)
+    largest = pmax(jnp.max(logits, axis), axes)
+    # Computed once, for the sum and for the gradient; fused into the sum they would be computed again, and slowly.
+    powers = jax.lax.optimization_barrier(jnp.exp(logits - jnp.expand_dims(largest, axis)))
+    total = psum(jnp.sum(powers, axis), axes)
+    return chosen - largest - jnp.log(total), powers, total
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def cross_entropy(hidden: Array, head: Array, tokens: Array, weights: Array, axes: Axes = ()) -> Array:
+    """Weighted sum of the negative log-probabilities of tokens, block of tokens by block.
+
+    Where a gradient is asked for, each block's is computed beside its loss, while its logits exist: they are neither
+    kept nor computed again.
+
+    Args:
+      hidden: [T, D] what the head is applied to.
+      head: [V, D], of the dtype of `hidden`, or wider.
+      tokens: [T] int32; an id that is not among these V has its logit on another device.
+      weights: [T] float32; they have no gradient.
+      axes: mesh axes whose devices each have another part of the vocabulary; ids count from the device's first.
+
+    Returns:
+      A float32 number; every device of `axes` has the whole sum, and of the gradient of `hidden` its own part.
+    """
+
+    def block(x: tuple[Array, ...]) -> Array:
+        hidden, tokens, weights = x
+        return _block(hidden, tokens, weights, head, axes)[0]
+
+    return jnp.sum(jax.lax.map(block, _blocks(head, hidden, tokens, weights)))
+
+
+def _block(hidden: Array, tokens: Array, weights: Array, head: Array, axes: Axes) -> tuple[Array, Array, Array]:
+    """The loss of one block, and the powers [V, T] and sums [T] of its softmax.
+
+    The vocabulary comes first: its largest logit and its sum are then passes over long vectors.
+    """
+    logits = einsum("vd,td->vt", head, hidden, dtype=jnp.float32)
+    scores, powers, total = _log_probability(logits, tokens, axes, 0)
+    return -jnp.sum(weights * scores), powers, total
+
+
+def _blocks(head: Array, *arrays: Array) -> tuple[Array, ...]:
+    """[T, ...] arrays as [blocks, tokens of one, ...], with zeros behind the last token.
+
+    A block adds to the whole gradient of the head: it has enough tokens for its products to outweigh that.
+    """
+    tokens, (vocabulary, width) = arrays[0].shape[0], head.shape
+    count = -(-tokens // max(LOGITS // vocabulary, width // 4))
+    size = -(-tokens // count)
+
+    def cut(x: Array) -> Array:
+        padded = jnp.pad(x, [(0, count * size - tokens)] + [(0, 0)] * (x.ndim - 1))
+        return padded.reshape(count, size, *x.shape[1:])
+
+    return tuple(map(cut, arrays))
+
+
+def _forward(hidden: Array, head: Array, tokens: Array, weights: Array, axes: Axes) -> tuple[Array, Any]:
+    dtype = jnp.result_type(hidden, head)
+
+    def block(of_head: Array, x: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
+        hidden, tokens, weights = x
+        loss, powers, total = _block(hidden, tokens, weights, head, axes)
+        chosen = jnp.arange(head.shape[0])[:, None] == tokens
+        # Subtracted before it is rounded: of a sure token the two are almost the same.
+        of_logits = (weights / total * powers - weights * chosen).astype(dtype)
+        of_head = of_head + einsum("vt,td->vd", of_logits, hidden, dtype=jnp.float32)
+        return of_head, (loss, einsum("vt,vd->td", of_logits, head, dtype=jnp.float32))
+
+    zeros = jnp.zeros(head.shape, jnp.float32)
+    of_head, (losses, of_hidden) = jax.lax.scan(block, zeros, _blocks(head, hidden, tokens, weights))
+    of_hidden = of_hidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
+    # Of no elements, for their dtypes.
+    return jnp.sum(losses), (of_hidden, of_head, hidden[:0], head[:0])
+
+
+def _backward(axes: Axes, residuals: Any, gradient: Array) -> tuple[Array, Array, None, None]:
+    """Every device has the whole sum, and of its gradient a part: all of them together make one."""
+    of_hidden, of_head, hidden, head = residuals
+    gradient = psum(gradient, axes)
+    return (gradient * of_hidden).astype(hidden.dtype), (gradient * of_head).astype(head.dtype), None, None
+
+
+cross_entropy.defvjp(_forward, _backward)
