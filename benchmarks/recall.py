@@ -1,8 +1,8 @@
 """Recall far beyond the window: a small V4 that learns to look up what it was told, and how far back it finds it.
 
-Texts and questions are those of `infer/recall.py`. The model trains on rows of 256 tokens at first, with dense
-attention to all compressed entries; then its indexer learns to pick; then rows grow, with sparse attention. What it has
-learned is measured by length and depth, far beyond the length of its training; as a control with random picks in
+Texts and questions are those of `infer/evaluation/recall.py`. The model trains on rows of 256 tokens at first, with
+dense attention to all compressed entries; then its indexer learns to pick; then rows grow, with sparse attention. What
+it has learned is measured by length and depth, far beyond the length of its training; as a control with random picks in
 place of the indexer's, everything else the same.
 
     python benchmarks/recall.py train DIRECTORY        one to two hours on two cores; continued if interrupted
@@ -175,7 +175,7 @@ class Reader:
 
         self._read = jax.jit(read, static_argnums=4, donate_argnums=2)
 
-    def right(self, questions: Sequence[recall.Question]) -> np.ndarray:
+    def right(self, questions: Sequence[recall.RecallQuestion]) -> np.ndarray:
         """[questions, digits] whether each digit of the value is the likeliest token, those before it given.
 
         The texts must be one longer than a multiple of the chunk.

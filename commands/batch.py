@@ -19,7 +19,7 @@ from v4_jax.commands.shared.engines import EngineOptions, describe_drafts
 from v4_jax.commands.shared.models import ModelDirectory
 from v4_jax.commands.shared.options import Count, Flag, Int, Model, OptionalSize, OptionalText
 from v4_jax.commands.shared.sampling import SamplingOptions
-from v4_jax.infer.text import Mode
+from v4_jax.infer.prompts import Mode
 
 InputFile = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INPUT", help_behavior_hint="")]
 OutputFile = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT", help_behavior_hint="")]

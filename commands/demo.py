@@ -147,7 +147,7 @@ def _recall(directory: ModelDirectory) -> None:
     )
 
 
-def _shortened(question: recall.Question) -> str:
+def _shortened(question: recall.RecallQuestion) -> str:
     """The text around the record and at its end."""
     told = len(question.text) - question.distance
     return f"... {question.text[told - 30 : told + 30]} ... {question.text[-30:]}"

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 
-from v4_jax import chat
 from v4_jax.commands.eval_report import PICTURE, RESULTS, check_directory, draw, scores_table, write_results
 from v4_jax.commands.shared.console import (
     CommandError,
@@ -43,20 +42,12 @@ from v4_jax.commands.shared.options import (
 from v4_jax.commands.shared.sampling import SamplingOptions
 from v4_jax.commands.shared.sizes import format_size
 from v4_jax.infer.evaluation import synthetic
-from v4_jax.infer.evaluation.evaluation import (
-    TASKS,
-    Answer,
-    Prompt,
-    Question,
-    Result,
-    TaskName,
-    ask,
-    length_bin,
-    read_set,
-    table,
-)
+from v4_jax.infer.evaluation.asking import Answer, EncodedQuestion, ask
+from v4_jax.infer.evaluation.grading import Result, length_bin, table
+from v4_jax.infer.evaluation.questions import Question
+from v4_jax.infer.evaluation.tasks import TASKS, TaskName, read_set
+from v4_jax.infer.prompts import MODES, Mode, chat_prompt, plain_ids
 from v4_jax.infer.score import write_lines
-from v4_jax.infer.text import MODES, Mode, plain_ids
 from v4_jax.tokenizer import Tokenizer
 
 # Made-up sets, where nothing else is asked for.
@@ -147,7 +138,7 @@ def eval(
         questions = read_set(task, lines)
     with bad_input(f"{name}: "):
         asked, skipped = _fitting(questions, form, longest, max_tokens)
-    needed = max(len(one.prompt.ids) + one.prompt.max_tokens for one in asked)
+    needed = max(len(one.encoded.ids) + one.encoded.max_tokens for one in asked)
     check_mode(form.mode, longest)
     server = engine.build(directory, room(needed, longest), len(asked))
     started = time.perf_counter()
@@ -155,7 +146,7 @@ def eval(
         answers = ask(
             server,
             tokenizer,
-            [one.prompt for one in asked],
+            [one.encoded for one in asked],
             thinking_mode=form.thinking_mode,
             sampling=sampling,
             stop_ids=defaults.stop_ids,
@@ -175,7 +166,7 @@ def eval(
             **({"data": str(data)} if data else {**_made(task, made), "seed": seed}),
             "mode": form.mode,
             "bos": form.bos,
-            "max_tokens": max(one.prompt.max_tokens for one in asked),
+            "max_tokens": max(one.encoded.max_tokens for one in asked),
             "context": longest,
             "sampling": dataclasses.asdict(sampling),
             "engine": dataclasses.asdict(engine) | {"slots": server.slots},
@@ -184,7 +175,7 @@ def eval(
         found = {"settings": settings, "seconds": round(seconds, 1), "table": [cell._asdict() for cell in cells]}
         write_results(output, found | {"skipped": skipped, "questions": records}, draw(task, cells))
     show(scores_table(task, cells))
-    read, replied = sum(len(one.prompt.ids) for one in asked), sum(answer.tokens for answer in answers)
+    read, replied = sum(len(one.encoded.ids) for one in asked), sum(answer.tokens for answer in answers)
     cut = sum(answer.finish == "length" for answer in answers)
     say(
         f"asked {len(asked)} questions: {read:,} tokens read and {replied:,} generated in {seconds:.1f} s"
@@ -211,7 +202,7 @@ class Form(NamedTuple):
     @property
     def thinking_mode(self) -> str | None:
         """The chat encoding's; None for plain text."""
-        return self.mode and MODES[self.mode][0]
+        return None if self.mode is None else MODES[self.mode].thinking_mode
 
     def ids(self, question: Question) -> list[int]:
         """The prompt's tokens.
@@ -219,14 +210,12 @@ class Form(NamedTuple):
         Raises:
           ValueError: a plain text is to be asked in a chat, or the chat format cannot express a message.
         """
-        if self.thinking_mode is None:
-            text = question.plain()[0]
+        if self.mode is None:
+            text, _ = question.plain()
             return plain_ids(self.tokenizer, text) if self.bos else self.tokenizer.encode(text)
         if question.text:
             raise ValueError("its questions are texts to continue; expected --raw")
-        effort = None if self.mode is None else MODES[self.mode][1]
-        text = chat.encode(question.messages, thinking_mode=self.thinking_mode, reasoning_effort=effort)
-        return self.tokenizer.encode(text)
+        return chat_prompt(self.tokenizer, question.messages, self.mode).ids
 
     def answer_tokens(self, question: Question) -> int:
         """Tokens of the longest right answer."""
@@ -251,12 +240,12 @@ class Asked(NamedTuple):
 
     Attributes:
       question: what is asked.
-      prompt: its tokens.
+      encoded: the same in the model's tokens.
       length: what its score is grouped by.
     """
 
     question: Question
-    prompt: Prompt
+    encoded: EncodedQuestion
     length: int
 
 
@@ -320,8 +309,8 @@ def _fitting(
         if len(ids) + answer > longest:
             skipped.append({"id": question.id, "tokens": len(ids) + answer})
             continue
-        prompt = Prompt(ids, min(max_tokens, longest - len(ids)), form.stops(question))
-        asked.append(Asked(question, prompt, question.length or length_bin(len(ids) + answer)))
+        encoded = EncodedQuestion(ids, min(max_tokens, longest - len(ids)), form.stops(question))
+        asked.append(Asked(question, encoded, question.length or length_bin(len(ids) + answer)))
     if not asked:
         shortest = min(one["tokens"] for one in skipped)
         raise ValueError(
@@ -336,7 +325,7 @@ def _record(task: TaskName, one: Asked, answer: Answer, result: Result) -> dict[
         "id": one.question.id,
         "length": one.length,
         **({series: one.question.series} if series else {}),
-        "prompt_tokens": len(one.prompt.ids),
+        "prompt_tokens": len(one.encoded.ids),
         "reply_tokens": answer.tokens,
         "finish": answer.finish,
         "expected": list(one.question.answers),

@@ -16,7 +16,8 @@ from v4_jax.commands.info_report import make_table
 from v4_jax.commands.shared.console import CommandError, bad_input
 from v4_jax.commands.shared.sizes import format_size
 from v4_jax.files import complete
-from v4_jax.infer.evaluation.evaluation import TASKS, Cell, TaskName
+from v4_jax.infer.evaluation.grading import Cell
+from v4_jax.infer.evaluation.tasks import TASKS, TaskName
 
 RESULTS, PICTURE = "results.json", "results.png"
 

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from v4_jax import chat
 from v4_jax.commands.shared.console import CommandError, bad_input, progress_bar, read_json, read_text, say
 from v4_jax.commands.shared.contexts import DEFAULT_MAX_TOKENS, check_length, check_mode, room
 from v4_jax.commands.shared.devices import join, place
@@ -40,7 +39,8 @@ from v4_jax.infer.engine.sampling import Sampling
 from v4_jax.infer.engine.scheduler import Engine
 from v4_jax.infer.engine.speculative import Acceptance, check_depth
 from v4_jax.infer.generate import Generation
-from v4_jax.infer.text import MODES, Mode, Reply, plain_ids
+from v4_jax.infer.prompts import Mode, Prompt, chat_prompt, plain_ids
+from v4_jax.infer.text import Reply
 from v4_jax.policy import PolicyName
 from v4_jax.tokenizer import Tokenizer
 
@@ -118,10 +118,10 @@ def generate(
         chosen = sampling.over(defaults, seed)
         check_precision(config, policy, cache)
         check_depth(draft, config)
-        given = _prompt(tokenizer, config, prompt, chat_file, tokens, raw, mode)
-        limits = Limits.of(len(given.ids), max_tokens, context, config)
-        reply = Reply(tokenizer, stop, given.thinking_mode)
-    check_mode(mode if given.thinking_mode else None, limits.context)
+        encoded = _encode_prompt(tokenizer, config, prompt, chat_file, tokens, raw, mode)
+        limits = Limits.of(len(encoded.ids), max_tokens, context, config)
+        reply = Reply(tokenizer, stop, encoded.thinking_mode)
+    check_mode(mode if encoded.thinking_mode else None, limits.context)
     where = place(config, mesh, preset, batch=1, native=dtype == "native")
     params = directory.load(dtype, where)
     with bad_input():
@@ -132,7 +132,7 @@ def generate(
             max_length=limits.allocated,
             policy=policy,
             cache_dtype=cache,
-            prefill_chunk=chunk_size(len(given.ids), prefill_chunk),
+            prefill_chunk=chunk_size(len(encoded.ids), prefill_chunk),
             draft=draft,
             place=where,
         )
@@ -140,19 +140,12 @@ def generate(
     if not as_json:
         terminal = sys.stdout.isatty()
         writer = Writer(sys.stdout, show_reasoning=terminal or show_reasoning, headings=show_reasoning)
-    request = Request(given.ids, limits.max_tokens, chosen, defaults.stop_ids)
+    request = Request(encoded.ids, limits.max_tokens, chosen, defaults.stop_ids)
     outcome = stream(engine, request, reply, writer)
     if as_json:
-        print(json.dumps(_as_json(outcome, reply, given, chosen), ensure_ascii=False))
+        print(json.dumps(_as_json(outcome, reply, encoded, chosen), ensure_ascii=False))
     else:
         say(outcome.summary())
-
-
-class Prompt(NamedTuple):
-    """Token ids, and the thinking mode of the chat format that they are in (None: plain text)."""
-
-    ids: list[int]
-    thinking_mode: str | None
 
 
 class Limits(NamedTuple):
@@ -272,7 +265,7 @@ def stream(engine: Engine, request: Request, reply: Reply, writer: Writer | None
     return Outcome(generation, compile_seconds, made, logprobs, finish, engine.acceptance)
 
 
-def _prompt(
+def _encode_prompt(
     tokenizer: Tokenizer,
     config: Config,
     prompt: str | None,
@@ -289,13 +282,11 @@ def _prompt(
     if raw and chat_file is not None:
         raise CommandError("--raw is for plain text and --chat for messages; expected one of them")
     if tokens is not None:
-        return Prompt(_token_ids(tokens, config), None)
-    thinking_mode, effort = MODES[mode]
+        return Prompt(_token_ids(tokens, config))
     if chat_file is not None:
         messages, options = _read_chat(chat_file)
         with bad_input(f"{chat_file}: "):
-            text = chat.encode(messages, thinking_mode=thinking_mode, reasoning_effort=effort, **options)
-        return Prompt(tokenizer.encode(text), thinking_mode)
+            return chat_prompt(tokenizer, messages, mode, **options)
     if prompt is None:
         if sys.stdin.isatty():
             say("reading the prompt from the terminal; end it with Ctrl-D")
@@ -303,9 +294,8 @@ def _prompt(
     if not prompt.strip():
         raise CommandError("the prompt is empty; expected some text (--prompt, --chat, --tokens or stdin)")
     if raw:
-        return Prompt(plain_ids(tokenizer, prompt), None)
-    text = chat.encode([{"role": "user", "content": prompt}], thinking_mode=thinking_mode, reasoning_effort=effort)
-    return Prompt(tokenizer.encode(text), thinking_mode)
+        return Prompt(plain_ids(tokenizer, prompt))
+    return chat_prompt(tokenizer, [{"role": "user", "content": prompt}], mode)
 
 
 def _token_ids(text: str, config: Config) -> list[int]:
@@ -334,12 +324,12 @@ def _read_chat(path: Path) -> tuple[list[Any], dict[str, Any]]:
     return content, options
 
 
-def _as_json(outcome: Outcome, reply: Reply, given: Prompt, sampling: Sampling) -> dict[str, Any]:
+def _as_json(outcome: Outcome, reply: Reply, prompt: Prompt, sampling: Sampling) -> dict[str, Any]:
     return {
         **{"reasoning_content": "", "tool_calls": []},
         **reply.message(),
         "finish_reason": outcome.finish,
-        "prompt": given.ids,
+        "prompt": prompt.ids,
         "tokens": outcome.ids,
         "logprobs": outcome.logprobs,
         "sampling": dataclasses.asdict(sampling),

@@ -12,7 +12,7 @@ from v4_jax.commands.shared.engines import EngineOptions, PrefixOptions
 from v4_jax.commands.shared.models import ModelDirectory
 from v4_jax.commands.shared.options import Count, Model, OptionalCount, OptionalFile, OptionalText, Size
 from v4_jax.commands.shared.sampling import SamplingOptions
-from v4_jax.infer.text import Mode
+from v4_jax.infer.prompts import Mode
 
 KEY = "V4_JAX_API_KEY"
 DEFAULT_CONTEXT = 32768

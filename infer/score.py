@@ -23,7 +23,7 @@ from v4_jax.config import Config
 from v4_jax.files import complete
 from v4_jax.infer.checks import check_ids, check_precision
 from v4_jax.infer.chunks import Progress, chunk_size
-from v4_jax.infer.text import plain_ids
+from v4_jax.infer.prompts import plain_ids
 from v4_jax.layers.head import log_probability
 from v4_jax.placement import Place
 from v4_jax.policy import Policy

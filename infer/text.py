@@ -4,28 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from v4_jax import chat
 from v4_jax.infer.engine.requests import Event, Finish
 from v4_jax.tokenizer import Tokenizer
 
 Piece = tuple[str, str]
-
-Mode = Literal["non-think", "high", "max"]
-
-# How the release answers a chat: mode -> (thinking_mode, reasoning_effort) of the chat encoding.
-MODES: dict[Mode, tuple[str, str | None]] = {
-    "non-think": ("chat", None),
-    "high": ("thinking", "high"),
-    "max": ("thinking", "max"),
-}
-
-
-def plain_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Tokens of a text to continue, which begin with the begin-of-sentence token in any case."""
-    ids = tokenizer.encode(text)
-    return ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
 
 
 class StoppingText:

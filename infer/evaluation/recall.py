@@ -47,7 +47,7 @@ class Record(NamedTuple):
         return f"{self.key}{self.value} "
 
 
-class Question(NamedTuple):
+class RecallQuestion(NamedTuple):
     """A text that ends where a value is due.
 
     Attributes:
@@ -97,7 +97,7 @@ def lesson(rng: np.random.Generator, length: int, *, told: int, asked: int, lett
     return _between(rng, items, length)
 
 
-def question(rng: np.random.Generator, length: int, depth: float, *, told: int, letters: int = 2) -> Question:
+def question(rng: np.random.Generator, length: int, depth: float, *, told: int, letters: int = 2) -> RecallQuestion:
     """A text that asks, at its end, for one record of many.
 
     Args:
@@ -114,7 +114,7 @@ def question(rng: np.random.Generator, length: int, depth: float, *, told: int, 
     head = _between(rng, [str(record) for record in others[:earlier]], before)
     tail = _between(rng, [str(record) for record in others[earlier:]], room - before)
     text = head + str(wanted) + tail + wanted.key
-    return Question(text, wanted, len(text) - len(head) - len(wanted.key))
+    return RecallQuestion(text, wanted, len(text) - len(head) - len(wanted.key))
 
 
 def _between(rng: np.random.Generator, items: Sequence[str], length: int) -> str:

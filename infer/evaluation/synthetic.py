@@ -1,4 +1,4 @@
-"""Made-up sets for `infer/evaluation.py`, whose answers are known because the texts were written around them.
+"""Made-up sets for `tasks`, whose answers are known because the texts were written around them.
 
 They need no download, any length can be had, and no model has seen them in training. What is made is lines of the
 formats that are read, so that a set can be looked at, kept, and asked again. A line depends on the seed, its own
@@ -49,7 +49,7 @@ def needles(
       samples: questions of each length and depth.
       told: records of a text.
       seed: the same seed gives the same lines.
-      plain: texts to continue, of `infer/recall.py`; else chats, in sentences.
+      plain: texts to continue, of `recall`; else chats, in sentences.
       count: tokens of a line's prompt and answer.
 
     Raises:

@@ -12,7 +12,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from v4_jax.infer.engine.sampling import MOST_ALTERNATIVES, MOST_BIASES
-from v4_jax.infer.text import Mode
+from v4_jax.infer.prompts import Mode
 
 # The model was trained for three efforts; OpenAI's others mean the nearest one.
 EFFORTS: dict[str, Mode] = {

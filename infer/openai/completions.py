@@ -18,7 +18,8 @@ from v4_jax.infer.engine.grammar import Grammar, Grammars
 from v4_jax.infer.engine.requests import Event, Request
 from v4_jax.infer.engine.sampling import Sampling
 from v4_jax.infer.openai.bodies import Body, BodyError, ChatBody, CompletionBody, SchemaFormat
-from v4_jax.infer.text import MODES, Mode, Piece, Reply, Sample, plain_ids
+from v4_jax.infer.prompts import Mode, Prompt, chat_prompt, plain_ids
+from v4_jax.infer.text import Piece, Reply, Sample
 from v4_jax.tokenizer import Tokenizer
 
 _STREAMED = {"content": "content", "reasoning": "reasoning_content"}  # kinds of text that come as they are written
@@ -92,7 +93,7 @@ class Completion:
     def __init__(self, body: ChatBody | CompletionBody, model: Model, seed: int) -> None:
         self.body, self._model = body, model
         defaults = model.defaults
-        prompt = _prompt(body, model)
+        prompt = _encode_prompt(body, model)
         check_ids(prompt.ids, model.config)
         thinks = prompt.thinking_mode == "thinking"
         budget = body.thinking.budget_tokens if thinks and isinstance(body, ChatBody) and body.thinking else None
@@ -217,44 +218,29 @@ class Completion:
         return {"token": token, "logprob": logprob, "bytes": list(token.encode()) if whole else None}
 
 
-class _Prompt(NamedTuple):
-    """What the model reads.
-
-    Attributes:
-      ids: tokens.
-      thinking_mode: of the chat format that they are in; None for plain text.
-      opening: how the answer begins.
-    """
-
-    ids: list[int]
-    thinking_mode: str | None = None
-    opening: Sequence[int] = ()
-
-
-def _prompt(body: ChatBody | CompletionBody, model: Model) -> _Prompt:
+def _encode_prompt(body: ChatBody | CompletionBody, model: Model) -> Prompt:
     if isinstance(body, ChatBody):
-        return _chat_prompt(body, model)
+        return _encode_chat(body, model)
     if isinstance(body.prompt, list):
-        return _Prompt(body.prompt)
+        return Prompt(body.prompt)
     if not body.prompt:
         raise BodyError("prompt is empty; expected some text", "prompt")
-    return _Prompt(plain_ids(model.tokenizer, body.prompt))
+    return Prompt(plain_ids(model.tokenizer, body.prompt))
 
 
-def _chat_prompt(body: ChatBody, model: Model) -> _Prompt:
-    thinking_mode, effort = MODES[body.mode(model.defaults.mode)]
+def _encode_chat(body: ChatBody, model: Model) -> Prompt:
     forced, tool = body.call()
     format = body.response_format
-    text = chat.encode(
+    # A model that has begun to write a call goes on with it.
+    opening = model.tokenizer.encode(chat.begin_tool_call(tool)) if forced else ()
+    return chat_prompt(
+        model.tokenizer,
         body.messages,
-        thinking_mode=thinking_mode,
-        reasoning_effort=effort,
+        body.mode(model.defaults.mode),
+        opening=opening,
         tools=None if body.tool_choice == "none" else body.tools,
         response_format=format.json_schema.schema_ if isinstance(format, SchemaFormat) else None,
     )
-    # A model that has begun to write a call goes on with it.
-    opening = model.tokenizer.encode(chat.begin_tool_call(tool)) if forced else ()
-    return _Prompt(model.tokenizer.encode(text), thinking_mode, opening)
 
 
 def _constraint(body: Body, model: Model) -> Grammar | None:
