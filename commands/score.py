@@ -21,7 +21,7 @@ from v4_jax.commands.shared.console import (
 from v4_jax.commands.shared.devices import join, place
 from v4_jax.commands.shared.models import ModelDirectory, cache_format
 from v4_jax.commands.shared.options import CacheFormat, Count, Dtype, File, Flag, Model, OptionalText, Preset
-from v4_jax.infer.score import ScoreError, Scorer, read_jobs, write_lines
+from v4_jax.infer.score import ScoreError, Scorer, read_texts, write_lines
 from v4_jax.policy import PolicyName
 
 
@@ -73,15 +73,15 @@ def score(
         check_output(output)
     with bad_input(f"{name}: "):
         # splitlines() would also split at characters that JSON strings may hold, such as U+2028
-        jobs = read_jobs(read_text(input).split("\n"), directory.config, directory.tokenizer, bos=not no_bos)
-    where = place(directory.config, mesh, preset, batch=min(batch, len(jobs)), native=dtype == "native")
+        texts = read_texts(read_text(input).split("\n"), directory.config, directory.tokenizer, bos=not no_bos)
+    where = place(directory.config, mesh, preset, batch=min(batch, len(texts)), native=dtype == "native")
     with bad_input():
         scorer = Scorer(
             directory.config,
-            longest=max(len(job.tokens) for job in jobs),
+            longest=max(len(text.tokens) for text in texts),
             policy=policy,
             cache_dtype=cache,
-            batch=min(batch, len(jobs)),
+            batch=min(batch, len(texts)),
             chunk=chunk,
             place=where,
         )
@@ -92,7 +92,7 @@ def score(
 
     def lines(report: Report) -> Iterator[str]:
         nonlocal count
-        for result in scorer.score(params, jobs, lambda done, all_: report("", done, all_)):
+        for result in scorer.score(params, texts, lambda done, all_: report("", done, all_)):
             total.append(float(result.logprobs.sum(dtype="float64")))
             count += len(result.logprobs)
             yield json.dumps(result.as_json(), ensure_ascii=False)
@@ -113,6 +113,6 @@ def score(
     seconds = time.perf_counter() - started
     mean = math.fsum(total) / max(count, 1)
     say(
-        f"scored {len(jobs)} texts, {count} tokens in {seconds:.2f} s ({count / seconds:,.1f} tokens/s), "
+        f"scored {len(texts)} texts, {count} tokens in {seconds:.2f} s ({count / seconds:,.1f} tokens/s), "
         f"mean log-probability {mean:.4f}, perplexity {math.exp(min(-mean, 700)):,.2f}"
     )

@@ -37,7 +37,7 @@ class ScoreError(ValueError):
     """An input line that cannot be scored; the sentence says which and why."""
 
 
-class Job(NamedTuple):
+class TextToScore(NamedTuple):
     """One text to score.
 
     Attributes:
@@ -51,10 +51,16 @@ class Job(NamedTuple):
     id: Any = None
 
 
-class Piece(NamedTuple):
-    """What a batch row reads in one chunk: `size` tokens from `begin` on of a job (its index)."""
+class RowChunk(NamedTuple):
+    """What a batch row reads in one chunk.
 
-    job: int
+    Attributes:
+      text: the text's index.
+      begin: its first token that is read.
+      size: how many are, from there on.
+    """
+
+    text: int
     begin: int
     size: int
 
@@ -63,28 +69,28 @@ class Score(NamedTuple):
     """A scored text.
 
     Attributes:
-      job: what was scored.
+      text: what was scored.
       logprobs: [n - 1] float32 log-probability of each token but the first, given all before it.
     """
 
-    job: Job
+    text: TextToScore
     logprobs: np.ndarray
 
     def as_json(self) -> dict[str, Any]:
         """The output line. The first token's log-probability is null: nothing comes before it."""
         values = self.logprobs.tolist()
-        result: dict[str, Any] = {} if self.job.id is None else {"id": self.job.id}
+        result: dict[str, Any] = {} if self.text.id is None else {"id": self.text.id}
         return result | {
-            "tokens": self.job.tokens,
+            "tokens": self.text.tokens,
             "logprobs": [None, *values],
             "total": math.fsum(values),
             "count": len(values),
         }
 
 
-def read_jobs(
+def read_texts(
     lines: Iterable[str], config: Config, tokenizer: Callable[[], Tokenizer], *, bos: bool = True
-) -> list[Job]:
+) -> list[TextToScore]:
     """Reads and checks a whole input, so that a bad line shows before hours of work, not after.
 
     Args:
@@ -97,7 +103,7 @@ def read_jobs(
     Raises:
       ScoreError: a line that cannot be scored.
     """
-    jobs = []
+    texts = []
     loaded: Tokenizer | None = None
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -122,10 +128,10 @@ def read_jobs(
             raise ScoreError(f"line {number} is not JSON ({error.msg} at column {error.colno}): {LEGAL_LINE}") from None
         except (ValueError, RecursionError) as error:
             raise ScoreError(f"line {number} cannot be scored: {error}") from None
-        jobs.append(Job(number, tokens, content.get("id")))
-    if not jobs:
+        texts.append(TextToScore(number, tokens, content.get("id")))
+    if not texts:
         raise ScoreError(f"there are no lines to score: {LEGAL_LINE}")
-    return jobs
+    return texts
 
 
 class Scorer:
@@ -190,66 +196,72 @@ class Scorer:
         output: Any = self._model.apply({"params": params}, tokens, lengths=counts, cache=cache)
         return output.cache, self._place.keep(log_probability(output.logits, targets))
 
-    def score(self, params: Any, jobs: Sequence[Job], progress: Progress | None = None) -> Iterator[Score]:
-        """Yields the jobs' scores in their order, each as soon as it and all before it are done.
+    def score(self, params: Any, texts: Sequence[TextToScore], progress: Progress | None = None) -> Iterator[Score]:
+        """Yields the texts' scores in their order, each as soon as it and all before it are done.
 
         Args:
           params: the model's parameters.
-          jobs: texts, none longer than `longest`.
+          texts: none longer than `longest`.
           progress: called with (tokens read, tokens in all) after each chunk.
 
         Raises:
           ScoreError: a log-probability is not a finite number.
         """
         self.compile(params)
-        following = read = 0
-        logprobs = [np.zeros(len(job.tokens) - 1, np.float32) for job in jobs]
+        logprobs = [np.zeros(len(text.tokens) - 1, np.float32) for text in texts]
         missing = [len(values) for values in logprobs]
-        cache, running = self._new_cache(), None
-        for pieces in itertools.chain(schedule(list(map(len, logprobs)), self._batch, self._chunk), [None]):
-            ahead = None
-            if pieces is not None:
-                cache, scored = self._program(params, cache, *self._inputs(jobs, pieces))
-                ahead = (pieces, scored)
-            if running is not None:  # read while the next chunk runs
-                for values, piece in zip(np.asarray(running[1]), running[0], strict=True):
-                    if piece is not None:
-                        logprobs[piece.job][piece.begin : piece.begin + piece.size] = values[: piece.size]
-                        missing[piece.job] -= piece.size
-                        read += piece.size
+        total, done, following = sum(missing), 0, 0
+        cache = self._new_cache()
+        in_flight: tuple[list[RowChunk | None], Array] | None = None
+        # One more turn than there are chunks: each turn reads the results of the chunk before while its own runs.
+        for chunks in itertools.chain(schedule(missing.copy(), self._batch, self._chunk), [None]):
+            started = None
+            if chunks is not None:
+                cache, scored = self._program(params, cache, *self._inputs(texts, chunks))
+                started = chunks, scored
+            if in_flight is not None:
+                read, results = in_flight
+                for chunk, values in zip(read, np.asarray(results), strict=True):
+                    if chunk is not None:
+                        logprobs[chunk.text][chunk.begin : chunk.begin + chunk.size] = values[: chunk.size]
+                        missing[chunk.text] -= chunk.size
+                        done += chunk.size
                 if progress is not None:
-                    progress(read, sum(map(len, logprobs)))
-            running = ahead
-            while following < len(jobs) and not missing[following]:
-                yield _finished(jobs[following], logprobs[following])
+                    progress(done, total)
+            in_flight = started
+            while following < len(texts) and not missing[following]:
+                yield _finished(texts[following], logprobs[following])
                 following += 1
 
-    def _inputs(self, jobs: Sequence[Job], pieces: Sequence[Piece | None]) -> tuple[Array, ...]:
-        """The arrays that `_step` takes for one chunk."""
+    def _inputs(self, texts: Sequence[TextToScore], chunks: Sequence[RowChunk | None]) -> tuple[Array, ...]:
+        """The arrays that `_step` takes for one chunk of every row."""
         tokens, targets = np.zeros((2, self._batch, self._chunk), np.int32)
-        counts = np.asarray([piece.size if piece else 0 for piece in pieces], np.int32)
-        fresh = np.asarray([piece is not None and piece.begin == 0 for piece in pieces])
-        for row, piece in enumerate(pieces):
-            if piece is not None:
-                text = jobs[piece.job].tokens
-                tokens[row, : piece.size] = text[piece.begin : piece.begin + piece.size]
-                targets[row, : piece.size] = text[piece.begin + 1 : piece.begin + piece.size + 1]
+        counts = np.zeros(self._batch, np.int32)
+        fresh = np.zeros(self._batch, bool)
+        for row, chunk in enumerate(chunks):
+            if chunk is None:
+                continue
+            text, begin, end = texts[chunk.text].tokens, chunk.begin, chunk.begin + chunk.size
+            tokens[row, : chunk.size] = text[begin:end]
+            targets[row, : chunk.size] = text[begin + 1 : end + 1]
+            counts[row], fresh[row] = chunk.size, begin == 0
         return self._place.put((tokens, targets, counts, fresh))
 
 
-def schedule(lengths: Sequence[int], batch: int, chunk: int) -> Iterator[list[Piece | None]]:
+def schedule(lengths: Sequence[int], batch: int, chunk: int) -> Iterator[list[RowChunk | None]]:
     """Deals texts out to batch rows: yields, chunk by chunk, what each row reads (None: nothing).
 
     A row reads one text to its end and then takes the next one waiting. Texts of length 0 are read by nobody.
     """
-    waiting = (Piece(job, 0, length) for job, length in enumerate(lengths) if length)
-    rows = [next(waiting, None) for _ in range(batch)]  # what is left of each row's text
-    while any(rows):
-        yield [row and row._replace(size=min(row.size, chunk)) for row in rows]
-        for i, row in enumerate(rows):
-            if row is not None:
-                left = row.size - chunk
-                rows[i] = Piece(row.job, row.begin + chunk, left) if left > 0 else next(waiting, None)
+    waiting = (RowChunk(text, 0, length) for text, length in enumerate(lengths) if length)
+    unread = [next(waiting, None) for _ in range(batch)]  # what is left of each row's text
+    while any(unread):
+        yield [rest and rest._replace(size=min(rest.size, chunk)) for rest in unread]
+        for row, rest in enumerate(unread):
+            if rest is None:
+                continue
+            left = rest.size - chunk
+            unread[row] = RowChunk(rest.text, rest.begin + chunk, left) if left > 0 else next(waiting, None)
 
 
 def write_lines(lines: Iterable[str], path: Path) -> None:
@@ -262,7 +274,7 @@ def write_lines(lines: Iterable[str], path: Path) -> None:
         file.writelines(line + "\n" for line in lines)
 
 
-def _finished(job: Job, logprobs: np.ndarray) -> Score:
+def _finished(text: TextToScore, logprobs: np.ndarray) -> Score:
     if not np.isfinite(logprobs).all():
-        raise ScoreError(f"line {job.line} has log-probabilities that are not finite: the weights are damaged")
-    return Score(job, logprobs)
+        raise ScoreError(f"line {text.line} has log-probabilities that are not finite: the weights are damaged")
+    return Score(text, logprobs)

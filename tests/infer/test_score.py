@@ -11,7 +11,7 @@ from tests.conftest import DATA
 from v4_jax import Config
 from v4_jax.checkpoint import load
 from v4_jax.checkpoint.safetensors import SafetensorsFile
-from v4_jax.infer.score import Job, ScoreError, Scorer, read_jobs, schedule, write_lines
+from v4_jax.infer.score import ScoreError, Scorer, TextToScore, read_texts, schedule, write_lines
 from v4_jax.tokenizer import ByteTokenizer
 
 TOLERANCE = 2e-4  # of the published logits
@@ -41,15 +41,15 @@ def scorer(published):
 
 def test_published_logits(published, scorer):
     _, params, tokens, expected = published
-    jobs = [Job(line, tokens[row, :length].tolist(), id=line * 10) for line, (row, length) in enumerate(TEXTS)]
+    texts = [TextToScore(line, tokens[row, :length].tolist(), id=line * 10) for line, (row, length) in enumerate(TEXTS)]
     seen = []
-    scores = list(scorer.score(params, jobs, progress=lambda done, total: seen.append((done, total))))
-    assert [score.job for score in scores] == jobs
+    scores = list(scorer.score(params, texts, progress=lambda done, total: seen.append((done, total))))
+    assert [score.text for score in scores] == texts
     for (row, length), score in zip(TEXTS, scores, strict=True):
         wanted = np.take_along_axis(expected[row, : length - 1], tokens[row, 1:length, None], axis=1)[:, 0]
         np.testing.assert_allclose(score.logprobs, wanted, atol=TOLERANCE, rtol=0)
         line = json.loads(json.dumps(score.as_json()))
-        assert line["id"] == score.job.id and line["tokens"] == tokens[row, :length].tolist()
+        assert line["id"] == score.text.id and line["tokens"] == tokens[row, :length].tolist()
         assert line["logprobs"][0] is None and line["count"] == length - 1 == len(line["logprobs"]) - 1
         assert line["total"] == pytest.approx(float(wanted.sum()), abs=TOLERANCE * length)
     total = sum(length - 1 for _, length in TEXTS)
@@ -59,8 +59,8 @@ def test_published_logits(published, scorer):
 def test_scores_come_before_everything_is_read(published, scorer):
     _, params, tokens, _ = published
     read = []
-    jobs = [Job(1, tokens[0, :5].tolist()), *(Job(2, tokens[0].tolist()) for _ in range(6))]
-    assert len(next(scorer.score(params, jobs, progress=lambda done, total: read.append(done))).logprobs) == 4
+    texts = [TextToScore(1, tokens[0, :5].tolist()), *(TextToScore(2, tokens[0].tolist()) for _ in range(6))]
+    assert len(next(scorer.score(params, texts, progress=lambda done, total: read.append(done))).logprobs) == 4
     assert read[-1] < 300
 
 
@@ -68,47 +68,47 @@ def test_damaged_weights(published, scorer):
     _, params, tokens, _ = published
     broken = params | {"norm": params["norm"] * math.nan}
     with pytest.raises(ScoreError, match=r"line 7 .*not finite"):
-        list(scorer.score(broken, [Job(7, tokens[0, :5].tolist())]))
+        list(scorer.score(broken, [TextToScore(7, tokens[0, :5].tolist())]))
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_schedule(batch):
     lengths, chunk = [10, 0, 1, 25, 7, 7, 30, 0, 2], 7
-    read = {job: [] for job in range(len(lengths))}
+    read = {text: [] for text in range(len(lengths))}
     owner = {}
     steps = list(schedule(lengths, batch, chunk))
-    for number, pieces in enumerate(steps):
-        assert len(pieces) == batch
-        for row, piece in enumerate(pieces):
-            if piece:
-                assert 0 < piece.size <= chunk
-                assert owner.setdefault(piece.job, row) == row  # its cache is there
-                read[piece.job] += range(piece.begin, piece.begin + piece.size)
-        if None in pieces:  # a row rests only when no text waits
-            assert not any(piece and piece.begin == 0 for later in steps[number + 1 :] for piece in later)
-    assert all(read[job] == list(range(length)) for job, length in enumerate(lengths))
+    for number, chunks in enumerate(steps):
+        assert len(chunks) == batch
+        for row, one in enumerate(chunks):
+            if one:
+                assert 0 < one.size <= chunk
+                assert owner.setdefault(one.text, row) == row  # its cache is there
+                read[one.text] += range(one.begin, one.begin + one.size)
+        if None in chunks:  # a row rests only when no text waits
+            assert not any(one and one.begin == 0 for later in steps[number + 1 :] for one in later)
+    assert all(read[text] == list(range(length)) for text, length in enumerate(lengths))
 
 
 CONFIG = Config.tiny()
 
 
 def read(*lines, **arguments):
-    return read_jobs(lines, CONFIG, lambda: ByteTokenizer(512), **arguments)
+    return read_texts(lines, CONFIG, lambda: ByteTokenizer(512), **arguments)
 
 
 def test_reading():
-    jobs = read(
+    texts = read(
         '{"text": "hi", "id": {"a": 1}}\n', "  \n", '{"tokens": [5, 6]}', '{"text": "<｜begin▁of▁sentence｜>hi"}'
     )
-    assert jobs[0].tokens == jobs[2].tokens == [0, *ByteTokenizer(512).encode("hi")]
-    assert [job.line for job in jobs] == [1, 3, 4]
-    assert [job.id for job in jobs] == [{"a": 1}, None, None]
-    assert jobs[1].tokens == [5, 6]
+    assert texts[0].tokens == texts[2].tokens == [0, *ByteTokenizer(512).encode("hi")]
+    assert [text.line for text in texts] == [1, 3, 4]
+    assert [text.id for text in texts] == [{"a": 1}, None, None]
+    assert texts[1].tokens == [5, 6]
     assert read('{"text": "hi"}', bos=False)[0].tokens == ByteTokenizer(512).encode("hi")
 
 
 def test_no_tokenizer_for_token_ids():
-    assert read_jobs(['{"tokens": [1]}'], CONFIG, lambda: pytest.fail("not needed"))[0].tokens == [1]
+    assert read_texts(['{"tokens": [1]}'], CONFIG, lambda: pytest.fail("not needed"))[0].tokens == [1]
 
 
 @pytest.mark.parametrize(
