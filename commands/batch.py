@@ -73,9 +73,10 @@ def batch(
       distributed: This is one of several processes, one per host, that serve one model together.
     """
     with needs("serve"):
-        from v4_jax.infer.openai import batch as job
+        from v4_jax.infer.openai.batch import LEGAL_LINE, Lines, PreparedLine, answer_lines, read_request, survey
         from v4_jax.infer.openai.completions import Completion, Defaults
         from v4_jax.infer.openai.completions import Model as Asked
+        from v4_jax.infer.openai.journal import Journal, JournalError, Share, join_shares, journal_path
 
     join(distributed)
     directory = ModelDirectory.open(model)
@@ -84,14 +85,14 @@ def batch(
     longest = config.max_position_embeddings if context is None else check_length(config, context)
     with bad_input():
         chosen = sampling.over(release, seed)
-        share = job.Part() if part is None else job.Part.parse(part)
+        share = Share() if part is None else Share.parse(part)
     check_output(output)
-    if output.exists() and not overwrite and not job.journal_path(output, share).exists():
+    if output.exists() and not overwrite and not journal_path(output, share).exists():
         raise CommandError(f"{output} is there already; expected the name of a file to make, or --overwrite")
     with bad_input(f"{input} cannot be read: "):
-        lines = job.Lines(input)
+        lines = Lines(input)
     if not lines.numbers:
-        raise CommandError(f"{input} has no lines; each is to be {job.LEGAL_LINE}")
+        raise CommandError(f"{input} has no lines; each is to be {LEGAL_LINE}")
     header = {
         "input": lines.digest,
         "parts": share.of,
@@ -111,8 +112,8 @@ def batch(
     leads = jax.process_index() == 0
     try:
         with bad_input(f"{output} cannot be made: "):
-            journal = job.Journal(output, share, header) if leads else None
-    except job.JournalError as error:
+            journal = Journal(output, share, header) if leads else None
+    except JournalError as error:
         raise CommandError(str(error)) from None
     done = _everywhere(mine, journal.lines if journal else set())
     failed = 0
@@ -128,16 +129,16 @@ def batch(
     defaults = Defaults(chosen, release.stop_ids, max_tokens, mode)
     asked = Asked(directory.path.name, config, tokenizer, defaults, longest)
 
-    def prepare(number: int) -> tuple[Any, Completion]:
-        id, body = job.read_job(lines[number], raw=raw)
-        return id, Completion(body, asked, (seed + number) % 2**32)
+    def prepare(number: int) -> PreparedLine:
+        id, body = read_request(lines[number], raw=raw)
+        return PreparedLine(number, id, Completion(body, asked, (seed + number) % 2**32))
 
     if done:
         say(f"{len(done)} of {len(mine)} requests are answered already")
     started, tokens = time.perf_counter(), 0
     try:
         with working("reading the requests"):
-            needed = job.survey([number for number in mine if number not in done], prepare, lines, record)
+            needed = survey([number for number in mine if number not in done], prepare, lines, record)
         if needed.numbers:
             length = room(needed.length, config.max_position_embeddings) if context is None else context
             check_mode(mode, length)
@@ -151,7 +152,7 @@ def batch(
                     rate = tokens / (time.perf_counter() - started)
                     report(f"{rate:,.1f} tokens/s", len(done), len(mine))
 
-                job.answer_lines(server, needed.numbers, prepare, record, progress)
+                answer_lines(server, needed.numbers, prepare, record, progress)
             server.close()
             if drafts := describe_drafts(server.acceptance):
                 say(drafts)
@@ -167,7 +168,7 @@ def batch(
     )
     if leads:
         with bad_input(f"{output} cannot be written: "):
-            whole = job.merge(output, share.of, header, lines.numbers, as_finished=as_finished)
+            whole = join_shares(output, share.of, header, lines.numbers, as_finished=as_finished)
         if not whole:
             say(f"part {share.number} of {share.of} is done; {output} appears when all of them are")
 

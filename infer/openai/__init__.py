@@ -1,1 +1,1 @@
-"""OpenAI's API: bodies and answers, over HTTP and in job files."""
+"""OpenAI's API: bodies and answers, over HTTP and in batch files."""

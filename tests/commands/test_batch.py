@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests.processes import free_address
-from v4_jax.infer.openai.batch import Journal
+from v4_jax.infer.openai.journal import Journal
 
 OPTIONS = ("--policy", "float32", "--max-tokens", "6", "--prefill-chunk", "16", "--context", "256")
 
