@@ -34,10 +34,11 @@ from v4_jax.commands.shared.sampling import SamplingOptions
 from v4_jax.config import Config
 from v4_jax.infer.checks import check_ids, check_precision
 from v4_jax.infer.chunks import chunk_size
+from v4_jax.infer.engine.drafters import check_depth
 from v4_jax.infer.engine.requests import Request
 from v4_jax.infer.engine.sampling import Sampling
 from v4_jax.infer.engine.scheduler import Engine
-from v4_jax.infer.engine.speculative import Acceptance, check_depth
+from v4_jax.infer.engine.speculative import Acceptance
 from v4_jax.infer.generate import Generation
 from v4_jax.infer.prompts import Mode, Prompt, chat_prompt, plain_ids
 from v4_jax.infer.text import Reply

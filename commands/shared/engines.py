@@ -28,10 +28,11 @@ from v4_jax.commands.shared.options import (
 )
 from v4_jax.commands.shared.sizes import format_size
 from v4_jax.infer.checks import check_precision
+from v4_jax.infer.engine.drafters import check_depth
 from v4_jax.infer.engine.page_table import pages_within
 from v4_jax.infer.engine.scheduler import Engine
-from v4_jax.infer.engine.speculative import Acceptance, check_depth
-from v4_jax.infer.prefix_cache.cache import Keeping
+from v4_jax.infer.engine.speculative import Acceptance
+from v4_jax.infer.prefix_cache.cache import PrefixCacheOptions
 from v4_jax.policy import PolicyName
 
 DEFAULT_SLOTS = 8
@@ -55,8 +56,8 @@ class PrefixOptions:
     prefix_directory: OptionalFile = None
     prefix_disk: Size = 64 << 30
 
-    def keeping(self) -> Keeping | None:
-        """The same for the engine.
+    def resolve(self) -> PrefixCacheOptions | None:
+        """The same for the engine; None if nothing is kept.
 
         Raises:
           CommandError: tokens that are no multiple of 128, or a file in place of the directory.
@@ -68,7 +69,7 @@ class PrefixOptions:
                 f"--prefix-directory {self.prefix_directory} is a file; expected a directory, or none yet"
             )
         with bad_input("--prefix-windows: "):
-            return Keeping(self.prefix_memory, self.prefix_windows, self.prefix_directory, self.prefix_disk)
+            return PrefixCacheOptions(self.prefix_memory, self.prefix_windows, self.prefix_directory, self.prefix_disk)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +110,7 @@ class EngineOptions:
         Raises:
           CommandError: precision or draft that do not go with the model, or settings of the prefix cache.
         """
-        self.prefix.keeping()
+        self.prefix.resolve()
         with bad_input():
             check_precision(directory.config, self.policy, cache_format(self.cache_dtype, self.policy))
             check_depth(self.draft, directory.config)
@@ -148,7 +149,7 @@ class EngineOptions:
                 cache_dtype=cache,
                 prefill_chunk=self.prefill_chunk,
                 draft=self.draft,
-                prefixes=self.prefix.keeping(),
+                prefix_cache=self.prefix.resolve(),
                 place=spot,
             )
         compile_engine(engine)

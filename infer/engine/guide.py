@@ -19,7 +19,7 @@ from v4_jax.infer.engine.grammar import Matcher
 NO_TOKEN = -1
 
 
-class Move(NamedTuple):
+class Instruction(NamedTuple):
     """What holds for a sample's next token.
 
     Attributes:
@@ -68,19 +68,19 @@ class Guide:
         """Whether a grammar decides about the next token."""
         return self._matcher is not None and not self._reasoning
 
-    def next(self, unread: bool) -> Move | None:
+    def next(self, unread: bool) -> Instruction | None:
         """What holds for the next token; None if that depends on the last one, which is yet `unread`."""
         if self._matcher is not None and not self._reasoning:
-            return None if unread else Move(mask=self._matcher.mask())
+            return None if unread else Instruction(mask=self._matcher.mask())
         if self._reasoning and self._tokens + unread == self._budget:
             if unread:
                 return None
             self._forced.extend(self._end[self._begun() :])
             self._budget = None
         if self._forced:
-            return Move(forced=self._forced.popleft())
+            return Instruction(forced=self._forced.popleft())
         awaited = self._reasoning and (self._matcher is not None or self._opening)
-        return Move(unless=self._end[-1] if awaited and unread else NO_TOKEN)
+        return Instruction(unless=self._end[-1] if awaited and unread else NO_TOKEN)
 
     def read(self, token: int) -> bool:
         """Takes note of a token that did not end the sample. Returns whether the sample is complete with it."""

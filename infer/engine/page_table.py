@@ -1,4 +1,4 @@
-"""Which pages of the cache belong to which slot: given out when a request is admitted, taken back when it ends.
+"""Which pages of the cache belong to which slot: allocated when a request is admitted, freed when it ends.
 
 A request gets all pages that it may come to need, so that no other can keep it from going on. Samples of one prompt
 share the pages that it fills, as far as their slots share a shard of the cache; a page goes back when its last owner
@@ -72,7 +72,7 @@ class PageTable:
             chosen += by_shard[shard][: min(most(shard), samples - len(chosen))]
         return chosen if len(chosen) == samples else []
 
-    def hand_out(self, slots: Sequence[int], pages: int, shared: int) -> None:
+    def allocate(self, slots: Sequence[int], pages: int, shared: int) -> None:
         """Gives slots that were chosen `pages` each; those in one shard share the first `shared` of them."""
         owners: dict[int, int] = {}
         for slot in slots:
@@ -92,7 +92,7 @@ class PageTable:
         self._owners[self.shard(slot), self.array[slot, :shared]] += 1
         self._hold(slot, shared, pages)
 
-    def take_back(self, slot: int) -> None:
+    def free(self, slot: int) -> None:
         """Ends a slot's claim to its pages."""
         held = self.array[slot]
         self._owners[self.shard(slot), held[held >= 0]] -= 1

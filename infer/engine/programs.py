@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,11 +12,12 @@ from jax import Array
 
 from v4_jax.cache.cache import PAGE, Cache
 from v4_jax.cache.pages import entries_of, page_sizes, put, take
-from v4_jax.infer.engine import speculative
+from v4_jax.infer.engine.drafters import Apply, Drafter
 from v4_jax.infer.engine.history import History
-from v4_jax.infer.engine.sampling import ALL, GREEDY, SamplingRows
-from v4_jax.infer.engine.speculative import Taken
-from v4_jax.infer.prefix_cache.pager import Kept, Pager
+from v4_jax.infer.engine.sampling import ALL, GREEDY, SamplingBatch
+from v4_jax.infer.engine.speculative import SamplingInputs, StepOutput, verify
+from v4_jax.infer.engine.state import State
+from v4_jax.infer.prefix_cache.pager import PageCopies, Pager
 from v4_jax.placement import Place
 from v4_jax.transformer import Transformer
 
@@ -27,28 +29,39 @@ CPU_STEP = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 DRAFTED, NEWEST, AT_REST = -1, -2, -3
 
 
-class State(NamedTuple):
-    """What the slots hold: the cache, and the tokens that penalties look at."""
-
-    cache: Cache
-    history: History
-
-
-class Given(NamedTuple):
-    """What the host says about a step.
+class PrefillInputs(NamedTuple):
+    """What the host says about a chunk of prompts, a row for each shard of the slots. On the host, numpy arrays.
 
     Attributes:
-      feed: [B] int32: a prompt token; -1 for the row's newest one and its drafts; -2 for the newest one alone; -3 to
+      tokens: [P, C + 1] int32 the chunk's tokens, and one more that is known but not read yet.
+      counts: [P] int32 how many of them are to be read.
+      slots: [P] int32 which slots they are read into; the number of slots for none.
+      begin: [P] int32 tokens that the slots hold before.
+      sealed: [P] int32 tokens, from a prompt's first on, whose entries are there already.
+    """
+
+    tokens: Array
+    counts: Array
+    slots: Array
+    begin: Array
+    sealed: Array
+
+
+class StepInputs(NamedTuple):
+    """What the host says about a step. On the host, numpy arrays.
+
+    Attributes:
+      tokens: [B] int32: a prompt token; -1 for the row's newest one and its drafts; -2 for the newest one alone; -3 to
         leave the row alone.
       unless: [B] int32: the row is left alone if its newest token is this one.
       forced: [B] int32: the token to generate; -1 if it is to be sampled.
-      best: [] bool: whether anyone asks for the most probable tokens.
+      wants_alternatives: [] bool: whether anyone asks for the most probable tokens.
     """
 
-    feed: Any
-    unless: Any
-    forced: Any
-    best: Any
+    tokens: Array
+    unless: Array
+    forced: Array
+    wants_alternatives: Array
 
 
 class Programs:
@@ -57,137 +70,171 @@ class Programs:
     Args:
       model: what it runs.
       cache: the shapes of its cache, which is paged.
-      draft: tokens that it drafts.
+      drafter: what guesses tokens.
       chunk: prompt tokens that it reads at once.
       pager: what copies pages to and from a prefix cache; None without one.
       place: where it runs.
 
     Attributes:
       count: programs compiled so far.
-      everything: [B, ceil(V / 32)] uint32 masks that allow every token.
-      step: as `_step`, jitted, and likewise `read` and `copy`; after `compile`.
+      all_allowed: [B, ceil(V / 32)] uint32 masks that allow every token.
+      prefill: as `_prefill`, jitted, and likewise `step` and `copy`; after `compile`.
     """
+
+    prefill: Callable[..., tuple[State, PageCopies | None, Array]]
+    step: Callable[..., tuple[State, Array, StepOutput]]
+    copy: Callable[..., State]
 
     def __init__(
         self,
         model: Transformer,
         cache: Cache,
         *,
-        draft: int,
+        drafter: Drafter,
         chunk: int,
         pager: Pager | None,
         place: Place,
     ) -> None:
         self._model, self._cache = model, cache
-        self._draft, self._chunk, self._pager, self._place = draft, chunk, pager, place
+        self._drafter, self._chunk, self._pager, self._place = drafter, chunk, pager, place
         self._slots = cache.lengths.shape[0]
         self.count = 0
-        self.everything = np.full((self._slots, -(-model.config.vocab_size // 32)), ALL)
+        self.all_allowed = np.full((self._slots, -(-model.config.vocab_size // 32)), ALL)
 
     def compile(self, params: Any) -> None:
         """Compiles the programs for such parameters."""
         place, slots, readers = self._place, self._slots, self._place.row_shards
 
-        def integers(*shape: int) -> jax.ShapeDtypeStruct:
+        def integers(*shape: int) -> Any:
             return place.shape(shape, jnp.int32)
 
-        state = State(self._cache, place.shapes(self._nothing_seen))
+        state = State(self._cache, place.shapes(self._empty_history))
         places = None if place.mesh is None else jax.tree.map(lambda x: x.sharding, state)
-        ahead, whole = integers(slots, 1 + self._draft), place.replicated
-        given = Given(integers(slots), integers(slots), integers(slots), place.shape((), bool))
-        rows = place.shapes(lambda: SamplingRows.of([GREEDY] * slots))
+        whole = place.replicated
         options = CPU_STEP if place.platform == "cpu" else None
         # They run what is compiled here. Called as compiled objects, they would refuse 4-bit weights that several
         # processes share: jax 0.10 misreads those arrays' layout.
-        self.step = jax.jit(
+        step = jax.jit(
             self._step, donate_argnums=(1, 2), out_shardings=(places, whole, whole), compiler_options=options
         )
-        self.read = jax.jit(self._read, donate_argnums=1, out_shardings=(places, whole, whole))
-        self.copy = jax.jit(self._copy, donate_argnums=0, out_shardings=places)
-        chunks = [integers(readers, self._chunk + 1), *[integers(readers)] * 4]
-        needed: list[tuple[Any, tuple[Any, ...]]] = [
-            (self.step, (params, state, ahead, given, rows, place.shapes(lambda: self.everything))),
-            (self.read, (params, state, *chunks)),
-        ]
+        prefill = jax.jit(self._prefill, donate_argnums=1, out_shardings=(places, whole, whole))
+        copy = jax.jit(self._copy, donate_argnums=0, out_shardings=places)
+        self.step, self.prefill, self.copy = step, prefill, copy
+
+        next_tokens = integers(slots, 1 + self._drafter.depth)
+        row = integers(slots)
+        flag: Any = place.shape((), bool)
+        inputs = StepInputs(row, row, row, flag)
+        sampling = place.shapes(lambda: SamplingBatch.of([GREEDY] * slots))
+        allowed = place.shapes(lambda: self.all_allowed)
+        step.lower(params, state, next_tokens, inputs, sampling, allowed).compile()
+        self.count += 1
+        tokens, reader = integers(readers, self._chunk + 1), integers(readers)
+        chunk = PrefillInputs(tokens, reader, reader, reader, reader)
+        prefill.lower(params, state, chunk).compile()
+        self.count += 1
         if slots > 1:
-            needed.append((self.copy, (state, *[integers()] * 4)))
-        for program, arguments in needed:
-            program.lower(*arguments).compile()
+            number = integers()
+            copy.lower(state, number, number, number, number).compile()
             self.count += 1
         if self._pager is not None:
             self.count += self._pager.compile(state, places)
 
     def begin(self, cache: Cache) -> tuple[State, Array]:
         """What the slots hold before any request: with an empty cache, and each row's newest token and its drafts."""
-        ahead = np.zeros((self._slots, 1 + self._draft), np.int32)
-        return State(cache, self._place.put(self._nothing_seen())), self._place.put(ahead)
+        next_tokens = np.zeros((self._slots, 1 + self._drafter.depth), np.int32)
+        return State(cache, self._place.put(self._empty_history())), self._place.put(next_tokens)
 
-    def _nothing_seen(self) -> History:
+    def _empty_history(self) -> History:
         return History.empty(self._slots, self._model.config.vocab_size)
 
+    def _apply(self, params: Any) -> Apply:
+        def apply(*arguments: Any, **options: Any) -> Any:
+            return self._model.apply({"params": params}, *arguments, **options)
+
+        return apply
+
+    def _prefill(self, params: Any, state: State, inputs: PrefillInputs) -> tuple[State, PageCopies | None, Array]:
+        """Reads a chunk of prompts.
+
+        Returns the state, what a prefix cache may keep of the chunk, and something to wait for.
+        """
+        apply, drafter, tokens = self._apply(params), self._drafter, inputs.tokens[:, :-1]
+        rows = state.cache.some(inputs.slots).replace(lengths=inputs.begin)
+        rows = drafter.at(rows, inputs.begin)
+        sealed: dict[str, Array] = {}
+        if self._pager is not None:
+            rows, sealed = self._pager.widened(rows), {"sealed": inputs.sealed}
+        with jax.named_scope("engine.prefill"):
+            output = apply(tokens, lengths=inputs.counts, cache=rows, logits="none", **sealed, **drafter.trunk_options)
+        assert output.cache is not None
+        with jax.named_scope("engine.draft"):
+            rows = drafter.prefill(apply, output, inputs.tokens, inputs.counts, output.cache)
+        copies = None
+        if self._pager is not None:
+            with jax.named_scope("engine.save_pages"):
+                rows, copies = self._pager.copy_chunk(rows, inputs.begin)
+        with jax.named_scope("engine.history"):
+            history = state.history.read(inputs.slots, tokens, inputs.counts, inputs.begin)
+        return State(state.cache.merged(inputs.slots, rows), history), copies, rows.lengths
+
     def _step(
-        self, params: Any, state: State, ahead: Array, given: Given, rows: SamplingRows, allowed: Array
-    ) -> tuple[State, Array, Taken]:
+        self,
+        params: Any,
+        state: State,
+        next_tokens: Array,
+        inputs: StepInputs,
+        sampling: SamplingBatch,
+        allowed: Array,
+    ) -> tuple[State, Array, StepOutput]:
         """A token further, or several, for rows that are not left alone.
 
-        Returns the state, each row's newest token and its drafts [B, 1 + draft], and what was sampled.
+        Args:
+          params: the model's.
+          state: what the slots hold.
+          next_tokens: [B, 1 + depth] int32 each row's newest token and its drafts.
+          inputs: what the host says.
+          sampling: how each row is sampled.
+          allowed: [B, ceil(V / 32)] uint32 masks of tokens that rows may get; see `sampling.sample`.
+
+        Returns:
+          The state, each row's next tokens, and what was sampled.
         """
-        prompt, newest = given.feed >= 0, ahead[:, 0]
-        going = prompt | ((given.feed != AT_REST) & (newest != given.unless))
-        fed = ahead.at[:, 0].set(jnp.where(prompt, given.feed, newest))
-        offered = jnp.where(given.feed == DRAFTED, self._draft, 0)
-        before = state.cache.lengths
-        output: Any = self._model.apply(
-            {"params": params},
-            fed,
-            lengths=jnp.where(going, 1 + offered, 0),
-            cache=state.cache,
-            logits="all",
-        )
-        choose = speculative.Choice(rows, allowed, given.forced, given.best)
-        history = state.history.prompt(given.feed, prompt)
-        logits, before = self._place.keep((output.logits, before))
-        taken, history = speculative.verify(logits, fed, going, offered, choose, before, history)
-        cache = output.cache.rolled_back(lengths=before + taken.counts)
-        last = jnp.take_along_axis(taken.ids, jnp.maximum(taken.counts - 1, 0)[:, None], axis=1)
-        if self._draft:
+        apply, drafter = self._apply(params), self._drafter
+        prompt, newest = inputs.tokens >= 0, next_tokens[:, 0]
+        going = prompt | ((inputs.tokens != AT_REST) & (newest != inputs.unless))
+        tokens = next_tokens.at[:, 0].set(jnp.where(prompt, inputs.tokens, newest))
+        offered = jnp.where(inputs.tokens == DRAFTED, drafter.depth, 0)
+        with jax.named_scope("engine.trunk"):
+            output = apply(
+                tokens,
+                lengths=jnp.where(going, 1 + offered, 0),
+                cache=state.cache,
+                logits="all",
+                **drafter.trunk_options,
+            )
+        assert output.cache is not None
+        logits, before = self._place.keep((output.logits, state.cache.lengths))
+        with jax.named_scope("engine.history"):
+            history = state.history.prompt(inputs.tokens, prompt)
+        with jax.named_scope("engine.verify"):
+            how = SamplingInputs(sampling, allowed, inputs.forced, inputs.wants_alternatives)
+            step, history = verify(logits, tokens, going, offered, how, before, history)
+        cache = output.cache.rolled_back(lengths=before + step.counts)
+        last = jnp.take_along_axis(step.ids, jnp.maximum(step.counts - 1, 0)[:, None], axis=1)
+        with jax.named_scope("engine.draft"):
+            drafts, cache = drafter.draft(apply, output, step, sampling, cache, self._place)
+        following = jnp.concatenate([last, drafts.ids], axis=1)
+        return State(cache, history), jnp.where(going[:, None], following, next_tokens), step
 
-            def block(*arguments: Any, **options: Any) -> Any:
-                return self._model.apply({"params": params}, *arguments, logits="last", method="mtp", **options)
-
-            arguments = output.streams, taken.ids, taken.counts, rows, cache, self._place.keep
-            drafts, cache = speculative.draft(block, *arguments)
-            last = jnp.concatenate([last, drafts], axis=1)
-        return State(cache, history), jnp.where(going[:, None], last, ahead), taken
-
-    def _read(
-        self, params: Any, state: State, tokens: Array, counts: Array, slots: Array, begin: Array, sealed: Array
-    ) -> tuple[State, Kept | None, Array]:
-        """Reads `counts` [P] of `tokens` [P, C + 1] into `slots` [P], which hold `begin` [P] tokens; slot B is nowhere.
-
-        One more token is known than is read: the multi-token-prediction block reads it with the one before. Of `sealed`
-        [P] tokens the entries are there already. Returns also what a prefix cache may keep, and something to wait for.
-        """
-        part = state.cache.some(slots).replace(lengths=begin, mtp_lengths=begin)
-        arguments: dict[str, Any] = dict(lengths=counts, logits="none")
-        found: dict[str, Any] = {}
-        if self._pager is not None:
-            part, found = self._pager.widened(part), {"sealed": sealed}
-        output: Any = self._model.apply({"params": params}, tokens[:, :-1], cache=part, **arguments, **found)
-        if self._draft:
-            arguments |= dict(cache=output.cache, method="mtp")
-            output = self._model.apply({"params": params}, output.streams, tokens[:, 1:], **arguments)
-        part, kept = output.cache, None
-        if self._pager is not None:
-            part, kept = self._pager.read(part, begin)
-        history = state.history.read(slots, tokens[:, :-1], counts, begin)
-        return State(state.cache.merged(slots, part), history), kept, part.lengths
-
+    @jax.named_scope("engine.copy")
     def _copy(self, state: State, source: Array, target: Array, first: Array, count: Array) -> State:
-        """Copies row `source` to row `target`, and of its pages `count`, 0 or 1, from number `first` on."""
+        """Copies slot `source` to slot `target`, and of its pages `count`, 0 or 1, from number `first` on."""
         cache = state.cache.merged(target[None], state.cache.some(source[None]))
-        each = self._place.page // PAGE
-        index = entries_of(first * each, each, page_sizes(cache), count * each)
-        page = take(cache, source[None], {role: numbers[None] for role, numbers in index.items()}, self._place)
-        one = {role: tuple(array[:, 0] for array in arrays) for role, arrays in page.items()}
-        return State(put(cache, target, index, one, self._place), state.history.copy(source[None], target[None]))
+        units = self._place.page // PAGE  # of a page on this mesh
+        index = entries_of(first * units, units, page_sizes(cache), count * units)
+        of_source = {role: numbers[None] for role, numbers in index.items()}
+        pages = take(cache, source[None], of_source, self._place)
+        page = {role: tuple(array[:, 0] for array in arrays) for role, arrays in pages.items()}
+        cache = put(cache, target, index, page, self._place)
+        return State(cache, state.history.copy(source[None], target[None]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -91,7 +91,7 @@ class Sampling:
 GREEDY = Sampling(temperature=0.0)
 
 
-class SamplingRows(struct.PyTreeNode):
+class SamplingBatch(struct.PyTreeNode):
     """The `Sampling` of every row of a batch, as arrays.
 
     Attributes:
@@ -119,37 +119,39 @@ class SamplingRows(struct.PyTreeNode):
     bias: Array
 
     @classmethod
-    def of(cls, rows: Sequence[Sampling]) -> SamplingRows:
-        """Stacks the rows' parameters, on the host."""
+    def of(cls, samplings: Sequence[Sampling]) -> SamplingBatch:
+        """Stacks the parameters of all rows, on the host."""
 
-        def column(name: str, dtype: type) -> Any:
-            return np.asarray([getattr(row, name) for row in rows], dtype)
+        def column(values: Iterable[float], dtype: type) -> Any:  # numpy's, where the fields are the devices'
+            return np.asarray(list(values), dtype)
 
-        biased: Any = np.full((len(rows), MOST_BIASES), _NO_TOKEN, np.int32)
-        bias: Any = np.zeros((len(rows), MOST_BIASES), np.float32)
-        for row, sampling in enumerate(rows):
+        biased: Any = np.full((len(samplings), MOST_BIASES), _NO_TOKEN, np.int32)
+        bias: Any = np.zeros((len(samplings), MOST_BIASES), np.float32)
+        for row, sampling in enumerate(samplings):
             count = len(sampling.logit_bias)
-            biased[row, :count], bias[row, :count] = list(sampling.logit_bias), list(sampling.logit_bias.values())
+            biased[row, :count] = list(sampling.logit_bias)
+            bias[row, :count] = list(sampling.logit_bias.values())
         return cls(
-            column("temperature", np.float32),
-            column("top_p", np.float32),
-            column("top_k", np.int32),
-            column("min_p", np.float32),
-            column("seed", np.uint32),
-            column("repetition_penalty", np.float32),
-            column("frequency_penalty", np.float32),
-            column("presence_penalty", np.float32),
-            biased,
-            bias,
+            temperature=column((one.temperature for one in samplings), np.float32),
+            top_p=column((one.top_p for one in samplings), np.float32),
+            top_k=column((one.top_k for one in samplings), np.int32),
+            min_p=column((one.min_p for one in samplings), np.float32),
+            seed=column((one.seed for one in samplings), np.uint32),
+            repetition_penalty=column((one.repetition_penalty for one in samplings), np.float32),
+            frequency_penalty=column((one.frequency_penalty for one in samplings), np.float32),
+            presence_penalty=column((one.presence_penalty for one in samplings), np.float32),
+            biased=biased,
+            bias=bias,
         )
 
 
 _NO_TOKEN = 2**31 - 1  # outside of every vocabulary; a negative number would count from its end
 
 
+@jax.named_scope("engine.sample")
 def sample(
     logits: Array,
-    rows: SamplingRows,
+    sampling: SamplingBatch,
     positions: Array,
     history: History | None = None,
     allowed: Array | None = None,
@@ -159,7 +161,7 @@ def sample(
 
     Args:
       logits: [B, V] float32.
-      rows: the parameters of each row.
+      sampling: the parameters of each row.
       positions: [B] int32 position that the new token will have in its row; folded into the row's key.
       history: the tokens before; without it no row is penalised.
       allowed: [B, ceil(V / 32)] uint32, a bit for each token that may be drawn, the lowest first; without it all may.
@@ -169,44 +171,43 @@ def sample(
       Token ids [B] int32, and their log-probabilities [B] float32 under the model itself: before bias, penalties,
       constraint, temperature and filters, so that they can be compared with those of scored text.
     """
-    adjusted = adjust(logits, rows, history)
+    adjusted = adjust(logits, sampling, history)
     if allowed is not None:
         adjusted = restrict(adjusted, allowed)
     greedy = jnp.argmax(adjusted, axis=-1)
 
     def draw() -> Array:
-        divisor = jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
+        divisor = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)[:, None]
         scaled = (adjusted - jnp.max(adjusted, axis=-1, keepdims=True)) / divisor
-        noisy = scaled + _noise(rows.seed, positions, logits.shape[-1])
-        filtering = ((rows.top_p < 1) | (rows.top_k > 0) | (rows.min_p > 0)) & (rows.temperature > 0)
+        noisy = scaled + _noise(sampling.seed, positions, logits.shape[-1])
+        filtering = ((sampling.top_p < 1) | (sampling.top_k > 0) | (sampling.min_p > 0)) & (sampling.temperature > 0)
         # Filters sort the vocabulary, which is most of the work: skipped unless some row has one.
-        kept = jax.lax.cond(jnp.any(filtering), lambda: keep(scaled, rows), lambda: jnp.ones(scaled.shape, bool))
-        return jnp.where(rows.temperature > 0, jnp.argmax(jnp.where(kept, noisy, -jnp.inf), axis=-1), greedy)
+        kept = jax.lax.cond(jnp.any(filtering), lambda: keep(scaled, sampling), lambda: jnp.ones(scaled.shape, bool))
+        return jnp.where(sampling.temperature > 0, jnp.argmax(jnp.where(kept, noisy, -jnp.inf), axis=-1), greedy)
 
-    tokens = jax.lax.cond(jnp.any(rows.temperature > 0), draw, lambda: greedy).astype(jnp.int32)
+    tokens = jax.lax.cond(jnp.any(sampling.temperature > 0), draw, lambda: greedy).astype(jnp.int32)
     if forced is not None:
         tokens = jnp.where(forced >= 0, forced, tokens)
     return tokens, log_probability(logits, tokens)
 
 
-def adjust(logits: Array, rows: SamplingRows, history: History | None) -> Array:
+def adjust(logits: Array, sampling: SamplingBatch, history: History | None) -> Array:
     """Logits [B, V] with bias and penalties. Work that no row asks for is skipped; a row that asks not stays as it is.
 
     Args:
       logits: [B, V] float32.
-      rows: the parameters of each row.
+      sampling: the parameters of each row.
       history: the tokens before; without it no row is penalised.
     """
 
     def biased() -> Array:
-        return logits.at[jnp.arange(logits.shape[0])[:, None], rows.biased].add(rows.bias, mode="drop")
+        return logits.at[jnp.arange(logits.shape[0])[:, None], sampling.biased].add(sampling.bias, mode="drop")
 
-    logits = jax.lax.cond(jnp.any(rows.biased != _NO_TOKEN), biased, lambda: logits)
+    logits = jax.lax.cond(jnp.any(sampling.biased != _NO_TOKEN), biased, lambda: logits)
     if history is None:
         return logits
-    factor, per_use, once = (
-        x[:, None] for x in (rows.repetition_penalty, rows.frequency_penalty, rows.presence_penalty)
-    )
+    factor = sampling.repetition_penalty[:, None]
+    per_use, once = sampling.frequency_penalty[:, None], sampling.presence_penalty[:, None]
 
     def penalized() -> Array:
         used = history.generated > 0
@@ -239,17 +240,17 @@ def best(logits: Array) -> tuple[Array, Array]:
     return ids.astype(jnp.int32), values + log_probability(logits, nothing)[:, None]
 
 
-def keep(scaled: Array, rows: SamplingRows) -> Array:
+def keep(scaled: Array, sampling: SamplingBatch) -> Array:
     """Which tokens survive the filters: [B, V] bool, for `scaled` [B, V] logits after the temperature."""
     order = jnp.argsort(-scaled, axis=-1, stable=True)  # of equal tokens, the lower id is the better one
     ranked = jnp.take_along_axis(scaled, order, axis=-1)
     rank = jnp.arange(scaled.shape[-1])
-    top_k = jnp.where(rows.top_k > 0, rows.top_k, scaled.shape[-1])[:, None]
+    top_k = jnp.where(sampling.top_k > 0, sampling.top_k, scaled.shape[-1])[:, None]
     probabilities = jax.nn.softmax(jnp.where(rank < top_k, ranked, -jnp.inf), axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities  # mass of the better tokens
     # top_p = 1 means all; a cumulated sum rounds to just below or above 1 and must not decide about the last tokens.
-    nucleus = (before < rows.top_p[:, None]) | (rows.top_p >= 1)[:, None]
-    likely = probabilities >= rows.min_p[:, None] * probabilities[:, :1]
+    nucleus = (before < sampling.top_p[:, None]) | (sampling.top_p >= 1)[:, None]
+    likely = probabilities >= sampling.min_p[:, None] * probabilities[:, :1]
     kept = (rank == 0) | ((rank < top_k) & nucleus & likely)
     return jnp.put_along_axis(jnp.zeros_like(kept), order, kept, axis=-1, inplace=False)
 

@@ -14,62 +14,97 @@ import numpy as np
 from jax import Array
 
 from v4_jax.cache.cache import PAGE, SPARE, Cache, CacheDtype
-from v4_jax.cache.pages import Parts, entries_of, page_sizes, put, resized, slots_of, tail_sizes, take, tokens_to_refill
+from v4_jax.cache.pages import Parts, entries_of, page_sizes, put, resized, slots_of, take
 from v4_jax.config import Config
-from v4_jax.infer.prefix_cache.cache import Keeping, PrefixCache, Trail, root_of
+from v4_jax.infer.engine.drafters import Drafter
+from v4_jax.infer.engine.state import State
+from v4_jax.infer.prefix_cache.cache import PrefixCache, PrefixCacheOptions
+from v4_jax.infer.prefix_cache.hashes import BlockHashes, root_hash
 from v4_jax.infer.prefix_cache.store import Item
 from v4_jax.placement import Place
 from v4_jax.policy import Policy
 
 
-class Kept(NamedTuple):
-    """Copies from some rows: several pages of each, one after another, and several tails."""
+class PageCopies(NamedTuple):
+    """Copies from some rows, by role: several pages of each row, one after another, and several tails likewise.
+
+    Attributes:
+      pages: [layers, rows, pages x entries of a page, channels] arrays.
+      tails: [layers, rows, tails x tokens of a tail, channels] arrays; empty if no tails are kept.
+    """
 
     pages: Parts
     tails: Parts
 
 
 class _Copied(NamedTuple):
-    """What of `kept`, still on the devices, is to be kept under which key.
+    """Where among some copies something lies that is to be kept.
 
     Attributes:
-      pages: (key, row, number among the row's pages).
-      tails: likewise.
-      kept: the copies.
+      key: the hash that it is kept under.
+      row: of the copies.
+      number: among the row's pages, or tails.
     """
 
-    pages: list[tuple[bytes, int, int]]
-    tails: list[tuple[bytes, int, int]]
-    kept: Kept
+    key: bytes
+    row: int
+    number: int
 
 
-class Beginning(NamedTuple):
+class _PendingSave(NamedTuple):
+    """Copies on their way to the host, and what of them is to be kept."""
+
+    pages: list[_Copied]
+    tails: list[_Copied]
+    copies: PageCopies
+
+
+class PrefilledChunk(NamedTuple):
+    """A chunk of a prompt that has just been read.
+
+    Attributes:
+      row: of the chunk's program.
+      hashes: of the prompt.
+      begin: tokens of the prompt before the chunk.
+      end: tokens of the prompt after it.
+    """
+
+    row: int
+    hashes: BlockHashes
+    begin: int
+    end: int
+
+
+class LoadedPrefix(NamedTuple):
     """How much of a prompt a slot holds.
 
     Attributes:
-      begin: tokens that it has read, as it were.
-      sealed: tokens whose entries it holds.
-      trail: the hashes of the prompt, but for its last token.
+      tokens: that need not be read.
+      sealed: tokens whose entries it holds, of which those beyond `tokens` are read again to refill windows.
+      hashes: of the prompt, but for its last token.
     """
 
-    begin: int
+    tokens: int
     sealed: int
-    trail: Trail
+    hashes: BlockHashes
 
 
 class Pager:
     """The pages of one engine.
 
     Args:
-      keeping: what is kept, and where.
+      options: what is kept, and where.
       config: the architecture.
       params: its parameters.
       cache: the shapes of the engine's cache.
       chunk: prompt tokens that the engine reads at once, a multiple of `PAGE`.
-      draft: tokens that it drafts.
+      drafter: what guesses tokens, perhaps with a part of the cache.
       policy: its precision.
       cache_dtype: its cache's number format.
       place: where it runs.
+
+    Attributes:
+      prefix_cache: what is kept.
 
     Raises:
       OSError: the directory cannot be made or read.
@@ -78,37 +113,34 @@ class Pager:
 
     def __init__(
         self,
-        keeping: Keeping,
+        options: PrefixCacheOptions,
         config: Config,
         params: Any,
         cache: Cache,
         *,
         chunk: int,
-        draft: int,
+        drafter: Drafter,
         policy: str | Policy,
         cache_dtype: CacheDtype,
         place: Place,
     ) -> None:
-        if keeping.directory is not None and jax.process_count() > 1:
+        if options.directory is not None and jax.process_count() > 1:
             raise ValueError(
-                f"a directory for the prefix cache, {keeping.directory}, and {jax.process_count()} processes that run "
+                f"a directory for the prefix cache, {options.directory}, and {jax.process_count()} processes that run "
                 "one engine; expected one process, or the prefix cache in memory alone"
             )
-        self._place, self._chunk, self._draft, self._every = place, chunk, draft, keeping.every
-        self._pages, self._tails = page_sizes(cache), tail_sizes(cache, config, mtp=draft > 0)
-        self._at_once = chunk // PAGE  # pages
-        self._windows = -(-chunk // keeping.every) if keeping.every else 0  # tails of a chunk
-        parts = [config.to_hf(), str(Policy.of(policy)), cache_dtype, draft > 0]
-        root = root_of(parts, None if keeping.directory is None else params)
-        self.store = PrefixCache(keeping, root, tokens_to_refill(config, mtp=draft > 0))
-        self._copied: list[_Copied] = []
-        self._empty_tail = {role: self._zeros(cache, role, size) for role, size in self._tails.items()}
-        self._empty_pages = {role: self._zeros(cache, role, size * self._at_once) for role, size in self._pages.items()}
-
-    @staticmethod
-    def _zeros(cache: Cache, role: str, size: int) -> tuple[np.ndarray, ...]:
-        arrays = cache.rows[role].arrays
-        return tuple(np.zeros((array.shape[0], size, array.shape[3]), array.dtype) for array in arrays)
+        self._place, self._chunk, self._drafter, self._every = place, chunk, drafter, options.every
+        self._pages, self._tails = page_sizes(cache), drafter.tail_sizes(cache, config)
+        self._pages_of_chunk = chunk // PAGE
+        self._tails_of_chunk = -(-chunk // options.every) if options.every else 0
+        settings = [config.to_hf(), str(Policy.of(policy)), cache_dtype, drafter.kind]
+        root = root_hash(settings, None if options.directory is None else params)
+        self.prefix_cache = PrefixCache(options, root, drafter.tokens_to_refill(config))
+        self._pending: list[_PendingSave] = []
+        self._empty_tail = {role: _zeros(cache, role, size) for role, size in self._tails.items()}
+        self._empty_pages = {
+            role: _zeros(cache, role, size * self._pages_of_chunk) for role, size in self._pages.items()
+        }
 
     # ---- within programs ---------------------------------------------------------------------------------------------
 
@@ -116,7 +148,7 @@ class Pager:
         """Rows in whose rings all tails of a chunk will be readable."""
         return resized(cache, self._chunk, self._tails)
 
-    def read(self, cache: Cache, begin: Array) -> tuple[Cache, Kept]:
+    def copy_chunk(self, cache: Cache, begin: Array) -> tuple[Cache, PageCopies]:
         """Copies of what a chunk completed.
 
         Args:
@@ -127,161 +159,181 @@ class Pager:
           The rows as they were before they were widened, and the copies.
         """
         rows = jnp.arange(begin.shape[0], dtype=jnp.int32)
-        pages = take(cache, rows, entries_of(begin // PAGE, self._at_once, self._pages), self._place)
+        pages = take(cache, rows, entries_of(begin // PAGE, self._pages_of_chunk, self._pages), self._place)
         tails: Parts = {}
-        if self._windows:
-            ends = ((begin // self._every)[:, None] + 1 + jnp.arange(self._windows, dtype=jnp.int32)) * self._every
-            index = slots_of(ends, cache, self._tails)
-            index = {role: slots.reshape(rows.shape[0], -1) for role, slots in index.items()}
+        if self._tails_of_chunk:
+            numbers = 1 + jnp.arange(self._tails_of_chunk, dtype=jnp.int32)
+            ends = ((begin // self._every)[:, None] + numbers) * self._every
+            index = {
+                role: slots.reshape(rows.shape[0], -1) for role, slots in slots_of(ends, cache, self._tails).items()
+            }
             tails = take(cache, rows, index, self._place)
-        return resized(cache, -self._chunk, self._tails), Kept(pages, tails)
+        return resized(cache, -self._chunk, self._tails), PageCopies(pages, tails)
 
     # ---- programs ----------------------------------------------------------------------------------------------------
 
-    def compile(self, state: Any, places: Any) -> int:
-        """Compiles the programs for slots like `state`, which lie on `places`. Returns how many there are."""
+    def compile(self, state: State, places: State | None) -> int:
+        """Compiles the programs.
+
+        Args:
+          state: the shapes of what the slots hold.
+          places: where each of these arrays lies, as shardings; None is the default device.
+
+        Returns:
+          How many programs there are.
+        """
         place = self._place
 
         def shapes(tree: Any) -> Any:
             return place.shapes(lambda: jax.tree.map(jnp.asarray, tree))
 
-        scalar, tokens = place.shape((), jnp.int32), place.shape((self._at_once * PAGE,), jnp.int32)
-        copy = jax.jit(self._copy, out_shardings=place.replicated)
-        put_pages = jax.jit(self._put_pages, donate_argnums=0, out_shardings=places)
-        put_tail = jax.jit(self._put_tail, donate_argnums=0, out_shardings=places)
-        for program, arguments in (
-            (copy, (state, scalar, scalar)),
-            (put_pages, (state, scalar, scalar, scalar, tokens, shapes(self._empty_pages))),
-            (put_tail, (state, scalar, scalar, shapes(self._empty_tail))),
-        ):
-            program.lower(*arguments).compile()
-        self._run_copy, self._run_put_pages, self._run_put_tail = copy, put_pages, put_tail
+        scalar, tokens = place.shape((), jnp.int32), place.shape((self._pages_of_chunk * PAGE,), jnp.int32)
+        self._run_copy = jax.jit(self._copy, out_shardings=place.replicated)
+        self._run_copy.lower(state, scalar, scalar).compile()
+        self._run_put_pages = jax.jit(self._put_pages, donate_argnums=0, out_shardings=places)
+        self._run_put_pages.lower(state, scalar, scalar, scalar, tokens, shapes(self._empty_pages)).compile()
+        self._run_put_tail = jax.jit(self._put_tail, donate_argnums=0, out_shardings=places)
+        self._run_put_tail.lower(state, scalar, scalar, shapes(self._empty_tail)).compile()
         return 3
 
-    def _copy(self, state: Any, slot: Array, end: Array) -> Kept:
+    @jax.named_scope("engine.save_pages")
+    def _copy(self, state: State, slot: Array, end: Array) -> PageCopies:
         """Copies of the page of a slot that ends before token `end`, and of its tail."""
         rows, first = slot[None], end[None] // PAGE - 1
         pages = take(state.cache, rows, entries_of(first, 1, self._pages), self._place)
         if not self._every:
-            return Kept(pages, {})
-        return Kept(pages, take(state.cache, rows, slots_of(end[None], state.cache, self._tails), self._place))
+            return PageCopies(pages, {})
+        tails = take(state.cache, rows, slots_of(end[None], state.cache, self._tails), self._place)
+        return PageCopies(pages, tails)
 
-    def _put_pages(self, state: Any, slot: Array, first: Array, count: Array, tokens: Array, parts: Parts) -> Any:
+    @jax.named_scope("engine.load_pages")
+    def _put_pages(self, state: State, slot: Array, first: Array, count: Array, tokens: Array, pages: Parts) -> State:
         """Puts pages [first, first + count), which are those of `tokens`, into a slot; page 0 begins it anew."""
-        cache = put(state.cache, slot, entries_of(first, self._at_once, self._pages, count), parts, self._place)
+        index = entries_of(first, self._pages_of_chunk, self._pages, count)
+        cache = put(state.cache, slot, index, pages, self._place)
         history = state.history.read(slot[None], tokens[None], PAGE * count[None], PAGE * first[None])
-        return state._replace(cache=cache, history=history)
+        return State(cache, history)
 
-    def _put_tail(self, state: Any, slot: Array, end: Array, tail: Parts) -> Any:
+    @jax.named_scope("engine.load_tail")
+    def _put_tail(self, state: State, slot: Array, end: Array, tail: Parts) -> State:
         """Puts the tail that ends before token `end` into a slot, which then holds so many tokens."""
         cache = put(state.cache, slot, slots_of(end, state.cache, self._tails), tail, self._place)
-        lengths, mtp_lengths = (x.at[slot].set(end) for x in (cache.lengths, cache.mtp_lengths))
-        return state._replace(cache=cache.replace(lengths=lengths, mtp_lengths=mtp_lengths))
+        lengths = cache.lengths.at[slot].set(end)
+        return state._replace(cache=self._drafter.at(cache.replace(lengths=lengths), lengths))
 
     # ---- on the host -------------------------------------------------------------------------------------------------
 
-    def begin(self, state: Any, slot: int, prompt: Sequence[int]) -> tuple[Any, Beginning]:
+    def load_prefix(self, state: State, slot: int, prompt: Sequence[int]) -> tuple[State, LoadedPrefix]:
         """Puts into a slot what there is of a prompt; its last token is always left to read. Returns the state too."""
-        self.settle()
-        trail = self.store.trail(prompt[:-1])
-        keys, held = trail.keys, 0
+        self.drain()
+        prompt_hashes = self.prefix_cache.hashes(prompt[:-1])
+        hashes = prompt_hashes.hashes
+        loaded = 0  # pages that the slot has
         while True:
-            plan = self.store.plan(keys)
-            if not plan.begin:
-                return state, Beginning(0, 0, trail)
-            tail = self.store.tail(plan)
-            if plan.tail is not None and tail is None:
-                continue  # it was lost, which the next plan knows
-            state, held = self._put(state, slot, keys[: plan.pages], prompt, held)
-            if held >= plan.pages:
+            match = self.prefix_cache.match(hashes)
+            if not match.tokens:
+                return state, LoadedPrefix(0, 0, prompt_hashes)
+            tail = self.prefix_cache.tail(match)
+            if match.tail is not None and tail is None:
+                continue  # it was lost, which the next match knows
+            state, loaded = self._load_pages(state, slot, hashes[: match.pages], prompt, loaded)
+            if loaded >= match.pages:
                 break
-            keys = keys[:held]
-        parts = self._empty_tail if tail is None else _parts(tail, self._tails)
-        numbers = (np.int32(slot), np.int32(plan.begin))
-        state = self._run_put_tail(state, *self._place.put((*numbers, parts)))
-        self.store.used(keys[: plan.pages])
-        return state, Beginning(plan.begin, PAGE * plan.pages, trail)
+            hashes = hashes[:loaded]
+        arrays = self._empty_tail if tail is None else _by_role(tail, self._tails)
+        inputs = self._place.put((np.int32(slot), np.int32(match.tokens), arrays))
+        state = self._run_put_tail(state, *inputs)
+        self.prefix_cache.touch(hashes[: match.pages])
+        return state, LoadedPrefix(match.tokens, PAGE * match.pages, prompt_hashes)
 
-    def _put(self, state: Any, slot: int, keys: Sequence[bytes], prompt: Sequence[int], held: int) -> tuple[Any, int]:
-        """Puts pages into a slot that has the first `held` already. Returns how many it has, up to one that is lost."""
-        while held < len(keys):
+    def _load_pages(
+        self, state: State, slot: int, hashes: Sequence[bytes], prompt: Sequence[int], loaded: int
+    ) -> tuple[State, int]:
+        """Puts pages into a slot that has the first `loaded` already. Returns how many it has, up to a lost one."""
+        while loaded < len(hashes):
             found: list[Item] = []
-            for key in keys[held : held + self._at_once]:
-                item = self.store.page(key)
+            for key in hashes[loaded : loaded + self._pages_of_chunk]:
+                item = self.prefix_cache.page(key)
                 if item is None:
                     break
                 found.append(item)
             if not found:
                 break
-            tokens = np.zeros(self._at_once * PAGE, np.int32)
-            tokens[: len(found) * PAGE] = prompt[held * PAGE : (held + len(found)) * PAGE]
-            parts = {}
-            for role, empty in self._empty_pages.items():
-                columns = zip(empty, *(_parts(item, self._pages)[role] for item in found), strict=True)
-                parts[role] = tuple(_filled(whole, pieces) for whole, *pieces in columns)
-            numbers = tuple(np.int32(x) for x in (slot, held, len(found)))
-            state = self._run_put_pages(state, *self._place.put((*numbers, tokens, parts)))
-            held += len(found)
-        return state, held
+            tokens = np.zeros(self._pages_of_chunk * PAGE, np.int32)
+            tokens[: len(found) * PAGE] = prompt[loaded * PAGE : (loaded + len(found)) * PAGE]
+            inputs = (np.int32(slot), np.int32(loaded), np.int32(len(found)), tokens, self._joined(found))
+            state = self._run_put_pages(state, *self._place.put(inputs))
+            loaded += len(found)
+        return state, loaded
 
-    def chunk_read(self, kept: Kept, rows: Sequence[tuple[int, Trail, int, int]]) -> None:
-        """Keeps what a chunk completed.
+    def _joined(self, items: Sequence[Item]) -> dict[str, tuple[np.ndarray, ...]]:
+        """Pages one after another, by role, and zeros in place of those that a chunk has more."""
+        pages = [_by_role(item, self._pages) for item in items]
+        joined = {}
+        for role, zeros in self._empty_pages.items():
+            joined[role] = tuple(_filled(whole, [page[role][i] for page in pages]) for i, whole in enumerate(zeros))
+        return joined
 
-        Args:
-          kept: copies from its rows.
-          rows: (row, its trail, tokens before the chunk, tokens after it).
-        """
-        copied = _Copied([], [], kept)
-        for row, trail, begin, end in rows:
+    def save_chunk(self, copies: PageCopies, chunks: Sequence[PrefilledChunk]) -> None:
+        """Keeps the pages and tails that a chunk of each of some prompts completed."""
+        pages, tails = [], []
+        for row, hashes, begin, end in chunks:
             for number in range(begin // PAGE, end // PAGE):
-                key, ends = trail.keys[number], PAGE * (number + 1)
-                if self.store.wants_page(key):
-                    copied.pages.append((key, row, number - begin // PAGE))
-                if self.store.wants_tail(key, ends):
-                    copied.tails.append((key, row, ends // self._every - begin // self._every - 1))
-        self._keep(copied)
+                key, page_end = hashes.hashes[number], PAGE * (number + 1)
+                if self.prefix_cache.wants_page(key):
+                    pages.append(_Copied(key, row, number - begin // PAGE))
+                if self.prefix_cache.wants_tail(key, page_end):
+                    tails.append(_Copied(key, row, page_end // self._every - begin // self._every - 1))
+        self._save(_PendingSave(pages, tails, copies))
 
-    def generated(self, state: Any, slot: int, trail: Trail) -> None:
+    def save_generated(self, state: State, slot: int, hashes: BlockHashes) -> None:
         """Keeps the page that a slot has just completed by generating; one more step may have started since."""
-        key, ends = trail.keys[-1], PAGE * len(trail.keys)
-        # Tokens and drafts that the steps so far may have written, in the trunk's and in the block's windows.
-        reach = len(trail) + max(1 + self._draft, 2 * self._draft)
-        tail = self.store.wants_tail(key, ends) and reach <= ends + SPARE
-        if tail or self.store.wants_page(key):
-            kept = self._run_copy(state, *self._place.put((np.int32(slot), np.int32(ends))))
-            self._keep(_Copied([(key, 0, 0)], [(key, 0, 0)] if tail else [], kept))
+        key, end = hashes.hashes[-1], PAGE * len(hashes.hashes)
+        # Tokens and drafts that the steps so far may have written, in the trunk's and in the drafter's windows.
+        written = len(hashes) + max(1 + self._drafter.depth, self._drafter.reach)
+        keeps_tail = self.prefix_cache.wants_tail(key, end) and written <= end + SPARE
+        if keeps_tail or self.prefix_cache.wants_page(key):
+            copies = self._run_copy(state, *self._place.put((np.int32(slot), np.int32(end))))
+            only = _Copied(key, 0, 0)
+            self._save(_PendingSave([only], [only] if keeps_tail else [], copies))
 
-    def _keep(self, copied: _Copied) -> None:
-        if copied.pages or copied.tails:
-            jax.tree.map(lambda x: x.copy_to_host_async(), copied.kept)
-            self._copied.append(copied)
+    def _save(self, save: _PendingSave) -> None:
+        if save.pages or save.tails:
+            jax.tree.map(lambda x: x.copy_to_host_async(), save.copies)
+            self._pending.append(save)
 
-    def settle(self, leaving: int = 0) -> None:
-        """Takes in what was copied, but for the last `leaving`, which may still be on their way."""
-        while len(self._copied) > leaving:
-            pages, tails, kept = self._copied.pop(0)
-            kept = jax.device_get(kept)
-            for key, row, number in pages:
-                self.store.put_page(key, _item(kept.pages, self._pages, row, number))
-            for key, row, number in tails:
-                self.store.put_tail(key, _item(kept.tails, self._tails, row, number))
+    def drain(self, in_flight: int = 0) -> None:
+        """Takes in what was copied, but for the last `in_flight` saves, which may still be on their way."""
+        while len(self._pending) > in_flight:
+            save = self._pending.pop(0)
+            copies = jax.device_get(save.copies)
+            for key, row, number in save.pages:
+                self.prefix_cache.put_page(key, _item(copies.pages, self._pages, row, number))
+            for key, row, number in save.tails:
+                self.prefix_cache.put_tail(key, _item(copies.tails, self._tails, row, number))
 
     def close(self) -> None:
         """Takes in everything, and waits until it is written."""
-        self.settle()
-        self.store.close()
+        self.drain()
+        self.prefix_cache.close()
+
+
+def _zeros(cache: Cache, role: str, size: int) -> tuple[np.ndarray, ...]:
+    """Arrays [layers, size, channels] like those of a role in one row."""
+    arrays = cache.rows[role].arrays
+    return tuple(np.zeros((array.shape[0], size, array.shape[3]), array.dtype) for array in arrays)
 
 
 def _item(parts: Parts, sizes: dict[str, int], row: int, number: int) -> Item:
-    """One page or tail of several."""
+    """One page or tail of several, its arrays named by role and place among the role's."""
+    item = {}
+    for role, size in sizes.items():
+        for i, array in enumerate(parts[role]):
+            item[f"{role}.{i}"] = np.array(array[:, row, number * size : (number + 1) * size])
+    return item
 
-    def cut(array: Any, size: int) -> np.ndarray:
-        return np.array(array[:, row, number * size : (number + 1) * size])
 
-    return {f"{role}.{i}": cut(array, size) for role, size in sizes.items() for i, array in enumerate(parts[role])}
-
-
-def _parts(item: Item, sizes: dict[str, int]) -> dict[str, tuple[np.ndarray, ...]]:
+def _by_role(item: Item, sizes: dict[str, int]) -> dict[str, tuple[np.ndarray, ...]]:
     """Inverse of `_item`."""
     found: dict[str, tuple[np.ndarray, ...]] = {}
     for role in sizes:

@@ -1,7 +1,7 @@
 """Where pages of prompts are kept: the host's memory, a directory, or both.
 
-What was used last stays. An item is a dictionary of arrays under a name that says what it is, wherever it comes from,
-so that a directory may serve several processes and models, one after another or at once.
+Eviction is by least recent use (LRU). An item is a dictionary of arrays under a name that says what it is, wherever it
+comes from, so that a directory may serve several processes and models, one after another or at once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _ABANDONED = 600  # seconds after which nobody is still writing a file
 
 
 class Memory:
-    """Items in memory; the one that was not used for longest makes room.
+    """Items in memory, with LRU eviction.
 
     Args:
       most: bytes.
@@ -60,11 +60,12 @@ class Memory:
         self._items[name] = item
         self.nbytes += size
         while self.nbytes > self._most:
-            self.nbytes -= _size(self._items.popitem(last=False)[1])
+            _, evicted = self._items.popitem(last=False)
+            self.nbytes -= _size(evicted)
 
 
 class Directory:
-    """Items in files; the one that was not used for longest makes room.
+    """Items in files, with LRU eviction.
 
     Files are written by a thread, one after another, and appear under their names when they are complete. They hold a
     checksum of every array. The time of a file's last change is the time of its last use, which survives restarts.
@@ -188,8 +189,8 @@ class PageStore:
         if self._directory is not None:
             self._directory.put(name, item)
 
-    def use(self, names: Iterable[str]) -> None:
-        """Says that items in memory were used, the last one last."""
+    def touch(self, names: Iterable[str]) -> None:
+        """Says that items in memory were used, the last one most recently."""
         for name in names:
             self._memory.get(name)
 

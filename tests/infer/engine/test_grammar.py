@@ -13,7 +13,7 @@ from tests.infer.engine.test_scheduler import compilations, served
 from tests.test_tokenizer import build_vocabulary
 from v4_jax.chat import protocol
 from v4_jax.infer.engine.grammar import Grammars
-from v4_jax.infer.engine.guide import Guide, Move
+from v4_jax.infer.engine.guide import Guide, Instruction
 from v4_jax.infer.engine.sampling import Sampling
 from v4_jax.infer.engine.scheduler import Engine, Request
 from v4_jax.tokenizer import ByteTokenizer, load_tokenizer
@@ -300,7 +300,7 @@ def test_an_end_that_repeats_itself():
             missing += move.forced >= 0
             said.append(move.forced if move.forced >= 0 else int(random.integers(0, 2)))
             assert not guide.read(said[-1])
-        assert guide.next(unread=False) == guide.next(unread=True) == Move() and missing <= len(end)
+        assert guide.next(unread=False) == guide.next(unread=True) == Instruction() and missing <= len(end)
 
 
 def test_stops_are_legal_where_the_text_may_end(grammars):

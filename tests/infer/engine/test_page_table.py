@@ -13,13 +13,13 @@ def test_shared_pages_go_back_with_their_last_owner():
     assert table.used == 5 and table.array[2].tolist() == [-1] * 4
     assert table.array[1, :2].tolist() == table.array[0, :2].tolist()
     assert len({*table.array[0, 2:3], *table.array[1, 2:], *table.array[0, :2]}) == 5
-    table.take_back(0)
+    table.free(0)
     assert table.used == 4
     table.give(2, 2)
     assert not {*table.array[2, :2]} & {*table.array[1]}
-    table.take_back(1)
-    table.take_back(2)
-    table.take_back(2)
+    table.free(1)
+    table.free(2)
+    table.free(2)
     assert table.used == 0 and (table.array == -1).all()
 
 
@@ -55,13 +55,13 @@ def test_what_others_have_is_not_given():
         shared = int(rng.integers(0, pages))
         chosen = table.choose(free, samples, pages, shared)
         if chosen:
-            table.hand_out(chosen, pages, shared)
+            table.allocate(chosen, pages, shared)
             held |= dict.fromkeys(chosen, (pages, shared))
         else:
             assert not table.choose(free, samples, pages, 0)
         for slot in [slot for slot in held if rng.random() < 0.3]:
             del held[slot]
-            table.take_back(slot)
+            table.free(slot)
         counts = (table.array >= 0).sum(axis=1)
         assert {slot: int(counts[slot]) for slot in np.flatnonzero(counts)} == {
             slot: pages for slot, (pages, _) in held.items()

@@ -10,8 +10,9 @@ import pytest
 from tests.conftest import tpu_devices
 from v4_jax import Config, Transformer
 from v4_jax.cache.cache import ENTRY_RATIOS
+from v4_jax.infer.engine.drafters import choose_drafter
 from v4_jax.infer.engine.programs import Programs
-from v4_jax.infer.prefix_cache.cache import Keeping
+from v4_jax.infer.prefix_cache.cache import PrefixCacheOptions
 from v4_jax.infer.prefix_cache.pager import Pager
 from v4_jax.placement import Place, bytes_per_device
 from v4_jax.planning.compile import abstract_params
@@ -41,9 +42,9 @@ def test_pages_stay_where_they_are(monkeypatch):
     place = Place(make_mesh("data=2,seq=2", tpu_devices("v5p:2x2x1")), "long-context")
     chunk = place.chunk(256)
     cache = place.cache_shapes(CONFIG, SLOTS, LENGTH, "bfloat16", pages=MANY * SLOTS * LENGTH // place.page)
-    arguments = dict(draft=2, chunk=chunk, place=place)
+    arguments = dict(drafter=choose_drafter(CONFIG, 2), chunk=chunk, place=place)
     params = abstract_params(CONFIG, place.mesh, place.rules, "native")
-    pager = Pager(Keeping(1), CONFIG, params, cache, **arguments, policy="bfloat16", cache_dtype="bfloat16")
+    pager = Pager(PrefixCacheOptions(1), CONFIG, params, cache, **arguments, policy="bfloat16", cache_dtype="bfloat16")
     model = Transformer(CONFIG, mesh=place.mesh, rules=place.rules)
     programs = Programs(model, cache, **arguments, pager=pager)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from v4_jax.infer.engine.history import History
-from v4_jax.infer.engine.sampling import GREEDY, Sampling, SamplingRows, adjust, best, keep, sample
+from v4_jax.infer.engine.sampling import GREEDY, Sampling, SamplingBatch, adjust, best, keep, sample
 from v4_jax.layers.head import log_probability
 
 DRAWS = 8000
@@ -38,7 +38,7 @@ compiled = jax.jit(sample)
 
 
 def draw(logits, sampling, positions):
-    rows = SamplingRows.of([sampling] * len(positions))
+    rows = SamplingBatch.of([sampling] * len(positions))
     return compiled(jnp.broadcast_to(logits, (len(positions), logits.shape[-1])), rows, jnp.asarray(positions))
 
 
@@ -76,7 +76,7 @@ def test_filters_against_one_token_after_another():
         # rounded, so that there are ties; the mass never comes within rounding of a top_p
         logits.append(np.round(random.normal(size=12) * 3, 1) + 0.013)
     scaled = np.asarray(logits, np.float32)
-    kept = np.asarray(jax.jit(keep)(jnp.asarray(scaled), SamplingRows.of(samplings)))
+    kept = np.asarray(jax.jit(keep)(jnp.asarray(scaled), SamplingBatch.of(samplings)))
     for row, sampling, found in zip(scaled, samplings, kept, strict=True):
         assert set(np.flatnonzero(found)) == allowed(row, sampling), sampling
 
@@ -90,23 +90,23 @@ def test_ties_keep_the_lower_ids():
         "min_p": (Sampling(min_p=1.0), [0, 1, 2, 3, 4, 5]),
     }
     for name, (sampling, expected) in rows.items():
-        assert np.flatnonzero(keep(tied[None], SamplingRows.of([sampling]))[0]).tolist() == expected, name
+        assert np.flatnonzero(keep(tied[None], SamplingBatch.of([sampling]))[0]).tolist() == expected, name
     assert draw(jnp.asarray([1.0, 3.0, 3.0]), GREEDY, [0])[0].tolist() == [1]
 
 
 def test_everything_is_kept_by_default():
     # A cumulated sum of many small numbers ends above or below 1; with top_p = 1 neither may cost a token.
     logits = jax.random.normal(jax.random.key(0), (3, 50000)) * 0.01
-    assert bool(keep(logits, SamplingRows.of([Sampling(min_p=1e-9)] * 3)).all())
+    assert bool(keep(logits, SamplingBatch.of([Sampling(min_p=1e-9)] * 3)).all())
 
 
 def test_greedy_rows_among_sampled_ones():
     logits = jax.random.normal(jax.random.key(1), (4, 100))
-    mixed = SamplingRows.of([GREEDY, Sampling(), Sampling(temperature=0.0, top_k=3, top_p=0.1), Sampling(top_k=1)])
+    mixed = SamplingBatch.of([GREEDY, Sampling(), Sampling(temperature=0.0, top_k=3, top_p=0.1), Sampling(top_k=1)])
     tokens = compiled(logits, mixed, jnp.zeros(4, jnp.int32))[0]
     best = jnp.argmax(logits, axis=-1)
     assert [int(tokens[i]) for i in (0, 2, 3)] == [int(best[i]) for i in (0, 2, 3)]
-    alone = compiled(logits, SamplingRows.of([GREEDY] * 4), jnp.zeros(4, jnp.int32))[0]
+    alone = compiled(logits, SamplingBatch.of([GREEDY] * 4), jnp.zeros(4, jnp.int32))[0]
     assert alone.tolist() == best.tolist()
 
 
@@ -114,9 +114,9 @@ def test_a_row_does_not_depend_on_its_neighbours():
     logits = jax.random.normal(jax.random.key(2), (5, 64))
     samplings = [Sampling(seed=3), Sampling(top_p=0.9, seed=4), GREEDY, Sampling(min_p=0.01, seed=3), Sampling(seed=5)]
     positions = jnp.asarray([7, 0, 3, 7, 1000000])
-    together = compiled(logits, SamplingRows.of(samplings), positions)
+    together = compiled(logits, SamplingBatch.of(samplings), positions)
     for i, sampling in enumerate(samplings):
-        alone = compiled(logits[i : i + 1], SamplingRows.of([sampling]), positions[i : i + 1])
+        alone = compiled(logits[i : i + 1], SamplingBatch.of([sampling]), positions[i : i + 1])
         assert int(alone[0][0]) == int(together[0][i])
         np.testing.assert_allclose(alone[1][0], together[1][i], rtol=1e-6)
 
@@ -132,7 +132,7 @@ def test_seed_and_position_both_select_the_numbers():
 def test_log_probabilities_are_the_models():
     logits = jax.random.normal(jax.random.key(3), (3, 40)) * 4
     samplings = [Sampling(temperature=5.0), Sampling(top_k=2, temperature=0.1), GREEDY]
-    tokens, logprobs = compiled(logits, SamplingRows.of(samplings), jnp.arange(3))
+    tokens, logprobs = compiled(logits, SamplingBatch.of(samplings), jnp.arange(3))
     for row, token, logprob in zip(np.asarray(logits), tokens.tolist(), logprobs.tolist(), strict=True):
         assert logprob == pytest.approx(np.log(softmax(row)[token]), abs=1e-5)
     assert float(log_probability(logits, tokens)[1]) == pytest.approx(float(logprobs[1]))
@@ -168,7 +168,7 @@ def test_bias_and_penalties_against_one_token_after_another():
         Sampling(seed=5, presence_penalty=2, logit_bias={11: -4}),
     ]
     random, vocabulary, slots = np.random.default_rng(0), 12, len(samplings)
-    rows = SamplingRows.of(samplings)
+    rows = SamplingBatch.of(samplings)
     prompts = [random.integers(0, vocabulary, length).tolist() for length in (1, 3, 4, 6, 2)]
     written = [[] for _ in prompts]
 

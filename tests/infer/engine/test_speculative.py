@@ -263,7 +263,7 @@ def test_the_block_sees_all_tokens_and_streams(weight, context, right):
         runs, fed = [], []
         while not engine.idle:
             runs.append([event.id for event in engine.round()])
-            fed.append(np.asarray(engine._ahead)[0].tolist())
+            fed.append(np.asarray(engine._next_tokens)[0].tolist())
         tokens = [*prompt, *itertools.chain(*runs)]
         text = np.asarray(tokens + [0] * (LENGTH - len(tokens)))[None]
         trunk = np.asarray(model(text).streams)

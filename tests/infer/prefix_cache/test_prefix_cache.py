@@ -13,7 +13,8 @@ from v4_jax.cache.pages import tokens_to_refill
 from v4_jax.infer.engine.requests import Request
 from v4_jax.infer.engine.sampling import GREEDY, Sampling
 from v4_jax.infer.engine.scheduler import Engine
-from v4_jax.infer.prefix_cache.cache import Keeping, Plan, PrefixCache, Trail
+from v4_jax.infer.prefix_cache.cache import PrefixCache, PrefixCacheOptions, PrefixMatch
+from v4_jax.infer.prefix_cache.hashes import BlockHashes
 from v4_jax.placement import Place
 
 LENGTH, CHUNK, ROOM = 896, 256, 1 << 30
@@ -25,9 +26,9 @@ def small():
     return make(num_hidden_layers=3, compress_ratios=(0, 4, 128, 0), num_hash_layers=1)
 
 
-def make_engine(model, prefixes=None, slots=2, **arguments):
+def make_engine(model, prefix_cache=None, slots=2, **arguments):
     arguments = dict(max_length=LENGTH, prefill_chunk=CHUNK, policy="float32", cache_dtype="float32") | arguments
-    return Engine(model.config, model.params, slots=slots, prefixes=prefixes, **arguments)
+    return Engine(model.config, model.params, slots=slots, prefix_cache=prefix_cache, **arguments)
 
 
 def text(seed, length):
@@ -69,21 +70,21 @@ def expected(config, mode, draft, common):
 @pytest.fixture(scope="module")
 def engine(small):
     """Keeps every tail; what it has kept before, and where, is for each test to say."""
-    return make_engine(small, Keeping(ROOM))
+    return make_engine(small, PrefixCacheOptions(ROOM))
 
 
-def keep(engine, keeping):
+def keep(engine, options):
     """Forgets what was kept, and keeps it elsewhere from here on."""
     pager = engine._pager
-    pager.settle()
-    pager.store = PrefixCache(keeping, b"root", tokens_to_refill(engine.config, mtp=False))
+    pager.drain()
+    pager.prefix_cache = PrefixCache(options, b"root", tokens_to_refill(engine.config, mtp=False))
     return engine
 
 
 @pytest.mark.parametrize(("mode", "draft"), [("full", 0), (256, 0), ("none", 0), ("full", 2), ("none", 2)])
 def test_a_hit_gives_what_reading_gives(small, cold, mode, draft):
     """With other texts in the slots meanwhile; a prompt that was read whole is found but for its last token."""
-    engine = make_engine(small, Keeping(ROOM, mode), draft=draft)
+    engine = make_engine(small, PrefixCacheOptions(ROOM, mode), draft=draft)
     assert cached(engine, Request(FIRST, 1, stop_ids=()))[0] == {0}
     for common, request in followers().items():
         found, ids, logprobs = cached(engine, request)
@@ -99,7 +100,7 @@ def test_bit_by_bit_where_chunks_are_pages(small, cache_dtype):
     """A hit is then cut as the whole text is; sampled, penalised, several samples at once."""
     sampling = Sampling(seed=4, repetition_penalty=1.3, presence_penalty=0.5)
     request = Request(FIRST[:400], 40, sampling, stop_ids=(), n=2)
-    engine = make_engine(small, Keeping(ROOM), prefill_chunk=128, cache_dtype=cache_dtype)
+    engine = make_engine(small, PrefixCacheOptions(ROOM), prefill_chunk=128, cache_dtype=cache_dtype)
     [apart] = served(engine, [request])
     served(engine, [Request(text(9, 300), 30), Request(text(10, 200), 30)])
     numbers = [engine.submit(request)]
@@ -113,7 +114,7 @@ def test_bit_by_bit_where_chunks_are_pages(small, cache_dtype):
 @pytest.mark.parametrize("draft", [1, 4])
 def test_what_was_generated_is_found_too(small, engine, draft):
     """As the next message of a chat does, at every depth of drafts."""
-    plain, engine = keep(engine, Keeping(0)), make_engine(small, Keeping(ROOM), draft=draft)
+    plain, engine = keep(engine, PrefixCacheOptions(0)), make_engine(small, PrefixCacheOptions(ROOM), draft=draft)
     _, answer, _ = cached(engine, Request(FIRST[:100], 300, stop_ids=()))
     following = Request([*FIRST[:100], *answer, *text(3, 9)], 5, GREEDY, stop_ids=())
     found, ids, logprobs = cached(engine, following)
@@ -121,14 +122,14 @@ def test_what_was_generated_is_found_too(small, engine, draft):
     assert found == {384} if draft < 3 else found < {256, 384}
     _, ids_plain, logprobs_plain = cached(plain, following)
     assert ids == ids_plain
-    cached(keep(plain, Keeping(ROOM)), Request(FIRST[:100], 300, stop_ids=()))
+    cached(keep(plain, PrefixCacheOptions(ROOM)), Request(FIRST[:100], 300, stop_ids=()))
     assert cached(plain, following) == ({384}, ids_plain, pytest.approx(logprobs_plain, abs=1e-4))
     np.testing.assert_allclose(logprobs, logprobs_plain, atol=1e-4)
 
 
 def test_together_and_in_turn(small):
     """Requests in one line share what the first of them reads; nothing compiles."""
-    engine = make_engine(small, Keeping(ROOM), slots=4)
+    engine = make_engine(small, PrefixCacheOptions(ROOM), slots=4)
     engine.compile()
     given = [Request([*FIRST[:600], *text(i, 30)], 6, Sampling(seed=i), stop_ids=()) for i in range(6)]
     with compilations() as compiled:
@@ -143,57 +144,62 @@ def test_together_and_in_turn(small):
 
 def test_memory_is_kept_within_bounds(engine, cold):
     """What was not used for longest goes first; answers stay what they are."""
-    cached(keep(engine, Keeping(ROOM)), Request(FIRST, 1, stop_ids=()))
-    engine._pager.settle()
-    most = engine._pager.store.nbytes * 3 // 4
-    keep(engine, Keeping(most))
+    cached(keep(engine, PrefixCacheOptions(ROOM)), Request(FIRST, 1, stop_ids=()))
+    engine._pager.drain()
+    most = engine._pager.prefix_cache.nbytes * 3 // 4
+    keep(engine, PrefixCacheOptions(most))
     for common, request in 2 * list(followers().items()):
         found, ids, _ = cached(engine, request)
         assert ids == cold[common][1] and found <= {*range(0, common + 1, 128)}
-        assert engine._pager.store.nbytes <= most
-    assert engine._pager.store.nbytes > most // 2
-    keep(engine, Keeping(0))
+        assert engine._pager.prefix_cache.nbytes <= most
+    assert engine._pager.prefix_cache.nbytes > most // 2
+    keep(engine, PrefixCacheOptions(0))
     assert [cached(engine, Request(FIRST, 1, stop_ids=()))[0] for _ in range(2)] == [{0}, {0}]
 
 
 def test_ends_of_texts_are_forgotten_before_their_beginnings():
-    cache = PrefixCache(Keeping(6 * 64), b"root", refill=128)
-    one, other = (Trail(b"root", text(seed, 4 * 128)).keys for seed in (1, 2))
+    cache = PrefixCache(PrefixCacheOptions(6 * 64), b"root", refill=128)
+    one, other = (BlockHashes(b"root", text(seed, 4 * 128)).hashes for seed in (1, 2))
     for key in one:
         cache.put_page(key, {"csa.0": np.zeros(8)})
-    cache.used(one)
+    cache.touch(one)
     for key in other:
         cache.put_page(key, {"csa.0": np.zeros(8)})
-    assert [cache.plan(keys).pages for keys in (one, other)] == [2, 4]
+    assert [cache.match(keys).pages for keys in (one, other)] == [2, 4]
 
 
-def test_plans():
+def test_matches():
     """The shorter way: from a tail, or over pages that refill the windows."""
-    cache = PrefixCache(Keeping(1 << 20, 512), b"root", refill=384)
-    keys = Trail(b"root", list(range(128 * 8))).keys
-    assert len(keys) == 8 and keys[:2] == Trail(b"root", list(range(300))).keys != Trail(b"other", range(300)).keys
+    cache = PrefixCache(PrefixCacheOptions(1 << 20, 512), b"root", refill=384)
+    keys = BlockHashes(b"root", list(range(128 * 8))).hashes
+    same, other = (BlockHashes(root, list(range(300))).hashes for root in (b"root", b"other"))
+    assert len(keys) == 8 and keys[:2] == same != other
     for i, key in enumerate(keys, 1):
         cache.put_page(key, {"csa.0": np.zeros(8)})
         if cache.wants_tail(key, 128 * i):
             cache.put_tail(key, {"window.0": np.zeros(8)})
-    assert [cache.plan(keys[:n])[:2] for n in range(9)] == [
+    assert [cache.match(keys[:n])[:2] for n in range(9)] == [
         (0, 0), (0, 0), (0, 0), (0, 0), (4, 512), (4, 512), (4, 512), (4, 512), (8, 1024)
     ]  # fmt: skip
-    cache = PrefixCache(Keeping(1 << 20, 1024), b"root", refill=384)
+    cache = PrefixCache(PrefixCacheOptions(1 << 20, 1024), b"root", refill=384)
     for key in keys:
         cache.put_page(key, {"csa.0": np.zeros(8)})
-    assert [cache.plan(keys[:n]) for n in (3, 4, 8)] == [Plan(0, 0, None), Plan(4, 128, None), Plan(8, 640, None)]
+    assert [cache.match(keys[:n]) for n in (3, 4, 8)] == [
+        PrefixMatch(0, 0, None),
+        PrefixMatch(4, 128, None),
+        PrefixMatch(8, 640, None),
+    ]
 
 
 def test_across_restarts(small, cold, tmp_path):
     """A directory is found again by the same model alone."""
-    keeping = Keeping(0, "full", tmp_path / "pages")
-    first = make_engine(small, keeping)
+    options = PrefixCacheOptions(0, "full", tmp_path / "pages")
+    first = make_engine(small, options)
     cached(first, Request(FIRST, 1, stop_ids=()))
     first.close()
-    assert all(file.suffix == ".npz" for file in keeping.directory.iterdir())
+    assert all(file.suffix == ".npz" for file in options.directory.iterdir())
 
-    again = make_engine(small, dataclasses.replace(keeping, memory=ROOM))
+    again = make_engine(small, dataclasses.replace(options, memory=ROOM))
     for common in (300, 700):
         found, ids, logprobs = cached(again, followers()[common])
         assert (found, ids) == ({common // 128 * 128}, cold[common][1])
@@ -202,25 +208,25 @@ def test_across_restarts(small, cold, tmp_path):
 
     embed = small.params["embed"].at[7, 5].add(0.01)
     other = small._replace(params={**small.params, "embed": embed})
-    changed = (make_engine(other, keeping), make_engine(small, keeping, cache_dtype="bfloat16"))
-    keys = [one._pager.store.trail(FIRST).keys for one in (first, again, *changed)]
+    changed = (make_engine(other, options), make_engine(small, options, cache_dtype="bfloat16"))
+    keys = [one._pager.prefix_cache.hashes(FIRST).hashes for one in (first, again, *changed)]
     assert keys[0] == keys[1] and len({one[0] for one in keys}) == 3
     for one in changed:
-        assert one._pager.store.plan(one._pager.store.trail(FIRST).keys).begin == 0
+        assert one._pager.prefix_cache.match(one._pager.prefix_cache.hashes(FIRST).hashes).tokens == 0
 
 
 def test_damaged_and_missing_files(engine, cold, tmp_path):
     """Are as if they had never been there; what remains is used."""
-    keeping = Keeping(0, "full", tmp_path)
-    cached(keep(engine, keeping), Request(FIRST, 1, stop_ids=()))
+    options = PrefixCacheOptions(0, "full", tmp_path)
+    cached(keep(engine, options), Request(FIRST, 1, stop_ids=()))
     engine.close()
-    keys = engine._pager.store.trail(FIRST[:-1]).keys
+    keys = engine._pager.prefix_cache.hashes(FIRST[:-1]).hashes
     files = [(tmp_path / f"{key.hex()}.page.npz", tmp_path / f"{key.hex()}.tail.npz") for key in keys]
     half_written, other = tmp_path / f".{files[0][0].name}.abc", tmp_path / "notes.txt"
     half_written.write_bytes(b"x")
     other.write_bytes(b"x")
     os.utime(half_written, (1, 1))
-    keep(engine, keeping)
+    keep(engine, options)
     assert other.exists() and not half_written.exists()
 
     data = bytearray(files[4][1].read_bytes())
@@ -231,20 +237,20 @@ def test_damaged_and_missing_files(engine, cold, tmp_path):
     engine.close()
     assert files[4][1].exists()  # it was made anew
 
-    keep(engine, keeping)
+    keep(engine, options)
     files[3][0].write_bytes(files[3][0].read_bytes()[:-100])
     with pytest.warns(UserWarning, match="is damaged and was removed"):
         assert cached(engine, followers()[700])[:2] == ({384}, cold[700][1])
     engine.close()
 
     files[3][1].unlink()
-    keep(engine, keeping)
+    keep(engine, options)
     files[4][0].write_bytes(b"")  # known only when the pages before it are put back, past the last tail that is left
     with pytest.warns(UserWarning, match="is damaged and was removed"):
         assert cached(engine, followers()[700])[:2] == ({384}, cold[700][1])
     engine.close()
 
-    keep(engine, keeping)
+    keep(engine, options)
     for page, tail in files[1:]:
         page.unlink(), tail.unlink()
     assert cached(engine, followers()[700])[:2] == ({128}, cold[700][1])
@@ -255,11 +261,11 @@ def test_a_directory_is_kept_within_bounds(engine, tmp_path):
     def size():
         return sum(file.stat().st_size for file in tmp_path.iterdir())
 
-    keeping = Keeping(0, "full", tmp_path)
-    cached(keep(engine, keeping), Request(FIRST, 1, stop_ids=()))
+    options = PrefixCacheOptions(0, "full", tmp_path)
+    cached(keep(engine, options), Request(FIRST, 1, stop_ids=()))
     engine.close()
     most = size() // 2
-    keep(engine, dataclasses.replace(keeping, disk=most))
+    keep(engine, dataclasses.replace(options, disk=most))
     assert 0 < size() <= most
     cached(engine, Request(text(5, 700), 1, stop_ids=()))
     engine.close()
@@ -270,7 +276,7 @@ def test_a_directory_that_cannot_be_written_to(engine, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    keep(engine, Keeping(ROOM, "full", tmp_path))
+    keep(engine, PrefixCacheOptions(ROOM, "full", tmp_path))
     monkeypatch.setattr(np, "savez", full)
     with pytest.warns(UserWarning, match="pages are not kept in .*: No space left on device"):
         cached(engine, Request(FIRST, 1, stop_ids=()))
@@ -283,7 +289,7 @@ def test_a_directory_that_cannot_be_written_to(engine, tmp_path, monkeypatch):
 )
 def test_on_a_mesh(small, cold, mesh, mode):
     spread = Spread(small, mesh, "long-context")
-    engine = make_engine(spread, Keeping(ROOM, mode), slots=4, place=Place(spread.mesh, spread.preset))
+    engine = make_engine(spread, PrefixCacheOptions(ROOM, mode), slots=4, place=Place(spread.mesh, spread.preset))
     cached(engine, Request(FIRST, 1, stop_ids=()))
     for common in (129, 300, 700):
         found, ids, logprobs = cached(engine, followers()[common])
@@ -303,4 +309,4 @@ def test_on_a_mesh(small, cold, mesh, mode):
 )
 def test_sizes_out_of_range(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
-        Keeping(**arguments)
+        PrefixCacheOptions(**arguments)

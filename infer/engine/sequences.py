@@ -1,0 +1,143 @@
+"""What the engine knows of the samples in its slots, and of the prompts that are being read into them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from v4_jax.config import Config
+from v4_jax.infer.engine.guide import Guide
+from v4_jax.infer.engine.requests import Event, Finish, Request
+from v4_jax.infer.engine.sampling import Sampling
+from v4_jax.infer.engine.speculative import StepOutput
+from v4_jax.infer.prefix_cache.hashes import BlockHashes
+
+
+@dataclasses.dataclass(eq=False)
+class SequenceState:
+    """A sample in its slot.
+
+    Attributes:
+      request: its request's number.
+      sample: which sample it is.
+      slot: its row of the cache.
+      sampling: with its own seed.
+      stops: tokens that end it.
+      top_logprobs: most probable tokens to report.
+      guide: what else decides about its tokens; None once nothing does.
+      tokens_left: tokens that it may still yield; 0 once it has ended.
+      last_prompt_token: the prompt's last token until a step takes it; None from then on.
+      newest_token: the token that its next step takes, as far as the host knows.
+      hashes: of the tokens before the newest one; None without a prefix cache.
+      cached_tokens: tokens of its prompt that were in the prefix cache.
+    """
+
+    request: int
+    sample: int
+    slot: int
+    sampling: Sampling
+    stops: frozenset[int]
+    top_logprobs: int
+    guide: Guide | None
+    tokens_left: int
+    last_prompt_token: int | None
+    newest_token: int
+    hashes: BlockHashes | None = None
+    cached_tokens: int = 0
+
+    @classmethod
+    def of(cls, request: Request, number: int, sample: int, slot: int, config: Config) -> SequenceState:
+        """A sample of a request that is admitted to a slot.
+
+        Args:
+          request: what is asked.
+          number: the request's.
+          sample: which of its samples it is.
+          slot: where it goes.
+          config: the architecture.
+        """
+        seed = (request.sampling.seed + sample) % 2**32
+        return cls(
+            request=number,
+            sample=sample,
+            slot=slot,
+            sampling=dataclasses.replace(request.sampling, seed=seed),
+            stops=request.stops(config),
+            top_logprobs=request.top_logprobs,
+            guide=request.guide(config),
+            tokens_left=request.max_tokens,
+            last_prompt_token=request.prompt[-1],
+            newest_token=request.prompt[-1],
+        )
+
+    @property
+    def takes_drafts(self) -> bool:
+        """Whether its next step may take drafts: rows go one token at a time in prompts and while a guide leads."""
+        return self.last_prompt_token is None and self.guide is None
+
+    @property
+    def constrained(self) -> bool:
+        """Whether a grammar decides about its next token."""
+        return self.guide is not None and self.guide.constrained
+
+    def finish(self, token: int) -> Finish | None:
+        """Whether it ends with a token that it has got, and why; its guide takes note of the token."""
+        complete = token in self.stops
+        if self.guide is not None:
+            complete = complete or self.guide.read(token)
+            if self.guide.spent:
+                self.guide = None
+        if complete:
+            return "stop"
+        return None if self.tokens_left else "length"
+
+    def event(self, output: StepOutput, index: int, finish: Finish | None) -> Event:
+        """What is said about a token.
+
+        Args:
+          output: of the step that yielded it, on the host.
+          index: which of the sequence's tokens in that step it is.
+          finish: why the sequence ends with it, if it does.
+        """
+        at = self.slot, index
+        token, logprob = int(output.ids[at]), float(output.logprobs[at])
+        event = Event(self.request, self.sample, token, logprob, finish, cached=self.cached_tokens)
+        if not self.top_logprobs:
+            return event
+        assert output.alternatives is not None
+        ids, logprobs = (x[at][: self.top_logprobs].tolist() for x in output.alternatives)
+        return event._replace(alternatives=tuple(zip(ids, logprobs, strict=True)))
+
+
+@dataclasses.dataclass(eq=False)
+class PrefillState:
+    """A prompt that is being read: into the first sample's slot, up to its last token.
+
+    Attributes:
+      prompt: its tokens.
+      sequences: the samples that go on from it.
+      tokens_read: tokens that were read or loaded from the prefix cache; None before it begins.
+      sealed: tokens whose entries were loaded from the prefix cache.
+      hashes: of what there is to read; None without a prefix cache.
+    """
+
+    prompt: Sequence[int]
+    sequences: list[SequenceState]
+    tokens_read: int | None = None
+    sealed: int = 0
+    hashes: BlockHashes | None = None
+
+    @property
+    def slot(self) -> int:
+        """Where it is read into."""
+        return self.sequences[0].slot
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return not any(sequence.tokens_left for sequence in self.sequences)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to read."""
+        return self.tokens_read == len(self.prompt) - 1
