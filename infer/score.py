@@ -194,7 +194,8 @@ class Scorer:
         """
         cache = cache.replace(lengths=jnp.where(fresh, 0, cache.lengths))
         output: Any = self._model.apply({"params": params}, tokens, lengths=counts, cache=cache)
-        return output.cache, self._place.keep(log_probability(output.logits, targets))
+        with jax.named_scope("score.log_probability"):
+            return output.cache, self._place.keep(log_probability(output.logits, targets))
 
     def score(self, params: Any, texts: Sequence[TextToScore], progress: Progress | None = None) -> Iterator[Score]:
         """Yields the texts' scores in their order, each as soon as it and all before it are done.

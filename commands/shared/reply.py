@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from typing import TextIO
 
 from rich.console import Console
@@ -31,8 +32,8 @@ class Writer:
 
     def write(self, pieces: list[Piece]) -> None:
         """Writes and flushes."""
-        pieces = [piece for piece in pieces if piece[1]]
-        for kind, run in itertools.groupby(pieces, lambda piece: piece[0]):
+        written = [(kind, text) for kind, text in pieces if text]
+        for kind, run in itertools.groupby(written, operator.itemgetter(0)):
             if kind == "reasoning" and not self._show:
                 continue
             text = "".join(text for _, text in run)

@@ -105,7 +105,7 @@ class Programs:
         """Compiles the programs for such parameters."""
         place, slots, readers = self._place, self._slots, self._place.row_shards
 
-        def integers(*shape: int) -> Any:
+        def integers(*shape: int) -> Any:  # shapes, where the programs' inputs are arrays
             return place.shape(shape, jnp.int32)
 
         state = State(self._cache, place.shapes(self._empty_history))

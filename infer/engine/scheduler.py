@@ -32,7 +32,7 @@ from v4_jax.config import Config
 from v4_jax.infer.checks import check_precision
 from v4_jax.infer.engine.drafters import choose_drafter
 from v4_jax.infer.engine.page_table import PageTable
-from v4_jax.infer.engine.programs import PrefillInputs, Programs
+from v4_jax.infer.engine.programs import PrefillInputs, Programs, StepInputs
 from v4_jax.infer.engine.requests import Event, Request
 from v4_jax.infer.engine.sampling import GREEDY, SamplingBatch
 from v4_jax.infer.engine.sequences import PrefillState, SequenceState
@@ -142,7 +142,8 @@ class Engine:
         self._submitted = 0
         self._compiled = False
         self._last_chunk: Array | None = None  # something that the last chunk's program returned
-        self._sent_inputs, self._sent_sampling = LastSent(place), LastSent(place)
+        self._sent_inputs: LastSent[StepInputs] = LastSent(place)
+        self._sent_sampling: LastSent[SamplingBatch] = LastSent(place)
 
     # What is on the devices, from `compile` on.
     _state: State
@@ -215,14 +216,14 @@ class Engine:
         One that has ended or was never submitted is left alone.
         """
 
-        def meant(number: int, index: int) -> bool:
+        def matches(number: int, index: int) -> bool:
             return number == request and sample in (None, index)
 
         if sample is None:
             self._waiting = collections.deque((number, one) for number, one in self._waiting if number != request)
-        self._events = collections.deque(event for event in self._events if not meant(event.request, event.sample))
+        self._events = collections.deque(event for event in self._events if not matches(event.request, event.sample))
         for sequence in self._occupied.copy():
-            if sequence is not None and meant(sequence.request, sequence.sample):
+            if sequence is not None and matches(sequence.request, sequence.sample):
                 self._end(sequence)
 
     def run(self, each_round: Callable[[], None] | None = None) -> Iterator[Event]:
@@ -328,6 +329,7 @@ class Engine:
         """Starts reading a chunk of each of some prompts, by the shard that their slots are in."""
         if not batch:
             return
+        # Any: numpy's arrays, where the fields are the devices'.
         tokens: Any = np.zeros((self._readers, self._chunk + 1), np.int32)
         counts: Any = np.zeros(self._readers, np.int32)
         begin, sealed = counts.copy(), counts.copy()

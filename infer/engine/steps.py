@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from v4_jax.infer.engine.speculative import StepOutput
 from v4_jax.placement import Place
 
 Instructions = dict[SequenceState, Instruction]
+
+_T = TypeVar("_T")
 
 
 class InFlightStep(NamedTuple):
@@ -65,6 +67,7 @@ def step_inputs(instructions: Instructions, slots: int) -> StepInputs:
       instructions: who takes part.
       slots: of the engine.
     """
+    # Any: numpy's arrays, where the fields are the devices'.
     tokens: Any = np.full(slots, AT_REST, np.int32)
     unless: Any = np.full(slots, NO_TOKEN, np.int32)
     forced: Any = np.full(slots, NO_TOKEN, np.int32)
@@ -95,7 +98,7 @@ def allowed_tokens(instructions: Instructions, all_allowed: np.ndarray) -> np.nd
     return masks
 
 
-class LastSent:
+class LastSent(Generic[_T]):
     """Arrays of the host that are sent to the devices again only when they have changed.
 
     Args:
@@ -104,10 +107,10 @@ class LastSent:
 
     def __init__(self, place: Place) -> None:
         self._place = place
-        self._key: Any = None
-        self._sent: Any = None
+        self._key: object = None
+        self._sent: _T
 
-    def put(self, key: Any, make: Callable[[], Any]) -> Any:
+    def put(self, key: object, make: Callable[[], _T]) -> _T:
         """What `make` returns, on the devices: made and sent only if `key` is another one than at the last call."""
         if self._key is None or self._key != key:
             self._key, self._sent = key, self._place.put(make())

@@ -239,14 +239,14 @@ def _explained(error: pydantic.ValidationError, content: dict[str, Any], kind: t
     # Where a field may be of several types, pydantic tries each and puts its name into the path.
     path: list[str] = []
     value: Any = content
-    for at, part in enumerate(first["loc"], 1):
+    for depth, key in enumerate(first["loc"], 1):
         try:
-            value = value[part]
+            value = value[key]
         except (KeyError, IndexError, TypeError):
-            if first["type"] in ("missing", "extra_forbidden") and at == len(first["loc"]):
-                path.append(str(part))
+            if first["type"] in ("missing", "extra_forbidden") and depth == len(first["loc"]):
+                path.append(str(key))
             continue
-        path.append(str(part))
+        path.append(str(key))
     where = ".".join(path)
     if first["type"] == "missing":
         return BodyError(f"{where} is missing; it is needed", where)

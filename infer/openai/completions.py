@@ -95,19 +95,21 @@ class Completion:
         defaults = model.defaults
         prompt = _encode_prompt(body, model)
         check_ids(prompt.ids, model.config)
-        thinks = prompt.thinking_mode == "thinking"
-        budget = body.thinking.budget_tokens if thinks and isinstance(body, ChatBody) and body.thinking else None
+        thinks, budget = prompt.thinking_mode == "thinking", None
+        if thinks and isinstance(body, ChatBody) and body.thinking:
+            budget = body.thinking.budget_tokens
+        room = model.max_length - len(prompt.ids)
         self.request = Request(
             prompt.ids,
-            body.limit or max(1, min(defaults.max_tokens, model.max_length - len(prompt.ids))),
-            _sampling(body, dataclasses.replace(defaults.sampling, seed=seed)),
-            defaults.stop_ids,
-            body.n or 1,
-            body.alternatives,
-            _constraint(body, model),
-            model.reasoning_end if thinks else (),
-            budget,
-            prompt.opening,
+            max_tokens=body.limit or max(1, min(defaults.max_tokens, room)),
+            sampling=_sampling(body, dataclasses.replace(defaults.sampling, seed=seed)),
+            stop_ids=defaults.stop_ids,
+            n=body.n or 1,
+            top_logprobs=body.alternatives,
+            constraint=_constraint(body, model),
+            reasoning_end=model.reasoning_end if thinks else (),
+            reasoning_budget=budget,
+            opening=prompt.opening,
         )
         stops = self.request.stops(model.config)
         written = functools.partial(Reply, model.tokenizer, body.stops, prompt.thinking_mode)
@@ -189,7 +191,8 @@ class Completion:
     def _ended(self, choice: Sample) -> tuple[str | None, dict[str, Any]]:
         """Why a choice ended, in OpenAI's words, and what it wrote."""
         written = choice.reply.message()
-        return "tool_calls" if choice.finish == "stop" and "tool_calls" in written else choice.finish, written
+        calls_tools = choice.finish == "stop" and "tool_calls" in written
+        return "tool_calls" if calls_tools else choice.finish, written
 
     def _logprobs(self, events: Sequence[Event]) -> dict[str, Any] | None:
         """Log-probabilities of tokens, in the form of the body's kind; None if they are not asked for."""

@@ -44,8 +44,8 @@ _MODEL = _object("id object created owned_by", id=_TEXT, object={"const": "model
 def _answer(kind: str, text: str) -> dict[str, Any]:
     choice = _object(f"index finish_reason {text}", index=_WHOLE)
     choices = {"type": "array", "items": choice, "minItems": 1}
-    parts = {"id": _TEXT, "object": {"const": kind}, "created": _WHOLE, "model": _TEXT}
-    return _object("id object created model choices usage", **parts, choices=choices, usage=_USAGE)
+    fields = {"id": _TEXT, "object": {"const": kind}, "created": _WHOLE, "model": _TEXT}
+    return _object("id object created model choices usage", **fields, choices=choices, usage=_USAGE)
 
 
 def openapi(version: str, *, keys: bool) -> dict[str, Any]:

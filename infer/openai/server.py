@@ -13,16 +13,16 @@ import json
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, NoReturn
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from v4_jax.infer.engine.requests import Event
 from v4_jax.infer.openai.bodies import BodyError, ChatBody, CompletionBody, read_body
@@ -30,6 +30,7 @@ from v4_jax.infer.openai.completions import Completion, Model
 from v4_jax.infer.openai.metrics import Metrics
 from v4_jax.infer.openai.openapi import openapi
 from v4_jax.infer.openai.service import Overloaded, Service, ServiceDown
+from v4_jax.infer.text import Piece
 
 _PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/openapi.json")
 
@@ -53,7 +54,13 @@ class ApiError(Exception):
     """An answer that is an error, in OpenAI's form."""
 
     def __init__(
-        self, status: int, message: str, *, kind: str = "invalid_request_error", param: Any = None, code: Any = None
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.kind, self.param, self.code = status, kind, param, code
@@ -137,7 +144,7 @@ class _Gate:
             await self._app(scope, receive, send)
             return
 
-        async def counting(message: Any) -> None:
+        async def counting(message: Message) -> None:
             if message["type"] == "http.response.start":
                 path = scope["path"] if scope["path"] in _PATHS else "other"
                 self._count(path, message["status"])
@@ -256,7 +263,7 @@ class _Server:
         chat = isinstance(completion.body, ChatBody)
         envelope = completion.envelope(name, "chat.completion.chunk" if chat else "text_completion")
         counted = completion.body.stream_options is not None and completion.body.stream_options.include_usage
-        unsettled = {"usage": None} if counted else {}
+        no_usage_yet = {"usage": None} if counted else {}
 
         def event(content: Any) -> bytes:
             return f"data: {json.dumps(content, ensure_ascii=False)}\n\n".encode()
@@ -266,9 +273,9 @@ class _Server:
                 said = {"role": "assistant", "content": ""}
                 for index in range(completion.request.n):
                     choice = {"index": index, "delta": said, "finish_reason": None, "logprobs": None}
-                    yield event(envelope | {"choices": [choice]} | unsettled)
+                    yield event(envelope | {"choices": [choice]} | no_usage_yet)
             async for choice in running.choices():
-                yield event(envelope | {"choices": [choice]} | unsettled)
+                yield event(envelope | {"choices": [choice]} | no_usage_yet)
             if counted:
                 yield event(envelope | {"choices": [], "usage": completion.usage()})
             yield b"data: [DONE]\n\n"
@@ -283,7 +290,7 @@ class _Running:
 
     def __init__(self, service: Service, completion: Completion, metrics: Metrics, seconds: float) -> None:
         self.completion, self._metrics = completion, metrics
-        self._pieces: Any = None
+        self._pieces: list[Piece] = []
         self._begun = self._last = time.monotonic()
         self._until, self._seconds = self._begun + seconds, seconds
         self._tokens = service.tokens(completion.request, self._ended_early)
@@ -339,15 +346,14 @@ class _Running:
         except ServiceDown as error:
             raise ApiError(503, str(error), kind="server_error") from None
         except ValueError as error:
-            raise ApiError(
-                400, str(error), code="context_length_exceeded" if "exceed" in str(error) else None
-            ) from None
+            code = "context_length_exceeded" if "exceed" in str(error) else None
+            raise ApiError(400, str(error), code=code) from None
         self._last = time.monotonic()
         self._metrics.generated_tokens.inc()
         return event
 
 
-async def _unless_gone(request: Request, work: Any) -> None:
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, None]) -> None:
     """Does some work, unless the client goes away.
 
     Raises:
@@ -371,5 +377,5 @@ async def _unless_gone(request: Request, work: Any) -> None:
                 await one
 
 
-def _no_constant(name: str) -> Any:
+def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")

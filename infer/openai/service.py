@@ -10,7 +10,6 @@ import asyncio
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable
-from typing import Any
 
 from v4_jax.infer.engine.requests import Event, Request
 from v4_jax.infer.engine.scheduler import Engine
@@ -117,7 +116,7 @@ class Service:
         answer: asyncio.Future[int] = loop.create_future()
         events: asyncio.Queue[Event | Exception] = asyncio.Queue()
 
-        def settle(number: int | None, error: Exception | None) -> None:
+        def resolve(number: int | None, error: Exception | None) -> None:
             if answer.done():  # nobody waits for it any more
                 if number is not None:
                     self._ask(lambda: self.engine.cancel(number))
@@ -131,9 +130,9 @@ class Service:
             try:
                 number = self.engine.submit(request)
             except ValueError as error:
-                loop.call_soon_threadsafe(settle, None, error)
+                loop.call_soon_threadsafe(resolve, None, error)
             else:
-                loop.call_soon_threadsafe(settle, number, None)
+                loop.call_soon_threadsafe(resolve, number, None)
 
         self._submitting.add(answer)
         self._ask(submit)
@@ -142,7 +141,7 @@ class Service:
         finally:
             self._submitting.discard(answer)
 
-    def _ask(self, action: Callable[[], Any]) -> None:
+    def _ask(self, action: Callable[[], None]) -> None:
         self._wanted.put(action)
 
     # ---- the engine's thread -----------------------------------------------------------------------------------------
