@@ -276,8 +276,8 @@ def _encode_prompt(
     mode: Mode,
 ) -> Prompt:
     """The prompt from whichever option gives it, or from stdin."""
-    given = {"--prompt": prompt, "--chat": chat_file, "--tokens": tokens}
-    names = [name for name, value in given.items() if value is not None]
+    sources = {"--prompt": prompt, "--chat": chat_file, "--tokens": tokens}
+    names = [name for name, value in sources.items() if value is not None]
     if len(names) > 1:
         raise CommandError(f"{' and '.join(names)} both give a prompt; expected one of them")
     if raw and chat_file is not None:

@@ -40,7 +40,7 @@ def serve(
     "high", "max") or by DeepSeek's "thinking". /metrics is for Prometheus, /health for load balancers, /openapi.json
     says what is understood.
 
-    SIGTERM and Ctrl-C end it when the requests that it has are answered; a second one ends it at once.
+    On SIGTERM or Ctrl-C it drains, answering the requests that it has, and exits; a second one ends it at once.
 
     Examples:
       v4-jax serve DeepSeek-V4-Flash --mesh tensor=8 --memory 8G --context 128K

@@ -15,7 +15,7 @@ import numpy as np
 
 from v4_jax.tokenizer import ByteTokenizer, Tokenizer, VocabularyTokenizer
 
-# Between two parts of a JSON text. Unlimited, as the library has it, a model may write blanks forever.
+# Between two tokens of a JSON text. Unlimited, as the library has it, a model may write blanks forever.
 WHITESPACE = r"[ \t\r\n]{0,64}"
 
 
@@ -54,9 +54,9 @@ class Grammars:
         Raises:
           ValueError: it is no schema, allows nothing, or uses keywords that the library does not know.
         """
-        given, options = json.dumps(schema), {"whitespace_pattern": WHITESPACE}
+        text, options = json.dumps(schema), {"whitespace_pattern": WHITESPACE}
         try:
-            grammar = self._library.LLMatcher.grammar_from_json_schema(given, overrides=options)
+            grammar = self._library.LLMatcher.grammar_from_json_schema(text, overrides=options)
         except ValueError as error:
             raise ValueError(f"the JSON schema cannot be used: {error}") from None
         return self._compile("JSON schema", grammar)

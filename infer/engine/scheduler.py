@@ -1,11 +1,11 @@
 """Continuous batching: many requests over one model, in a fixed number of slots.
 
 Each slot is a row of one cache, which is paged: a request is admitted when there are slots and pages for all that it
-may come to, so that those in company never wait for each other. A round reads one chunk of a waiting prompt and then
-takes a step of every row that is generating, so that long prompts delay the others by a chunk at a time. All of a
-prompt but its last token is read in chunks; the last one goes through the same program as generated tokens do, which is
-the only one that samples. Samples that share a prompt (`Request.n`) therefore share its reading and the pages that it
-fills: the rest of the row is copied, and each copy goes on with a seed of its own.
+may come to, so that those in company never wait for each other. A round prefills one chunk of a waiting prompt and
+then takes a decoding step of every row that is generating, so that long prompts delay the others by a chunk at a time.
+All of a prompt but its last token is read in chunks; the last one goes through the same program as generated tokens do,
+which is the only one that samples. Samples that share a prompt (`Request.n`) therefore share its prefill and the pages
+that it fills: the rest of the row is copied, and each copy goes on with a seed of its own.
 
 With drafts (`draft`) a step takes the newest token of a row and some guesses of what follows, and yields as many tokens
 as were right, and one more; see `drafters` and `speculative`. Rows go one token at a time while a guide leads them.
@@ -13,8 +13,8 @@ as were right, and one more; see `drafters` and `speculative`. Rows go one token
 What a request gets does not depend on its neighbours: its chunks are cut by its own prompt alone, a token's program is
 always the same, and random numbers come from its seed and position. Three programs serve all requests, compiled once.
 
-With a prefix cache (`prefix_cache`) what earlier texts began with is not read again; see `prefix_cache`. Chunks
-are then cut from where a text differs, so that another rounding may depend on what was served before.
+With a prefix cache (`prefix_cache`) what earlier texts began with is not read again; see `v4_jax.infer.prefix_cache`.
+Chunks are then cut from where a text differs, so that another rounding may depend on what was served before.
 """
 
 from __future__ import annotations

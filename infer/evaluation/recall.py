@@ -127,23 +127,23 @@ def _between(rng: np.random.Generator, items: Sequence[str], length: int) -> str
     ends = np.flatnonzero(np.frombuffer(words.encode(), np.uint8) == ord(" ")) + 1
     ends = np.concatenate([[0], ends])
     places = np.sort(rng.choice(ends, len(items)))
-    parts, last = [], 0
+    pieces, last = [], 0
     for item, place in zip(items, places, strict=True):
-        parts += [words[last:place], item]
+        pieces += [words[last:place], item]
         last = place
-    return "".join([*parts, words[last:]])
+    return "".join([*pieces, words[last:]])
 
 
 def _words(rng: np.random.Generator, length: int) -> str:
     """Random words, each with a space after it, `length` characters together; spaces where no words fit."""
-    left, parts = length, []
+    left, pieces = length, []
     for i in rng.integers(len(WORDS), size=length // min(_BY_SIZE)):
         if left < 2 * sum(_BY_SIZE):
             break
-        parts.append(f"{WORDS[i]} ")
-        left -= len(parts[-1])
+        pieces.append(f"{WORDS[i]} ")
+        left -= len(pieces[-1])
     while sizes := [size for size in _BY_SIZE if left == size or left - size in _FILLED]:
         fitting = _BY_SIZE[rng.choice(sizes)]
-        parts.append(fitting[rng.integers(len(fitting))])
-        left -= len(parts[-1])
-    return "".join(parts) + " " * left
+        pieces.append(fitting[rng.integers(len(fitting))])
+        left -= len(pieces[-1])
+    return "".join(pieces) + " " * left

@@ -264,7 +264,7 @@ def _constraint(body: Body, model: Model) -> Grammar | None:
 def _sampling(body: Body, fallback: Sampling) -> Sampling:
     """The body's parameters, the fallback's where it has none."""
     names = (field.name for field in dataclasses.fields(Sampling))
-    given = {name: value for name in names if (value := getattr(body, name)) is not None}
+    asked = {name: value for name in names if (value := getattr(body, name)) is not None}
     if body.logit_bias is not None:
-        given["logit_bias"] = {int(token): bias for token, bias in body.logit_bias.items()}
-    return dataclasses.replace(fallback, **given)
+        asked["logit_bias"] = {int(token): bias for token, bias in body.logit_bias.items()}
+    return dataclasses.replace(fallback, **asked)

@@ -158,8 +158,8 @@ class _Gate:
         await self._app(scope, receive, counting)
 
     def _admits(self, scope: Scope) -> bool:
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        scheme, _, key = given.partition(b" ")
+        header = dict(scope["headers"]).get(b"authorization", b"")
+        scheme, _, key = header.partition(b" ")
         matches = [hmac.compare_digest(key.strip(), legal.encode()) for legal in self._keys]  # all: no early exit
         return scheme.lower() == b"bearer" and any(matches)
 

@@ -324,11 +324,11 @@ def _zeros(cache: Cache, role: str, size: int) -> tuple[np.ndarray, ...]:
     return tuple(np.zeros((array.shape[0], size, array.shape[3]), array.dtype) for array in arrays)
 
 
-def _item(parts: Parts, sizes: dict[str, int], row: int, number: int) -> Item:
+def _item(copies: Parts, sizes: dict[str, int], row: int, number: int) -> Item:
     """One page or tail of several, its arrays named by role and place among the role's."""
     item = {}
     for role, size in sizes.items():
-        for i, array in enumerate(parts[role]):
+        for i, array in enumerate(copies[role]):
             item[f"{role}.{i}"] = np.array(array[:, row, number * size : (number + 1) * size])
     return item
 
