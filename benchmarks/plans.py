@@ -20,7 +20,7 @@ from v4_jax import Config
 from v4_jax.commands.info_report import bytes_text
 from v4_jax.commands.plan_report import Attempt, as_json
 from v4_jax.commands.shared.sizes import format_size, parse_size
-from v4_jax.planning.compile import Job, PlanError, compile_for_tpu, without_mtp
+from v4_jax.planning.compile import PlanError, Workload, compile_for_tpu, without_mtp
 from v4_jax.planning.estimates import estimate
 from v4_jax.sharding.chips import Topology
 from v4_jax.sharding.mesh import parse_mesh
@@ -75,12 +75,12 @@ def run(plan: tuple) -> dict:
     config, slice_ = MODELS[model](), Topology.parse(topology)
     config, dtype = (config, "bfloat16") if task == "train" else (without_mtp(config), "native")
     sizes = (parse_size(context), rows, parse_size(chunk))
-    job = Job(config, task, *sizes, slice_, parse_mesh(mesh), preset, dtype)
+    workload = Workload(config, task, *sizes, slice_, parse_mesh(mesh), preset, dtype)
     try:
-        outcome = compile_for_tpu(job)
+        outcome = compile_for_tpu(workload)
     except PlanError as error:
         outcome = error
-    return as_json([Attempt(job, outcome)], [estimate(job)])
+    return as_json([Attempt(workload, outcome)], [estimate(workload)])
 
 
 def row(plan: tuple, found: dict) -> str:

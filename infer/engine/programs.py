@@ -9,19 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from v4_jax.cache.cache import PAGE, Cache
+from v4_jax.cache.cache import Cache
+from v4_jax.cache.entries import PAGE
 from v4_jax.cache.pages import entries_of, page_sizes, put, take
 from v4_jax.infer.engine import speculative
 from v4_jax.infer.engine.history import History
 from v4_jax.infer.engine.sampling import ALL, GREEDY, SamplingRows
 from v4_jax.infer.engine.speculative import Taken
 from v4_jax.infer.prefix_cache.pager import Kept, Pager
+from v4_jax.kernels.compiler_options import compiler_options
 from v4_jax.placement import Place
 from v4_jax.transformer import Transformer
-
-# XLA:CPU's usual scheduler cuts a layer's weights out of their stack long before it needs them, and a single token
-# waits for them. Measured at 4,096 tokens of context: 1.1 to 1.2 times the tokens per second.
-CPU_STEP = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 # In place of a prompt token to feed: the row's newest one and its drafts; the newest one alone; none.
 DRAFTED, NEWEST, AT_REST = -1, -2, -3
@@ -96,7 +94,7 @@ class Programs:
         ahead, whole = integers(slots, 1 + self._draft), place.replicated
         given = Given(integers(slots), integers(slots), integers(slots), place.shape((), bool))
         rows = place.shapes(lambda: SamplingRows.of([GREEDY] * slots))
-        options = CPU_STEP if place.platform == "cpu" else None
+        options = compiler_options("engine", place.platform)
         # They run what is compiled here. Called as compiled objects, they would refuse 4-bit weights that several
         # processes share: jax 0.10 misreads those arrays' layout.
         self.step = jax.jit(
@@ -168,7 +166,7 @@ class Programs:
         One more token is known than is read: the multi-token-prediction block reads it with the one before. Of `sealed`
         [P] tokens the entries are there already. Returns also what a prefix cache may keep, and something to wait for.
         """
-        part = state.cache.some(slots).replace(lengths=begin, mtp_lengths=begin)
+        part = state.cache.take_rows(slots).replace(lengths=begin, draft_lengths=begin)
         arguments: dict[str, Any] = dict(lengths=counts, logits="none")
         found: dict[str, Any] = {}
         if self._pager is not None:
@@ -181,13 +179,17 @@ class Programs:
         if self._pager is not None:
             part, kept = self._pager.read(part, begin)
         history = state.history.read(slots, tokens[:, :-1], counts, begin)
-        return State(state.cache.merged(slots, part), history), kept, part.lengths
+        return State(state.cache.put_rows(slots, part), history), kept, part.lengths
 
     def _copy(self, state: State, source: Array, target: Array, first: Array, count: Array) -> State:
         """Copies row `source` to row `target`, and of its pages `count`, 0 or 1, from number `first` on."""
-        cache = state.cache.merged(target[None], state.cache.some(source[None]))
+        cache = state.cache.put_rows(target[None], state.cache.take_rows(source[None]))
         each = self._place.page // PAGE
         index = entries_of(first * each, each, page_sizes(cache), count * each)
-        page = take(cache, source[None], {role: numbers[None] for role, numbers in index.items()}, self._place)
+        page = take(
+            cache, "entries", source[None], {role: numbers[None] for role, numbers in index.items()}, self._place
+        )
         one = {role: tuple(array[:, 0] for array in arrays) for role, arrays in page.items()}
-        return State(put(cache, target, index, one, self._place), state.history.copy(source[None], target[None]))
+        return State(
+            put(cache, "entries", target, index, one, self._place), state.history.copy(source[None], target[None])
+        )

@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from v4_jax.cache.cache import PAGE, CacheDtype
+from v4_jax.cache.cache import CacheDtype
+from v4_jax.cache.entries import PAGE
 from v4_jax.config import Config
 from v4_jax.infer.checks import check_precision
 from v4_jax.infer.engine import speculative

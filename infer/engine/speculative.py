@@ -25,14 +25,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from v4_jax.cache.cache import MOST_TAKEN_BACK, Cache
+from v4_jax.cache.cache import Cache
+from v4_jax.cache.ring import MOST_ROLLED_BACK
 from v4_jax.config import Config
 from v4_jax.infer.engine.history import History
 from v4_jax.infer.engine.sampling import SamplingRows, best, sample
 
 DEEPEST = 4  # drafts of a step; the block was trained to look one token ahead, and gets worse with every further one
 
-assert DEEPEST < MOST_TAKEN_BACK
+assert DEEPEST < MOST_ROLLED_BACK
 
 
 class Taken(NamedTuple):
@@ -176,4 +177,6 @@ def draft(
     first = guess(output, 0)
     start = jnp.take_along_axis(output.streams, last, axis=1), first, output.cache
     (_, _, after), others = jax.lax.scan(further, start, jnp.arange(1, following.shape[1] - 1, dtype=jnp.int32))
-    return jnp.concatenate([first[:, None], others.T], axis=1), after.rolled_back(mtp_lengths=output.cache.mtp_lengths)
+    return jnp.concatenate([first[:, None], others.T], axis=1), after.rolled_back(
+        draft_lengths=output.cache.draft_lengths
+    )

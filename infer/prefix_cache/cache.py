@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from v4_jax.cache.cache import PAGE
+from v4_jax.cache.entries import PAGE
 from v4_jax.infer.prefix_cache.store import Directory, Item, PageStore
 
 Windows = Literal["full", "none"] | int

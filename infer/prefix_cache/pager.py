@@ -5,7 +5,7 @@ Pages leave the devices while the next step runs, and are taken in by the host a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,13 +13,28 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from v4_jax.cache.cache import PAGE, SPARE, Cache, CacheDtype
-from v4_jax.cache.pages import Parts, entries_of, page_sizes, put, resized, slots_of, tail_sizes, take, tokens_to_refill
+from v4_jax.cache.cache import Cache, CacheDtype
+from v4_jax.cache.entries import PAGE
+from v4_jax.cache.pages import (
+    Parts,
+    entries_of,
+    page_sizes,
+    put,
+    resized,
+    ring_places,
+    tail_sizes,
+    take,
+    tokens_to_refill,
+)
+from v4_jax.cache.ring import SPARE
+from v4_jax.cache.rows import StoredRows
 from v4_jax.config import Config
 from v4_jax.infer.prefix_cache.cache import Keeping, PrefixCache, Trail, root_of
 from v4_jax.infer.prefix_cache.store import Item
 from v4_jax.placement import Place
 from v4_jax.policy import Policy
+
+_FORMAT = 2  # of pages and tails in a directory: those of another are not found
 
 
 class Kept(NamedTuple):
@@ -95,20 +110,21 @@ class Pager:
                 "one engine; expected one process, or the prefix cache in memory alone"
             )
         self._place, self._chunk, self._draft, self._every = place, chunk, draft, keeping.every
-        self._pages, self._tails = page_sizes(cache), tail_sizes(cache, config, mtp=draft > 0)
+        self._pages, self._tails = page_sizes(cache), tail_sizes(cache, config, draft=draft > 0)
         self._at_once = chunk // PAGE  # pages
         self._windows = -(-chunk // keeping.every) if keeping.every else 0  # tails of a chunk
-        parts = [config.to_hf(), str(Policy.of(policy)), cache_dtype, draft > 0]
+        parts = [_FORMAT, config.to_hf(), str(Policy.of(policy)), cache_dtype, draft > 0]
         root = root_of(parts, None if keeping.directory is None else params)
-        self.store = PrefixCache(keeping, root, tokens_to_refill(config, mtp=draft > 0))
+        self.store = PrefixCache(keeping, root, tokens_to_refill(config, draft=draft > 0))
         self._copied: list[_Copied] = []
-        self._empty_tail = {role: self._zeros(cache, role, size) for role, size in self._tails.items()}
-        self._empty_pages = {role: self._zeros(cache, role, size * self._at_once) for role, size in self._pages.items()}
+        self._empty_tail = {role: self._zeros(cache.rings[role], size) for role, size in self._tails.items()}
+        self._empty_pages = {
+            role: self._zeros(cache.entries[role], size * self._at_once) for role, size in self._pages.items()
+        }
 
     @staticmethod
-    def _zeros(cache: Cache, role: str, size: int) -> tuple[np.ndarray, ...]:
-        arrays = cache.rows[role].arrays
-        return tuple(np.zeros((array.shape[0], size, array.shape[3]), array.dtype) for array in arrays)
+    def _zeros(held: StoredRows, size: int) -> tuple[np.ndarray, ...]:
+        return tuple(np.zeros((array.shape[0], size, array.shape[3]), array.dtype) for array in held.arrays)
 
     # ---- within programs ---------------------------------------------------------------------------------------------
 
@@ -127,13 +143,13 @@ class Pager:
           The rows as they were before they were widened, and the copies.
         """
         rows = jnp.arange(begin.shape[0], dtype=jnp.int32)
-        pages = take(cache, rows, entries_of(begin // PAGE, self._at_once, self._pages), self._place)
+        pages = take(cache, "entries", rows, entries_of(begin // PAGE, self._at_once, self._pages), self._place)
         tails: Parts = {}
         if self._windows:
             ends = ((begin // self._every)[:, None] + 1 + jnp.arange(self._windows, dtype=jnp.int32)) * self._every
-            index = slots_of(ends, cache, self._tails)
+            index = ring_places(ends, cache, self._tails)
             index = {role: slots.reshape(rows.shape[0], -1) for role, slots in index.items()}
-            tails = take(cache, rows, index, self._place)
+            tails = take(cache, "rings", rows, index, self._place)
         return resized(cache, -self._chunk, self._tails), Kept(pages, tails)
 
     # ---- programs ----------------------------------------------------------------------------------------------------
@@ -161,22 +177,26 @@ class Pager:
     def _copy(self, state: Any, slot: Array, end: Array) -> Kept:
         """Copies of the page of a slot that ends before token `end`, and of its tail."""
         rows, first = slot[None], end[None] // PAGE - 1
-        pages = take(state.cache, rows, entries_of(first, 1, self._pages), self._place)
+        pages = take(state.cache, "entries", rows, entries_of(first, 1, self._pages), self._place)
         if not self._every:
             return Kept(pages, {})
-        return Kept(pages, take(state.cache, rows, slots_of(end[None], state.cache, self._tails), self._place))
+        return Kept(
+            pages, take(state.cache, "rings", rows, ring_places(end[None], state.cache, self._tails), self._place)
+        )
 
     def _put_pages(self, state: Any, slot: Array, first: Array, count: Array, tokens: Array, parts: Parts) -> Any:
         """Puts pages [first, first + count), which are those of `tokens`, into a slot; page 0 begins it anew."""
-        cache = put(state.cache, slot, entries_of(first, self._at_once, self._pages, count), parts, self._place)
+        cache = put(
+            state.cache, "entries", slot, entries_of(first, self._at_once, self._pages, count), parts, self._place
+        )
         history = state.history.read(slot[None], tokens[None], PAGE * count[None], PAGE * first[None])
         return state._replace(cache=cache, history=history)
 
     def _put_tail(self, state: Any, slot: Array, end: Array, tail: Parts) -> Any:
         """Puts the tail that ends before token `end` into a slot, which then holds so many tokens."""
-        cache = put(state.cache, slot, slots_of(end, state.cache, self._tails), tail, self._place)
-        lengths, mtp_lengths = (x.at[slot].set(end) for x in (cache.lengths, cache.mtp_lengths))
-        return state._replace(cache=cache.replace(lengths=lengths, mtp_lengths=mtp_lengths))
+        cache = put(state.cache, "rings", slot, ring_places(end, state.cache, self._tails), tail, self._place)
+        lengths, draft_lengths = (x.at[slot].set(end) for x in (cache.lengths, cache.draft_lengths))
+        return state._replace(cache=cache.replace(lengths=lengths, draft_lengths=draft_lengths))
 
     # ---- on the host -------------------------------------------------------------------------------------------------
 
@@ -272,7 +292,7 @@ class Pager:
         self.store.close()
 
 
-def _item(parts: Parts, sizes: dict[str, int], row: int, number: int) -> Item:
+def _item(parts: Parts, sizes: Mapping[Any, int], row: int, number: int) -> Item:
     """One page or tail of several."""
 
     def cut(array: Any, size: int) -> np.ndarray:
@@ -281,7 +301,7 @@ def _item(parts: Parts, sizes: dict[str, int], row: int, number: int) -> Item:
     return {f"{role}.{i}": cut(array, size) for role, size in sizes.items() for i, array in enumerate(parts[role])}
 
 
-def _parts(item: Item, sizes: dict[str, int]) -> dict[str, tuple[np.ndarray, ...]]:
+def _parts(item: Item, sizes: Mapping[Any, int]) -> dict[str, tuple[np.ndarray, ...]]:
     """Inverse of `_item`."""
     found: dict[str, tuple[np.ndarray, ...]] = {}
     for role in sizes:

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from v4_jax.checkpoint.block_formats import BlockFormat, check_scales, check_spread, dequantise, scale_name, unpack
+from v4_jax.checkpoint.block_formats import BlockFormat, check_range, check_scales, dequantise, scale_name, unpack
 from v4_jax.checkpoint.in_memory import check_expert_ids
 from v4_jax.checkpoint.interface import DTYPES, Checkpoint, CheckpointError
 from v4_jax.checkpoint.mapping import Path as LeafPath
@@ -192,7 +192,7 @@ class _Leaf(NamedTuple):
         parts = _scaled((rows, columns), (height, width), self.form.block)
         scales = self.checkpoint.read(scale_name(name), *parts)
         check_scales(scale_name(name), scales)
-        check_spread(name, codes, scales, self.form)
+        check_range(name, codes, scales, self.form)
         return codes, scales
 
 
