@@ -46,17 +46,23 @@ PLANS = (
 
 HEADER = """# Plans
 
-What the TPU compiler says about DeepSeek-V4 on slices of several generations, compiled on a machine without TPUs by
-`python benchmarks/plans.py`; `v4-jax plan` does the same for one program of your own. Nothing here was run or timed.
+What the TPU compiler says about DeepSeek-V4 on slices of several generations. The programs were compiled on a machine
+without TPUs by `python benchmarks/plans.py`; `v4-jax plan` does the same for one program of your own. Nothing here was
+run or timed.
 
-Numbers are of one device, which is a chip, and half of one on tpu7x. *Peak* is weights, cache and temporaries
-together, against the memory of the device; in training, what is in use at one time by the compiler's count: masters
-and moments in float32, and temporaries, many of which take each other's place. *Floor* is the least time that a call
-can take: the largest of its FLOPs, memory traffic and interconnect traffic at the vendor's best figures. *Over least*
-is how many times the FLOPs and the bytes exceed what the algorithm needs: two FLOPs per active weight and the
-attention's own; every weight that the tokens reach and the cache they see, read once; in training three times the
-FLOPs, and masters and moments read and written once. Weights are in the released formats, the cache in bfloat16. Loops
-are multiplied out; of a conditional all branches count, as at the end of a full context.
+All numbers are per device: one chip, or half a chip on tpu7x.
+
+- *Peak* is weights, cache and temporaries together, against the memory of the device. In training it is what is live at
+  one time by the compiler's count: master weights and moments in float32, and temporaries, many of which reuse the same
+  memory.
+- *Floor* is the least time that a call can take: the largest of its FLOPs, memory traffic and interconnect traffic at
+  the vendor's peak figures.
+- *Over least* is how many times the FLOPs and the bytes exceed what the algorithm needs. That is two FLOPs per active
+  weight and the attention's own; every weight that the tokens reach and the cache that they see, read once. In training
+  it is three times the FLOPs, and master weights and moments read and written once.
+
+Weights are in the released formats, the cache in bfloat16. Loops are multiplied out. Of a conditional all branches
+count, as at the end of a full context.
 
 """
 COLUMNS = (
