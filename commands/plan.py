@@ -131,8 +131,9 @@ def _best(workload: Workload, preset: str | None) -> list[Estimate]:
     with working("ranking meshes"):
         found = candidates(workload, presets)
     if not found:
+        rows = f"{workload.batch} rows of {workload.chunk} tokens"
         raise CommandError(
-            f"no mesh of {workload.topology.devices} devices splits {workload.batch} rows of {workload.chunk} tokens evenly; "
+            f"no mesh of {workload.topology.devices} devices splits {rows} evenly; "
             f"expected another --batch, a --chunk that is a multiple of {UNIT} per device, or another --topology"
         )
     return found
