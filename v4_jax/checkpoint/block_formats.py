@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from v4_jax.checkpoint.interface import CheckpointError
+from v4_jax.checkpoint.tensors import CheckpointError
 from v4_jax.number_formats import E2M1, E4M3, FP4_BLOCK, FP8_BLOCK
 from v4_jax.parameters import Storage
 

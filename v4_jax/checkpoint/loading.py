@@ -19,10 +19,11 @@ from jax.sharding import Mesh, NamedSharding
 
 from v4_jax.checkpoint.block_formats import BlockFormat, check_range, check_scales, dequantise, scale_name, unpack
 from v4_jax.checkpoint.in_memory import check_expert_ids
-from v4_jax.checkpoint.interface import DTYPES, Checkpoint, CheckpointError
+from v4_jax.checkpoint.interface import Checkpoint
 from v4_jax.checkpoint.mapping import Path as LeafPath
 from v4_jax.checkpoint.mapping import leaves
 from v4_jax.checkpoint.opening import opened
+from v4_jax.checkpoint.tensors import DTYPES, CheckpointError
 from v4_jax.config import Config
 from v4_jax.number_formats import BlockScaled, scale_shape
 from v4_jax.parameters import Parameter

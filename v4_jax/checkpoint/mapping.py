@@ -25,7 +25,7 @@ from v4_jax.checkpoint.block_formats import (
     ScaleType,
     scale_name,
 )
-from v4_jax.checkpoint.interface import CheckpointError, TensorInfo, names_in
+from v4_jax.checkpoint.tensors import CheckpointError, TensorInfo, names_in
 from v4_jax.config import Config
 from v4_jax.number_formats import scale_shape
 from v4_jax.parameter_tree import declarations
