@@ -3,11 +3,11 @@
 Each has a `reference.py`, which defines its numbers, beside forms of the same signature for one platform: `tpu.py`, a
 Pallas kernel, or `cpu.py`, written so that XLA:CPU makes quick code of it. Layers call the functions here.
 
-    function                 reference                         cpu                        tpu
-    products, weighted       einsum                            gradients as sums          reference
-    index_scores             einsum                            head by head               reference
-    matmul                   einsum                            rows with a second axis    reference
-    map_groups               tiles of each group in turn       reference                  the caller's kernel
+    function                 reference                      cpu                                       tpu
+    products, weighted       einsum                         keys' gradients as sums, of few heads     reference
+    index_scores             einsum                         head by head                              reference
+    matmul                   einsum                         weights' gradients with a second axis     reference
+    map_groups               tiles of each group in turn    reference                                 caller's kernel
 """
 
 from __future__ import annotations
@@ -34,27 +34,29 @@ def products(queries: Array, keys: Array) -> Array:
     """See `attention.reference.products`."""
     if not attention_cpu.helps(queries, keys):
         return attention.products(queries, keys)
-    return _differentiable(attention.products, cpu=attention_cpu.products)(queries, keys)
+    return _with_gradients(attention.products, cpu=attention_cpu.products_gradients)(queries, keys)
 
 
 def weighted(shares: Array, keys: Array) -> Array:
     """See `attention.reference.weighted`."""
     if not attention_cpu.helps(shares, keys):
         return attention.weighted(shares, keys)
-    return _differentiable(attention.weighted, cpu=attention_cpu.weighted)(shares, keys)
+    return _with_gradients(attention.weighted, cpu=attention_cpu.weighted_gradients)(shares, keys)
 
 
 def index_scores(queries: Array, weights: Array, keys: Array) -> Array:
     """See `indexer.reference.index_scores`."""
-    return _differentiable(indexer.index_scores, cpu=indexer_cpu.index_scores)(queries, weights, keys)
+    by_heads = indexer_cpu.index_scores
+    scores = functools.partial(by_platform, default=indexer.index_scores, cpu=by_heads)
+    return _with_gradients(scores, default=_pull(indexer.index_scores), cpu=_pull(by_heads))(queries, weights, keys)
 
 
 def matmul(x: Array, weight: Array, dtype: Any) -> Array:
     """See `linear.reference.matmul`."""
+    plain = functools.partial(linear.matmul, dtype=dtype)
     if x.ndim != 2:
-        return linear.matmul(x, weight, dtype)
-    plain, with_axis = (functools.partial(form, dtype=dtype) for form in (linear.matmul, linear_cpu.matmul))
-    return _differentiable(plain, cpu=with_axis)(x, weight)
+        return plain(x, weight)
+    return _with_gradients(plain, cpu=functools.partial(linear_cpu.matmul_gradients, dtype=dtype))(x, weight)
 
 
 def map_groups(
@@ -98,19 +100,24 @@ def by_platform(*operands: Any, default: Form, **forms: Form) -> Any:
     return jax.lax.platform_dependent(*operands, default=default, **forms)
 
 
-def _differentiable(default: Form, **forms: Form) -> Form:
-    """A function that runs the platform's form, and takes that form's gradients. Nothing but the operands is kept."""
+def _with_gradients(function: Form, *, default: Form | None = None, **forms: Form) -> Form:
+    """The function, whose gradients the platform's form takes, from operands and gradient; nothing else is kept.
+
+    Args:
+      function: maps arrays to an array.
+      default: maps (operands, gradient) to the operands' gradients; by default that of the function.
+      **forms: the same for one platform.
+    """
 
     @jax.custom_vjp
     def call(*operands: Any) -> Any:
-        return by_platform(*operands, default=default, **forms)
+        return function(*operands)
 
     def forward(*operands: Any) -> tuple[Any, Any]:
-        return call(*operands), operands
+        return function(*operands), operands
 
     def backward(operands: Any, gradient: Any) -> Any:
-        pulls = {name: _pull(form) for name, form in forms.items()}
-        return by_platform(operands, gradient, default=_pull(default), **pulls)
+        return by_platform(operands, gradient, default=default or _pull(function), **forms)
 
     call.defvjp(forward, backward)
     return call

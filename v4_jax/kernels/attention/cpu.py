@@ -1,8 +1,9 @@
-"""The same products for XLA:CPU: where few heads share a query's own keys, these keys' gradients as sums."""
+"""For XLA:CPU: where few heads share a query's own keys, the products' gradients of these keys as sums."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,27 +18,23 @@ FEW_HEADS = 4
 
 
 def helps(x: Array, keys: Array) -> bool:
-    """Whether these forms differ from the reference: x [B, Q, H, ...] of few heads, keys of each query."""
+    """Whether they differ from the reference's: of x [B, Q, H, ...] with few heads, and keys of each query."""
     return keys.ndim == 4 and x.shape[2] <= FEW_HEADS
 
 
-@jax.custom_vjp
-def products(queries: Array, keys: Array) -> Array:
-    """See `reference.products`."""
-    return reference.products(queries, keys)
+def products_gradients(operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    """Gradients of queries [B, Q, H, C] and keys [B, Q, K, C] from that of `reference.products`, [B, Q, H, K]."""
+    queries, keys = operands
+    return _of_first(reference.products, queries, keys, gradient), _of_keys(gradient, queries, keys.dtype)
 
 
-@jax.custom_vjp
-def weighted(shares: Array, keys: Array) -> Array:
-    """See `reference.weighted`."""
-    return reference.weighted(shares, keys)
+def weighted_gradients(operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    """Gradients of shares [B, Q, H, K] and keys [B, Q, K, C] from that of `reference.weighted`, [B, Q, H, C]."""
+    shares, keys = operands
+    return _of_first(reference.weighted, shares, keys, gradient), _of_keys(shares, gradient, keys.dtype)
 
 
-def _forward(form: Any, x: Array, keys: Array) -> tuple[Array, tuple[Array, Array]]:
-    return form(x, keys), (x, keys)
-
-
-def _of_x(form: Any, x: Array, keys: Array, gradient: Array) -> Array:
+def _of_first(form: Callable[[Array, Array], Array], x: Array, keys: Array, gradient: Array) -> Array:
     return jax.vjp(lambda x: form(x, keys), x)[1](gradient)[0]
 
 
@@ -45,17 +42,3 @@ def _of_keys(by_key: Array, by_channel: Array, dtype: Any) -> Array:
     """[B, Q, K, C] from [B, Q, H, K] and [B, Q, H, C]."""
     terms = (by_key[:, :, h, :, None] * by_channel[:, :, h, None, :] for h in range(by_key.shape[2]))
     return functools.reduce(jnp.add, terms).astype(dtype)
-
-
-def _products_backward(operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    queries, keys = operands
-    return _of_x(reference.products, queries, keys, gradient), _of_keys(gradient, queries, keys.dtype)
-
-
-def _weighted_backward(operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    shares, keys = operands
-    return _of_x(reference.weighted, shares, keys, gradient), _of_keys(shares, gradient, keys.dtype)
-
-
-products.defvjp(functools.partial(_forward, reference.products), _products_backward)
-weighted.defvjp(functools.partial(_forward, reference.weighted), _weighted_backward)
