@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup demo test lint oracle tpu clean
+.PHONY: help setup demo test lint docs oracle tpu clean
 
 help:
 	@echo "make demo    set up, then load, verify and run a small checkpoint in the released layout"
 	@echo "make test    set up, then run the tests"
 	@echo "make setup   only set up (.venv)"
 	@echo "make lint    ruff and mypy"
+	@echo "make docs    the pages and the API reference, in build/docs"
 	@echo "make oracle  compare with transformers (installs torch)"
 	@echo "make tpu     compile kernels and plans for TPUs, on any machine (installs libtpu)"
 
@@ -23,6 +24,10 @@ $(VENV)/ready: pyproject.toml constraints.txt
 
 $(VENV)/ready-test: $(VENV)/ready
 	@$(PIP) --editable '.[test]'
+	@touch $@
+
+$(VENV)/ready-docs: $(VENV)/ready
+	@$(PIP) --editable '.[docs]'
 	@touch $@
 
 $(VENV)/ready-oracle: $(VENV)/ready-test
@@ -46,6 +51,10 @@ lint: $(VENV)/ready-test
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+docs: $(VENV)/ready-docs
+	@$(BIN)/mkdocs build --quiet
+	@echo "build/docs/index.html"
 
 oracle: $(VENV)/ready-oracle
 	@$(BIN)/python -m pytest tests/oracle

@@ -122,7 +122,7 @@ def build(task: Task, split: bool) -> tuple[Any, Any, Any]:
     import jax
 
     from v4_jax import Transformer, init_cache
-    from v4_jax.placement import placements
+    from v4_jax.parameter_tree import placements
     from v4_jax.sharding.mesh import make_mesh
 
     config, mesh = architecture(), make_mesh(MESH) if split else None
@@ -205,8 +205,12 @@ def bytes_on_first_device(cache: Any) -> dict[str, int]:
     import jax
 
     sizes: dict[str, int] = {}
-    for role, rows in cache.rows.items():
-        name = "open blocks" if role.endswith("state") else role
+    parts = [
+        *cache.entries.items(),
+        *((role, cache.rings[role]) for role in ("window", "draft") if role in cache.rings),
+    ]
+    parts += [("open blocks", rows) for role, rows in cache.rings.items() if role in cache.entries]
+    for name, rows in parts:
         held = (array.addressable_shards[0].data for array in jax.tree.leaves(rows))
         sizes[name] = sizes.get(name, 0) + sum(data.nbytes for data in held)
     return sizes

@@ -20,7 +20,7 @@ from v4_jax import Config
 from v4_jax.commands.info_report import bytes_text
 from v4_jax.commands.plan_report import Attempt, as_json
 from v4_jax.commands.shared.sizes import format_size, parse_size
-from v4_jax.planning.compile import Job, PlanError, compile_for_tpu, without_mtp
+from v4_jax.planning.compile import PlanError, Workload, compile_for_tpu, without_mtp
 from v4_jax.planning.estimates import estimate
 from v4_jax.sharding.chips import Topology
 from v4_jax.sharding.mesh import parse_mesh
@@ -46,17 +46,23 @@ PLANS = (
 
 HEADER = """# Plans
 
-What the TPU compiler says about DeepSeek-V4 on slices of several generations, compiled on a machine without TPUs by
-`python benchmarks/plans.py`; `v4-jax plan` does the same for one program of your own. Nothing here was run or timed.
+What the TPU compiler says about DeepSeek-V4 on slices of several generations. The programs were compiled on a machine
+without TPUs by `python benchmarks/plans.py`; `v4-jax plan` does the same for one program of your own. Nothing here was
+run or timed.
 
-Numbers are of one device, which is a chip, and half of one on tpu7x. *Peak* is weights, cache and temporaries
-together, against the memory of the device; in training, what is in use at one time by the compiler's count: masters
-and moments in float32, and temporaries, many of which take each other's place. *Floor* is the least time that a call
-can take: the largest of its FLOPs, memory traffic and interconnect traffic at the vendor's best figures. *Over least*
-is how many times the FLOPs and the bytes exceed what the algorithm needs: two FLOPs per active weight and the
-attention's own; every weight that the tokens reach and the cache they see, read once; in training three times the
-FLOPs, and masters and moments read and written once. Weights are in the released formats, the cache in bfloat16. Loops
-are multiplied out; of a conditional all branches count, as at the end of a full context.
+All numbers are per device: one chip, or half a chip on tpu7x.
+
+- *Peak* is weights, cache and temporaries together, against the memory of the device. In training it is what is live at
+  one time by the compiler's count: master weights and moments in float32, and temporaries, many of which reuse the same
+  memory.
+- *Floor* is the least time that a call can take: the largest of its FLOPs, memory traffic and interconnect traffic at
+  the vendor's peak figures.
+- *Over least* is how many times the FLOPs and the bytes exceed what the algorithm needs. That is two FLOPs per active
+  weight and the attention's own; every weight that the tokens reach and the cache that they see, read once. In training
+  it is three times the FLOPs, and master weights and moments read and written once.
+
+Weights are in the released formats, the cache in bfloat16. Loops are multiplied out. Of a conditional all branches
+count, as at the end of a full context.
 
 """
 COLUMNS = (
@@ -75,12 +81,12 @@ def run(plan: tuple) -> dict:
     config, slice_ = MODELS[model](), Topology.parse(topology)
     config, dtype = (config, "bfloat16") if task == "train" else (without_mtp(config), "native")
     sizes = (parse_size(context), rows, parse_size(chunk))
-    job = Job(config, task, *sizes, slice_, parse_mesh(mesh), preset, dtype)
+    workload = Workload(config, task, *sizes, slice_, parse_mesh(mesh), preset, dtype)
     try:
-        outcome = compile_for_tpu(job)
+        outcome = compile_for_tpu(workload)
     except PlanError as error:
         outcome = error
-    return as_json([Attempt(job, outcome)], [estimate(job)])
+    return as_json([Attempt(workload, outcome)], [estimate(workload)])
 
 
 def row(plan: tuple, found: dict) -> str:

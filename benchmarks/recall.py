@@ -25,7 +25,8 @@ import numpy as np
 import yaml
 
 from v4_jax import Transformer, init_cache, load
-from v4_jax.config import RATIO_OF_ROLE, Config
+from v4_jax.architecture import RATIO_OF_ROLE
+from v4_jax.config import Config
 from v4_jax.infer.evaluation import recall
 from v4_jax.outputs import Routing
 from v4_jax.tokenizer import ByteTokenizer

@@ -127,8 +127,9 @@ def measure_ours(task: Task) -> dict[str, Any]:
     import jax.numpy as jnp
 
     from v4_jax import Transformer, init_cache
-    from v4_jax.infer.engine.programs import CPU_STEP
-    from v4_jax.parameters import declarations, is_parameter
+    from v4_jax.kernels.compiler_options import compiler_options
+    from v4_jax.parameter_tree import declarations
+    from v4_jax.parameters import is_parameter
 
     config = architecture()
     tree = jax.tree.structure(declarations(config), is_leaf=is_parameter)
@@ -144,7 +145,8 @@ def measure_ours(task: Task) -> dict[str, Any]:
         return jnp.argmax(output.logits[:, -1:], axis=-1).astype(jnp.int32), output.logits[0, -1], output.cache
 
     step = jax.jit(apply, donate_argnums=2)
-    single = jax.jit(apply, donate_argnums=2, compiler_options=CPU_STEP)  # as the engine decodes
+    options = compiler_options("engine", jax.default_backend())
+    single = jax.jit(apply, donate_argnums=2, compiler_options=options)
 
     def fresh() -> Any:
         return init_cache(config, 1, task.length + task.decode, dtype="float32")

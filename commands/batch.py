@@ -54,7 +54,7 @@ def batch(
     Examples:
       v4-jax batch DeepSeek-V4-Flash requests.jsonl answers.jsonl --mode high --memory 16G
       v4-jax batch DeepSeek-V4-Flash requests.jsonl answers.jsonl --mesh tensor=8 --slots 64
-      v4-jax batch DeepSeek-V4-Flash requests.jsonl answers.jsonl --part 2/4    (the second of four hosts)
+      v4-jax batch DeepSeek-V4-Flash requests.jsonl answers.jsonl --part 2/4    # the second of four hosts
 
     Args:
       model: A directory with a released model, or one made by convert.

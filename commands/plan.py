@@ -15,8 +15,9 @@ from v4_jax.commands.shared.console import CommandError, bad_input, say, show, w
 from v4_jax.commands.shared.contexts import check_length
 from v4_jax.commands.shared.options import Count, JsonFlag, OptionalSize, OptionalText
 from v4_jax.commands.shared.sizes import format_size
-from v4_jax.placement import UNIT, alternatives, check_mesh
-from v4_jax.planning.compile import Compiled, Job, MissingCompiler, PlanError, compile_for_tpu, without_mtp
+from v4_jax.on_mesh import UNIT
+from v4_jax.placement import alternatives, check_mesh
+from v4_jax.planning.compile import Compiled, MissingCompiler, PlanError, Workload, compile_for_tpu, without_mtp
 from v4_jax.planning.estimates import PRESETS_OF_TASK, Estimate, candidates, estimate
 from v4_jax.sharding.axes import PRESETS as SHARDING_PRESETS
 from v4_jax.sharding.axes import ShardingError
@@ -90,11 +91,11 @@ def plan(
         raise CommandError(f"--chunk {format_size(chunk)} is more than --context {format_size(context)}")
 
     sizes = dict.fromkeys(("data", "seq", "expert", "tensor"), 1)
-    job = Job(config, task, context, batch, chunk, chips, sizes, preset or PRESETS_OF_TASK[task][-1], dtype)
-    estimates = _chosen(job, mesh) if mesh else _best(job, preset)
+    workload = Workload(config, task, context, batch, chunk, chips, sizes, preset or PRESETS_OF_TASK[task][-1], dtype)
+    estimates = _chosen(workload, mesh) if mesh else _best(workload, preset)
     attempts = []
     for one in estimates[:MOST]:
-        attempts.append(_attempt(one.job))
+        attempts.append(_attempt(one.workload))
         if attempts[-1].fits:
             break
     if as_json:
@@ -104,47 +105,50 @@ def plan(
     return 0 if attempts[-1].fits else 1
 
 
-def _chosen(job: Job, text: str) -> list[Estimate]:
+def _chosen(workload: Workload, text: str) -> list[Estimate]:
     """The mesh that was asked for, if it is legal."""
-    native, devices = job.dtype == "native", job.topology.devices
-    call: dict[str, Any] = {"batch": job.batch, "length": job.chunk, "native": native}
+    native, devices = workload.dtype == "native", workload.topology.devices
+    call: dict[str, Any] = {"batch": workload.batch, "length": workload.chunk, "native": native}
     with bad_input("--mesh: "):
         sizes = parse_mesh(text)
     try:
         mesh = abstract_mesh(sizes)
         if mesh.size != devices:
             raise ShardingError(
-                f"mesh {format_mesh(sizes)} has {mesh.size} places, but {job.topology} {devices} devices"
+                f"mesh {format_mesh(sizes)} has {mesh.size} places, but {workload.topology} {devices} devices"
             )
-        check_mesh(job.config, mesh, job.preset, **call)
+        check_mesh(workload.config, mesh, workload.preset, **call)
     except ShardingError as error:
-        raise CommandError(f"--mesh: {error}; {alternatives(job.config, devices, job.preset, **call)}") from None
-    return [estimate(dataclasses.replace(job, mesh=sizes))]
-
-
-def _best(job: Job, preset: str | None) -> list[Estimate]:
-    """All legal meshes, the most promising first."""
-    presets = (preset,) if preset else PRESETS_OF_TASK[job.task]
-    with working("ranking meshes"):
-        found = candidates(job, presets)
-    if not found:
         raise CommandError(
-            f"no mesh of {job.topology.devices} devices splits {job.batch} rows of {job.chunk} tokens evenly; expected "
-            f"another --batch, a --chunk that is a multiple of {UNIT} per device, or another --topology"
+            f"--mesh: {error}; {alternatives(workload.config, devices, workload.preset, **call)}"
+        ) from None
+    return [estimate(dataclasses.replace(workload, mesh=sizes))]
+
+
+def _best(workload: Workload, preset: str | None) -> list[Estimate]:
+    """All legal meshes, the most promising first."""
+    presets = (preset,) if preset else PRESETS_OF_TASK[workload.task]
+    with working("ranking meshes"):
+        found = candidates(workload, presets)
+    if not found:
+        rows = f"{workload.batch} rows of {workload.chunk} tokens"
+        raise CommandError(
+            f"no mesh of {workload.topology.devices} devices splits {rows} evenly; "
+            f"expected another --batch, a --chunk that is a multiple of {UNIT} per device, or another --topology"
         )
     return found
 
 
-def _attempt(job: Job) -> card.Attempt:
+def _attempt(workload: Workload) -> card.Attempt:
     outcome: Compiled | PlanError
-    with working(f"compiling {format_mesh(job.mesh)} {job.preset}"):
+    with working(f"compiling {format_mesh(workload.mesh)} {workload.preset}"):
         try:
-            outcome = compile_for_tpu(job)
+            outcome = compile_for_tpu(workload)
         except MissingCompiler as error:
             raise CommandError(str(error)) from None
         except PlanError as error:
             outcome = error
-    attempt = card.Attempt(job, outcome)
+    attempt = card.Attempt(workload, outcome)
     if not attempt.fits:
         say(f"{attempt.name} {attempt.sentence()}")
     return attempt

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from v4_jax.commands.info_report import bytes_text, make_table, operations_text
 from v4_jax.commands.shared.sizes import format_size
-from v4_jax.planning.compile import Compiled, Job, OutOfMemory, PlanError
+from v4_jax.planning.compile import Compiled, OutOfMemory, PlanError, Workload
 from v4_jax.planning.estimates import Estimate, Floor, Least, estimate, floor_of, least_work
 from v4_jax.sharding.mesh import format_mesh
 
@@ -21,14 +21,14 @@ SHOWN = 5  # heaviest instructions, and estimates that were not compiled
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """A job that went to the compiler, and what it said.
+    """A workload that went to the compiler, and what it said.
 
     Attributes:
-      job: the job.
+      workload: the workload.
       outcome: what was compiled, or why not.
     """
 
-    job: Job
+    workload: Workload
     outcome: Compiled | PlanError
 
     @property
@@ -39,35 +39,35 @@ class Attempt:
     @property
     def name(self) -> str:
         """Mesh and preset."""
-        return f"--mesh {format_mesh(self.job.mesh)} --preset {self.job.preset}"
+        return f"--mesh {format_mesh(self.workload.mesh)} --preset {self.workload.preset}"
 
     def sentence(self) -> str:
         """Whether it fits, by how much, and why not."""
         if isinstance(self.outcome, Compiled):
-            hbm = self.job.topology.chip.per_device().hbm_bytes
-            return f"fits: {bytes_text(self.outcome.live)} of {bytes_text(hbm)} {device(self.job)}"
-        return f"does not fit: {refusal(self.job, self.outcome)}"
+            hbm = self.workload.topology.chip.per_device().hbm_bytes
+            return f"fits: {bytes_text(self.outcome.live)} of {bytes_text(hbm)} {device(self.workload)}"
+        return f"does not fit: {refusal(self.workload, self.outcome)}"
 
 
-def device(job: Job) -> str:
+def device(workload: Workload) -> str:
     """What the numbers are of."""
-    return "a chip" if job.topology.chip.devices == 1 else "a device (half a chip)"
+    return "a chip" if workload.topology.chip.devices == 1 else "a device (half a chip)"
 
 
-def refusal(job: Job, error: PlanError) -> str:
-    """Why a job cannot run, by how much, and what takes the room."""
+def refusal(workload: Workload, error: PlanError) -> str:
+    """Why a workload cannot run, by how much, and what takes the room."""
     if not isinstance(error, OutOfMemory):
         return str(error)
     if error.required is None or error.available is None:
         return str(error)
-    held = estimate(job)
+    held = estimate(workload)
     arguments = f"weights take {bytes_text(held.weights)} and the cache {bytes_text(held.cache)} of the same memory"
-    if job.trains:
+    if workload.trains:
         arguments = f"masters and moments take {bytes_text(held.weights)} of the same memory"
     what = "temporaries" if "temporaries" in str(error) else "the program"
     over = error.required - error.available
     return (
-        f"{what} need {bytes_text(error.required)} of the {bytes_text(error.available)} that {device(job)} has, "
+        f"{what} need {bytes_text(error.required)} of the {bytes_text(error.available)} that {device(workload)} has, "
         f"{bytes_text(over)} too much; {arguments}"
     )
 
@@ -82,17 +82,17 @@ def as_json(attempts: Sequence[Attempt], estimates: Sequence[Estimate]) -> dict[
       attempts: what was compiled, the last one being the recommendation if it fits.
       estimates: what else was considered, the most promising first.
     """
-    job, last = attempts[-1].job, attempts[-1]
-    described = job.to_json()
+    workload, last = attempts[-1].workload, attempts[-1]
+    described = workload.to_json()
     return {
         **{key: described[key] for key in ("task", "context", "batch", "chunk", "topology", "dtype")},
-        "devices": job.topology.devices,
-        "chip": dataclasses.asdict(job.topology.chip),
-        "recommended": {"mesh": format_mesh(job.mesh), "preset": job.preset} if last.fits else None,
+        "devices": workload.topology.devices,
+        "chip": dataclasses.asdict(workload.topology.chip),
+        "recommended": {"mesh": format_mesh(workload.mesh), "preset": workload.preset} if last.fits else None,
         "attempts": [_attempt_json(attempt) for attempt in attempts],
         "estimates": [
             {
-                **{"mesh": format_mesh(one.job.mesh), "preset": one.job.preset, "weights": one.weights},
+                **{"mesh": format_mesh(one.workload.mesh), "preset": one.workload.preset, "weights": one.weights},
                 **{"cache": one.cache, "fits": one.fits, "floor": dataclasses.asdict(one.floor)},
             }
             for one in estimates
@@ -101,21 +101,21 @@ def as_json(attempts: Sequence[Attempt], estimates: Sequence[Estimate]) -> dict[
 
 
 def _attempt_json(attempt: Attempt) -> dict[str, Any]:
-    job, outcome = attempt.job, attempt.outcome
-    card: dict[str, Any] = {"mesh": format_mesh(job.mesh), "preset": job.preset, "fits": attempt.fits}
+    workload, outcome = attempt.workload, attempt.outcome
+    card: dict[str, Any] = {"mesh": format_mesh(workload.mesh), "preset": workload.preset, "fits": attempt.fits}
     if isinstance(outcome, PlanError):
         sizes = (
             {"required": outcome.required, "available": outcome.available} if isinstance(outcome, OutOfMemory) else {}
         )
-        return {**card, "error": refusal(job, outcome), **sizes}
-    floor, least = floor_of(job, outcome), least_work(job)
+        return {**card, "error": refusal(workload, outcome), **sizes}
+    floor, least = floor_of(workload, outcome), least_work(workload)
     return {
         **card,
         **dataclasses.asdict(outcome),
-        "hbm_capacity": job.topology.chip.per_device().hbm_bytes,
+        "hbm_capacity": workload.topology.chip.per_device().hbm_bytes,
         "floor": {**dataclasses.asdict(floor), "seconds": floor.seconds, "bound": floor.bound},
-        "tokens_per_second": job.tokens / floor.seconds,
-        "least": {key: value / job.topology.devices for key, value in dataclasses.asdict(least).items()},
+        "tokens_per_second": workload.tokens / floor.seconds,
+        "least": {key: value / workload.topology.devices for key, value in dataclasses.asdict(least).items()},
     }
 
 
@@ -125,36 +125,36 @@ def _attempt_json(attempt: Attempt) -> dict[str, Any]:
 def render(attempts: Sequence[Attempt], estimates: Sequence[Estimate]) -> RenderableType:
     """A plan as tables; see `as_json`."""
     last = attempts[-1]
-    parts: list[RenderableType] = [Text(_title(last.job))]
+    parts: list[RenderableType] = [Text(_title(last.workload))]
     if len(estimates) > 1:
         parts.append(_estimate_table(estimates, attempts))
     parts += [Text(f"{attempt.name} {attempt.sentence()}") for attempt in attempts]
     if isinstance(last.outcome, Compiled):
-        parts += _tables(last.job, last.outcome)
+        parts += _tables(last.workload, last.outcome)
     return Group(*parts)
 
 
-def _title(job: Job) -> str:
-    count = f"{job.topology.chips} chips" + (
-        f", {job.topology.devices} devices" if job.topology.chip.devices > 1 else ""
+def _title(workload: Workload) -> str:
+    count = f"{workload.topology.chips} chips" + (
+        f", {workload.topology.devices} devices" if workload.topology.chip.devices > 1 else ""
     )
-    rows = f"{job.batch} row{'s' if job.batch > 1 else ''}"
-    taken = {"decode": "one token", "prefill": f"the last {format_size(job.chunk)} tokens", "train": "a step"}
-    formats = "float32 masters, computing in bfloat16" if job.trains else f"{job.dtype} weights"
-    call = f"{taken[job.task]} of {rows} at {format_size(job.context)} tokens"
-    return f"{job.task}: {call}, {formats}, on {job.topology} ({count})"
+    rows = f"{workload.batch} row{'s' if workload.batch > 1 else ''}"
+    taken = {"decode": "one token", "prefill": f"the last {format_size(workload.chunk)} tokens", "train": "a step"}
+    formats = "float32 masters, computing in bfloat16" if workload.trains else f"{workload.dtype} weights"
+    call = f"{taken[workload.task]} of {rows} at {format_size(workload.context)} tokens"
+    return f"{workload.task}: {call}, {formats}, on {workload.topology} ({count})"
 
 
-def _tables(job: Job, compiled: Compiled) -> Iterator[RenderableType]:
-    floor, least = floor_of(job, compiled), least_work(job)
-    yield _memory_table(job, compiled)
-    yield _work_table(job, compiled, floor, least)
+def _tables(workload: Workload, compiled: Compiled) -> Iterator[RenderableType]:
+    floor, least = floor_of(workload, compiled), least_work(workload)
+    yield _memory_table(workload, compiled)
+    yield _work_table(workload, compiled, floor, least)
     if compiled.collectives:
         yield _collective_table(compiled)
     yield _heaviest_table(compiled)
     yield Text(
         f"No call is faster than {_seconds(floor.seconds)} (bound by {_BOUNDS[floor.bound]}): at most "
-        f"{job.tokens / floor.seconds:,.0f} tokens/s. Compiled in {compiled.seconds:.0f} s; nothing was run."
+        f"{workload.tokens / floor.seconds:,.0f} tokens/s. Compiled in {compiled.seconds:.0f} s; nothing was run."
     )
 
 
@@ -167,38 +167,38 @@ def _estimate_table(estimates: Sequence[Estimate], attempts: Sequence[Attempt]) 
         *("mesh, preset", "weights", "cache", "FLOPs", "HBM", "ICI"),
         caption="times are floors of a call; estimated, not compiled",
     )
-    tried = [(attempt.job.mesh, attempt.job.preset) for attempt in attempts]
+    tried = [(attempt.workload.mesh, attempt.workload.preset) for attempt in attempts]
     for one in estimates[: max(SHOWN, len(tried))]:
-        mark = " *" if (one.job.mesh, one.job.preset) in tried else ""
+        mark = " *" if (one.workload.mesh, one.workload.preset) in tried else ""
         times = (_seconds(getattr(one.floor, name)) for name in ("flops", "hbm", "ici"))
-        name = f"{format_mesh(one.job.mesh)} {one.job.preset}{mark}"
+        name = f"{format_mesh(one.workload.mesh)} {one.workload.preset}{mark}"
         shown.add_row(name, bytes_text(one.weights), bytes_text(one.cache), *times)
     return shown
 
 
-def _memory_table(job: Job, compiled: Compiled) -> Table:
-    hbm = job.topology.chip.per_device().hbm_bytes
-    shown = make_table(f"Memory of {device(job)}", "", "bytes", "share")
+def _memory_table(workload: Workload, compiled: Compiled) -> Table:
+    hbm = workload.topology.chip.per_device().hbm_bytes
+    shown = make_table(f"Memory of {device(workload)}", "", "bytes", "share")
     rows = {
-        "masters and moments" if job.trains else "weights": compiled.weights,
+        "masters and moments" if workload.trains else "weights": compiled.weights,
         "cache": compiled.cache,
         "padding, other arguments": compiled.arguments - compiled.weights - compiled.cache,
         "temporaries": compiled.temporaries,
         "together": compiled.peak,
         "in use at one time": compiled.live,
     }
-    if job.trains:
+    if workload.trains:
         del rows["cache"]
     for name, size in rows.items():
         shown.add_row(name, bytes_text(size), f"{size / hbm:.1%}", end_section=name == "temporaries")
-    shown.add_row(f"{job.topology.chip.name} has", bytes_text(hbm), "")
+    shown.add_row(f"{workload.topology.chip.name} has", bytes_text(hbm), "")
     return shown
 
 
-def _work_table(job: Job, compiled: Compiled, floor: Floor, least: Least) -> Table:
-    chip, devices = job.topology.chip.per_device(), job.topology.devices
+def _work_table(workload: Workload, compiled: Compiled, floor: Floor, least: Least) -> Table:
+    chip, devices = workload.topology.chip.per_device(), workload.topology.devices
     shown = make_table(
-        f"Work of {device(job)} per call",
+        f"Work of {device(workload)} per call",
         *("", "program", "least", "program / least", "at best", "floor"),
         caption="least: the algorithm's, evenly split; at best: vendor's figures; loops multiplied out",
     )

@@ -27,11 +27,12 @@ from jax.sharding import PartitionSpec as P
 
 from v4_jax.cache.cache import CacheDtype, cache_shapes
 from v4_jax.config import Config
-from v4_jax.kernels.grouped_matmul.reference import tile_rows
+from v4_jax.kernels.grouped_matmul.groups import tile_rows
 from v4_jax.number_formats import E2M1, E4M3, E8M0, FP4_BLOCK, FP8_BLOCK, BlockScaled, scale_shape
 from v4_jax.outputs import Output
-from v4_jax.parameters import Parameter, declarations, is_parameter
-from v4_jax.placement import Place, bytes_per_device, placements
+from v4_jax.parameter_tree import declarations, placements
+from v4_jax.parameters import Parameter, is_parameter
+from v4_jax.placement import Place, bytes_per_device
 from v4_jax.planning.hlo import Instruction, Program, collectives
 from v4_jax.planning.hlo_costs import costs
 from v4_jax.sharding.axes import resolve
@@ -73,7 +74,7 @@ class OutOfMemory(PlanError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class Workload:
     """A program to compile.
 
     Attributes:
@@ -129,7 +130,7 @@ class Job:
         return fields | {"config": self.config.to_hf(), "topology": str(self.topology)}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Job:
+    def from_json(cls, values: dict[str, Any]) -> Workload:
         """Inverse of `to_json`."""
         parsed = {"config": Config.from_hf(values["config"]), "topology": Topology.parse(values["topology"])}
         return cls(**values | parsed)
@@ -154,7 +155,7 @@ class Collectives:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a job; all numbers are of one device and one call.
+    """What the compiler made of a workload; all numbers are of one device and one call.
 
     Attributes:
       weights: bytes.
@@ -231,16 +232,18 @@ def abstract_params(config: Config, mesh: Mesh | AbstractMesh, rules: Any, dtype
     return jax.tree.map(arrays, declarations(config), placements(config, mesh, rules), is_leaf=is_parameter)
 
 
-def abstract_cache(job: Job, mesh: Mesh | AbstractMesh) -> Any:
+def abstract_cache(workload: Workload, mesh: Mesh | AbstractMesh) -> Any:
     """The cache's shapes, dtypes and places."""
-    return cache_shapes(job.config, job.batch, job.context, dtype=job.cache_dtype, mesh=mesh, rules=job.preset)
+    return cache_shapes(
+        workload.config, workload.batch, workload.context, dtype=workload.cache_dtype, mesh=mesh, rules=workload.preset
+    )
 
 
-def training(job: Job, mesh: Any) -> tuple[Any, Any]:
+def training(workload: Workload, mesh: Any) -> tuple[Any, Any]:
     """A training step, `(state, batch) -> (state, metrics)`, and its state's shapes and places.
 
     Args:
-      job: the job.
+      workload: the workload.
       mesh: devices, or an abstract mesh where only the state is wanted.
 
     Raises:
@@ -252,33 +255,38 @@ def training(job: Job, mesh: Any) -> tuple[Any, Any]:
     from v4_jax.train.step import abstract_state, make_step
     from v4_jax.transformer import Transformer
 
-    transform = optimizer(job.config, 2.7e-4, mesh=mesh, rules=job.preset)
-    state = abstract_state(job.config, transform, Place(mesh, job.preset))
+    transform = optimizer(workload.config, 2.7e-4, mesh=mesh, rules=workload.preset)
+    state = abstract_state(workload.config, transform, Place(mesh, workload.preset))
     stage = Stage(dense=False, indexer_loss=True)
-    model = Transformer(job.config, policy=job.policy, mesh=mesh, rules=job.preset, stage=stage, remat="layers")
+    model = Transformer(
+        workload.config, policy=workload.policy, mesh=mesh, rules=workload.preset, stage=stage, remat="layers"
+    )
     return make_step(model, transform, lambda step: Weights(indexer=1.0)), state
 
 
-def lower(job: Job, mesh: Mesh) -> tuple[Any, Any, Any]:
-    """The job's program for a mesh of TPU devices, lowered; its weights, or training state; its cache, if any.
+def lower(workload: Workload, mesh: Mesh) -> tuple[Any, Any, Any]:
+    """The workload's program for a mesh of TPU devices, lowered; its weights, or training state; its cache, if any.
 
     Raises:
-      ShardingError: the job does not split evenly over the mesh.
+      ShardingError: the workload does not split evenly over the mesh.
     """
     from v4_jax.transformer import Transformer
 
     everywhere = NamedSharding(mesh, P())
-    tokens = jax.ShapeDtypeStruct((job.batch, job.chunk), jnp.int32, sharding=everywhere)
-    if job.trains:
+    tokens = jax.ShapeDtypeStruct((workload.batch, workload.chunk), jnp.int32, sharding=everywhere)
+    if workload.trains:
         from v4_jax.train.batch import Batch
         from v4_jax.train.step import jit_step
 
-        step, state = training(job, mesh)
+        step, state = training(workload, mesh)
         rows = jax.ShapeDtypeStruct((1, *tokens.shape), tokens.dtype, sharding=everywhere)
-        return jit_step(step, state, Place(mesh, job.preset)).lower(state, Batch(rows, rows)), state, None
+        return jit_step(step, state, Place(mesh, workload.preset)).lower(state, Batch(rows, rows)), state, None
 
-    model = Transformer(job.config, policy=job.policy, mesh=mesh, rules=job.preset)
-    weights, cache = abstract_params(job.config, mesh, job.preset, job.dtype), abstract_cache(job, mesh)
+    model = Transformer(workload.config, policy=workload.policy, mesh=mesh, rules=workload.preset)
+    weights, cache = (
+        abstract_params(workload.config, mesh, workload.preset, workload.dtype),
+        abstract_cache(workload, mesh),
+    )
 
     def call(params: Any, tokens: Any, cache: Any) -> Any:
         output = cast(Output, model.apply({"params": params}, tokens, cache=cache, logits="last"))
@@ -287,13 +295,13 @@ def lower(job: Job, mesh: Mesh) -> tuple[Any, Any, Any]:
     return jax.jit(call, donate_argnums=2).lower(weights, tokens, cache), weights, cache
 
 
-def compile_here(job: Job) -> Compiled:
-    """Compiles a job in this process, which was started with `ENVIRONMENT`."""
+def compile_here(workload: Workload) -> Compiled:
+    """Compiles a workload in this process, which was started with `ENVIRONMENT`."""
     from jax.experimental import topologies
 
-    described = topologies.get_topology_desc(platform="tpu", topology_name=str(job.topology))
-    mesh = make_mesh(job.mesh, list(described.devices))
-    lowered, weights, cache = lower(job, mesh)
+    described = topologies.get_topology_desc(platform="tpu", topology_name=str(workload.topology))
+    mesh = make_mesh(workload.mesh, list(described.devices))
+    lowered, weights, cache = lower(workload, mesh)
     start = time.monotonic()
     compiled = lowered.compile()
     seconds = time.monotonic() - start
@@ -303,7 +311,7 @@ def compile_here(job: Job) -> Compiled:
         with open(path, "w", encoding="utf-8") as file:
             file.write(text)
     program, memory = Program(text), compiled.memory_analysis()
-    guess = expected_runs(job, program)
+    guess = expected_runs(workload, program)
     spent = costs(program, guess)
     kinds: dict[str, Collectives] = {}
     for one in collectives(program, guess):
@@ -332,13 +340,13 @@ def compile_here(job: Job) -> Compiled:
     )
 
 
-def expected_runs(job: Job, program: Program) -> Callable[[Instruction], float]:
+def expected_runs(workload: Workload, program: Program) -> Callable[[Instruction], float]:
     """How often to count loops whose length depends on the data: the exchange of rows between devices once; the walk
     over a device's experts, and over tiles of rows inside it, as often as an even load makes it."""
-    config = job.config
+    config = workload.config
     experts = config.n_routed_experts
-    rows = job.tokens * config.num_experts_per_tok / experts  # of each expert, all devices together
-    devices = math.prod(job.mesh[axis] for axis in resolve(job.preset)["experts"])
+    rows = workload.tokens * config.num_experts_per_tok / experts  # of each expert, all devices together
+    devices = math.prod(workload.mesh[axis] for axis in resolve(workload.preset)["experts"])
 
     def guess(loop: Instruction) -> float:
         if program.communicates(loop):
@@ -357,8 +365,8 @@ def _result(instruction: Instruction) -> str:
 # ---- the compiler's process ------------------------------------------------------------------------------------------
 
 
-def compile_for_tpu(job: Job) -> Compiled:
-    """Compiles a job.
+def compile_for_tpu(workload: Workload) -> Compiled:
+    """Compiles a workload.
 
     Raises:
       MissingCompiler: libtpu is not installed.
@@ -369,7 +377,7 @@ def compile_for_tpu(job: Job) -> Compiled:
         raise MissingCompiler("the TPU compiler is not installed; it comes with pip install 'v4-jax[tpu]'")
     run = subprocess.run(
         [sys.executable, "-m", __name__],
-        input=json.dumps(job.to_json()),
+        input=json.dumps(workload.to_json()),
         env=os.environ | ENVIRONMENT,
         capture_output=True,
         text=True,
@@ -413,12 +421,12 @@ def _first(message: str) -> str:
 
 
 def main() -> None:
-    """Reads a job from stdin and writes what became of it as the last line of stdout."""
+    """Reads a workload from stdin and writes what became of it as the last line of stdout."""
     answer = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries that print do not get in the way
-    job = Job.from_json(json.load(sys.stdin))
+    workload = Workload.from_json(json.load(sys.stdin))
     try:
-        reply = dataclasses.asdict(compile_here(job))
+        reply = dataclasses.asdict(compile_here(workload))
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         if os.environ.get("V4_JAX_DEBUG"):
             raise

@@ -15,12 +15,14 @@ import jax
 from jax.sharding import AbstractMesh
 
 from v4_jax import costs
-from v4_jax.config import RATIO_OF_ROLE
-from v4_jax.layers.mixture_of_experts import FEW_TOKENS
+from v4_jax.architecture import RATIO_OF_ROLE
+from v4_jax.layers.expert_parallelism import FEW_TOKENS
 from v4_jax.number_formats import BlockScaled
-from v4_jax.parameters import EXPERTS, Parameter, declarations, is_parameter
-from v4_jax.placement import UNIT, bytes_per_device, check_mesh, legal_meshes
-from v4_jax.planning.compile import Compiled, Job, Task, abstract_cache, abstract_params, training
+from v4_jax.on_mesh import UNIT
+from v4_jax.parameter_tree import declarations
+from v4_jax.parameters import EXPERTS, Parameter, is_parameter
+from v4_jax.placement import bytes_per_device, check_mesh, legal_meshes
+from v4_jax.planning.compile import Compiled, Task, Workload, abstract_cache, abstract_params, training
 from v4_jax.sharding.axes import resolve
 from v4_jax.sharding.chips import Chip
 from v4_jax.sharding.mesh import abstract_mesh, format_mesh
@@ -87,17 +89,17 @@ class Least:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What a job would take on one device, without compiling it.
+    """What a workload would take on one device, without compiling it.
 
     Attributes:
-      job: the job.
+      workload: the workload.
       weights: bytes; in training, of masters and moments.
       cache: bytes.
       fits: whether both leave `HEADROOM` of the memory.
       floor: a rough floor of its time.
     """
 
-    job: Job
+    workload: Workload
     weights: int
     cache: int
     fits: bool
@@ -107,91 +109,103 @@ class Estimate:
     def order(self) -> tuple[Any, ...]:
         """Better ones compare smaller: those that fit, the fastest, those with fewer axes."""
         total = self.floor.flops + self.floor.hbm + self.floor.ici
-        used = sum(size > 1 for size in self.job.mesh.values())
+        used = sum(size > 1 for size in self.workload.mesh.values())
         size = 0 if self.fits else self.weights + self.cache
-        return (not self.fits, size, total, used, -self.job.mesh["seq"])
+        return (not self.fits, size, total, used, -self.workload.mesh["seq"])
 
     def __str__(self) -> str:
-        return f"{self.job.preset} {format_mesh(self.job.mesh)}"
+        return f"{self.workload.preset} {format_mesh(self.workload.mesh)}"
 
 
-def candidates(job: Job, presets: Sequence[str]) -> list[Estimate]:
-    """Estimates of a job on every legal mesh of its topology under each preset, the most promising first."""
-    found, least = [], least_work(job)  # the same on every mesh
+def candidates(workload: Workload, presets: Sequence[str]) -> list[Estimate]:
+    """Estimates of a workload on every legal mesh of its topology under each preset, the most promising first."""
+    found, least = [], least_work(workload)  # the same on every mesh
     for preset in presets:
-        native = job.dtype == "native"
+        native = workload.dtype == "native"
         shapes = legal_meshes(
-            job.config, job.topology.devices, preset, batch=job.batch, length=job.chunk, native=native
+            workload.config,
+            workload.topology.devices,
+            preset,
+            batch=workload.batch,
+            length=workload.chunk,
+            native=native,
         )
-        found += [estimate(dataclasses.replace(job, mesh=sizes, preset=preset), least) for sizes in shapes]
+        found += [estimate(dataclasses.replace(workload, mesh=sizes, preset=preset), least) for sizes in shapes]
     return sorted(found, key=lambda one: one.order)
 
 
-def estimate(job: Job, least: Least | None = None) -> Estimate:
-    """Estimates a job.
+def estimate(workload: Workload, least: Least | None = None) -> Estimate:
+    """Estimates a workload.
 
     Args:
-      job: the job.
+      workload: the workload.
       least: what `least_work` says of it, where that is known already.
 
     Raises:
       ShardingError: it does not split evenly over its mesh.
     """
-    mesh, chip = abstract_mesh(job.mesh), job.topology.chip.per_device()
-    check_mesh(job.config, mesh, job.preset, batch=job.batch, length=job.chunk, native=job.dtype == "native")
-    split = Split.on(mesh, resolve(job.preset), job.chunk, UNIT)
-    parts = list(_parts(job, mesh))
+    mesh, chip = abstract_mesh(workload.mesh), workload.topology.chip.per_device()
+    check_mesh(
+        workload.config,
+        mesh,
+        workload.preset,
+        batch=workload.batch,
+        length=workload.chunk,
+        native=workload.dtype == "native",
+    )
+    split = Split.on(mesh, resolve(workload.preset), workload.chunk, UNIT)
+    parts = list(_parts(workload, mesh))
     used = sum(stored for _, stored in parts)
-    held = bytes_per_device(training(job, mesh)[1]) if job.trains else used
-    cache = 0 if job.trains else bytes_per_device(abstract_cache(job, mesh))
-    least, devices, passes = least or least_work(job), job.topology.devices, PASSES[job.task]
+    held = bytes_per_device(training(workload, mesh)[1]) if workload.trains else used
+    cache = 0 if workload.trains else bytes_per_device(abstract_cache(workload, mesh))
+    least, devices, passes = least or least_work(workload), workload.topology.devices, PASSES[workload.task]
 
     experts = sum(stored for parameter, stored in parts if EXPERTS in parameter.axes)
     gathered = sum(stored * (_joined(split, parameter) - 1) for parameter, stored in parts)
-    moved = passes * (used - experts + 2 * gathered + experts * _reached(job))
-    hbm = moved + (2 * held if job.trains else least.cache / devices)
-    work = Floor.of(chip, least.flops / devices, hbm, passes * (gathered + _exchanged(job, split, mesh)))
+    moved = passes * (used - experts + 2 * gathered + experts * _reached(workload))
+    hbm = moved + (2 * held if workload.trains else least.cache / devices)
+    work = Floor.of(chip, least.flops / devices, hbm, passes * (gathered + _exchanged(workload, split, mesh)))
     fits = held + cache <= (1 - HEADROOM) * chip.hbm_bytes
-    return Estimate(job, held, cache, fits, work)
+    return Estimate(workload, held, cache, fits, work)
 
 
-def least_work(job: Job) -> Least:
-    """The least that a job needs."""
-    config = job.config
-    mesh = abstract_mesh(dict.fromkeys(job.mesh, 1))
-    if job.trains:
-        flops = job.tokens * costs.training_flops(config, job.context)
-        return Least(float(flops), 2.0 * bytes_per_device(training(job, mesh)[1]), 0.0)
+def least_work(workload: Workload) -> Least:
+    """The least that a workload needs."""
+    config = workload.config
+    mesh = abstract_mesh(dict.fromkeys(workload.mesh, 1))
+    if workload.trains:
+        flops = workload.tokens * costs.training_flops(config, workload.context)
+        return Least(float(flops), 2.0 * bytes_per_device(training(workload, mesh)[1]), 0.0)
     # A chunk's tokens count as its last one, which sees most; a prompt's head is for its last token alone.
-    per_token = costs.flops_per_token(config, job.context)
-    total = job.tokens * per_token.total - (job.tokens - job.batch) * per_token.linear["head"]
+    per_token = costs.flops_per_token(config, workload.context)
+    total = workload.tokens * per_token.total - (workload.tokens - workload.batch) * per_token.linear["head"]
     weights = 0.0
-    for parameter, stored in _parts(job, mesh):
+    for parameter, stored in _parts(workload, mesh):
         if parameter.released == "embed.weight" or parameter.storage == "i64":
             continue  # of which each token reads a row
-        weights += stored * (_reached(job) if EXPERTS in parameter.axes else 1)
-    by_role = costs.cache_bytes(config, job.context, job.cache_dtype).by_role
-    entries = max(1, job.context // RATIO_OF_ROLE["csa"])
+        weights += stored * (_reached(workload) if EXPERTS in parameter.axes else 1)
+    by_role = costs.cache_bytes(config, workload.context, workload.cache_dtype).by_role
+    entries = max(1, workload.context // RATIO_OF_ROLE["csa"])
     cache = by_role | {"csa": by_role.get("csa", 0) * min(1.0, config.index_topk / entries)}
-    return Least(float(total), weights, job.batch * float(sum(cache.values())))
+    return Least(float(total), weights, workload.batch * float(sum(cache.values())))
 
 
-def floor_of(job: Job, compiled: Compiled) -> Floor:
+def floor_of(workload: Workload, compiled: Compiled) -> Floor:
     """The floor of a compiled program."""
-    return Floor.of(job.topology.chip.per_device(), compiled.flops, compiled.hbm, compiled.sent)
+    return Floor.of(workload.topology.chip.per_device(), compiled.flops, compiled.hbm, compiled.sent)
 
 
-def _parts(job: Job, mesh: AbstractMesh) -> Iterator[tuple[Parameter, int]]:
+def _parts(workload: Workload, mesh: AbstractMesh) -> Iterator[tuple[Parameter, int]]:
     """Every parameter with the bytes that a device stores of it."""
-    declared = jax.tree.leaves(declarations(job.config), is_leaf=is_parameter)
-    placed = abstract_params(job.config, mesh, job.preset, job.dtype)
+    declared = jax.tree.leaves(declarations(workload.config), is_leaf=is_parameter)
+    placed = abstract_params(workload.config, mesh, workload.preset, workload.dtype)
     leaves = jax.tree.leaves(placed, is_leaf=lambda node: isinstance(node, BlockScaled))
     yield from ((parameter, bytes_per_device(leaf)) for parameter, leaf in zip(declared, leaves, strict=True))
 
 
-def _reached(job: Job) -> float:
+def _reached(workload: Workload) -> float:
     """Share of the experts that a call's tokens reach at most."""
-    return min(1.0, job.tokens * job.config.num_experts_per_tok / job.config.n_routed_experts)
+    return min(1.0, workload.tokens * workload.config.num_experts_per_tok / workload.config.n_routed_experts)
 
 
 def _joined(split: Split, parameter: Parameter) -> int:
@@ -202,10 +216,10 @@ def _joined(split: Split, parameter: Parameter) -> int:
     return math.prod(split.count(split.axes(name)) // split.count(split.shared(name)) for name in names)
 
 
-def _exchanged(job: Job, split: Split, mesh: AbstractMesh) -> float:
+def _exchanged(workload: Workload, split: Split, mesh: AbstractMesh) -> float:
     """Bytes of activations and entries that a device sends."""
-    config, layers = job.config, job.config.num_hidden_layers
-    tokens = job.tokens / split.count(split.tokens)
+    config, layers = workload.config, workload.config.num_hidden_layers
+    tokens = workload.tokens / split.count(split.tokens)
     row = 2 * config.hidden_size
     same = split.shared("experts")
     away = tuple(axis for axis in split.axes("experts") if axis not in same)
@@ -218,6 +232,6 @@ def _exchanged(job: Job, split: Split, mesh: AbstractMesh) -> float:
     for axes, width in ((same, 2 * row), (shared, row)):
         sent += layers * 2 * tokens * width if axes else 0
     if split.long:  # the entries come to the queries
-        entries = [rows for role, rows in abstract_cache(job, mesh).rows.items() if role in ("csa", "hca", "index")]
+        entries = list(abstract_cache(workload, mesh).entries.values())
         sent += bytes_per_device(entries) * (split.count(split.axes("entries")) - 1)
     return sent

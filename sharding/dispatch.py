@@ -37,7 +37,7 @@ def visit(function: Work, width: int, axes: Axes, everywhere: Axes, x: Array, ch
     """Runs every choice of every row on the device that owns it, and adds the results of a row up.
 
     Args:
-      function: `function(rows, extra, weights)`, run on the owner with the rows that reached it. Slots that hold no row
+      function: `function(rows, extra, weights)`, run on the owner with the rows that reached it. Places without a row
         come with every `extra` zero, and what they yield is not used.
       width: size of the last axis of its output.
       axes: mesh axes to exchange over.
@@ -49,12 +49,12 @@ def visit(function: Work, width: int, axes: Axes, everywhere: Axes, x: Array, ch
     Returns:
       [T, width] float32. Differentiable in `x`, float `extra` and float `weights`.
     """
-    plan = _plan(choices.owner, axes, everywhere)
+    departures = _departures(choices.owner, axes, everywhere)
 
     def step(number: Array, total: Array) -> Array:
-        return total + _round(function, axes, number, plan, x, choices.extra, weights, width)
+        return total + _round(function, axes, number, departures, x, choices.extra, weights, width)
 
-    return jax.lax.fori_loop(0, plan.rounds, step, jnp.zeros((x.shape[0], width), jnp.float32))
+    return jax.lax.fori_loop(0, departures.rounds, step, jnp.zeros((x.shape[0], width), jnp.float32))
 
 
 def capacity(rows: int, devices: int) -> int:
@@ -62,7 +62,7 @@ def capacity(rows: int, devices: int) -> int:
     return min(rows, max(8, -(-2 * rows // devices // 8) * 8))
 
 
-class _Plan(NamedTuple):
+class _Departures(NamedTuple):
     """The order in which a device's choices leave it."""
 
     order: Array  # [T * K] choices by owner
@@ -71,23 +71,23 @@ class _Plan(NamedTuple):
     rounds: Array
 
 
-def _plan(owner: Array, axes: Axes, everywhere: Axes) -> _Plan:
+def _departures(owner: Array, axes: Axes, everywhere: Axes) -> _Departures:
     devices, flat = size(axes), owner.reshape(-1)
     count = jnp.bincount(flat, length=devices).astype(jnp.int32)
     rounds = -(-jnp.max(count) // capacity(flat.shape[0], devices))
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    return _Plan(order, jnp.cumsum(count) - count, count, pmax(rounds, everywhere))
+    return _Departures(order, jnp.cumsum(count) - count, count, pmax(rounds, everywhere))
 
 
 def _round(
-    function: Work, axes: Axes, number: Array, plan: _Plan, x: Array, extra: Any, weights: Any, width: int
+    function: Work, axes: Axes, number: Array, departures: _Departures, x: Array, extra: Any, weights: Any, width: int
 ) -> Array:
     """One exchange there and back."""
     devices, (rows, top) = size(axes), jax.tree.leaves(extra)[0].shape
-    slots = capacity(rows * top, devices)
-    place = number * slots + jnp.arange(slots, dtype=jnp.int32)
-    used = place < plan.counts[:, None]
-    choice = plan.order[jnp.clip(plan.first[:, None] + place, 0, rows * top - 1)].reshape(-1)
+    room = capacity(rows * top, devices)
+    place = number * room + jnp.arange(room, dtype=jnp.int32)
+    used = place < departures.counts[:, None]
+    choice = departures.order[jnp.clip(departures.first[:, None] + place, 0, rows * top - 1)].reshape(-1)
     used_flat = used.reshape(-1)
     sent = jnp.sum(used, axis=1, dtype=jnp.int32)
     got = jax.lax.all_to_all(sent, axes, 0, 0, tiled=True)
@@ -105,16 +105,16 @@ def _round(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def exchange(x: Array, sent: Array, got: Array, axes: Axes) -> Array:
-    """Swaps slots of rows between all pairs of devices.
+    """Swaps blocks of rows between all pairs of devices.
 
     Args:
-      x: [devices * slots, ...] rows for each device; only the first `sent` of each slot block count.
+      x: [devices * room, ...] rows for each device; only the first `sent` of each device's block count.
       sent: [devices] int32 rows for each device.
       got: [devices] int32 rows from each device.
       axes: mesh axes to exchange over.
 
     Returns:
-      [devices * slots, ...] rows from each device. Beyond `got` they are whatever was sent, or zeros.
+      [devices * room, ...] rows from each device. Beyond `got` they are whatever was sent, or zeros.
     """
 
     def dense(x: Array, sent: Array, got: Array) -> Array:
@@ -122,14 +122,14 @@ def exchange(x: Array, sent: Array, got: Array, axes: Axes) -> Array:
         return jax.lax.all_to_all(x, axes, 0, 0, tiled=True)
 
     def ragged(x: Array, sent: Array, got: Array) -> Array:
-        slots = x.shape[0] // size(axes)
-        start = jnp.arange(size(axes), dtype=jnp.int32) * slots
-        mine = jnp.full_like(start, index(axes) * slots)
+        room = x.shape[0] // size(axes)
+        start = jnp.arange(size(axes), dtype=jnp.int32) * room
+        mine = jnp.full_like(start, index(axes) * room)
         return jax.lax.ragged_all_to_all(x, jnp.zeros_like(x), start, sent, mine, got, axis_name=axes)
 
     if x.ndim == 1:  # a handful of bytes
         return dense(x, sent, got)
-    # XLA:CPU has no ragged exchange; there the unused slots travel too.
+    # XLA:CPU has no ragged exchange; there the unused places travel too.
     return jax.lax.platform_dependent(x, sent, got, tpu=ragged, default=dense)
 
 
@@ -154,18 +154,18 @@ def _visit_forward(
 def _visit_backward(function: Work, width: int, axes: Axes, everywhere: Axes, residuals: Any, gradient: Array) -> Any:
     """Repeats each round and pulls the gradient back through it."""
     x, choices, weights = residuals
-    plan = _plan(choices.owner, axes, everywhere)
+    departures = _departures(choices.owner, axes, everywhere)
     floats, restore = _floats((x, choices.extra, weights))
 
     def step(number: Array, total: list[Array]) -> list[Array]:
         def run(floats: list[Array]) -> Array:
             x, extra, weights = restore(floats)
-            return _round(function, axes, number, plan, x, extra, weights, width)
+            return _round(function, axes, number, departures, x, extra, weights, width)
 
         (part,) = jax.vjp(run, floats)[1](gradient)
         return jax.tree.map(lambda a, b: a + b, total, part)
 
-    total = jax.lax.fori_loop(0, plan.rounds, step, [jnp.zeros_like(x) for x in floats])
+    total = jax.lax.fori_loop(0, departures.rounds, step, [jnp.zeros_like(x) for x in floats])
     of_x, of_extra, of_weights = restore(total, absent=None)
     return of_x, Choices(cast(Any, None), of_extra), of_weights
 

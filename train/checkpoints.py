@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 
 from v4_jax.checkpoint.orbax_arrays import chunking
 from v4_jax.checkpoint.trained import CHECKPOINTS
+from v4_jax.outputs import Routing
 from v4_jax.train.objectives.pretraining import Decisions
 from v4_jax.train.step import TrainState
 
@@ -143,7 +144,7 @@ class Checkpoints:
             items["ahead"] = ocp.args.PyTreeRestore()
         found = self._manager.restore(step, args=ocp.args.Composite(**items))
         count = jax.device_put(jnp.int32(step), shapes.step.sharding)
-        ahead = [Decisions(np.asarray(d["trunk"]), d.get("mtp")) for d in found.get("ahead") or []]
+        ahead = [_decisions(saved) for saved in found.get("ahead") or []]
         return Saved(TrainState(count, found["params"], found["optimizer"]), found["progress"], ahead)
 
     def close(self) -> None:
@@ -152,8 +153,14 @@ class Checkpoints:
 
 
 def _plain(decisions: Decisions) -> dict[str, Any]:
-    found = {"trunk": decisions.trunk, "mtp": decisions.mtp}
-    return {name: np.asarray(value) for name, value in found.items() if value is not None}
+    """The experts chosen, as they are saved."""
+    found = {"trunk": np.asarray(decisions.trunk.experts)}
+    return found if decisions.mtp is None else found | {"mtp": np.asarray(decisions.mtp.experts)}
+
+
+def _decisions(saved: dict[str, Any]) -> Decisions:
+    """Inverse of `_plain`."""
+    return Decisions(Routing(saved["trunk"]), Routing(saved["mtp"]) if "mtp" in saved else None)
 
 
 def _reason(error: BaseException) -> str:

@@ -1,7 +1,7 @@
 """Training batches: an endless shuffled mixture of documents, packed into rows.
 
 A `Corpus` numbers the documents of the endless stream: document n is a function of n, the seed and the files alone.
-So the state of `Rows`, which packs them, is a few numbers: which document comes next, and which ones stand in rows
+So the state of `PackedRows` is a few numbers: which document comes next, and which ones stand in rows
 that are not full yet. Every process of a pod reads the same stream and keeps the rows it needs.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 from v4_jax.train.batch import Batch
 from v4_jax.train.documents import TOKENS, DataError, Document, Source, read_documents
 
-__all__ = ["Batch", "Corpus", "DataError", "Rows", "Source"]
+__all__ = ["Batch", "Corpus", "DataError", "PackedRows", "Source"]
 
 
 class Corpus:
@@ -71,7 +71,7 @@ class Corpus:
         )
         parts = [read_documents(source) for source in sources]
         weights = [source.weight for source in sources]
-        #: What must be the same for a state of `Rows` to make sense.
+        #: What must be the same for a state of `PackedRows` to make sense.
         self.identity = {
             "documents": [len(part) for part in parts],
             "weights": weights,
@@ -143,7 +143,7 @@ class _Position:
     waiting: tuple[_Piece, ...] = ()
 
 
-class Rows:
+class PackedRows:
     """Packs a corpus into rows, from its first document on.
 
     A document goes whole into the first open row with room for it. If there is none, the oldest open row is done and

@@ -19,15 +19,15 @@ import optax
 from jax.experimental import multihost_utils
 
 from v4_jax.config import Config
-from v4_jax.parameters import Part
+from v4_jax.parameters import Loss
 from v4_jax.placement import Place
 from v4_jax.policy import Policy
 from v4_jax.train.batch import Batch
 from v4_jax.train.checkpoints import Checkpoints
-from v4_jax.train.data import Rows
+from v4_jax.train.data import PackedRows
 from v4_jax.train.objectives.pretraining import Decisions
 from v4_jax.train.optimizer import optimizer
-from v4_jax.train.schedules import attention, learning_rate, loss_weights, stage_at, trained_part
+from v4_jax.train.schedules import attention, learning_rate, loss_weights, stage_at, trained_loss
 from v4_jax.train.settings import Settings
 from v4_jax.train.stability import Recovery, SpikeDetector
 from v4_jax.train.step import TrainState, abstract_state, jit_step, make_decide, make_step
@@ -77,7 +77,7 @@ class Trainer:
         settings: Settings,
         config: Config,
         place: Place,
-        rows: Rows,
+        rows: PackedRows,
         fresh: Callable[[], Any],
         log: Log,
         say: Callable[[str], None],
@@ -100,7 +100,7 @@ class Trainer:
 
     # ---- what runs ---------------------------------------------------------------------------------------------------
 
-    def _optimizer(self, part: Part | None = None) -> optax.GradientTransformation:
+    def _optimizer(self, loss: Loss | None = None) -> optax.GradientTransformation:
         chosen = self._settings.optimizer
         return optimizer(
             self._config,
@@ -115,7 +115,7 @@ class Trainer:
             dtype=Policy.of(self._settings.policy).compute_dtype,
             mesh=self._place.mesh,
             rules=self._place.rules,
-            part=part,
+            loss=loss,
         )
 
     def _program(self, stage: int, replayed: bool) -> Any:
@@ -125,7 +125,7 @@ class Trainer:
             chosen = self._settings.stages[stage]
             step = make_step(
                 self._model(stage),
-                self._optimizer(trained_part(chosen)),
+                self._optimizer(trained_loss(chosen)),
                 lambda step: loss_weights(self._settings, chosen, step),
                 fp4_experts=self._settings.fp4_experts,
             )

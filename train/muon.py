@@ -2,7 +2,8 @@
 
 Technical report, section 2.4. Newton-Schulz iterations turn the momentum of a weight into the nearest semi-orthogonal
 matrix; its update then has the same size whatever the gradient's. optax.contrib's `muon` corrects momentum and gradient
-for their start by different factors and iterates on one device; here momentum is the report's, and matrices are spread.
+for their start by different factors and iterates on one device; here momentum is the report's, and matrices go to
+devices.
 
 On a mesh, matrices that lie whole on a device (an expert's, an output group's) are orthogonalised there. Of the others,
 which are split for storage, each is brought together on one device, by one exchange, and goes back by another.
@@ -24,8 +25,9 @@ from jax import Array
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
-from v4_jax.config import Config
-from v4_jax.parameters import Parameter, declarations, is_parameter
+from v4_jax.architecture import Architecture
+from v4_jax.parameter_tree import declarations
+from v4_jax.parameters import Parameter, is_parameter
 from v4_jax.sharding.axes import Rules, ShardingError, resolve
 from v4_jax.sharding.split import Split
 
@@ -38,7 +40,7 @@ _BATCH_BYTES = 2**28  # of float32 matrices that are orthogonalised at once
 
 
 def muon(
-    config: Config,
+    config: Architecture,
     learning_rate: optax.ScalarOrSchedule,
     *,
     momentum: float = 0.95,
@@ -99,7 +101,7 @@ def _product(spec: str, a: Array, b: Array) -> Array:
 
 
 def orthogonalise(
-    config: Config,
+    config: Architecture,
     *,
     rms: float = RMS,
     dtype: Any = jnp.float32,
@@ -115,14 +117,14 @@ def orthogonalise(
     """
     leaves = jax.tree.leaves(declarations(config), is_leaf=is_parameter)
     declared = [leaf for leaf in leaves if leaf.group == "muon"]
-    plans = [Plan.of(leaf, mesh, resolve(rules)) for leaf in declared]
+    assignments = [Assignment.of(leaf, mesh, resolve(rules)) for leaf in declared]
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
         values, tree = jax.tree.flatten(updates)
-        run = functools.partial(_orthogonalise, plans, rms, dtype)
+        run = functools.partial(_orthogonalise, assignments, rms, dtype)
         if mesh is not None:
-            specs = [plan.spec for plan in plans]
+            specs = [assignment.spec for assignment in assignments]
             run = jax.shard_map(run, mesh=mesh, in_specs=(specs,), out_specs=specs, check_vma=False)
         return jax.tree.unflatten(tree, run(values)), state
 
@@ -130,7 +132,7 @@ def orthogonalise(
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Assignment:
     """Where the matrices of one parameter are.
 
     Attributes:
@@ -150,8 +152,8 @@ class Plan:
     idle: tuple[str, ...]
 
     @classmethod
-    def of(cls, parameter: Parameter, mesh: Mesh | AbstractMesh | None, rules: Rules) -> Plan:
-        """The plan of a "muon" parameter.
+    def of(cls, parameter: Parameter, mesh: Mesh | AbstractMesh | None, rules: Rules) -> Assignment:
+        """The assignment of a "muon" parameter.
 
         Raises:
           ShardingError: independent matrices that do not lie whole on the devices.
@@ -184,42 +186,44 @@ class Plan:
         return not (self.rows or self.columns or self.idle)
 
 
-def _orthogonalise(plans: Sequence[Plan], rms: float, dtype: Any, values: Sequence[Array]) -> list[Array]:
+def _orthogonalise(assignments: Sequence[Assignment], rms: float, dtype: Any, values: Sequence[Array]) -> list[Array]:
     """One device's part of the work, from its shards to its shards."""
-    scale = [rms * math.sqrt(max(plan.shape)) for plan in plans]
-    matrices = [value.reshape(-1, *plan.local) for plan, value in zip(plans, values, strict=True)]
+    scale = [rms * math.sqrt(max(assignment.shape)) for assignment in assignments]
+    matrices = [value.reshape(-1, *assignment.local) for assignment, value in zip(assignments, values, strict=True)]
     results: dict[int, Array] = {}
     groups = defaultdict(list)
-    for i, plan in enumerate(plans):
-        if plan.whole:
+    for i, assignment in enumerate(assignments):
+        if assignment.whole:
             results[i] = _batched(matrices[i], dtype)
         else:  # matrices of the same shape and places share an exchange
-            groups[plan.shape, plan.rows, plan.columns, plan.idle].append(i)
+            groups[assignment.shape, assignment.rows, assignment.columns, assignment.idle].append(i)
     for members in groups.values():
         together = jnp.concatenate([matrices[i] for i in members])
         ends = [sum(matrices[i].shape[0] for i in members[: n + 1]) for n in range(len(members) - 1)]
-        done = _spread(together, plans[members[0]], dtype)
+        done = _split_over_devices(together, assignments[members[0]], dtype)
         results |= dict(zip(members, jnp.split(done, ends), strict=True))
     return [(results[i] * scale[i]).astype(value.dtype).reshape(value.shape) for i, value in enumerate(values)]
 
 
-def _spread(x: Array, plan: Plan, dtype: Any) -> Array:
+def _split_over_devices(x: Array, assignment: Assignment, dtype: Any) -> Array:
     """Parts [N, m', n'] of matrices -> the same parts, orthogonalised; a device works on every k-th part of the N.
 
     Where N is not a multiple of the devices, some work on zeros.
     """
-    idle, columns, rows = (jax.lax.axis_size(axes) if axes else 1 for axes in (plan.idle, plan.columns, plan.rows))
+    idle, columns, rows = (
+        jax.lax.axis_size(axes) if axes else 1 for axes in (assignment.idle, assignment.columns, assignment.rows)
+    )
     count = x.shape[0]
     x = jnp.pad(x.astype(dtype), [(0, -count % (idle * columns * rows)), (0, 0), (0, 0)])
-    if plan.idle:
+    if assignment.idle:
         share = x.shape[0] // idle
-        x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(plan.idle) * share, share)
-    for axes, dimension in ((plan.columns, 2), (plan.rows, 1)):
+        x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(assignment.idle) * share, share)
+    for axes, dimension in ((assignment.columns, 2), (assignment.rows, 1)):
         x = jax.lax.all_to_all(x, axes, 0, dimension, tiled=True) if axes else x
     x = _batched(x, dtype)
-    for axes, dimension in ((plan.rows, 1), (plan.columns, 2)):
+    for axes, dimension in ((assignment.rows, 1), (assignment.columns, 2)):
         x = jax.lax.all_to_all(x, axes, dimension, 0, tiled=True) if axes else x
-    x = jax.lax.all_gather(x, plan.idle, tiled=True) if plan.idle else x
+    x = jax.lax.all_gather(x, assignment.idle, tiled=True) if assignment.idle else x
     return x[:count].astype(jnp.float32)
 
 

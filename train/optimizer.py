@@ -10,9 +10,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from v4_jax.config import Config
-from v4_jax.parameters import Part, declarations, is_parameter
-from v4_jax.placement import placements
+from v4_jax.architecture import Architecture
+from v4_jax.parameter_tree import declarations, placements
+from v4_jax.parameters import Loss, is_parameter
 from v4_jax.sharding.axes import Rules
 from v4_jax.train.muon import RMS, muon
 
@@ -20,7 +20,7 @@ BALANCE_SPEED = 0.001  # technical report, section 4.2.2
 
 
 def optimizer(
-    config: Config,
+    config: Architecture,
     learning_rate: optax.ScalarOrSchedule,
     *,
     matrices: str = "muon",
@@ -33,7 +33,7 @@ def optimizer(
     dtype: Any = jnp.bfloat16,
     mesh: Mesh | None = None,
     rules: Rules | str | None = None,
-    part: Part | None = None,
+    loss: Loss | None = None,
 ) -> optax.GradientTransformation:
     """The optimiser of the technical report (section 2.4 and 4.2.2), whose defaults are the report's.
 
@@ -52,7 +52,7 @@ def optimizer(
       dtype: of Muon's matrix products.
       mesh: devices that the parameters lie on.
       rules: which mesh axes split which logical axes.
-      part: the part of the model to train; the other one is left alone. None trains both.
+      loss: the loss of the model to train; the other one is left alone. None trains both.
 
     Raises:
       ValueError: `matrices` is neither.
@@ -72,8 +72,8 @@ def optimizer(
     )
     rule = {"muon": orthogonal if matrices == "muon" else adamw, "adamw": adamw}
     rule |= {"bias": balance(balance_speed), "frozen": optax.set_to_zero()}
-    combined = optax.partition(rule, jax.tree.map(lambda p: p.group, declarations(config), is_leaf=is_parameter))
-    return combined if part is None else only(config, part, combined)
+    whole = optax.partition(rule, jax.tree.map(lambda p: p.group, declarations(config), is_leaf=is_parameter))
+    return whole if loss is None else only(config, loss, whole)
 
 
 def balance(speed: float) -> optax.GradientTransformation:
@@ -86,9 +86,9 @@ def balance(speed: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(optax.init_empty_state, update)
 
 
-def only(config: Config, part: Part, inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner` for one part of the model: the other parameters are left alone, and so are their moments."""
-    chosen = jax.tree.map(lambda p: p.part == part, declarations(config), is_leaf=is_parameter)
+def only(config: Architecture, loss: Loss, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner` for one loss of the model: the other parameters are left alone, and so are their moments."""
+    chosen = jax.tree.map(lambda p: p.loss == loss, declarations(config), is_leaf=is_parameter)
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         updates, after = inner.update(grads, state, params)
@@ -100,7 +100,7 @@ def only(config: Config, part: Part, inner: optax.GradientTransformation) -> opt
 
 
 def state_placements(
-    config: Config, transform: optax.GradientTransformation, mesh: Mesh, rules: Rules | str | None
+    config: Architecture, transform: optax.GradientTransformation, mesh: Mesh, rules: Rules | str | None
 ) -> Any:
     """Where the optimiser's state lies: moments with their parameters, the rest on every device."""
     shapes = jax.tree.map(lambda p: p.value, declarations(config), is_leaf=is_parameter)

@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from v4_jax.config import Config
+from v4_jax.architecture import Architecture
 from v4_jax.number_formats import E2M1, dequantise, quantise, straight_through
-from v4_jax.parameters import Parameter, declarations, is_parameter
+from v4_jax.parameter_tree import declarations
+from v4_jax.parameters import Parameter, is_parameter
 from v4_jax.policy import Policy
 
 
-def compute_copy(params: Any, config: Config, policy: Policy, *, fp4_experts: bool = False) -> Any:
+def compute_copy(params: Any, config: Architecture, policy: Policy, *, fp4_experts: bool = False) -> Any:
     """The parameters as the forward pass takes them; gradients go straight through to the float32 masters.
 
     What the release stores in 16 bits or fewer is cast to the compute dtype before it is joined over devices, but for

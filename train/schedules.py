@@ -11,7 +11,7 @@ import optax
 from jax import Array
 
 from v4_jax.layers.stages import Stage
-from v4_jax.parameters import Part
+from v4_jax.parameters import Loss
 from v4_jax.train.objectives.pretraining import Weights
 from v4_jax.train.settings import Attention, Settings, StageSettings
 
@@ -62,7 +62,7 @@ def attention(stage: StageSettings) -> Stage:
     return Stage(dense=stage.attention != "sparse", indexer_loss=stage.attention != "dense")
 
 
-def trained_part(stage: StageSettings) -> Part | None:
-    """The part of the model that a stage trains; None for all of it."""
-    parts: dict[Attention, Part | None] = {"dense": "model", "indexer": "indexer", "sparse": None}
-    return parts[stage.attention]
+def trained_loss(stage: StageSettings) -> Loss | None:
+    """The loss whose parameters a stage trains; None for all of them."""
+    losses: dict[Attention, Loss | None] = {"dense": "model", "indexer": "indexer", "sparse": None}
+    return losses[stage.attention]

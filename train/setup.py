@@ -17,10 +17,10 @@ from v4_jax.checkpoint.released import companions
 from v4_jax.checkpoint.trained import RECORD, RUN, run_of
 from v4_jax.config import Config
 from v4_jax.files import complete
-from v4_jax.parameters import init
+from v4_jax.parameter_tree import init
 from v4_jax.placement import Place
 from v4_jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
-from v4_jax.train.data import Corpus, Rows
+from v4_jax.train.data import Corpus, PackedRows
 from v4_jax.train.documents import Source
 from v4_jax.train.settings import Settings, SettingsError, write_settings
 
@@ -66,7 +66,7 @@ class Origin(NamedTuple):
         return load(self.checkpoint, dtype="float32", mesh=place.mesh, rules=place.rules)[1]
 
 
-def open_rows(settings: Settings, origin: Origin) -> Rows:
+def open_rows(settings: Settings, origin: Origin) -> PackedRows:
     """The run's data, from its beginning.
 
     Raises:
@@ -82,7 +82,7 @@ def open_rows(settings: Settings, origin: Origin) -> Rows:
         seed=settings.seed,
         shuffle=data.shuffle,
     )
-    return Rows(corpus, open_rows=data.open_rows, threads=data.threads)
+    return PackedRows(corpus, open_rows=data.open_rows, threads=data.threads)
 
 
 def open_run(settings: Settings, origin: Origin) -> None:

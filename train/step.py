@@ -11,9 +11,12 @@ import optax
 from flax import struct
 from jax import Array
 
-from v4_jax.config import Config
-from v4_jax.parameters import declarations, is_parameter
-from v4_jax.placement import Place, placements
+from v4_jax.architecture import Architecture
+from v4_jax.kernels.compiler_options import compiler_options
+from v4_jax.layer_stack import by_layer
+from v4_jax.parameter_tree import declarations, placements
+from v4_jax.parameters import is_parameter
+from v4_jax.placement import Place
 from v4_jax.policy import Policy
 from v4_jax.train.batch import Batch
 from v4_jax.train.objectives.pretraining import (
@@ -28,16 +31,9 @@ from v4_jax.train.objectives.pretraining import (
 )
 from v4_jax.train.optimizer import state_placements
 from v4_jax.train.precision import compute_copy
-from v4_jax.transformer import Transformer, by_layer
+from v4_jax.transformer import Transformer
 
 Metrics = dict[str, Array]
-
-# Of XLA's compiler, for a step on CPUs: the library that it hands sums to takes many times as long for them as its own
-# loops, and only the library's matmuls are kept; donated arrays are not copied where their readers can go first.
-CPU_STEP = {
-    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT",
-    "xla_cpu_copy_insertion_use_region_analysis": True,
-}
 
 
 class TrainState(struct.PyTreeNode):
@@ -54,7 +50,7 @@ class TrainState(struct.PyTreeNode):
     optimizer: Any
 
 
-def abstract_state(config: Config, transform: optax.GradientTransformation, place: Place) -> TrainState:
+def abstract_state(config: Architecture, transform: optax.GradientTransformation, place: Place) -> TrainState:
     """The state's shapes and places, as `jax.ShapeDtypeStruct`s: float32 masters, and what the optimiser keeps."""
     params = jax.tree.map(lambda p: p.value, declarations(config), is_leaf=is_parameter)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
@@ -125,7 +121,7 @@ def jit_step(step: Any, state: TrainState, place: Place) -> Any:
       place: where both lie.
     """
     places = jax.tree.map(lambda x: x.sharding, state)
-    options = CPU_STEP if place.platform == "cpu" else None
+    options = compiler_options("training", place.platform)
     return jax.jit(step, donate_argnums=0, out_shardings=(places, place.replicated), compiler_options=options)
 
 
@@ -150,7 +146,7 @@ def _accumulated(one: Callable[[Batch, Decisions | None], Any], batch: Batch, de
     return jax.lax.scan(add, zeros, (batch, decisions))[0]
 
 
-def _with_loads(config: Config, grads: Any, load: Array) -> Any:
+def _with_loads(config: Architecture, grads: Any, load: Array) -> Any:
     """The gradients, with each expert's tokens in place of the gradient of its router's bias."""
     arranged = by_layer(config, load)
 
@@ -163,7 +159,7 @@ def _with_loads(config: Config, grads: Any, load: Array) -> Any:
     return jax.tree_util.tree_map_with_path(replace, declarations(config), grads, is_leaf=is_parameter)
 
 
-def _metrics(config: Config, counts: Counts, sums: Sums) -> Metrics:
+def _metrics(config: Architecture, counts: Counts, sums: Sums) -> Metrics:
     """Losses as means, and how far the fullest expert is from the mean."""
     load = sums.load.astype(jnp.float32)
     excess = jnp.max(load, axis=1) / jnp.maximum(jnp.mean(load, axis=1), 1) - 1
@@ -181,7 +177,7 @@ def _metrics(config: Config, counts: Counts, sums: Sums) -> Metrics:
     return found | ({"indexer_loss": sums.indexer / (counts.tokens * indexers)} if indexers else {})
 
 
-def _sizes(config: Config, grads: Any, updates: Any) -> Metrics:
+def _sizes(config: Architecture, grads: Any, updates: Any) -> Metrics:
     """Norm of the gradient, and root mean square of the updates, by optimiser group."""
     declared = jax.tree.leaves(declarations(config), is_leaf=is_parameter)
     found: Metrics = {}

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from v4_jax import chat
+    from v4_jax.architecture import ConfigError
     from v4_jax.cache.cache import Cache, init_cache
     from v4_jax.checkpoint import CheckpointError, load
-    from v4_jax.config import Config, ConfigError
+    from v4_jax.config import Config
     from v4_jax.number_formats import BlockScaled
     from v4_jax.outputs import Output, Routing
-    from v4_jax.parameters import declarations, init
+    from v4_jax.parameter_tree import declarations, init
     from v4_jax.policy import Policy
     from v4_jax.transformer import Transformer
 
@@ -50,13 +51,13 @@ _HOME = {
     "Cache": "cache.cache",
     "CheckpointError": "checkpoint",
     "Config": "config",
-    "ConfigError": "config",
+    "ConfigError": "architecture",
     "Output": "outputs",
     "Policy": "policy",
     "Routing": "outputs",
     "Transformer": "transformer",
-    "declarations": "parameters",
-    "init": "parameters",
+    "declarations": "parameter_tree",
+    "init": "parameter_tree",
     "init_cache": "cache.cache",
     "load": "checkpoint",
 }

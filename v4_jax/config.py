@@ -1,111 +1,19 @@
-"""The architecture as data: one frozen `Config`, its presets, and its two-way mapping to the released `config.json`."""
+"""`v4_jax.Config`: an architecture with its presets, its two-way mapping to the released `config.json`, its costs."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any
 
-if TYPE_CHECKING:
-    from v4_jax import costs
-
-AttentionRole = Literal["sliding", "csa", "hca"]
-FeedForwardRole = Literal["hash", "routed"]
-
-# `compress_ratios` entry -> attention role (technical report, section 2.3).
-ROLE_OF_RATIO: dict[int, AttentionRole] = {0: "sliding", 4: "csa", 128: "hca"}
-RATIO_OF_ROLE: dict[AttentionRole, int] = {role: ratio for ratio, role in ROLE_OF_RATIO.items()}
-
-
-class ConfigError(ValueError):
-    """A configuration that this model cannot compute faithfully."""
-
-
-class Layer(NamedTuple):
-    """Roles of one block: which attention it runs and how its tokens reach their experts."""
-
-    attention: AttentionRole
-    feed_forward: FeedForwardRole
-
-    @property
-    def ratio(self) -> int:
-        """Tokens per compressed entry; 0 for a sliding layer."""
-        return RATIO_OF_ROLE[self.attention]
-
-
-class Period(NamedTuple):
-    """Where the layer roles repeat: `repeats` copies of `length` layers, from layer `start` on."""
-
-    start: int
-    length: int
-    repeats: int
-
-    @property
-    def stop(self) -> int:
-        """The first layer after it."""
-        return self.start + self.length * self.repeats
-
-    def layers(self, repeat: int) -> range:
-        """Layer numbers of one repeat."""
-        return range(self.start + repeat * self.length, self.start + (repeat + 1) * self.length)
+from v4_jax import costs
+from v4_jax.architecture import Architecture, ConfigError, Yarn
 
 
 @dataclasses.dataclass(frozen=True)
-class Yarn:
-    """YaRN context extension of the compressed layers' rotary frequencies (no attention factor)."""
-
-    factor: float = 16.0
-    original_max_position_embeddings: int = 65536
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """DeepSeek-V4's architecture. Field names are those of the released `config.json`; all sizes count elements.
-
-    `compress_ratios` has one entry per layer and one for each multi-token-prediction block after them.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    moe_intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    head_dim: int
-    qk_rope_head_dim: int
-    q_lora_rank: int
-    o_groups: int
-    o_lora_rank: int
-    n_routed_experts: int
-    num_experts_per_tok: int
-    routed_scaling_factor: float
-    index_n_heads: int
-    index_head_dim: int
-    index_topk: int
-    compress_ratios: tuple[int, ...]
-    num_hash_layers: int = 3
-    num_nextn_predict_layers: int = 1
-    sliding_window: int = 128
-    swiglu_limit: float = 10.0
-    hc_mult: int = 4
-    hc_sinkhorn_iters: int = 20
-    hc_eps: float = 1e-6
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    compress_rope_theta: float = 160000.0
-    rope_scaling: Yarn = Yarn()
-    max_position_embeddings: int = 1048576
-    initializer_range: float = 0.02
-    expert_dtype: Literal["fp4", "fp8"] = "fp4"
-    bos_token_id: int = 0
-    eos_token_id: int = 1
-
-    def __post_init__(self):
-        problems = list(_mistyped(self)) or list(_problems(self))
-        if problems:
-            raise ConfigError("illegal configuration: " + "; ".join(problems))
+class Config(Architecture):
+    """DeepSeek-V4's architecture; the fields are those of `Architecture`."""
 
     # ---- presets -----------------------------------------------------------------------------------------------------
 
@@ -173,63 +81,18 @@ class Config:
             compress_ratios=(0, 0, 4, 128, 4, 128, 4, 0),
         )
 
-    # ---- layer roles -------------------------------------------------------------------------------------------------
-
-    @property
-    def layers(self) -> tuple[Layer, ...]:
-        """Roles of the trunk's layers, in order."""
-        return tuple(
-            Layer(ROLE_OF_RATIO[ratio], "hash" if i < self.num_hash_layers else "routed")
-            for i, ratio in enumerate(self.compress_ratios[: self.num_hidden_layers])
-        )
-
-    @property
-    def mtp_layer(self) -> Layer:
-        """Roles of the multi-token-prediction block."""
-        return Layer("sliding", "routed")
-
-    @property
-    def period(self) -> Period:
-        """The repetition of roles that covers most layers, the shortest and earliest of equals.
-
-        Fewer than two repeats are no period: `repeats` is then 0 and every layer stands alone.
-        """
-        layers = self.layers
-        best = Period(len(layers), 1, 0)
-        for length in range(1, len(layers) // 2 + 1):
-            for start in range(len(layers) - 2 * length + 1):
-                repeats = 1
-                while (
-                    layers[start : start + length] == layers[start + repeats * length : start + (repeats + 1) * length]
-                ):
-                    repeats += 1
-                if repeats > 1 and length * repeats > best.length * best.repeats:
-                    best = Period(start, length, repeats)
-        return best
-
-    @property
-    def nope_head_dim(self) -> int:
-        """Dimensions of a head that are not rotated (448 of 512)."""
-        return self.head_dim - self.qk_rope_head_dim
-
-    # ---- costs: implemented in `costs.py`, offered here because they are facts about a configuration -----------------
+    # ---- costs -------------------------------------------------------------------------------------------------------
 
     def parameter_counts(self) -> costs.ParameterCounts:
         """See `v4_jax.costs.parameter_counts`."""
-        from v4_jax import costs
-
         return costs.parameter_counts(self)
 
     def flops_per_token(self, context: int) -> costs.Flops:
         """See `v4_jax.costs.flops_per_token`."""
-        from v4_jax import costs
-
         return costs.flops_per_token(self, context)
 
     def cache_bytes(self, context: int, dtype: str = "released") -> costs.CacheBytes:
         """See `v4_jax.costs.cache_bytes`."""
-        from v4_jax import costs
-
         return costs.cache_bytes(self, context, dtype)
 
     # ---- config.json -------------------------------------------------------------------------------------------------
@@ -267,61 +130,6 @@ class Config:
                 "weight_block_size": [128, 128],
             },
         }
-
-
-def _mistyped(config: Config):
-    """Yields fields that hold something else than declared, one sentence fragment each."""
-
-    def whole(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool)
-
-    for field in dataclasses.fields(Config):
-        value = getattr(config, field.name)
-        if field.type == "int" and not whole(value):
-            yield f"{field.name} is {value!r}, expected a whole number"
-        if field.type == "float" and not (whole(value) or isinstance(value, float)):
-            yield f"{field.name} is {value!r}, expected a number"
-    for ratio in config.compress_ratios:
-        if not whole(ratio):
-            yield f"compress_ratios contains {ratio!r}, expected whole numbers"
-    for name, value in dataclasses.asdict(config.rope_scaling).items():
-        if not (whole(value) or isinstance(value, float)):
-            yield f"rope_scaling {name} is {value!r}, expected a number"
-
-
-def _problems(config: Config):
-    """Yields what is wrong with a configuration, one sentence fragment each."""
-    positive = [f.name for f in dataclasses.fields(Config) if f.type in ("int", "float")]
-    allowed_zero = {"num_hash_layers", "num_nextn_predict_layers", "bos_token_id", "eos_token_id"}
-    for name in positive:
-        value = getattr(config, name)
-        if value < 0 or (value == 0 and name not in allowed_zero):
-            yield f"{name} is {value}, expected a positive number"
-            return
-    wanted = config.num_hidden_layers + config.num_nextn_predict_layers
-    if len(config.compress_ratios) != wanted:
-        yield (
-            f"compress_ratios has {len(config.compress_ratios)} entries, expected {wanted} "
-            "(num_hidden_layers + num_nextn_predict_layers)"
-        )
-    for ratio in sorted(set(config.compress_ratios) - set(ROLE_OF_RATIO)):
-        yield f"compress_ratios contains {ratio}, expected one of {sorted(ROLE_OF_RATIO)}"
-    if any(config.compress_ratios[config.num_hidden_layers :]):
-        yield "the MTP block's compress_ratios entry is not 0: it is a sliding-window block"
-    if config.num_nextn_predict_layers > 1:
-        yield f"num_nextn_predict_layers is {config.num_nextn_predict_layers}, expected 0 or 1"
-    if config.sliding_window < 2:
-        yield f"sliding_window is {config.sliding_window}, expected at least 2"
-    if config.qk_rope_head_dim % 2 or config.qk_rope_head_dim > config.head_dim:
-        yield f"qk_rope_head_dim is {config.qk_rope_head_dim}, expected an even number up to head_dim {config.head_dim}"
-    if config.index_head_dim < config.qk_rope_head_dim:
-        yield f"index_head_dim is {config.index_head_dim}, expected at least qk_rope_head_dim {config.qk_rope_head_dim}"
-    if config.num_attention_heads % config.o_groups:
-        yield f"num_attention_heads {config.num_attention_heads} is not a multiple of o_groups {config.o_groups}"
-    if config.num_experts_per_tok > config.n_routed_experts:
-        yield f"num_experts_per_tok {config.num_experts_per_tok} exceeds n_routed_experts {config.n_routed_experts}"
-    if config.num_hash_layers > config.num_hidden_layers:
-        yield f"num_hash_layers {config.num_hash_layers} exceeds num_hidden_layers {config.num_hidden_layers}"
 
 
 # Keys with exactly one value that this model computes. Anything else is refused: it would change the mathematics.

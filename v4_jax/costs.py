@@ -18,10 +18,12 @@ from typing import Literal, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
+from v4_jax.architecture import RATIO_OF_ROLE, Architecture
 from v4_jax.cache.cache import CacheDtype, init_cache
-from v4_jax.config import RATIO_OF_ROLE, Config
+from v4_jax.cache.entries import ENTRY_RATIOS
 from v4_jax.number_formats import E2M1, E4M3, E8M0, FP4_BLOCK, FP8_BLOCK, bytes_of, scale_shape
-from v4_jax.parameters import EXPERTS, Parameter, declarations, is_parameter
+from v4_jax.parameter_tree import declarations
+from v4_jax.parameters import EXPERTS, Parameter, is_parameter
 
 WeightDtype = Literal["native", "bfloat16", "float32"]
 
@@ -52,7 +54,7 @@ class ParameterCounts(NamedTuple):
         return self.total + self.mtp
 
 
-def parameter_counts(config: Config) -> ParameterCounts:
+def parameter_counts(config: Architecture) -> ParameterCounts:
     """Counts the parameters of a configuration.
 
     Every floating-point tensor counts, the router's bias included. The hash layers' table from token ids to experts
@@ -86,7 +88,7 @@ class ParameterBytes:
         return sum(self.by_format.values())
 
 
-def parameter_bytes(config: Config, dtype: WeightDtype = "native") -> ParameterBytes:
+def parameter_bytes(config: Architecture, dtype: WeightDtype = "native") -> ParameterBytes:
     """Bytes that the parameters take, MTP block included.
 
     Args:
@@ -108,7 +110,7 @@ def parameter_bytes(config: Config, dtype: WeightDtype = "native") -> ParameterB
     return ParameterBytes(dict(by_format), mtp)
 
 
-def _arrays(config: Config, parameter: Parameter, dtype: WeightDtype) -> Iterator[jax.ShapeDtypeStruct]:
+def _arrays(config: Architecture, parameter: Parameter, dtype: WeightDtype) -> Iterator[jax.ShapeDtypeStruct]:
     """The arrays that hold a parameter."""
     shape, storage = parameter.shape, parameter.storage
     if storage == "i64":
@@ -128,7 +130,7 @@ def _arrays(config: Config, parameter: Parameter, dtype: WeightDtype) -> Iterato
         yield jax.ShapeDtypeStruct(scales, jnp.float32 if base else E8M0)
 
 
-def _parameters(config: Config) -> list[tuple[tuple[str, ...], Parameter]]:
+def _parameters(config: Architecture) -> list[tuple[tuple[str, ...], Parameter]]:
     """Every declaration with its path in the parameter tree."""
     leaves = jax.tree_util.tree_leaves_with_path(declarations(config), is_leaf=is_parameter)
     return [(tuple(key.key for key in path), parameter) for path, parameter in leaves]
@@ -142,7 +144,7 @@ def _elements(parameter: Parameter) -> int:
     return 0 if parameter.storage == "i64" else math.prod(parameter.shape)
 
 
-def _active_elements(config: Config, path: tuple[str, ...], parameter: Parameter) -> int:
+def _active_elements(config: Architecture, path: tuple[str, ...], parameter: Parameter) -> int:
     if path == ("embed",):
         return 0
     if EXPERTS in parameter.axes:
@@ -196,7 +198,7 @@ class Flops:
         return _FP8_COST * sum(self.linear.values()) + core + _FP4_COST * self.index
 
 
-def flops_per_token(config: Config, context: int, *, phase: Literal["decode", "prefill"] = "decode") -> Flops:
+def flops_per_token(config: Architecture, context: int, *, phase: Literal["decode", "prefill"] = "decode") -> Flops:
     """FLOPs per token, as if no work were wasted on masked keys.
 
     A query attends to `sliding_window` tokens and to `index_topk` (CSA) or all (HCA) of the entries visible to it, and
@@ -236,7 +238,7 @@ def flops_per_token(config: Config, context: int, *, phase: Literal["decode", "p
     return Flops(dict(linear), {role: round(value) for role, value in attention.items()}, round(index))
 
 
-def training_flops(config: Config, length: int) -> int:
+def training_flops(config: Architecture, length: int) -> int:
     """FLOPs per token of a training step on rows of `length` tokens, as the model needs them.
 
     Three times the trunk's forward pass, the mean over a row's positions: what is computed again in the backward pass
@@ -287,7 +289,7 @@ class CacheBytes:
         return self.total - self.by_role.get("mtp", 0)
 
 
-def cache_bytes(config: Config, context: int, dtype: str = "released") -> CacheBytes:
+def cache_bytes(config: Architecture, context: int, dtype: str = "released") -> CacheBytes:
     """Bytes of cache per row for `context` tokens, exactly as `init_cache` allocates them.
 
     Args:
@@ -300,11 +302,12 @@ def cache_bytes(config: Config, context: int, dtype: str = "released") -> CacheB
     """
     allocate = functools.partial(init_cache, config, 1, context, dtype=cast(CacheDtype, dtype))  # which checks it
     cache = jax.eval_shape(allocate)
-    ratios = {**RATIO_OF_ROLE, "index": RATIO_OF_ROLE["csa"]}
-    entries = {role: rows for role, rows in cache.rows.items() if ratios.get(role)}
-    per_token = {role: rows.nbytes / rows.shape[2] / ratios[role] for role, rows in entries.items()}
-    padding = sum(rows.padding for role, rows in cache.rows.items() if role != "mtp")
-    return CacheBytes(dtype, cache.nbytes(), per_token, padding)
+    by_role = {"mtp" if role == "draft" else role: size for role, size in cache.nbytes().items()}
+    per_token: dict[str, float] = {
+        role: rows.nbytes / rows.shape[2] / ENTRY_RATIOS[role] for role, rows in cache.entries.items()
+    }
+    padding = sum(rows.padding for rows in (*cache.entries.values(), cache.rings["window"]))
+    return CacheBytes(dtype, by_role, per_token, padding)
 
 
 # ---- DeepSeek-V3.2 and plain attention, for comparison ---------------------------------------------------------------
@@ -421,7 +424,7 @@ class Comparison(NamedTuple):
         return self.cache / self.cache_gqa
 
 
-def compare(config: Config, context: int, dtype: str = "released") -> Comparison:
+def compare(config: Architecture, context: int, dtype: str = "released") -> Comparison:
     """Sets a configuration beside DeepSeek-V3.2, as the technical report does at a million tokens.
 
     The report gives 27% of the FLOPs and 10% of the cache for Pro, 10% and 7% for Flash, and 2% of grouped-query

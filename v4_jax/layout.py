@@ -23,7 +23,7 @@ class Blocks(struct.PyTreeNode):
       complete: [B, E] whether the block exists.
       has_previous: [B, E] whether a block of the same document precedes it.
       positions: [B, E] rotary position of its first token.
-      slots: [B, E] index of its entry among the row's entries; out of range where there is no such block.
+      numbers: [B, E] number of its entry among the row's entries; out of range where there is no such block.
       aligned: whether a row's blocks follow each other without gaps from `first_token[:, 0]` on.
     """
 
@@ -31,7 +31,7 @@ class Blocks(struct.PyTreeNode):
     complete: Array
     has_previous: Array
     positions: Array
-    slots: Array
+    numbers: Array
     aligned: bool = struct.field(pytree_node=False)
 
 
@@ -184,18 +184,18 @@ class Layout(struct.PyTreeNode):
             first_token = last - (ratio - 1)
             has_previous = complete & (jnp.take_along_axis(self.phase, last, axis=1) >= 2 * ratio - 1)
             positions = jnp.take_along_axis(self.positions, last, axis=1) - (ratio - 1)
-            slots = jnp.where(complete, self._closed_before(ratio) + jnp.arange(count, dtype=jnp.int32), limit)
-            return Blocks(first_token, complete, has_previous, positions, slots, aligned=False)
+            numbers = jnp.where(complete, self._closed_before(ratio) + jnp.arange(count, dtype=jnp.int32), limit)
+            return Blocks(first_token, complete, has_previous, positions, numbers, aligned=False)
         # One document per row: blocks follow each other from the one that is open when the chunk begins.
         count = self.size // ratio if self.start is None else -(-self.size // ratio)
         start = jnp.zeros((batch,), jnp.int32) if self.start is None else self.start
-        slots = (start // ratio)[:, None] + jnp.arange(count, dtype=jnp.int32)
-        first_token = slots * ratio - start[:, None]
+        numbers = (start // ratio)[:, None] + jnp.arange(count, dtype=jnp.int32)
+        first_token = numbers * ratio - start[:, None]
         complete = first_token + ratio <= self.counts[:, None]
         if self.sealed is not None:
-            complete &= slots * ratio >= self.sealed[:, None]
+            complete &= numbers * ratio >= self.sealed[:, None]
         positions = self.positions[:, :1] + first_token
-        return Blocks(first_token, complete, slots > 0, positions, jnp.where(complete, slots, limit), aligned=True)
+        return Blocks(first_token, complete, numbers > 0, positions, jnp.where(complete, numbers, limit), aligned=True)
 
     def visible(self, ratio: int) -> tuple[Array, Array]:
         """Half-open range [low, high) of entries that each token may see, two [B, S] int32 arrays."""

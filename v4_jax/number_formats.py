@@ -94,8 +94,8 @@ def dequantise(weight: Weight, dtype: Any) -> Array:
         return weight.astype(dtype)
     rows, columns = weight.shape[-2:]
     scales = scale_values(weight.scales)
-    scales = _spread(scales, weight.block[0], rows, axis=-2)
-    scales = _spread(scales, weight.block[1], columns, axis=-1)
+    scales = _repeated(scales, weight.block[0], rows, axis=-2)
+    scales = _repeated(scales, weight.block[1], columns, axis=-1)
     return (weight.codes.astype(jnp.float32) * scales).astype(dtype)
 
 
@@ -163,8 +163,8 @@ def encode_rows(rows: Array, dtype: Any, block: int) -> tuple[Array, Array]:
 def decode_rows(codes: Array, scales: Array, dtype: Any) -> Array:
     """Inverse of `encode_rows`: [..., channels] of `dtype`."""
     block = codes.shape[-1] // scales.shape[-1]
-    spread = _spread(scale_values(scales), block, codes.shape[-1], axis=-1)
-    return (codes.astype(jnp.float32) * spread).astype(dtype)
+    repeated = _repeated(scale_values(scales), block, codes.shape[-1], axis=-1)
+    return (codes.astype(jnp.float32) * repeated).astype(dtype)
 
 
 def fake_quant(rows: Array, dtype: Any, block: int) -> Array:
@@ -205,7 +205,7 @@ def hadamard(rows: Array) -> Array:
     return (values * size**-0.5).astype(rows.dtype)
 
 
-def _spread(scales: Array, block: int, size: int, axis: int) -> Array:
+def _repeated(scales: Array, block: int, size: int, axis: int) -> Array:
     """Repeats each scale over its block and crops the last, partial block."""
     if block == 1:
         return scales

@@ -16,22 +16,38 @@ class Routing(struct.PyTreeNode):
     """Discrete decisions of a forward pass, to read or to replay.
 
     Attributes:
-      experts: [layers, B, S, num_experts_per_tok] int32 experts of each token.
-      entries: [CSA layers, B, S, K] int32 compressed entries attended, -1 for none; None when there are no entries.
-      affinities: [layers, B, S, n_routed_experts] float32 router affinities; ignored in replay.
-      load: [layers, n_routed_experts] int32 tokens that each expert got, of all devices together; ignored in replay.
-      balance: [layers, B] float32 how unevenly each row's tokens spread over the experts, 1 when even; differentiable.
-        0 in layers that route by token id. Ignored in replay.
-      indexer_loss: [CSA layers, B, S] float32 divergence of the indexer's scores from the attention that entries get;
-        None unless `Stage.indexer_loss` asks for it. Its gradients concern the indexer alone.
+      experts: [layers, B, S, num_experts_per_tok] int32 experts of each token; in replay None decides anew.
+      entries: [CSA layers, B, S, K] int32 compressed entries attended, -1 for none; None when there are no entries, and
+        in replay to pick anew.
     """
 
     experts: Array | None = None
     entries: Array | None = None
+
+
+class RoutingStatistics(struct.PyTreeNode):
+    """How the decisions came about and what they led to.
+
+    Attributes:
+      affinities: [layers, B, S, n_routed_experts] float32 router affinities.
+      load: [layers, n_routed_experts] int32 tokens that each expert got, of all devices together.
+      balance: [layers, B] float32 how unevenly each row's tokens spread over the experts, 1 when even; differentiable.
+        0 in layers that route by token id.
+      indexer_loss: [CSA layers, B, S] float32 divergence of the indexer's scores from the attention that entries get;
+        None unless `Stage.indexer_loss` asks for it. Its gradients concern the indexer alone.
+    """
+
     affinities: Array | None = None
     load: Array | None = None
     balance: Array | None = None
     indexer_loss: Array | None = None
+
+
+class Decided(struct.PyTreeNode):
+    """What one layer decided, without the layer axis, or all layers, with it."""
+
+    routing: Routing
+    statistics: RoutingStatistics
 
 
 class Output(struct.PyTreeNode):
@@ -42,9 +58,11 @@ class Output(struct.PyTreeNode):
       cache: the cache after the chunk, or None.
       streams: [B, S, hc, D] after the last block, before the final collapse.
       routing: the decisions taken, when asked for.
+      statistics: of these decisions, when asked for.
     """
 
     logits: Array | None
     cache: Cache | None
     streams: Array
     routing: Routing | None = None
+    statistics: RoutingStatistics | None = None

@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from v4_jax.config import Config, Period
+from v4_jax.architecture import Architecture, Period
 from v4_jax.number_formats import BlockScaled
-from v4_jax.sharding.axes import Rules
+from v4_jax.sharding.axes import Rules, sharding
 from v4_jax.sharding.split import UNSPLIT, Split
 
 # Who updates a parameter: the two optimisers of the technical report (section 2.4), the rule that balances the experts'
@@ -29,9 +29,9 @@ from v4_jax.sharding.split import UNSPLIT, Split
 Group = Literal["muon", "adamw", "bias", "frozen"]
 
 # Which loss trains a parameter: the model's, or the indexer's own.
-Part = Literal["model", "indexer"]
+Loss = Literal["model", "indexer"]
 
-# How the release stores it: "fp8" (E4M3 in 128x128 blocks), "expert" (as `Config.expert_dtype` says), or plain.
+# How the release stores it: "fp8" (E4M3 in 128x128 blocks), "expert" (as `Architecture.expert_dtype` says), or plain.
 Storage = Literal["fp8", "expert", "bf16", "f32", "i64"]
 
 LAYERS, EXPERTS = "layers", "experts"
@@ -41,7 +41,7 @@ Initializer = Callable[[Array, tuple[int, ...], Any], Array]
 
 
 @functools.cache  # declarations compare initialisers by identity
-def normal(config: Config) -> Initializer:
+def normal(config: Architecture) -> Initializer:
     """Normal with the configured standard deviation."""
     return nn.initializers.normal(config.initializer_range)
 
@@ -58,7 +58,7 @@ class Parameter(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
       storage: number format in the released checkpoint.
       init: initialiser of one layer's value.
       matrices: independent matrices of equal size that lie one below the other in a [out, in] weight.
-      part: which loss trains it.
+      loss: which loss trains it.
       period: the layers that the "layers" axis stands for; None without one.
     """
 
@@ -69,7 +69,7 @@ class Parameter(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
     storage: Storage = struct.field(pytree_node=False)
     init: Initializer = struct.field(pytree_node=False)
     matrices: int = struct.field(pytree_node=False, default=1)
-    part: Part = struct.field(pytree_node=False, default="model")
+    loss: Loss = struct.field(pytree_node=False, default="model")
     period: Period | None = struct.field(pytree_node=False, default=None)
 
     def unbox(self) -> Any:
@@ -126,12 +126,12 @@ class Module(nn.Module, kw_only=True):
     Attributes:
       prefix: released name of the module, ending in a dot (`layers.3.attn.`, `layers.{layers[0]}.ffn.`).
       split: how a mesh splits this call's tokens and the parameters; by default not at all.
-      part: which loss trains the module's parameters.
+      loss: which loss trains the module's parameters.
     """
 
     prefix: str = ""
     split: Split = UNSPLIT
-    part: Part = "model"
+    loss: Loss = "model"
 
     def declare(
         self,
@@ -174,7 +174,7 @@ class Module(nn.Module, kw_only=True):
 
         def boxed(key: Array) -> Parameter:
             value = init(key, stored, dtype)
-            return Parameter(value, axes, group, self.prefix + released, storage, init, matrices, self.part)
+            return Parameter(value, axes, group, self.prefix + released, storage, init, matrices, self.loss)
 
         value = self.param(name, boxed)
         if tuple(value.shape) != stored:
@@ -189,7 +189,7 @@ class Module(nn.Module, kw_only=True):
         shape: tuple[int, int],
         axes: tuple[str | None, str | None],
         *,
-        config: Config,
+        config: Architecture,
         storage: Storage = "fp8",
         released: str | None = None,
         matrices: int = 1,
@@ -219,39 +219,33 @@ class Module(nn.Module, kw_only=True):
         )
 
 
-@functools.lru_cache(maxsize=32)
-def declarations(config: Config) -> Any:
-    """The model's parameter tree with a `Parameter` holding a `jax.ShapeDtypeStruct` at every leaf."""
-    from v4_jax.transformer import Transformer
+@functools.lru_cache(maxsize=64)
+def declared(model: nn.Module) -> Any:
+    """A whole model's parameter tree with a `Parameter` holding a `jax.ShapeDtypeStruct` at every leaf.
 
-    model = Transformer(config, policy="float32")
+    Args:
+      model: a `Transformer` that stands alone: without a mesh, parent or name.
+    """
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
 
 
-def init(config: Config, key: Array, *, mesh: Mesh | None = None, rules: Rules | str | None = None) -> Any:
-    """Fresh float32 parameters (int32 for the hash tables) from the declarations: an unboxed tree.
+def named(path: Any) -> str:
+    """A leaf's path in the parameter tree, as messages name it: `layer_0/attn/wq_a`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
-    Args:
-      config: the architecture.
-      key: a random key; the same key gives the same parameters on any mesh.
-      mesh: devices to place them on, each its own shards; None is the default device.
-      rules: which mesh axes split which logical axes, or the name of a preset.
+
+def places(declared: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> Any:
+    """Where every parameter lies: a tree of `NamedSharding` like the tree of declarations.
 
     Raises:
-      ShardingError: a parameter that does not split evenly.
+      ShardingError: a parameter that does not split evenly; the message lists the legal sizes.
     """
-    from v4_jax.placement import placements
 
-    leaves, tree = jax.tree.flatten(declarations(config), is_leaf=is_parameter)
-    places = None if mesh is None else jax.tree.leaves(placements(config, mesh, rules))
+    def place(path: Any, parameter: Parameter) -> NamedSharding:
+        return sharding(mesh, parameter.axes, parameter.shape, rules, name=named(path))
 
-    @functools.partial(jax.jit, out_shardings=places)
-    def draw(key: Array) -> list[Array]:
-        keys = jax.random.split(key, len(leaves))
-        return [leaf.fresh(key) for leaf, key in zip(leaves, keys, strict=True)]
-
-    return jax.tree.unflatten(tree, draw(key))
+    return jax.tree_util.tree_map_with_path(place, declared, is_leaf=is_parameter)
 
 
 def bytes_in_memory(params: Any) -> int:

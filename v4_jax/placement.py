@@ -1,50 +1,26 @@
-"""The model on a mesh: which part of each argument a device gets, and the one `jax.shard_map` that runs a call.
-
-Inside, every layer sees its device's shards and writes its own communication (`sharding`); nothing is left for the
-compiler to partition.
-"""
+"""Where things lie: a mesh with its rules for one job, what splits evenly over it, and which meshes would do."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 from jax import Array
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from v4_jax.cache.cache import PAGE, Cache, CacheDtype, cache_shapes, cache_specs, init_cache
-from v4_jax.config import RATIO_OF_ROLE, Config
+from v4_jax.cache.cache import Cache, CacheDtype, cache_shapes, init_cache
+from v4_jax.cache.entries import PAGE
+from v4_jax.config import Config
 from v4_jax.number_formats import FP4_BLOCK, FP8_BLOCK, bytes_of
-from v4_jax.outputs import Logits, Output, Routing
-from v4_jax.parameters import Parameter, declarations, is_parameter
+from v4_jax.on_mesh import UNIT, check_rows
+from v4_jax.parameter_tree import declarations
+from v4_jax.parameters import is_parameter, named
 from v4_jax.sharding.axes import Rules, ShardingError, resolve, sharding, shards_of
 from v4_jax.sharding.mesh import abstract_mesh, format_mesh, mesh_shapes
 from v4_jax.sharding.split import Split
-
-if TYPE_CHECKING:
-    from v4_jax.transformer import Transformer
-
-UNIT = RATIO_OF_ROLE["hca"]  # a device's share of a long sequence is a multiple of the longest compression block
-
-
-def placements(config: Config, mesh: Mesh | AbstractMesh, rules: Rules | str | None) -> Any:
-    """Where every parameter lies: a tree of `NamedSharding` like the parameters.
-
-    Raises:
-      ShardingError: a parameter that does not split evenly; the message lists the legal sizes.
-    """
-    table = resolve(rules)
-
-    def place(path: Any, parameter: Parameter) -> NamedSharding:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return sharding(mesh, parameter.axes, parameter.shape, table, name=name)
-
-    return jax.tree_util.tree_map_with_path(place, declarations(config), is_leaf=is_parameter)
 
 
 class Place(NamedTuple):
@@ -77,7 +53,7 @@ class Place(NamedTuple):
           ShardingError: they do not.
         """
         if self.mesh is not None:
-            _check_rows(self.mesh, resolve(self.rules), batch)
+            check_rows(self.mesh, resolve(self.rules), batch)
 
     @property
     def row_shards(self) -> int:
@@ -108,7 +84,7 @@ class Place(NamedTuple):
     @property
     def replicated(self) -> NamedSharding | None:
         """On every device; None without a mesh."""
-        return None if self.mesh is None else NamedSharding(self.mesh, P())
+        return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
 
     def shape(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         """An input of a program that every device gets whole."""
@@ -167,12 +143,8 @@ def check_mesh(
     table = resolve(rules)
     for axes, shape, multiples, name in _distinct(config, native):
         sharding(mesh, axes, shape, table, multiples=multiples, name=name)
-    _check_rows(mesh, table, batch)
+    check_rows(mesh, table, batch)
     Split.on(mesh, table, length, UNIT)
-
-
-def _check_rows(mesh: Mesh | AbstractMesh, rules: Rules, batch: int) -> None:
-    sharding(mesh, ("batch",), (batch,), rules, name="the batch")
 
 
 def legal_meshes(
@@ -213,80 +185,5 @@ def _distinct(config: Config, native: bool) -> tuple[tuple[Any, ...], ...]:
             math.lcm(unit, size // whole.get(name, size))
             for unit, size, name in zip(units[-len(parameter.shape) :], parameter.shape, parameter.axes, strict=True)
         )
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        found.setdefault((parameter.axes, parameter.shape, multiples), name)
+        found.setdefault((parameter.axes, parameter.shape, multiples), named(path))
     return tuple((*key, name) for key, name in found.items())
-
-
-def on_mesh(
-    model: Transformer, call: Callable[..., Output], arguments: dict[str, Any], logits: Logits, returns_routing: bool
-) -> Output:
-    """Runs `call(model, **arguments)` on every device of the model's mesh with that device's shards.
-
-    Args:
-      model: a bound model with a mesh.
-      call: one of its methods.
-      arguments: arrays of the whole mesh, by name; None is left out.
-      logits: which logits the call returns.
-      returns_routing: whether it returns routing decisions.
-
-    Raises:
-      ShardingError: something does not split evenly over the mesh.
-    """
-    given = {name: value for name, value in arguments.items() if value is not None}
-    mesh, table, split, local = _local(model, *given["tokens" if "tokens" in given else "next_tokens"].shape)
-
-    batch, sequence = (tuple(axes) or None for axes in (split.axes("batch"), split.sequence))
-    tokens, decisions, row = P(batch, sequence), P(None, batch, sequence), P(batch)
-    specs: dict[str, Any] = {name: tokens for name in ("tokens", "streams", "next_tokens")}
-    specs |= {name: row for name in ("positions", "segment_ids", "lengths", "sealed")}
-    specs |= {"routing": decisions, "cache": cache_specs(given["cache"], table, mesh) if "cache" in given else None}
-    vocab = (split.short if logits == "last" else split).shared("vocab") or None
-    returned = {"logits": P(batch, None if logits == "last" else sequence, vocab), "cache": specs["cache"]}
-    returned |= {"streams": tokens, "routing": None}
-    if returns_routing:
-        decided: dict[str, Any] = dict.fromkeys(("experts", "entries", "affinities", "indexer_loss"), decisions)
-        returned["routing"] = Routing(**decided | {"load": P(), "balance": P(None, batch)})
-
-    def run(params: Any, given: dict[str, Any]) -> Any:
-        return local.apply({"params": params}, **given, method=call)
-
-    mapped = jax.shard_map(
-        run,
-        mesh=mesh,
-        in_specs=(_param_specs(model), {name: specs[name] for name in given}),
-        out_specs=Output(**returned),
-        check_vma=False,
-    )
-    return mapped(nn.meta.unbox(model.variables["params"]), given)
-
-
-def loss_on_mesh(model: Transformer, call: Callable[..., Array], streams: Array, *arrays: Array) -> Array:
-    """Runs `call(model, streams, *arrays)`, arrays [B, S] and a number, on every device of the mesh, as `on_mesh` does.
-
-    Raises:
-      ShardingError: something does not split evenly over the mesh.
-    """
-    mesh, _, split, local = _local(model, *streams.shape[:2])
-    tokens = P(tuple(split.axes("batch")) or None, tuple(split.sequence) or None)
-
-    def run(params: Any, *arrays: Array) -> Any:
-        return local.apply({"params": params}, *arrays, method=call)
-
-    specs = (_param_specs(model), tokens, *(tokens for _ in arrays))
-    mapped = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
-    return mapped(nn.meta.unbox(model.variables["params"]), streams, *arrays)
-
-
-def _local(model: Transformer, rows: int, length: int) -> tuple[Mesh, Rules, Split, Transformer]:
-    """The mesh and rules of a model, how they split a call, and the model that runs on one of its devices."""
-    mesh, table = model.mesh, resolve(model.rules)
-    assert mesh is not None
-    _check_rows(mesh, table, rows)
-    split = Split.on(mesh, table, length, UNIT)
-    return mesh, table, split, model.clone(parent=None, name=None, mesh=None, rules=None, split=split)
-
-
-def _param_specs(model: Transformer) -> Any:
-    assert model.mesh is not None
-    return jax.tree.map(lambda place: place.spec, placements(model.config, model.mesh, model.rules))

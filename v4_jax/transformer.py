@@ -6,148 +6,32 @@ with the cache in its carry.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import Array
 from jax.sharding import Mesh
 
+from v4_jax.architecture import Architecture
+from v4_jax.block import Block, Carry, Context, PeriodBlocks
 from v4_jax.cache.cache import Cache
-from v4_jax.config import Config, Layer
-from v4_jax.layers.attention import Attention
+from v4_jax.layer_stack import replayed, role_index, stacked, unrolled
+from v4_jax.layers.experts import Experts
 from v4_jax.layers.head import cross_entropy
-from v4_jax.layers.hyper_connections import HyperConnection, StreamCollapse, expand, spread
-from v4_jax.layers.linear import linear
-from v4_jax.layers.mixture_of_experts import Experts, MixtureOfExperts
+from v4_jax.layers.hyper_connections import StreamCollapse, expand
 from v4_jax.layers.norm import rms_norm
 from v4_jax.layers.stages import SPARSE, Remat, Stage, recompute, rematerialised
 from v4_jax.layout import Layout
-from v4_jax.outputs import Logits, Output, Routing
+from v4_jax.multi_token_prediction import MultiTokenPrediction
+from v4_jax.on_mesh import loss_on_mesh, on_mesh
+from v4_jax.outputs import Decided, Logits, Output, Routing
 from v4_jax.parameters import LAYERS, Module, normal
-from v4_jax.placement import loss_on_mesh, on_mesh
 from v4_jax.policy import Policy, einsum
 from v4_jax.sharding import collectives
 from v4_jax.sharding.axes import Rules, ShardingError
-from v4_jax.sharding.split import Split
-
-
-class Step(struct.PyTreeNode):
-    """What one layer hands to the next, and a scan carries."""
-
-    streams: Array
-    cache: Cache | None
-
-
-class Context(struct.PyTreeNode):
-    """What every layer of one call shares: token ids [B, S] and where they stand."""
-
-    tokens: Array
-    layout: Layout
-
-
-class Block(Module):
-    """One layer: attention and experts, each between a collapse and a spread of the streams."""
-
-    config: Config
-    policy: Policy
-    roles: Layer
-    stage: Stage = SPARSE
-
-    @nn.compact
-    def __call__(
-        self,
-        step: Step,
-        context: Context,
-        layer: Any,
-        slot: Any,
-        replay: Routing,
-        stacked: tuple[Experts, Any] | None = None,
-    ) -> tuple[Step, Routing]:
-        """Runs the layer.
-
-        Args:
-          step: streams [B, S, hc, D] and cache.
-          context: what all layers share.
-          layer: the layer's number, which is its place in the window cache.
-          slot: its number among the layers of its attention role.
-          replay: this layer's decisions to repeat, without the layer axis; empty to decide anew.
-          stacked: see `MixtureOfExperts`.
-
-        Returns:
-          Streams and cache after the layer, and its decisions without the layer axis.
-        """
-        c = self.config
-        site = HyperConnection(config=c, prefix=self.prefix + "hc_attn_", split=self.split, name="hc_attn")
-        y, mix = site(step.streams)
-        y = rms_norm(y, self.norm("attn_norm", c.hidden_size), c.rms_norm_eps)
-        attention = Attention(
-            config=c,
-            policy=self.policy,
-            roles=self.roles,
-            stage=self.stage,
-            prefix=self.prefix + "attn.",
-            split=self.split,
-            name="attn",
-        )
-        z, cache, picked = attention(y, context.layout, step.cache, layer, slot, replay.entries)
-        streams = spread(step.streams, z, mix)
-
-        site = HyperConnection(config=c, prefix=self.prefix + "hc_ffn_", split=self.split, name="hc_ffn")
-        y, mix = site(streams)
-        y = rms_norm(y, self.norm("ffn_norm", c.hidden_size), c.rms_norm_eps)
-        ffn = MixtureOfExperts(
-            config=c,
-            policy=self.policy,
-            role=self.roles.feed_forward,
-            prefix=self.prefix + "ffn.",
-            split=self.split,
-            name="ffn",
-        )
-        z, routing = ffn(y, context.tokens, context.layout.valid, stacked, replay.experts)
-        routing = routing.replace(entries=picked.entries, indexer_loss=picked.indexer_loss)
-        return Step(spread(streams, z, mix), cache), routing
-
-
-class PeriodBlocks(nn.Module):
-    """One repeat of the repeating roles: the body of the scan over layers."""
-
-    config: Config
-    policy: Policy
-    split: Split
-    stage: Stage = SPARSE
-    remat: Remat = "none"
-
-    @nn.compact
-    def __call__(
-        self, step: Step, x: tuple[Any, list[Routing]], context: Context, stacks: list[Experts] | None
-    ) -> tuple[Step, list[Routing]]:
-        """Runs the layers of repeat `x[0]` with the decisions `x[1]` to replay; see `Block`."""
-        repeat, replay = x
-        period, decisions = self.config.period, []
-        roles = [roles.attention for roles in self.config.layers]
-        make = rematerialised(Block, self.remat, in_scan=True)
-        for place, layer in enumerate(period.layers(0)):
-            slot = _slot(self.config, layer)
-            per_repeat = roles[period.start : period.start + period.length].count(roles[layer])
-            block = make(
-                config=self.config,
-                policy=self.policy,
-                roles=self.config.layers[layer],
-                stage=self.stage,
-                prefix=f"layers.{{layers[{place}]}}.",
-                split=self.split,
-                name=f"block_{place}",
-            )
-            stacked = None if stacks is None else (stacks[place], repeat)
-            number = layer + repeat * period.length
-            step, routing = block(step, context, number, slot + repeat * per_repeat, replay[place], stacked)
-            decisions.append(routing)
-        return step, decisions
 
 
 class Transformer(Module):
@@ -163,7 +47,7 @@ class Transformer(Module):
       remat: what the backward pass recomputes: "none", "sublayers" or "layers"; see `layers.stages`.
     """
 
-    config: Config
+    config: Architecture
     policy: str | Policy = "bfloat16"
     mesh: Mesh | None = None
     rules: str | Rules | None = None
@@ -189,7 +73,7 @@ class Transformer(Module):
         self.norm_weight = self.norm("norm", c.hidden_size)
         self.collapse = StreamCollapse(config=c, prefix="hc_head_", split=self.split, name="hc_head")
         make = rematerialised(Block, self.remat, in_scan=False)
-        for i in _unrolled(c):
+        for i in unrolled(c):
             block = make(
                 config=c,
                 policy=precision,
@@ -265,13 +149,14 @@ class Transformer(Module):
         start = None if cache is None else cache.lengths
         layout = self._layout(tokens, start, lengths, segment_ids, positions, sealed)
         streams = expand(self._embed(tokens), self.config.hc_mult)
-        step, decisions = self._layers(Step(streams, cache), Context(tokens, layout), routing, return_routing)
-        if step.cache is not None:
-            step = step.replace(cache=step.cache.replace(lengths=step.cache.lengths + layout.total))
+        carry, decided = self._layers(Carry(streams, cache), Context(tokens, layout), routing)
+        streams, cache = carry.streams, carry.cache
+        if cache is not None:
+            cache = cache.replace(lengths=cache.lengths + layout.total)
         if self.is_initializing() and self.config.num_nextn_predict_layers:
-            self.mtp(step.streams, tokens, logits="none")
-        output = self._logits(step.streams, layout, logits, self.collapse, self.norm_weight)
-        return Output(output, step.cache, step.streams, decisions)
+            self.mtp(streams, tokens, logits="none")
+        output = self._logits(streams, layout, logits, self.collapse, self.norm_weight)
+        return _output(output, cache, streams, decided, return_routing)
 
     def mtp(
         self,
@@ -317,15 +202,15 @@ class Transformer(Module):
             arguments |= dict(lengths=lengths, cache=cache, routing=routing)
             call = functools.partial(Transformer.mtp, logits=logits, return_routing=return_routing)
             return on_mesh(self, call, arguments, logits, return_routing)
-        start = None if cache is None else cache.mtp_lengths
+        start = None if cache is None else cache.draft_lengths
         layout = self._layout(next_tokens, start, lengths, segment_ids, positions)
         replay = jax.tree.map(lambda x: x[0], routing or Routing())
         context = Context(next_tokens, layout)
         streams, cache, decided = self.mtp_block(streams, self._embed(next_tokens), context, cache, replay)
         if cache is not None:
-            cache = cache.replace(mtp_lengths=cache.mtp_lengths + layout.total)
+            cache = cache.replace(draft_lengths=cache.draft_lengths + layout.total)
         output = self._logits(streams, layout, logits, self.mtp_block.collapse, self.mtp_block.norm_weight)
-        return Output(output, cache, streams, jax.tree.map(lambda x: x[None], decided) if return_routing else None)
+        return _output(output, cache, streams, [decided], return_routing)
 
     def cross_entropy(self, streams: Array, targets: Array, weights: Array, *, mtp: bool = False) -> Array:
         """Weighted sum of the negative log-probabilities of given tokens, without an array of [tokens, vocabulary].
@@ -341,7 +226,7 @@ class Transformer(Module):
         """
         if self.mesh is not None:
             call = functools.partial(Transformer.cross_entropy, mtp=mtp)
-            return loss_on_mesh(self, call, streams, targets, weights)
+            return loss_on_mesh(self, call, streams=streams, targets=targets, weights=weights)
         collapse = self.mtp_block.collapse if mtp else self.collapse
         norm = self.mtp_block.norm_weight if mtp else self.norm_weight
         head = self.split.gather(self.head_weight, ("vocab", "embed"))
@@ -416,36 +301,34 @@ class Transformer(Module):
         head = split.gather(self.head_weight, ("vocab", "embed"))
         return einsum("bsd,vd->bsv", x, head, dtype=jnp.float32)
 
-    def _layers(
-        self, step: Step, context: Context, replay: Routing | None, want_routing: bool
-    ) -> tuple[Step, Routing | None]:
+    def _layers(self, carry: Carry, context: Context, routing: Routing | None) -> tuple[Carry, list[Decided]]:
         """All layers, in order: those before the period, the scan over it, those after."""
         c, period = self.config, self.config.period
-        decisions: dict[int, Routing] = {}
+        decided: list[Decided] = []
 
-        def run(i: int, step: Step) -> Step:
+        def run(i: int, carry: Carry) -> Carry:
             block = getattr(self, f"layer_{i}")
-            mine = jax.tree.map(lambda x: x[0], _stack_replays(c, replay, [i]))
-            step, decisions[i] = block(step, context, i, _slot(c, i), mine)
-            return step
+            replay = jax.tree.map(lambda x: x[0], replayed(c, routing, [i]))
+            carry, one = block(carry, context, i, role_index(c, i), replay)
+            decided.append(one)
+            return carry
 
         for i in range(min(period.start, c.num_hidden_layers)):
-            step = run(i, step)
+            carry = run(i, carry)
         if period.repeats:
             # Inference reads experts straight from the stack; training slices them, so that gradients are sliced too.
             whole = not (self.split.axes("expert_embed") or self.split.axes("expert_hidden"))
-            stacks = self._expert_stacks() if step.cache is not None and whole and not self.is_initializing() else None
+            stacks = self._expert_stacks() if carry.cache is not None and whole and not self.is_initializing() else None
             replays = [
-                _stack_replays(c, replay, range(period.start + place, period.stop, period.length))
+                replayed(c, routing, range(period.start + place, period.stop, period.length))
                 for place in range(period.length)
             ]
-            step, stacked = self.period(step, (jnp.arange(period.repeats), replays), context, stacks)
-            for i in range(period.start, period.stop):
-                repeat, place = divmod(i - period.start, period.length)
-                decisions[i] = jax.tree.map(lambda x, repeat=repeat: x[repeat], stacked[place])
+            carry, repeated = self.period(carry, (jnp.arange(period.repeats), replays), context, stacks)
+            for repeat in range(period.repeats):
+                decided.extend(jax.tree.map(lambda x, repeat=repeat: x[repeat], repeated))
         for i in range(period.stop, c.num_hidden_layers):
-            step = run(i, step)
-        return step, _stack(c, decisions) if want_routing else None
+            carry = run(i, carry)
+        return carry, decided
 
     def _expert_stacks(self) -> list[Experts]:
         """The period's expert weights as stacked, by place."""
@@ -454,91 +337,10 @@ class Transformer(Module):
         return [Experts(ffn["w1"], ffn["w2"], ffn["w3"]) for ffn in ffns]
 
 
-class MultiTokenPrediction(Module):
-    """The MTP block: a sliding-window layer over the trunk's streams and the next token's embedding."""
-
-    config: Config
-    policy: Policy
-    remat: Remat = "none"
-
-    def setup(self) -> None:  # noqa: D102 called by Linen
-        c = self.config
-        square, axes = (c.hidden_size, c.hidden_size), ("embed_out", "embed")
-        self.e_proj = self.linear("e_proj", square, axes, config=c)
-        self.h_proj = self.linear("h_proj", square, axes, config=c)
-        self.enorm = self.norm("enorm", c.hidden_size)
-        self.hnorm = self.norm("hnorm", c.hidden_size)
-        self.norm_weight = self.norm("norm", c.hidden_size)
-        self.collapse = StreamCollapse(config=c, prefix=self.prefix + "hc_head_", split=self.split, name="hc_head")
-        self.block = rematerialised(Block, self.remat, in_scan=False)(
-            config=c, policy=self.policy, roles=c.mtp_layer, prefix=self.prefix, split=self.split, name="block"
-        )
-
-    def __call__(
-        self, streams: Array, embedded: Array, context: Context, cache: Cache | None, replay: Routing
-    ) -> tuple[Array, Cache | None, Routing]:
-        """Streams [B, S, hc, D], embedded next tokens [B, S, D] -> the block's streams, cache after them, decisions."""
-        dtype, eps = self.policy.compute_dtype, self.config.rms_norm_eps
-        z = linear(rms_norm(embedded, self.enorm, eps), self.e_proj, dtype)
-        streams = linear(rms_norm(streams.astype(dtype), self.hnorm, eps), self.h_proj, dtype) + z[:, :, None]
-        own = None if cache is None else cache.store("window", cache.rows["mtp"])
-        step, routing = self.block(Step(streams, own), context, 0, 0, replay)
-        if cache is not None and step.cache is not None:
-            cache = cache.store("mtp", step.cache.rows["window"])
-        return step.streams, cache, routing
-
-
-def _unrolled(config: Config) -> list[int]:
-    """Layers outside the repeating period."""
-    period = config.period
-    return [i for i in range(config.num_hidden_layers) if not period.start <= i < period.stop]
-
-
-def _slot(config: Config, layer: int) -> int:
-    """A layer's number among those of its attention role."""
-    roles = [roles.attention for roles in config.layers]
-    return roles[:layer].count(roles[layer])
-
-
-def _stack_replays(config: Config, replay: Routing | None, layers: range | list[int]) -> Routing:
-    """The decisions to replay of layers with the same roles, stacked again; empty without any."""
-    if replay is None:
-        return Routing()
-    csa = config.layers[layers[0]].attention == "csa"
-    slots = jnp.asarray([_slot(config, i) for i in layers])
-    return Routing(
-        None if replay.experts is None else replay.experts[jnp.asarray(layers)],
-        replay.entries[slots] if csa and replay.entries is not None else None,
-    )
-
-
-def _stack(config: Config, decisions: dict[int, Routing]) -> Routing:
-    """Layers' decisions as one `Routing`."""
-    ordered = [decisions[i] for i in range(config.num_hidden_layers)]
-
-    def stacked(name: str) -> Array | None:
-        present = [value for decision in ordered if (value := getattr(decision, name)) is not None]
-        return jnp.stack(present) if present else None
-
-    return Routing(**{field.name: stacked(field.name) for field in dataclasses.fields(Routing)})
-
-
-def by_layer(config: Config, values: Any) -> list[tuple[tuple[str, ...], Any]]:
-    """Values of all layers, arranged as parameters are.
-
-    Args:
-      config: the architecture.
-      values: [layers, ...] array, with the MTP block's as the last where there is one.
-
-    Returns:
-      Pairs of the path of a layer's parameters in the tree, or of one place of the repeating period, and its value; in
-      the period they are stacked.
-    """
-    period = config.period
-    found: list[tuple[tuple[str, ...], Any]] = [((f"layer_{i}",), values[i]) for i in _unrolled(config)]
-    if period.repeats:
-        for place in range(period.length):
-            found.append((("period", f"block_{place}"), values[period.start + place : period.stop : period.length]))
-    if config.num_nextn_predict_layers:
-        found.append((("mtp",), values[-1]))
-    return found
+def _output(
+    logits: Array | None, cache: Cache | None, streams: Array, decided: list[Decided], return_routing: bool
+) -> Output:
+    if not return_routing:
+        return Output(logits, cache, streams)
+    everything = stacked(decided)
+    return Output(logits, cache, streams, everything.routing, everything.statistics)

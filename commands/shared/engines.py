@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import jax
 
-from v4_jax.cache.cache import ENTRY_RATIOS
+from v4_jax.cache.entries import ENTRY_RATIOS
 from v4_jax.commands.shared.console import CommandError, bad_input, say, working
 from v4_jax.commands.shared.devices import place
 from v4_jax.commands.shared.models import ModelDirectory, cache_format

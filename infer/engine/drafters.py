@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from v4_jax.cache import pages
-from v4_jax.cache.cache import MOST_TAKEN_BACK, Cache
+from v4_jax.cache.cache import Cache, RingRole
+from v4_jax.cache.ring import MOST_ROLLED_BACK
 from v4_jax.config import Config
 from v4_jax.infer.engine.sampling import SamplingBatch, sample
 from v4_jax.infer.engine.speculative import StepOutput
@@ -95,7 +96,7 @@ class Drafter(Protocol):
     def at(self, cache: Cache, lengths: Array) -> Cache:
         """The cache as if the drafter had read `lengths` [B] int32 tokens of each row, at most as many as it has."""
 
-    def tail_sizes(self, cache: Cache, config: Config) -> dict[str, int]:
+    def tail_sizes(self, cache: Cache, config: Config) -> dict[RingRole, int]:
         """What a prefix cache is to keep of a row's end, so that trunk and drafter go on from there: tokens by role."""
 
     def tokens_to_refill(self, config: Config) -> int:
@@ -125,13 +126,13 @@ class PlainDecoding:
         """The cache as it is: there is no part of a drafter's."""
         return cache
 
-    def tail_sizes(self, cache: Cache, config: Config) -> dict[str, int]:
+    def tail_sizes(self, cache: Cache, config: Config) -> dict[RingRole, int]:
         """Those of the trunk alone."""
-        return pages.tail_sizes(cache, config, mtp=False)
+        return pages.tail_sizes(cache, config, draft=False)
 
     def tokens_to_refill(self, config: Config) -> int:
         """Those of the trunk alone."""
-        return pages.tokens_to_refill(config, mtp=False)
+        return pages.tokens_to_refill(config, draft=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,22 +191,22 @@ class MtpDrafter:
         last = jnp.maximum(step.counts - 1, 0)[:, None, None, None]
         start = jnp.take_along_axis(streams, last, axis=1), first, read
         (_, _, after), others = jax.lax.scan(further, start, jnp.arange(1, self.depth, dtype=jnp.int32))
-        return Drafts(jnp.concatenate([first[:, None], others.T], axis=1)), self.at(after, read.mtp_lengths)
+        return Drafts(jnp.concatenate([first[:, None], others.T], axis=1)), self.at(after, read.draft_lengths)
 
     def at(self, cache: Cache, lengths: Array) -> Cache:
         """Sets the counts of tokens that the block has read."""
-        return cache.rolled_back(mtp_lengths=lengths)
+        return cache.rolled_back(draft_lengths=lengths)
 
-    def tail_sizes(self, cache: Cache, config: Config) -> dict[str, int]:
+    def tail_sizes(self, cache: Cache, config: Config) -> dict[RingRole, int]:
         """Those of the trunk, and the block's window."""
-        return pages.tail_sizes(cache, config, mtp=True)
+        return pages.tail_sizes(cache, config, draft=True)
 
     def tokens_to_refill(self, config: Config) -> int:
         """A window for each of the trunk's layers, and one for the block."""
-        return pages.tokens_to_refill(config, mtp=True)
+        return pages.tokens_to_refill(config, draft=True)
 
 
-assert MtpDrafter.DEEPEST < MOST_TAKEN_BACK
+assert MtpDrafter.DEEPEST < MOST_ROLLED_BACK
 
 
 def check_depth(depth: int, config: Config) -> None:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from v4_jax.cache.cache import PAGE, Cache
+from v4_jax.cache.cache import Cache
+from v4_jax.cache.entries import PAGE
 from v4_jax.cache.pages import entries_of, page_sizes, put, take
 from v4_jax.infer.engine.drafters import Apply, Drafter
 from v4_jax.infer.engine.history import History
@@ -18,12 +19,9 @@ from v4_jax.infer.engine.sampling import ALL, GREEDY, SamplingBatch
 from v4_jax.infer.engine.speculative import SamplingInputs, StepOutput, verify
 from v4_jax.infer.engine.state import State
 from v4_jax.infer.prefix_cache.pager import PageCopies, Pager
+from v4_jax.kernels.compiler_options import compiler_options
 from v4_jax.placement import Place
 from v4_jax.transformer import Transformer
-
-# XLA:CPU's usual scheduler cuts a layer's weights out of their stack long before it needs them, and a single token
-# waits for them. Measured at 4,096 tokens of context: 1.1 to 1.2 times the tokens per second.
-CPU_STEP = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 # In place of a prompt token to feed: the row's newest one and its drafts; the newest one alone; none.
 DRAFTED, NEWEST, AT_REST = -1, -2, -3
@@ -111,7 +109,7 @@ class Programs:
         state = State(self._cache, place.shapes(self._empty_history))
         places = None if place.mesh is None else jax.tree.map(lambda x: x.sharding, state)
         whole = place.replicated
-        options = CPU_STEP if place.platform == "cpu" else None
+        options = compiler_options("engine", place.platform)
         # They run what is compiled here. Called as compiled objects, they would refuse 4-bit weights that several
         # processes share: jax 0.10 misreads those arrays' layout.
         step = jax.jit(
@@ -160,7 +158,7 @@ class Programs:
         Returns the state, what a prefix cache may keep of the chunk, and something to wait for.
         """
         apply, drafter, tokens = self._apply(params), self._drafter, inputs.tokens[:, :-1]
-        rows = state.cache.some(inputs.slots).replace(lengths=inputs.begin)
+        rows = state.cache.take_rows(inputs.slots).replace(lengths=inputs.begin)
         rows = drafter.at(rows, inputs.begin)
         sealed: dict[str, Array] = {}
         if self._pager is not None:
@@ -176,7 +174,7 @@ class Programs:
                 rows, copies = self._pager.copy_chunk(rows, inputs.begin)
         with jax.named_scope("engine.history"):
             history = state.history.read(inputs.slots, tokens, inputs.counts, inputs.begin)
-        return State(state.cache.merged(inputs.slots, rows), history), copies, rows.lengths
+        return State(state.cache.put_rows(inputs.slots, rows), history), copies, rows.lengths
 
     def _step(
         self,
@@ -230,11 +228,11 @@ class Programs:
     @jax.named_scope("engine.copy")
     def _copy(self, state: State, source: Array, target: Array, first: Array, count: Array) -> State:
         """Copies slot `source` to slot `target`, and of its pages `count`, 0 or 1, from number `first` on."""
-        cache = state.cache.merged(target[None], state.cache.some(source[None]))
+        cache = state.cache.put_rows(target[None], state.cache.take_rows(source[None]))
         units = self._place.page // PAGE  # of a page on this mesh
         index = entries_of(first * units, units, page_sizes(cache), count * units)
         of_source = {role: numbers[None] for role, numbers in index.items()}
-        pages = take(cache, source[None], of_source, self._place)
+        pages = take(cache, "entries", source[None], of_source, self._place)
         page = {role: tuple(array[:, 0] for array in arrays) for role, arrays in pages.items()}
-        cache = put(cache, target, index, page, self._place)
+        cache = put(cache, "entries", target, index, page, self._place)
         return State(cache, state.history.copy(source[None], target[None]))

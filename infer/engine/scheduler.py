@@ -27,7 +27,8 @@ import jax
 import numpy as np
 from jax import Array
 
-from v4_jax.cache.cache import PAGE, CacheDtype
+from v4_jax.cache.cache import CacheDtype
+from v4_jax.cache.entries import PAGE
 from v4_jax.config import Config
 from v4_jax.infer.checks import check_precision
 from v4_jax.infer.engine.drafters import choose_drafter

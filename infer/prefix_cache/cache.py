@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from v4_jax.cache.cache import PAGE
+from v4_jax.cache.entries import PAGE
 from v4_jax.infer.prefix_cache.hashes import BlockHashes
 from v4_jax.infer.prefix_cache.store import Directory, Item, PageStore
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from v4_jax.cache.cache import PAGE
+from v4_jax.cache.entries import PAGE
 
 
 class BlockHashes:

@@ -5,7 +5,7 @@ Pages leave the devices while the next step runs, and are taken in by the host a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from v4_jax.cache.cache import PAGE, SPARE, Cache, CacheDtype
-from v4_jax.cache.pages import Parts, entries_of, page_sizes, put, resized, slots_of, take
+from v4_jax.cache.cache import Cache, CacheDtype
+from v4_jax.cache.entries import PAGE
+from v4_jax.cache.pages import Parts, entries_of, page_sizes, put, resized, ring_places, take
+from v4_jax.cache.ring import SPARE
+from v4_jax.cache.rows import StoredRows
 from v4_jax.config import Config
 from v4_jax.infer.engine.drafters import Drafter
 from v4_jax.infer.engine.state import State
@@ -23,6 +26,8 @@ from v4_jax.infer.prefix_cache.hashes import BlockHashes, root_hash
 from v4_jax.infer.prefix_cache.store import Item
 from v4_jax.placement import Place
 from v4_jax.policy import Policy
+
+_FORMAT = 2  # of pages and tails in a directory: those of another are not found
 
 
 class PageCopies(NamedTuple):
@@ -133,13 +138,13 @@ class Pager:
         self._pages, self._tails = page_sizes(cache), drafter.tail_sizes(cache, config)
         self._pages_of_chunk = chunk // PAGE
         self._tails_of_chunk = -(-chunk // options.every) if options.every else 0
-        settings = [config.to_hf(), str(Policy.of(policy)), cache_dtype, drafter.kind]
+        settings = [_FORMAT, config.to_hf(), str(Policy.of(policy)), cache_dtype, drafter.kind]
         root = root_hash(settings, None if options.directory is None else params)
         self.prefix_cache = PrefixCache(options, root, drafter.tokens_to_refill(config))
         self._pending: list[_PendingSave] = []
-        self._empty_tail = {role: _zeros(cache, role, size) for role, size in self._tails.items()}
+        self._empty_tail = {role: _zeros(cache.rings[role], size) for role, size in self._tails.items()}
         self._empty_pages = {
-            role: _zeros(cache, role, size * self._pages_of_chunk) for role, size in self._pages.items()
+            role: _zeros(cache.entries[role], size * self._pages_of_chunk) for role, size in self._pages.items()
         }
 
     # ---- within programs ---------------------------------------------------------------------------------------------
@@ -159,15 +164,14 @@ class Pager:
           The rows as they were before they were widened, and the copies.
         """
         rows = jnp.arange(begin.shape[0], dtype=jnp.int32)
-        pages = take(cache, rows, entries_of(begin // PAGE, self._pages_of_chunk, self._pages), self._place)
+        pages = take(cache, "entries", rows, entries_of(begin // PAGE, self._pages_of_chunk, self._pages), self._place)
         tails: Parts = {}
         if self._tails_of_chunk:
             numbers = 1 + jnp.arange(self._tails_of_chunk, dtype=jnp.int32)
             ends = ((begin // self._every)[:, None] + numbers) * self._every
-            index = {
-                role: slots.reshape(rows.shape[0], -1) for role, slots in slots_of(ends, cache, self._tails).items()
-            }
-            tails = take(cache, rows, index, self._place)
+            places = ring_places(ends, cache, self._tails)
+            index = {role: numbers.reshape(rows.shape[0], -1) for role, numbers in places.items()}
+            tails = take(cache, "rings", rows, index, self._place)
         return resized(cache, -self._chunk, self._tails), PageCopies(pages, tails)
 
     # ---- programs ----------------------------------------------------------------------------------------------------
@@ -200,24 +204,25 @@ class Pager:
     def _copy(self, state: State, slot: Array, end: Array) -> PageCopies:
         """Copies of the page of a slot that ends before token `end`, and of its tail."""
         rows, first = slot[None], end[None] // PAGE - 1
-        pages = take(state.cache, rows, entries_of(first, 1, self._pages), self._place)
+        pages = take(state.cache, "entries", rows, entries_of(first, 1, self._pages), self._place)
         if not self._every:
             return PageCopies(pages, {})
-        tails = take(state.cache, rows, slots_of(end[None], state.cache, self._tails), self._place)
+        index = ring_places(end[None], state.cache, self._tails)
+        tails = take(state.cache, "rings", rows, index, self._place)
         return PageCopies(pages, tails)
 
     @jax.named_scope("engine.load_pages")
     def _put_pages(self, state: State, slot: Array, first: Array, count: Array, tokens: Array, pages: Parts) -> State:
         """Puts pages [first, first + count), which are those of `tokens`, into a slot; page 0 begins it anew."""
         index = entries_of(first, self._pages_of_chunk, self._pages, count)
-        cache = put(state.cache, slot, index, pages, self._place)
+        cache = put(state.cache, "entries", slot, index, pages, self._place)
         history = state.history.read(slot[None], tokens[None], PAGE * count[None], PAGE * first[None])
         return State(cache, history)
 
     @jax.named_scope("engine.load_tail")
     def _put_tail(self, state: State, slot: Array, end: Array, tail: Parts) -> State:
         """Puts the tail that ends before token `end` into a slot, which then holds so many tokens."""
-        cache = put(state.cache, slot, slots_of(end, state.cache, self._tails), tail, self._place)
+        cache = put(state.cache, "rings", slot, ring_places(end, state.cache, self._tails), tail, self._place)
         lengths = cache.lengths.at[slot].set(end)
         return state._replace(cache=self._drafter.at(cache.replace(lengths=lengths), lengths))
 
@@ -269,7 +274,7 @@ class Pager:
     def _joined(self, items: Sequence[Item]) -> dict[str, tuple[np.ndarray, ...]]:
         """Pages one after another, by role, and zeros in place of those that a chunk has more."""
         pages = [_by_role(item, self._pages) for item in items]
-        joined = {}
+        joined: dict[str, tuple[np.ndarray, ...]] = {}
         for role, zeros in self._empty_pages.items():
             joined[role] = tuple(_filled(whole, [page[role][i] for page in pages]) for i, whole in enumerate(zeros))
         return joined
@@ -318,13 +323,12 @@ class Pager:
         self.prefix_cache.close()
 
 
-def _zeros(cache: Cache, role: str, size: int) -> tuple[np.ndarray, ...]:
+def _zeros(held: StoredRows, size: int) -> tuple[np.ndarray, ...]:
     """Arrays [layers, size, channels] like those of a role in one row."""
-    arrays = cache.rows[role].arrays
-    return tuple(np.zeros((array.shape[0], size, array.shape[3]), array.dtype) for array in arrays)
+    return tuple(np.zeros((array.shape[0], size, array.shape[3]), array.dtype) for array in held.arrays)
 
 
-def _item(copies: Parts, sizes: dict[str, int], row: int, number: int) -> Item:
+def _item(copies: Parts, sizes: Mapping[Any, int], row: int, number: int) -> Item:
     """One page or tail of several, its arrays named by role and place among the role's."""
     item = {}
     for role, size in sizes.items():
@@ -333,7 +337,7 @@ def _item(copies: Parts, sizes: dict[str, int], row: int, number: int) -> Item:
     return item
 
 
-def _by_role(item: Item, sizes: dict[str, int]) -> dict[str, tuple[np.ndarray, ...]]:
+def _by_role(item: Item, sizes: Mapping[Any, int]) -> dict[str, tuple[np.ndarray, ...]]:
     """Inverse of `_item`."""
     found: dict[str, tuple[np.ndarray, ...]] = {}
     for role in sizes:

@@ -10,7 +10,8 @@ import numpy as np
 
 from v4_jax.config import Config
 from v4_jax.number_formats import FP4_BLOCK, FP8_BLOCK, BlockScaled, scale_shape
-from v4_jax.parameters import declarations, is_parameter
+from v4_jax.parameter_tree import declarations
+from v4_jax.parameters import is_parameter
 
 NUMPY = {
     "F8_E4M3": ml_dtypes.float8_e4m3fn,

@@ -5,8 +5,8 @@ import pytest
 
 from tests.checkpoint.directories import read_directory
 from v4_jax.checkpoint.block_formats import FP4, FP8, Formats, dequantise, pack, unpack
-from v4_jax.checkpoint.interface import TensorInfo
 from v4_jax.checkpoint.mapping import entries, part_names
+from v4_jax.checkpoint.tensors import TensorInfo
 from v4_jax.config import Config
 
 

@@ -22,7 +22,8 @@ from tests.conftest import DATA
 from v4_jax.checkpoint import convert, export, load, open_checkpoint
 from v4_jax.config import Config
 from v4_jax.number_formats import BlockScaled
-from v4_jax.parameters import declarations, is_parameter
+from v4_jax.parameter_tree import declarations
+from v4_jax.parameters import is_parameter
 
 
 def test_memory_round_trip(released, tmp_path):

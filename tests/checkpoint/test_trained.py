@@ -14,7 +14,7 @@ from tests.checkpoint.directories import assert_same_tensors, assert_same_tree, 
 from v4_jax.checkpoint import CheckpointError, convert, export, load, open_checkpoint, verify
 from v4_jax.checkpoint.orbax_arrays import chunking, open_arrays
 from v4_jax.config import Config
-from v4_jax.placement import placements
+from v4_jax.parameter_tree import placements
 
 CONFIG = Config.tiny()
 STEPS = (2, 9, 10)  # the newest is not the last in the order of names

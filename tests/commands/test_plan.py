@@ -14,7 +14,7 @@ from v4_jax.commands import plan_report as card
 from v4_jax.costs import parameter_bytes
 from v4_jax.planning import compile as ahead_of_time
 from v4_jax.planning import estimates as planning
-from v4_jax.planning.compile import Collectives, Compiled, Job, OutOfMemory, PlanError, without_mtp
+from v4_jax.planning.compile import Collectives, Compiled, OutOfMemory, PlanError, Workload, without_mtp
 from v4_jax.sharding.chips import CHIPS, Topology
 
 FLASH = without_mtp(Config.flash())
@@ -22,10 +22,10 @@ NO_MESH = {"data": 1, "seq": 1, "expert": 1, "tensor": 1}
 MEGABYTE = 10**6
 
 
-def job(**changes):
+def workload(**changes):
     values = dict(config=FLASH, task="decode", context=2**20, batch=1, chunk=1, topology=Topology.parse("v6e:2x4"))
     values |= dict(mesh=NO_MESH | {"tensor": 8}, preset="decode", dtype="native")
-    return Job(**(values | changes))
+    return Workload(**(values | changes))
 
 
 def compiled(**changes):
@@ -52,8 +52,8 @@ def compiler(monkeypatch):
     def install(*answers):
         replies = iter(answers)
 
-        def compile_for_tpu(job):
-            jobs.append(job)
+        def compile_for_tpu(workload):
+            jobs.append(workload)
             reply = next(replies)
             if isinstance(reply, Exception):
                 raise reply
@@ -88,36 +88,36 @@ def test_nonsense_is_no_topology(text):
 
 
 def test_candidates_are_ranked():
-    found = planning.candidates(job(), ["decode"])
+    found = planning.candidates(workload(), ["decode"])
     assert [one.order for one in found] == sorted(one.order for one in found)
-    assert found[0].job.mesh["tensor"] == 8 and found[0].fits  # one row: what is not split is read by everyone
-    assert all(one.job.mesh["data"] == 1 for one in found)
-    whole = planning.estimate(job(mesh=NO_MESH, topology=Topology.parse("v6e:1x1")))
+    assert found[0].workload.mesh["tensor"] == 8 and found[0].fits  # one row: what is not split is read by everyone
+    assert all(one.workload.mesh["data"] == 1 for one in found)
+    whole = planning.estimate(workload(mesh=NO_MESH, topology=Topology.parse("v6e:1x1")))
     assert not whole.fits and whole.weights == pytest.approx(parameter_bytes(FLASH).total, rel=0.01)
 
 
 def test_the_least_of_a_step():
-    least = planning.least_work(job())
+    least = planning.least_work(workload())
     assert least.flops == FLASH.flops_per_token(2**20).total
     # Six of 256 experts of each layer, all else once; index keys and HCA entries, not the unpicked CSA entries.
     assert 10e9 < least.weights < 12e9
     cache = FLASH.cache_bytes(2**20).by_role
     assert cache["index"] + cache["hca"] < least.cache < cache["index"] + cache["csa"]
-    many = planning.least_work(job(batch=32))
+    many = planning.least_work(workload(batch=32))
     assert many.flops == 32 * least.flops and many.cache == 32 * least.cache
-    assert least.weights < many.weights < planning.least_work(job(batch=1024)).weights
+    assert least.weights < many.weights < planning.least_work(workload(batch=1024)).weights
 
 
 def test_the_floor_is_the_largest_of_three():
-    floor = planning.floor_of(job(), compiled())
+    floor = planning.floor_of(workload(), compiled())
     assert floor.flops == 1e12 / 918e12 and floor.hbm == 50e9 / 1638e9 and floor.ici == 1.75e9 / 400e9
     assert floor.seconds == floor.hbm and floor.bound == "hbm"
-    halves = planning.floor_of(job(topology=Topology.parse("tpu7x:2x2x1")), compiled())
+    halves = planning.floor_of(workload(topology=Topology.parse("tpu7x:2x2x1")), compiled())
     assert halves.hbm == 2 * 50e9 / CHIPS["tpu7x"].hbm_bandwidth
 
 
 def test_jobs_and_results_travel_as_json():
-    assert Job.from_json(json.loads(json.dumps(job().to_json()))) == job()
+    assert Workload.from_json(json.loads(json.dumps(workload().to_json()))) == workload()
     assert Compiled.from_json(json.loads(json.dumps(dataclasses.asdict(compiled())))) == compiled()
 
 
@@ -131,7 +131,7 @@ def test_too_little_memory_is_understood():
     )
     assert isinstance(error, OutOfMemory)
     assert (error.required, error.available) == (42.58 * 2**30, 31.25 * 2**30)
-    said = card.refusal(job(), error)
+    said = card.refusal(workload(), error)
     assert said.startswith(
         "temporaries need 45.72 GB of the 33.55 GB that a chip has, 12.17 GB too much; weights take "
     )

@@ -14,7 +14,8 @@ if len(sys.argv) > 3:
 
 from tests.equivalence.tiny import make
 from v4_jax import Transformer
-from v4_jax.placement import Place, placements
+from v4_jax.parameter_tree import placements
+from v4_jax.placement import Place
 from v4_jax.sharding.mesh import make_mesh
 
 tiny = make(num_hidden_layers=3, compress_ratios=(0, 4, 128, 0), num_hash_layers=1, n_routed_experts=8)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from tests.equivalence.tiny import Tiny, jitted
 from v4_jax import Transformer, init_cache
-from v4_jax.placement import placements
+from v4_jax.parameter_tree import placements
 from v4_jax.sharding.mesh import make_mesh, parse_mesh
 
 

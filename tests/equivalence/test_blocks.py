@@ -9,8 +9,8 @@ import pytest
 
 from tests.equivalence.tiny import TOLERANCE, make
 from v4_jax import Routing, Transformer
-from v4_jax.kernels.grouped_matmul import reference as grouped_matmul
-from v4_jax.layers import attention, lightning_indexer
+from v4_jax.kernels.grouped_matmul import groups
+from v4_jax.layers import entry_attention, indexer_loss, lightning_indexer, query_blocks
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +21,12 @@ def whole(tiny, tokens):
 @pytest.mark.parametrize(("cached", "together"), [(False, 1), (True, 1), (False, 8000)])
 def test_small_blocks(tiny, tokens, whole, monkeypatch, cached, together):
     """Query blocks one by one or five at once, several blocks of index keys and of HCA entries, uneven ends, tiles."""
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 13)
-    monkeypatch.setattr(attention, "TOGETHER", together)
-    monkeypatch.setattr(attention, "ENTRY_BLOCK", 2)
+    monkeypatch.setattr(query_blocks, "QUERY_BLOCK", 13)
+    monkeypatch.setattr(query_blocks, "TOGETHER", together)
+    monkeypatch.setattr(entry_attention, "ENTRY_BLOCK", 2)
+    monkeypatch.setattr(indexer_loss, "ENTRY_BLOCK", 2)
     monkeypatch.setattr(lightning_indexer, "ENTRY_BLOCK", 20)
-    monkeypatch.setattr(grouped_matmul, "TILE", 8)
+    monkeypatch.setattr(groups, "TILE", 8)
     arguments = {"cache": tiny.cache(2, 700)} if cached else {}
     small = jax.jit(lambda p, t: tiny.model.apply({"params": p}, t, **arguments).logits)
     if cached:  # 700 positions: five HCA entries and 175 index keys of room, most of them empty
@@ -42,11 +43,11 @@ def test_blocks_side_by_side_skip_what_nobody_sees(three, tokens, monkeypatch):
         def chunk(tokens, cache):
             return three.model.apply({"params": three.params}, tokens, cache=cache).logits
 
-        room = 128 * (lightning_indexer.ENTRY_BLOCK + attention.ENTRY_BLOCK)  # several blocks of either kind
+        room = 128 * (lightning_indexer.ENTRY_BLOCK + entry_attention.ENTRY_BLOCK)  # several blocks of either kind
         return str(jax.make_jaxpr(chunk)(tokens[:, :64], three.cache(2, room))).count("cond[")
 
     together = branches()
-    monkeypatch.setattr(attention, "TOGETHER", 1)
+    monkeypatch.setattr(query_blocks, "TOGETHER", 1)
     assert together == branches() >= 2  # index keys of the CSA layer, entries of the HCA layer
 
 
@@ -59,8 +60,8 @@ def test_gradients_do_not_depend_on_blocks(three, tokens, monkeypatch):
         return jax.jit(jax.grad(loss, allow_int=True))(three.params)
 
     one = gradient()
-    monkeypatch.setattr(attention, "TOGETHER", 8000)
-    monkeypatch.setattr(grouped_matmul, "TILE", 16)
+    monkeypatch.setattr(query_blocks, "TOGETHER", 8000)
+    monkeypatch.setattr(groups, "TILE", 16)
     for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(one)[0], jax.tree.leaves(gradient()), strict=True):
         if a.dtype != jax.dtypes.float0:
             scale = max(1e-3, float(jnp.abs(a).max()))

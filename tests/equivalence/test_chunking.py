@@ -57,10 +57,11 @@ def test_prompt_lengths(three, tokens, length):
 def test_chunk_end_does_not_change_the_cache(tiny, tokens, step_by_step):
     """After 140 tokens the caches hold the same keys, entries and open blocks, however they came."""
     _, cache = tiny.in_chunks(tokens[:, :140], [100, 40], tiny.cache(2, 300))
-    for role, rows in cache.rows.items():
-        np.testing.assert_allclose(
-            rows.arrays[0], step_by_step[1][-1].rows[role].arrays[0], atol=TOLERANCE, err_msg=role
-        )
+    one_by_one = step_by_step[1][-1]
+    for kind in ("entries", "rings"):
+        for role, rows in getattr(cache, kind).items():
+            expected = getattr(one_by_one, kind)[role].arrays[0]
+            np.testing.assert_allclose(rows.arrays[0], expected, atol=TOLERANCE, err_msg=f"{kind} {role}")
 
 
 def test_last_logits(tiny, tokens, one_shot):
@@ -83,4 +84,4 @@ def test_mtp_chunks(tiny, tokens):
         cache, first = output.cache, first + size
         logits.append(output.logits)
     np.testing.assert_allclose(jnp.concatenate(logits, axis=1), whole.logits, atol=TOLERANCE, rtol=0)
-    assert cache.mtp_lengths.tolist() == [299, 299] and cache.lengths.tolist() == [0, 0]
+    assert cache.draft_lengths.tolist() == [299, 299] and cache.lengths.tolist() == [0, 0]

@@ -15,7 +15,8 @@ import pytest
 from tests.equivalence.spread import Spread
 from tests.equivalence.tiny import make
 from v4_jax import declarations
-from v4_jax.cache.cache import SPARE, projection_width, span
+from v4_jax.cache.entries import projection_width, span
+from v4_jax.cache.ring import SPARE
 from v4_jax.parameters import is_parameter
 from v4_jax.planning.hlo import collectives
 from v4_jax.sharding.axes import resolve

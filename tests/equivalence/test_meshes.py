@@ -13,7 +13,7 @@ from tests.equivalence.spread import Spread
 from tests.equivalence.tiny import TOLERANCE, make
 from v4_jax import Config, init
 from v4_jax.layers.stages import Stage
-from v4_jax.placement import placements
+from v4_jax.parameter_tree import placements
 from v4_jax.sharding.axes import PRESETS, ShardingError
 from v4_jax.sharding.mesh import make_mesh
 
@@ -88,8 +88,8 @@ def pull(model, params, tokens, segments):
         output = call(tokens)
         mtp = call(output.streams, jnp.roll(tokens, -1, 1), method="mtp")
         loss = loss_of(output.streams, 1) + loss_of(mtp.streams, 2)
-        balance = jnp.sum(output.routing.balance) + jnp.sum(mtp.routing.balance)
-        divergence = jnp.sum(jnp.where(segments > 0, output.routing.indexer_loss, 0))
+        balance = jnp.sum(output.statistics.balance) + jnp.sum(mtp.statistics.balance)
+        divergence = jnp.sum(jnp.where(segments > 0, output.statistics.indexer_loss, 0))
         return loss / 10 + balance + divergence, (output.logits, mtp.logits)
 
     return jax.jit(gradient)(params, tokens)
@@ -110,8 +110,8 @@ def test_ragged_rows_and_decisions(tiny, spread, tokens, one_shot):
         for name in ("experts", "entries"):
             found, wanted = (np.asarray(getattr(o.routing, name))[:, row, :length] for o in (output, expected))
             np.testing.assert_array_equal(np.sort(found, -1), np.sort(wanted, -1), err_msg=name)
-    np.testing.assert_array_equal(output.routing.load, expected.routing.load)
-    assert output.routing.load.sum(axis=1).tolist() == [LENGTHS.sum() * tiny.config.num_experts_per_tok] * 3
+    np.testing.assert_array_equal(output.statistics.load, expected.statistics.load)
+    assert output.statistics.load.sum(axis=1).tolist() == [LENGTHS.sum() * tiny.config.num_experts_per_tok] * 3
     last = spread(tokens[:, :LENGTH], lengths=lengths, logits="last").logits
     same(last[:, 0], jnp.stack([one_shot[row, length - 1] for row, length in enumerate(LENGTHS)]))
 

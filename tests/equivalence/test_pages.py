@@ -7,7 +7,6 @@ import pytest
 
 from tests.equivalence.spread import Spread
 from tests.equivalence.tiny import TOLERANCE, make
-from v4_jax.cache.cache import ENTRY_RATIOS
 from v4_jax.placement import Place
 
 SIZES = (130, 1, 1, 128, 26, 1, 1)  # of chunks: over and short of what gathers a row's entries first
@@ -33,9 +32,8 @@ def given_pages(cache, table):
         many = np.full((*array.shape[:-1], array.shape[-1] * array.dtype.itemsize), 0x77, np.uint8)
         return jax.device_put(many.view(array.dtype), array.sharding)
 
-    rows = {role: jax.tree.map(used, held) if role in ENTRY_RATIOS else held for role, held in cache.rows.items()}
     table = jax.device_put(np.array(table, np.int32), cache.table.sharding)
-    return cache.replace(rows=cache.rows | rows, table=table)
+    return cache.replace(entries=jax.tree.map(used, cache.entries), table=table)
 
 
 def fed(model, cache, tokens):
@@ -99,5 +97,5 @@ def test_what_is_not_finite_stays_with_its_row(three, tokens):
     broken = three.params | {"embed": jnp.full_like(three.params["embed"], jnp.nan)}
     output = three._replace(params=broken)(tokens[:, :256], cache=cache)
     assert np.isnan(output.logits).all()
-    used = cache.replace(rows=cache.rows | {role: output.cache.rows[role] for role in ENTRY_RATIOS})
+    used = cache.replace(entries=output.cache.entries)
     np.testing.assert_allclose(fed(three, used, tokens), expected, atol=TOLERANCE)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.equivalence.tiny import TOLERANCE
-from v4_jax.cache.cache import MOST_TAKEN_BACK
+from v4_jax.cache.ring import MOST_ROLLED_BACK
 
 # Around the ends of blocks of 4 and 128 tokens, of the window (16) and of its ring (24), and of the top-k (8 entries).
 STARTS = [*range(10), *range(14, 19), *range(22, 27), *range(31, 38), *range(119, 134), *range(247, 260)]
@@ -55,7 +55,7 @@ def test_as_if_never_fed(three, rows, started, accepted):
         taken_back, never_fed = one.cache, other.cache
 
 
-def test_every_call_takes_something_back(three, rows, size=MOST_TAKEN_BACK):
+def test_every_call_takes_something_back(three, rows, size=MOST_ROLLED_BACK):
     """As much as possible, through whole rows, each at its own pace: the same logits as in one shot."""
     rows = rows[:8]
     whole = three(rows).logits
@@ -92,6 +92,6 @@ def test_mtp_window(three, rows):
         ahead = output
         for _ in range(size - 2):
             ahead = mtp(ahead.streams[:, :1], following[:, :1], cache=ahead.cache)
-        assert ahead.cache.mtp_lengths.tolist() == (done + size - 2).tolist()
-        cache = ahead.cache.rolled_back(mtp_lengths=jnp.asarray(done))
+        assert ahead.cache.draft_lengths.tolist() == (done + size - 2).tolist()
+        cache = ahead.cache.rolled_back(draft_lengths=jnp.asarray(done))
         assert cache.lengths.tolist() == [0] * 4

@@ -10,7 +10,7 @@ import pytest
 
 from tests.equivalence.tiny import TOPK, jitted, make
 from v4_jax import Transformer, declarations
-from v4_jax.layers.lightning_indexer import divergence
+from v4_jax.layers.indexer_loss import divergence
 from v4_jax.layers.stages import Stage
 from v4_jax.parameters import is_parameter
 
@@ -36,7 +36,7 @@ def pull(model, params, tokens, indexer=0.0):
         output = model.apply({"params": params}, tokens, return_routing=True)
         total = cross_entropy(model, params, output.streams, tokens)
         if indexer:
-            total = total + indexer * jnp.mean(output.routing.indexer_loss)
+            total = total + indexer * jnp.mean(output.statistics.indexer_loss)
         return total, output
 
     (value, output), grads = jax.jit(jax.value_and_grad(loss, has_aux=True, allow_int=True))(params)
@@ -86,12 +86,12 @@ def test_unknown_recomputation_is_refused(tiny, tokens):
 def test_the_indexer_learns_from_its_own_loss_alone(tiny, tokens, plain, dense):
     model = tiny.model.clone(stage=Stage(dense=dense, indexer_loss=True))
     _, output, grads = pull(model, tiny.params, tokens, indexer=1.0)
-    loss = output.routing.indexer_loss
+    loss = output.statistics.indexer_loss
     assert loss.shape == (2, 2, LENGTH)
     np.testing.assert_allclose(loss[:, :, :7], 0, atol=1e-6)  # one entry or none: nothing to tell apart
     assert (loss[:, :, 64:] > 0).all()
     for parameter, found, wanted in leaves(tiny.config, grads, plain[2]):
-        if parameter.part == "indexer":
+        if parameter.loss == "indexer":
             assert float(jnp.abs(wanted).max()) == 0, parameter.released
             assert float(jnp.abs(found).max()) > 1e-6, parameter.released
         elif not dense:
@@ -119,7 +119,7 @@ def test_both_stages_agree_where_all_entries_are_picked(tiny, tokens):
     )
     assert dense.routing.entries is None
     np.testing.assert_allclose(sparse.logits, dense.logits, atol=1e-5)
-    np.testing.assert_allclose(sparse.routing.indexer_loss, dense.routing.indexer_loss, atol=1e-5)
+    np.testing.assert_allclose(sparse.statistics.indexer_loss, dense.statistics.indexer_loss, atol=1e-5)
 
 
 def test_dense_attention_sees_every_entry(tiny, tokens):
@@ -135,15 +135,14 @@ def test_bfloat16_gradients_point_the_same_way(tiny, tokens, plain):
     """No path loses its gradient in 16 bits, such as that through the compressed entries."""
     low = Transformer(tiny.config, policy="bfloat16", remat="sublayers")
     routing = plain[1].routing
-    replay = routing.replace(affinities=None, load=None, balance=None)
 
     def loss(model, params):
-        output = model.apply({"params": params}, tokens, routing=replay, logits="none")
+        output = model.apply({"params": params}, tokens, routing=routing, logits="none")
         return cross_entropy(model, params, output.streams, tokens)
 
     gradient = jax.jit(jax.grad(loss, argnums=1, allow_int=True), static_argnums=0)
     for parameter, found, wanted in leaves(tiny.config, gradient(low, tiny.params), plain[2]):
-        if parameter.part == "indexer" or not float(jnp.abs(wanted).max()):
+        if parameter.loss == "indexer" or not float(jnp.abs(wanted).max()):
             continue
         cosine = float(jnp.vdot(found, wanted) / (jnp.linalg.norm(found) * jnp.linalg.norm(wanted)))
         if parameter.storage in ("fp8", "bf16", "expert"):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from v4_jax import Cache, Config, Output, Transformer, declarations, init_cache
-from v4_jax.config import Yarn
+from v4_jax.architecture import Yarn
 from v4_jax.parameters import is_parameter
 
 TOPK = 8

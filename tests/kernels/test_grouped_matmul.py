@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from v4_jax.kernels.grouped_matmul.reference import map_groups
+from v4_jax.kernels import choose
+from v4_jax.kernels.grouped_matmul.groups import map_groups
 from v4_jax.kernels.grouped_matmul.tpu import grouped_matmul, supports
+from v4_jax.layers.experts import Experts, expert_ffn
 from v4_jax.layers.linear import linear
-from v4_jax.layers.mixture_of_experts import Experts, expert_ffn
 from v4_jax.number_formats import E2M1, E4M3, E8M0, FP4_BLOCK, BlockScaled, dequantise, quantise
 
 FORMATS = {"e2m1": E2M1, "e4m3": E4M3, "bfloat16": None}
@@ -160,7 +161,7 @@ def test_gradients_take_the_loop_over_groups():
     sizes = jnp.array([3, 4])
 
     def loss(rows, kernel):
-        out = map_groups(lambda x, w: linear(x, w, jnp.float32), rows, weight, sizes, width=128, kernel=kernel)
+        out = choose.map_groups(lambda x, w: linear(x, w, jnp.float32), rows, weight, sizes, width=128, kernel=kernel)
         return jnp.sum(out**2)
 
     def kernel(rows, weight, sizes, layer):

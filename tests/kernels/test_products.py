@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from v4_jax.kernels.attention.products import FEW_HEADS, products, weighted
+from v4_jax.kernels.attention.cpu import FEW_HEADS
+from v4_jax.kernels.choose import products, weighted
 
 B, Q, K, C = 2, 5, 7, 6
 

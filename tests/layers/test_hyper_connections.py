@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 
 from v4_jax import Config
-from v4_jax.layers.hyper_connections import HyperConnection, Mix, StreamCollapse, combine, expand, sinkhorn, spread
+from v4_jax.layers.hyper_connections import (
+    HyperConnection,
+    Mix,
+    StreamCollapse,
+    expand,
+    mix_streams,
+    sinkhorn,
+    write_back,
+)
 
 CONFIG = dataclasses.replace(Config.tiny(), hidden_size=16, compress_ratios=(0, 0, 4, 128, 4, 128, 4, 0))
 
@@ -53,7 +61,7 @@ def test_site_by_hand(site):
     collapsed, mix = HyperConnection(config=CONFIG).apply({"params": params}, streams)
     expected_input, expected_streams = by_hand(params, streams, output)
     np.testing.assert_allclose(collapsed[0], expected_input, atol=1e-5)
-    np.testing.assert_allclose(spread(streams, output, mix)[0], expected_streams, atol=1e-5)
+    np.testing.assert_allclose(write_back(streams, output, mix)[0], expected_streams, atol=1e-5)
 
 
 def test_residual_is_not_transposed(site):
@@ -62,7 +70,7 @@ def test_residual_is_not_transposed(site):
     _, mix = HyperConnection(config=CONFIG).apply({"params": params}, streams)
     _, expected = by_hand(params, streams, output)
     transposed = Mix(mix.post, jnp.swapaxes(mix.residual, 0, 1))
-    assert np.abs(spread(streams, output, transposed)[0] - expected).max() > 0.05
+    assert np.abs(write_back(streams, output, transposed)[0] - expected).max() > 0.05
 
 
 def test_sinkhorn_is_doubly_stochastic():
@@ -92,7 +100,7 @@ def test_sinkhorn_and_its_gradient_are_those_of_the_normalisations(size):
     np.testing.assert_allclose(own(cotangent)[0], pull(cotangent)[0], atol=1e-5)
 
 
-def test_gradients_of_combined_streams():
+def test_gradients_of_mixed_streams():
     """Against those of the same sums as one einsum, for both parts and the weights."""
     keys = jax.random.split(jax.random.key(4), 4)
     parts = jax.random.normal(keys[0], (2, 7, 4, 8)), jax.random.normal(keys[1], (2, 7, 1, 8))
@@ -103,7 +111,7 @@ def test_gradients_of_combined_streams():
 
     cotangent = jax.random.normal(keys[3], (2, 7, 3, 8))
     expected, pull = jax.vjp(plain, parts, weights)
-    found, own = jax.vjp(combine, parts, weights)
+    found, own = jax.vjp(mix_streams, parts, weights)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), own(cotangent), pull(cotangent))
 

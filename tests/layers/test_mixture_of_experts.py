@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from v4_jax import Config, Policy
-from v4_jax.layers.mixture_of_experts import MixtureOfExperts, swiglu
+from v4_jax.layers.experts import swiglu
+from v4_jax.layers.mixture_of_experts import MixtureOfExperts
 from v4_jax.parameters import Parameter
 
 CONFIG = dataclasses.replace(Config.tiny(), hidden_size=16, moe_intermediate_size=12, n_routed_experts=6, vocab_size=40)
@@ -58,25 +59,25 @@ def by_hand(params, y, tokens, role):
 @pytest.mark.parametrize("role", ["hash", "routed"])
 def test_by_hand(role):
     layer, params, y, tokens, valid = build(role)
-    out, routing = layer.apply({"params": params}, y, tokens, valid)
+    out, decided = layer.apply({"params": params}, y, tokens, valid)
     expected, used = by_hand(params, y, tokens, role)
-    np.testing.assert_array_equal(routing.experts, used)
+    np.testing.assert_array_equal(decided.routing.experts, used)
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-3)
-    np.testing.assert_array_equal(routing.load, np.bincount(used.reshape(-1), minlength=6))
+    np.testing.assert_array_equal(decided.statistics.load, np.bincount(used.reshape(-1), minlength=6))
 
 
 def test_balance_by_hand():
     """Sum over experts of their share of choices times their mean affinity, of each row's valid tokens alone."""
     layer, params, y, tokens, valid = build("routed")
     valid = valid.at[1, 5:].set(False)
-    _, routing = layer.apply({"params": params}, y, tokens, valid)
+    _, decided = layer.apply({"params": params}, y, tokens, valid)
     for row in range(2):
         inside = np.asarray(valid[row])
-        shares = np.asarray(routing.affinities[row])[inside]
+        shares = np.asarray(decided.statistics.affinities[row])[inside]
         mean = (shares / shares.sum(axis=1, keepdims=True)).mean(axis=0)
-        counts = np.bincount(np.asarray(routing.experts[row])[inside].reshape(-1), minlength=6)
+        counts = np.bincount(np.asarray(decided.routing.experts[row])[inside].reshape(-1), minlength=6)
         expected = np.sum(6 * counts / (2 * inside.sum()) * mean)
-        np.testing.assert_allclose(routing.balance[row], expected, rtol=1e-5)
+        np.testing.assert_allclose(decided.statistics.balance[row], expected, rtol=1e-5)
 
 
 def test_the_clamp_is_active_and_one_sided_for_the_gate():
@@ -102,19 +103,19 @@ def test_routed_and_shared_experts_are_clamped_each(which):
 def test_the_bias_chooses_but_does_not_weigh():
     layer, params, y, tokens, valid = build("routed")
     biased = params | {"bias": jnp.where(jnp.arange(6) == 4, 100.0, params["bias"])}
-    out, routing = layer.apply({"params": biased}, y, tokens, valid)
-    assert (routing.experts[..., 0] == 4).all()
+    out, decided = layer.apply({"params": biased}, y, tokens, valid)
+    assert (decided.routing.experts[..., 0] == 4).all()
     shifted = params | {"bias": biased["bias"] + jnp.where(jnp.arange(6) == 4, 900.0, 0.0)}
     np.testing.assert_array_equal(layer.apply({"params": shifted}, y, tokens, valid)[0], out)
 
 
 def test_replayed_choice():
     layer, params, y, tokens, valid = build("routed")
-    out, routing = layer.apply({"params": params}, y, tokens, valid)
-    chosen = routing.experts
+    out, decided = layer.apply({"params": params}, y, tokens, valid)
+    chosen = decided.routing.experts
     other = (chosen + 1) % 6
     replayed, used = layer.apply({"params": params}, y, tokens, valid, None, other)
-    np.testing.assert_array_equal(used.experts, other)
+    np.testing.assert_array_equal(used.routing.experts, other)
     assert jnp.abs(replayed - out).max() > 1e-2
     np.testing.assert_array_equal(layer.apply({"params": params}, y, tokens, valid, None, chosen)[0], out)
 
@@ -126,8 +127,8 @@ def test_router_is_float32_under_bfloat16():
     y = y.astype(jnp.bfloat16)
     _, low = low.apply({"params": params}, y, tokens, valid)
     _, high = high.apply({"params": params}, y.astype(jnp.float32), tokens, valid)
-    np.testing.assert_array_equal(low.experts, high.experts)
-    np.testing.assert_array_equal(low.affinities, high.affinities)
+    np.testing.assert_array_equal(low.routing.experts, high.routing.experts)
+    np.testing.assert_array_equal(low.statistics.affinities, high.statistics.affinities)
 
 
 def test_gradients_survive_affinities_that_underflow():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from v4_jax import Config
-from v4_jax.config import Layer
+from v4_jax.architecture import Layer
 from v4_jax.layers.rotary import inverse_frequencies, rotate
 
 FLASH = Config.flash()

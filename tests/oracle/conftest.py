@@ -10,7 +10,7 @@ import pytest
 
 from tests.oracle import hf
 from v4_jax import Config, Transformer
-from v4_jax.config import Yarn
+from v4_jax.architecture import Yarn
 
 
 class Pair(NamedTuple):

@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 from v4_jax.config import Config
-from v4_jax.parameters import declarations, is_parameter
+from v4_jax.parameter_tree import declarations
+from v4_jax.parameters import is_parameter
 
 # Released spelling -> transformers' (its conversion mapping, whose indexer sits inside the compressor), in this order.
 _RENAMES = [

@@ -13,8 +13,8 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 
 from tests.oracle import hf
 from v4_jax import Config
-from v4_jax.config import Layer
-from v4_jax.layers.hyper_connections import HyperConnection, spread
+from v4_jax.architecture import Layer
+from v4_jax.layers.hyper_connections import HyperConnection, write_back
 from v4_jax.layers.norm import rms_norm
 from v4_jax.layers.rotary import inverse_frequencies, rotate
 
@@ -57,7 +57,7 @@ def test_residual_mixing_has_the_right_direction(pair):
             if transpose:
                 mix = mix._replace(residual=residual.swapaxes(0, 1))
             z = sublayer(rms_norm(y, state[f"{norm}.weight"], pair.config.rms_norm_eps))
-            x = spread(x, z, mix)
+            x = write_back(x, z, mix)
         return x, asymmetry
 
     ours, asymmetry = run(transpose=False)

@@ -8,7 +8,8 @@ import pytest
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from v4_jax.config import Config
-from v4_jax.parameters import declarations, is_parameter
+from v4_jax.parameter_tree import declarations
+from v4_jax.parameters import is_parameter
 from v4_jax.placement import alternatives, legal_meshes
 from v4_jax.sharding.axes import PRESETS, Rules, ShardingError, legal_sizes, resolve, sharding, spec
 from v4_jax.sharding.mesh import format_mesh, mesh_shapes, parse_mesh

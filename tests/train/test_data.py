@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from v4_jax.train.data import Corpus, DataError, Rows, Source
+from v4_jax.train.data import Corpus, DataError, PackedRows, Source
 
 VOCAB = 100_000
 TEXTS = ["one", "zwei\nlines", "三", "", "x" * 50]
@@ -179,7 +179,7 @@ def test_sources_are_not_read_in_step(numbered):
 @pytest.mark.parametrize("open_rows", [1, 8])
 def test_whole_documents_in_order(numbered, open_rows):
     corpus = open_corpus(numbered[0])
-    rows = Rows(corpus, open_rows=open_rows)
+    rows = PackedRows(corpus, open_rows=open_rows)
     stream = in_order(corpus, len(numbered[1]))
     number = {token: i for i, document in enumerate(stream) for token in document}
     for shape in ((1, 50), (3, 20), (1, 150)):
@@ -195,19 +195,19 @@ def test_first_fit(tmp_path):
     lengths = [6, 7, 4, 5, 3, 6, 6, 10, 4]
     documents = [[number] * length for number, length in enumerate(lengths)]
     source = Source(write(tmp_path / "lines.jsonl", documents, "tokens"), field="tokens")
-    rows = Rows(open_corpus(source, shuffle=False), open_rows=2)
+    rows = PackedRows(open_corpus(source, shuffle=False), open_rows=2)
     packed = [[(piece[0], len(piece)) for piece in row] for row in segments(rows.next_batch(5, 10))]
     assert packed == [[(0, 6), (2, 4)], [(1, 7), (4, 3)], [(3, 5)], [(7, 10)], [(5, 6), (8, 4)]]
 
 
 def test_long_documents_are_cut(tmp_path):
     source = Source(write(tmp_path / "lines.jsonl", [list(range(1, 26))], "tokens"), field="tokens")
-    rows = Rows(open_corpus(source), open_rows=1)
+    rows = PackedRows(open_corpus(source), open_rows=1)
     packed = segments(rows.next_batch(3, 10))
     assert packed == [[list(range(1, 11))], [list(range(11, 21))], [list(range(1, 11))]]  # 21 to 25 wait
     assert segments(rows.next_batch(2, 10)) == [[list(range(11, 21))], [list(range(21, 26))] * 2]
     # Training ends in the middle of the second document, and goes on there with longer rows.
-    rows = Rows(open_corpus(source), open_rows=1)
+    rows = PackedRows(open_corpus(source), open_rows=1)
     rows.next_batch(1, 10)
     assert segments(rows.next_batch(1, 40)) == [[list(range(11, 26)), list(range(1, 26))]]
 
@@ -218,7 +218,7 @@ SHAPES = [(2, 20), (2, 20), (5, 20), (1, 50), (3, 50), (4, 8), (1, 8), (30, 8), 
 
 def test_nothing_lost_and_nothing_twice(numbered):
     corpus = open_corpus(numbered[0])
-    rows, given = Rows(corpus, open_rows=4), Counter()
+    rows, given = PackedRows(corpus, open_rows=4), Counter()
     for shape in SHAPES:
         batch = rows.next_batch(*shape)
         assert batch.tokens.shape == shape
@@ -235,7 +235,7 @@ def test_nothing_lost_and_nothing_twice(numbered):
 
 def test_resume(numbered):
     shapes, states, batches = SHAPES * 2, [], []
-    rows = Rows(open_corpus(numbered[0]), open_rows=4)
+    rows = PackedRows(open_corpus(numbered[0]), open_rows=4)
     for shape in shapes:
         states.append(json.dumps(rows.state()))
         batches.append(rows.next_batch(*shape))
@@ -243,7 +243,7 @@ def test_resume(numbered):
     assert json.loads(states[-1])["following"] > 4 * len(numbered[1])  # epochs end on the way
     for begin in range(len(shapes)):
         if begin % 3:  # the same process goes back, or a new one begins
-            rows = Rows(open_corpus(numbered[0]), open_rows=4, threads=1 + begin % 2)
+            rows = PackedRows(open_corpus(numbered[0]), open_rows=4, threads=1 + begin % 2)
         rows.restore(json.loads(states[begin]))
         assert rows.state() == json.loads(states[begin])
         for shape, batch in list(zip(shapes, batches, strict=True))[begin : begin + 5]:
@@ -252,7 +252,7 @@ def test_resume(numbered):
 
 def test_state_has_no_tokens_and_does_not_grow(tmp_path):
     source = Source(write(tmp_path / "lines.jsonl", ["x" * 1000, "y" * 300] * 20))
-    rows, sizes = Rows(open_corpus(source)), []
+    rows, sizes = PackedRows(open_corpus(source)), []
     for _ in range(10):
         rows.next_batch(20, 2000)
         sizes.append(len(json.dumps(rows.state())))
@@ -260,20 +260,20 @@ def test_state_has_no_tokens_and_does_not_grow(tmp_path):
 
 
 def test_restoring_with_another_corpus(numbered, tmp_path):
-    rows = Rows(open_corpus(numbered[0]))
+    rows = PackedRows(open_corpus(numbered[0]))
     rows.next_batch(1, 20)
     with pytest.raises(DataError, match=r"'seed': 0.* but this one is .*'seed': 1"):
-        Rows(open_corpus(numbered[0], seed=1)).restore(rows.state())
+        PackedRows(open_corpus(numbered[0], seed=1)).restore(rows.state())
     other = Source(write(tmp_path / "table.parquet", [[1] * 30] * len(numbered[1]), "tokens"), field="tokens")
     with pytest.raises(DataError, match="saved with other documents"):
-        Rows(open_corpus(other)).restore(rows.state())
+        PackedRows(open_corpus(other)).restore(rows.state())
 
 
 def test_the_next_batch_is_made_in_the_background(tmp_path):
     calls = []
     source = Source(write(tmp_path / "lines.jsonl", ["abcde"] * 10))
     corpus = open_corpus(source, encode=lambda text: calls.append(text) or encode(text))
-    rows = Rows(corpus, open_rows=1, threads=1)
+    rows = PackedRows(corpus, open_rows=1, threads=1)
     rows.next_batch(100, 10)
     deadline = time.monotonic() + 10
     while len(calls) < 2 * 200 and time.monotonic() < deadline:
@@ -284,14 +284,14 @@ def test_the_next_batch_is_made_in_the_background(tmp_path):
 def test_little_padding(tmp_path):
     lengths = np.random.default_rng(0).lognormal(5, 1, 2000).astype(int) + 1
     source = Source(write(tmp_path / "table.parquet", [[1] * n for n in lengths], "tokens"), field="tokens")
-    rows = Rows(open_corpus(source))
+    rows = PackedRows(open_corpus(source))
     padding = [float((rows.next_batch(20, 1024).segment_ids == 0).mean()) for _ in range(10)]
     assert np.mean(padding) < 0.03
 
 
 def test_empty_documents_are_skipped(tmp_path):
     source = Source(write(tmp_path / "lines.jsonl", ["", "a", "", "", "b"]))
-    rows = Rows(open_corpus(source, shuffle=False, bos_id=1, eos_id=2))
+    rows = PackedRows(open_corpus(source, shuffle=False, bos_id=1, eos_id=2))
     assert segments(rows.next_batch(1, 12)) == [[[1, 97, 2], [1, 98, 2]] * 2]
 
 
@@ -379,7 +379,7 @@ def test_bad_documents(tmp_path, make, message):
             raise ValueError("no such letters")
         return encode(text)
 
-    rows = Rows(open_corpus(make(tmp_path), encode=encode_or_fail, shuffle=False))
+    rows = PackedRows(open_corpus(make(tmp_path), encode=encode_or_fail, shuffle=False))
     for _ in range(2):  # it does not pass by itself
         with pytest.raises(DataError, match=message):
             rows.next_batch(4, 4)
@@ -411,10 +411,10 @@ def test_bad_numbers(numbered):
     with pytest.raises(DataError, match="no sources"):
         open_corpus()
     with pytest.raises(DataError, match="open_rows is 0; expected at least 1"):
-        Rows(corpus, open_rows=0)
+        PackedRows(corpus, open_rows=0)
     with pytest.raises(DataError, match="threads is 0"):
-        Rows(corpus, threads=0)
+        PackedRows(corpus, threads=0)
     with pytest.raises(DataError, match="rows is 0"):
-        Rows(corpus).next_batch(0, 5)
+        PackedRows(corpus).next_batch(0, 5)
     with pytest.raises(DataError, match="length is -1"):
-        Rows(corpus).next_batch(1, -1)
+        PackedRows(corpus).next_batch(1, -1)

@@ -13,8 +13,8 @@ import pytest
 
 from tests.equivalence.tiny import make
 from v4_jax import Config, declarations
+from v4_jax.parameter_tree import placements
 from v4_jax.parameters import is_parameter
-from v4_jax.placement import placements
 from v4_jax.planning.hlo import Program
 from v4_jax.planning.hlo_costs import costs
 from v4_jax.sharding.axes import PRESETS, ShardingError
@@ -187,17 +187,17 @@ def test_groups_that_do_not_lie_whole_are_refused(tiny):
 def test_only_the_indexer(tiny):
     """The other parameters stay, and so do their moments."""
     transform = optimizer(tiny.config, RATE, dtype=jnp.float32)
-    narrow = optimizer(tiny.config, RATE, dtype=jnp.float32, part="indexer")
+    narrow = optimizer(tiny.config, RATE, dtype=jnp.float32, loss="indexer")
     state = transform.init(tiny.params)
     _, state = jax.jit(transform.update)(gradients(tiny.params), state, tiny.params)
     updates, after = jax.jit(narrow.update)(gradients(tiny.params, 1), state, tiny.params)
     for parameter, update in zip(declared(tiny.config), jax.tree.leaves(updates), strict=True):
         moved = float(jnp.abs(update).max()) > 0
-        assert moved == (parameter.part == "indexer"), parameter.released
+        assert moved == (parameter.loss == "indexer"), parameter.released
     everything, _ = jax.jit(transform.update)(gradients(tiny.params, 1), after, tiny.params)
     untouched, _ = jax.jit(transform.update)(gradients(tiny.params, 1), state, tiny.params)
     for parameter, a, b in zip(declared(tiny.config), *map(jax.tree.leaves, (everything, untouched)), strict=True):
-        if parameter.part == "model" and parameter.group == "muon":
+        if parameter.loss == "model" and parameter.group == "muon":
             np.testing.assert_array_equal(a, b, err_msg=parameter.released)
 
 

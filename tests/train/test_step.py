@@ -12,16 +12,17 @@ import pytest
 
 from tests.equivalence.tiny import make
 from v4_jax import Policy, declarations
+from v4_jax.layer_stack import by_layer
 from v4_jax.layers.stages import Stage
 from v4_jax.number_formats import E2M1, dequantise, quantise
+from v4_jax.parameter_tree import placements
 from v4_jax.parameters import is_parameter
-from v4_jax.placement import Place, placements
+from v4_jax.placement import Place
 from v4_jax.sharding.mesh import make_mesh
 from v4_jax.train.batch import Batch
 from v4_jax.train.objectives.pretraining import Counts, Weights, objective
 from v4_jax.train.precision import compute_copy
 from v4_jax.train.step import TrainState, make_decide, make_step
-from v4_jax.transformer import by_layer
 
 ROWS, LENGTH = 4, 256
 RATE = 0.1
@@ -95,9 +96,9 @@ def test_losses_by_hand(tiny, model, rows, whole):
         np.testing.assert_allclose(metrics[name], total / count, rtol=1e-5)
     valid = np.asarray(rows.segment_ids) > 0
     np.testing.assert_allclose(metrics["tokens"], valid.sum())
-    divergence = np.asarray(trunk.routing.indexer_loss)[:, valid].mean()
+    divergence = np.asarray(trunk.statistics.indexer_loss)[:, valid].mean()
     np.testing.assert_allclose(metrics["indexer_loss"], divergence, rtol=1e-4)
-    balance = float(jnp.sum(trunk.routing.balance) + jnp.sum(mtp.routing.balance)) / (ROWS * 3)
+    balance = float(jnp.sum(trunk.statistics.balance) + jnp.sum(mtp.statistics.balance)) / (ROWS * 3)
     np.testing.assert_allclose(metrics["balance"], balance, rtol=1e-5)
     expected = metrics["loss"] + 0.3 * metrics["mtp_loss"] + 0.01 * 3 * balance + 0.5 * divergence
     np.testing.assert_allclose(metrics["total_loss"], expected, rtol=1e-5)
@@ -108,7 +109,7 @@ def test_router_biases_get_their_experts_load(tiny, model, rows, whole):
     trunk = call(rows.tokens)
     mtp = call(trunk.streams, jnp.pad(rows.tokens[:, 1:], [(0, 0), (0, 1)]), method="mtp")
     seen = 0
-    for prefix, load in by_layer(tiny.config, jnp.concatenate([trunk.routing.load, mtp.routing.load])):
+    for prefix, load in by_layer(tiny.config, jnp.concatenate([trunk.statistics.load, mtp.statistics.load])):
         before, after = (functools.reduce(lambda t, key: t[key], prefix, p) for p in (tiny.params, whole[0].params))
         before, after = (tree.get("block", tree) for tree in (before, after))
         if "bias" in before["ffn"]:
@@ -204,4 +205,4 @@ def test_indexer_stage_has_no_other_gradient(tiny, rows):
     declared = jax.tree.leaves(declarations(tiny.config), is_leaf=is_parameter)
     for parameter, leaf in zip(declared, jax.tree.leaves(gradient), strict=True):
         if parameter.group in ("muon", "adamw"):
-            assert (float(jnp.abs(leaf).max()) > 0) == (parameter.part == "indexer"), parameter.released
+            assert (float(jnp.abs(leaf).max()) > 0) == (parameter.loss == "indexer"), parameter.released

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from v4_jax.config import Config
-from v4_jax.outputs import Routing
+from v4_jax.architecture import Architecture
+from v4_jax.outputs import Output, Routing
 from v4_jax.train.batch import Batch
 from v4_jax.transformer import Transformer
 
@@ -38,15 +38,15 @@ class Weights(NamedTuple):
 
 
 class Decisions(struct.PyTreeNode):
-    """Experts to use instead of the router's choice.
+    """Decisions to replay of a whole model.
 
     Attributes:
-      trunk: [layers, B, S, K] int32.
-      mtp: [1, B, S, K] int32; None without an MTP block.
+      trunk: of the trunk's layers.
+      mtp: of the MTP block; None without one.
     """
 
-    trunk: Any
-    mtp: Any
+    trunk: Routing
+    mtp: Routing | None
 
 
 class Sums(struct.PyTreeNode):
@@ -123,7 +123,7 @@ def objective(
     """
     c = model.config
     trunk, mtp_block = _passes(model, params, batch)
-    output = trunk(None if decisions is None else Routing(experts=decisions.trunk))
+    output = trunk(None if decisions is None else decisions.trunk)
 
     def loss_of(streams: Array, ahead: int) -> Array:
         targets, counted = shift(batch.tokens, ahead), same_document(batch.segment_ids, ahead).astype(jnp.float32)
@@ -131,16 +131,16 @@ def objective(
         found = model.apply({"params": params}, streams, targets, counted, mtp=mtp, method="cross_entropy")
         return cast(Array, found)
 
-    routing = cast(Routing, output.routing)
+    statistics = output.statistics
     loss, mtp = loss_of(output.streams, 1), jnp.zeros(())
-    balance, load = jnp.sum(cast(Array, routing.balance)), cast(Array, routing.load)
+    balance, load = jnp.sum(statistics.balance), statistics.load
     if c.num_nextn_predict_layers:
-        drafted = mtp_block(output.streams, None if decisions is None else Routing(experts=decisions.mtp))
+        drafted = mtp_block(output.streams, None if decisions is None else decisions.mtp)
         mtp = loss_of(drafted.streams, 2)
-        balance = balance + jnp.sum(drafted.routing.balance)
-        load = jnp.concatenate([load, drafted.routing.load])
+        balance = balance + jnp.sum(drafted.statistics.balance)
+        load = jnp.concatenate([load, drafted.statistics.load])
     valid = batch.segment_ids > 0
-    divergence = routing.indexer_loss
+    divergence = statistics.indexer_loss
     indexer = jnp.zeros(()) if divergence is None else jnp.sum(jnp.where(valid, divergence, 0))
     total = weights.model * (
         loss / counts.loss + weights.mtp * mtp / counts.mtp + weights.balance * balance / counts.rows
@@ -153,9 +153,13 @@ def decide(model: Transformer, params: Any, batch: Batch) -> Decisions:
     """The experts that these parameters choose for some rows [B, S]."""
     trunk, mtp_block = _passes(model, params, batch)
     output = trunk(None)
+
+    def experts(output: Output) -> Routing:
+        return Routing(experts=cast(Routing, output.routing).experts)
+
     if not model.config.num_nextn_predict_layers:
-        return Decisions(output.routing.experts, None)
-    return Decisions(output.routing.experts, mtp_block(output.streams, None).routing.experts)
+        return Decisions(experts(output), None)
+    return Decisions(experts(output), experts(mtp_block(output.streams, None)))
 
 
 def _passes(model: Transformer, params: Any, batch: Batch) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -173,7 +177,7 @@ def _passes(model: Transformer, params: Any, batch: Batch) -> tuple[Callable[...
     return trunk, mtp_block
 
 
-def balanced_layers(config: Config) -> int:
+def balanced_layers(config: Architecture) -> int:
     """Layers that choose their experts, the MTP block's included: those that the balance is summed over."""
     layers = [*config.layers, *([config.mtp_layer] if config.num_nextn_predict_layers else [])]
     return sum(layer.feed_forward == "routed" for layer in layers)
@@ -184,11 +188,11 @@ def value_and_grad(function: Any, params: Any) -> tuple[Any, Any]:
     leaves, tree = jax.tree.flatten(params)
     chosen = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
 
-    def merged(floats: list[Array], others: list[Array]) -> Any:
+    def rejoined(floats: list[Array], others: list[Array]) -> Any:
         a, b = iter(floats), iter(others)
         return jax.tree.unflatten(tree, [next(a) if yes else next(b) for yes in chosen])
 
     floats = [leaf for leaf, yes in zip(leaves, chosen, strict=True) if yes]
     fixed = [leaf for leaf, yes in zip(leaves, chosen, strict=True) if not yes]
-    value, grads = jax.value_and_grad(lambda floats: function(merged(floats, fixed)), has_aux=True)(floats)
-    return value, merged(grads, [jnp.zeros_like(leaf) for leaf in fixed])
+    value, grads = jax.value_and_grad(lambda floats: function(rejoined(floats, fixed)), has_aux=True)(floats)
+    return value, rejoined(grads, [jnp.zeros_like(leaf) for leaf in fixed])

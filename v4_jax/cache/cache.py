@@ -9,9 +9,7 @@ layers carries them and updates them in place. Every row has its own length.
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,223 +17,20 @@ from flax import struct
 from jax import Array
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from v4_jax.cache.rows import Rows
-from v4_jax.config import RATIO_OF_ROLE, Config
-from v4_jax.layout import Layout
+from v4_jax.architecture import Architecture
+from v4_jax.cache.entries import ENTRY_RATIOS, PAGE, Entries, EntryRole, projection_width, span
+from v4_jax.cache.ring import SPARE, Ring
+from v4_jax.cache.rows import StoredRows
 from v4_jax.number_formats import INDEX_BLOCK, KV_BLOCK
-from v4_jax.sharding import collectives
 from v4_jax.sharding.axes import Rules, axes_of, resolve, sharding, shards_of
-from v4_jax.sharding.collectives import Axes, from_left, rows_at
-from v4_jax.sharding.split import Split
+from v4_jax.sharding.collectives import Axes
 
 CacheDtype = Literal["float32", "bfloat16", "released"]
 
-OVERLAPPING_RATIO = 4
-
-# Tokens for each entry of the roles that grow with the length.
-ENTRY_RATIOS = {"csa": RATIO_OF_ROLE["csa"], "index": RATIO_OF_ROLE["csa"], "hca": RATIO_OF_ROLE["hca"]}
-
-PAGE = math.lcm(*ENTRY_RATIOS.values())  # tokens, whose blocks all end where it does
-
-# Slots of a ring beyond the tokens that are ever read back: so that a short chunk can be stored first, and taken back
-# later, without having overwritten what came before it.
-SPARE = 8
-
-MOST_TAKEN_BACK = SPARE + 1  # tokens; rings also have a slot for the newest token, which is not read back from them
-
-
-def span(ratio: int) -> int:
-    """Tokens that enter one compressed entry: its own block and, where blocks overlap, the one before."""
-    return 2 * ratio if ratio == OVERLAPPING_RATIO else ratio
-
-
-def projection_width(ratio: int, width: int) -> int:
-    """Channels of a token's projections for entries of `width`: values and gates, once per block that it enters."""
-    return 2 * width * span(ratio) // ratio
-
-
-class Ring(struct.PyTreeNode):
-    """One layer's last tokens, at slot `position mod size`.
-
-    Attributes:
-      rows: the role's rows, all layers.
-      layer: which of them this is.
-      start: [B] int32 tokens stored so far.
-      dtype: dtype that is read.
-    """
-
-    rows: Rows
-    layer: Any
-    start: Array
-    dtype: Any = struct.field(pytree_node=False)
-
-    def advance(self, tokens: Array, layout: Layout, past: int, split: Split) -> tuple[Callable[[], Array], Rows]:
-        """Stores a chunk, and offers what came before it.
-
-        Args:
-          tokens: [B, S, C] rows of the chunk, or of this device's shard of it.
-          layout: which of them are valid.
-          past: how many earlier tokens to read.
-          split: how the sequence is split.
-
-        Returns:
-          A function that reads the `past` tokens before the chunk (on a split sequence, before this device's shard)
-          [B, past, C], oldest first, zeros before a row's first token; and the role's rows with the chunk stored.
-        """
-        if not split.sequence and tokens.shape[1] + past <= self.rows.shape[2]:
-            # Nothing that is read gets overwritten: storing first lets the compiler update the stack in place, where
-            # reading first would make it copy all layers' rows in every layer.
-            stored = self.replace(rows=self._append(tokens, layout, ()))
-            return lambda: stored._history(past), stored.rows
-        before = halo(tokens, self._history(past), split)
-        return lambda: before, self._append(tokens, layout, split.sequence)
-
-    def _history(self, count: int) -> Array:
-        positions = self.start[:, None] - count + jnp.arange(count)
-        slots = positions % self.rows.shape[2]
-        rows = self.rows.read(self.layer, _batch(self.start, 1), slots, self.dtype)
-        # A slot may still hold an earlier row's token: it must not matter, not even if it is NaN.
-        return jnp.where(positions[..., None] >= 0, rows, 0)
-
-    def _append(self, tokens: Array, layout: Layout, axes: Axes) -> Rows:
-        size, chunk, total = self.rows.shape[2], tokens.shape[1], layout.total[:, None]
-        if chunk <= size and not axes:
-            index = jnp.broadcast_to(jnp.arange(chunk), tokens.shape[:2])
-        else:  # only the last ones survive, and no two may meet in one slot
-            index = total - size + jnp.arange(size, dtype=jnp.int32)
-            tokens = rows_at(tokens, index, axes)
-        slots = jnp.where((index >= 0) & (index < total), (self.start[:, None] + index) % size, size)
-        return self.rows.write(self.layer, _batch(self.start, 1), slots, tokens)
-
-
-def halo(tokens: Array, first: Array, split: Split) -> Array:
-    """The tokens [B, n, C] before this device's shard [B, S, C]: its left neighbour's last, or `first` [B, n, C]."""
-    return from_left(tokens[:, tokens.shape[1] - first.shape[1] :], first, split.sequence)
-
-
-class Entries(struct.PyTreeNode):
-    """One layer's compressed entries, in order.
-
-    Spread over devices they lie round robin, number n on device n mod devices, so that every device holds the same
-    share at any length. Numbers are a row's own count of its entries; slots are a row's count of those on this device.
-    A slot lies where the row's table says that its page does; without a table it lies in the row of the same number.
-
-    Attributes:
-      rows: the role's rows, all layers: [L, B, slots] without a table, [L, 1, places] with one.
-      layer: which of them this is.
-      dtype: dtype that is read.
-      axes: mesh axes over which the entries are spread.
-      table: [B, pages] int32 which page of the rows each page of a row is; -1 for none.
-      page: slots of a page.
-    """
-
-    rows: Rows
-    layer: Any
-    dtype: Any = struct.field(pytree_node=False)
-    axes: Axes = struct.field(pytree_node=False, default=())
-    table: Array | None = None
-    page: int = struct.field(pytree_node=False, default=0)
-
-    @classmethod
-    def local(cls, entries: Array) -> Entries:
-        """Wraps entries [B, E, C] that live in no cache, differentiably.
-
-        They are held in float32, in which the gradients that reach an entry from all query blocks are then added up.
-        """
-        return cls(Rows((entries[None].astype(jnp.float32),), dtype=jnp.float32), 0, entries.dtype)
-
-    @property
-    def count(self) -> int:
-        """Entries of a row that this device can hold."""
-        return self.rows.shape[2] if self.table is None else self.table.shape[1] * self.page
-
-    def slots(self, numbers: Array) -> Array:
-        """Slots of entries on this device; -1 for those that lie elsewhere, and for -1."""
-        devices = collectives.size(self.axes)
-        return jnp.where((numbers >= 0) & (numbers % devices == collectives.index(self.axes)), numbers // devices, -1)
-
-    def numbers(self, slots: Array) -> Array:
-        """Numbers of the entries at this device's slots; -1 for -1."""
-        return jnp.where(slots >= 0, slots * collectives.size(self.axes) + collectives.index(self.axes), -1)
-
-    def below(self, number: Array) -> Array:
-        """How many of the entries before `number` lie on this device."""
-        devices = collectives.size(self.axes)
-        return (number + devices - 1 - collectives.index(self.axes)) // devices
-
-    def places(self, rows: Array, slots: Array) -> tuple[Any, Array]:
-        """Where slots of batch rows lie in the arrays: rows and places there.
-
-        Args:
-          rows: int32, broadcast with `slots`.
-          slots: int32; the place of one out of range, or without a page, is the one after the last.
-        """
-        if self.table is None:
-            return rows, jnp.where((slots < 0) | (slots >= self.count), self.count, slots)
-        page = self.table[rows, jnp.clip(slots // self.page, 0, self.table.shape[1] - 1)]
-        real = (page >= 0) & (slots >= 0) & (slots < self.count)
-        return 0, jnp.where(real, page * self.page + slots % self.page, self.rows.shape[2])
-
-    def write(self, numbers: Array, entries: Array) -> Entries:
-        """Stores `entries` [B, E, C] as `numbers` [B, E], dropping those out of range or of other devices.
-
-        What is not finite is stored as zero: pages go from row to row, and zero times NaN, or infinity, is not zero. A
-        row that has come to it is not cured, as its window has it too.
-        """
-        entries = jnp.where(jnp.isfinite(entries), entries, 0)
-        rows, places = self.places(_batch(numbers, 1), self.slots(numbers))
-        return self.replace(rows=self.rows.write(self.layer, rows, places, entries))
-
-    def gather(self, slots: Array) -> Array:
-        """Entries at `slots` [B, Q, K] (-1 reads an arbitrary row): [B, Q, K, C]."""
-        rows, places = self.places(_batch(slots, 2), jnp.maximum(slots, 0))
-        return self.rows.read(self.layer, rows, jnp.minimum(places, self.rows.shape[2] - 1), self.dtype)
-
-    def together(self, limit: Array, everywhere: Axes) -> Entries:
-        """The layer's entries of all devices on each, in stored form; numbers are then slots.
-
-        Args:
-          limit: int32 entries that any row of this device needs.
-          everywhere: mesh axes whose devices must agree on how much to send.
-
-        Only as much travels as the fullest row of all devices needs, rounded up to a sixteenth, a quarter or all of
-        the room.
-        """
-        if not self.axes:
-            return self
-        devices, unit = collectives.size(self.axes), 1 if self.table is None else self.page
-        sizes = sorted({-(-self.count // (parts * unit)) * unit for parts in (16, 4, 1)})
-
-        def gathered(slots: int) -> Callable[[tuple[Array, ...]], tuple[Array, ...]]:
-            def gather(array: Array) -> Array:
-                cut = self._cut(array, 0, slots)
-                rows = jax.lax.all_gather(cut, self.axes, axis=2)  # numbers rise along devices, then along slots
-                rows = rows.reshape(1, cut.shape[0], slots * devices, *cut.shape[2:])
-                return jnp.pad(rows, [(0, 0)] * 2 + [(0, (self.count - slots) * devices)] + [(0, 0)] * (cut.ndim - 2))
-
-            return lambda arrays: tuple(gather(array) for array in arrays)
-
-        limit = collectives.pmax(limit, everywhere)
-        enough = sum((limit > slots * devices).astype(jnp.int32) for slots in sizes[:-1])
-        arrays = jax.lax.switch(enough, [gathered(slots) for slots in sizes], self.rows.arrays)
-        return Entries(self.rows.replace(arrays=arrays), 0, self.dtype)
-
-    def block(self, first: Any, size: int) -> Array:
-        """Slots [first, first + size) of every row: [B, size, C].
-
-        `first + size` must not exceed `count`; where there are pages, both are multiples of `page`.
-        """
-        return self.rows.decode(tuple(self._cut(array, first, size) for array in self.rows.arrays), self.dtype)
-
-    def _cut(self, array: Array, first: Any, size: int) -> Array:
-        """The same of one stored part."""
-        channels = array.shape[3:]
-        if self.table is None:
-            starts = (self.layer, 0, first, *(0 for _ in channels))
-            return jax.lax.dynamic_slice(array, starts, (1, array.shape[1], size, *channels))[0]
-        pages = jax.lax.dynamic_slice_in_dim(self.table, first // self.page, size // self.page, axis=1)
-        whole = array.reshape(array.shape[0], -1, self.page, *channels)[self.layer, jnp.maximum(pages, 0)]
-        return whole.reshape(pages.shape[0], size, *channels)
+# The last keys of the trunk's layers and of the drafter's, and the open blocks of the compressors that make a role's
+# entries.
+WindowRole = Literal["window", "draft"]
+RingRole = Literal["window", "draft", "csa", "index", "hca"]
 
 
 class Cache(struct.PyTreeNode):
@@ -243,14 +38,13 @@ class Cache(struct.PyTreeNode):
 
     Attributes:
       lengths: [B] int32 tokens seen by the trunk.
-      mtp_lengths: [B] int32 tokens seen by the MTP block.
-      rows: stacked rows by role:
-        "window" [layers, B, sliding_window + SPARE, head_dim], the last keys/values of every layer; "mtp", the MTP
-          block's;
-        "csa" and "hca" [layers of the role, B, max_length / ratio, head_dim], compressed entries;
-        "index" [CSA layers, B, max_length / 4, index_head_dim], index keys;
-          in a paged cache these three are [layers, shards of B, pages of a shard x entries of a page, channels];
-        "csa state", "hca state" and "index state", float32 projections of the tokens whose block is open.
+      draft_lengths: [B] int32 tokens seen by the drafter, which is the MTP block.
+      entries: compressed entries by role, stacked over its layers: "csa" and "hca" [layers, B, max_length / ratio,
+        head_dim], "index", the index keys, [CSA layers, B, max_length / 4, index_head_dim]; in a paged cache [layers,
+        shards of B, pages of a shard x entries of a page, channels].
+      rings: last tokens by role, stacked over its layers: "window" [layers, B, sliding_window + SPARE, head_dim], the
+        keys/values of every layer, "draft" those of the drafter's layers; "csa", "index" and "hca", float32 projections
+        of the tokens whose block is open.
       max_length: positions that the entries have room for. Lengths are known only at run time: whoever feeds a cache
         keeps within it, for the entries of tokens beyond it are dropped.
       table: [B, pages of a row] int32 which page of its shard each page of a row is; -1 for none, where entries are
@@ -258,37 +52,57 @@ class Cache(struct.PyTreeNode):
     """
 
     lengths: Array
-    mtp_lengths: Array
-    rows: dict[str, Rows]
+    draft_lengths: Array
+    entries: dict[EntryRole, StoredRows]
+    rings: dict[RingRole, StoredRows]
     max_length: int = struct.field(pytree_node=False)
     table: Array | None = None
 
     @property
     def released(self) -> bool:
         """Whether keys are held in the release's number formats."""
-        return self.rows["window"].kind == "kv"
+        return self.rings["window"].kind == "kv"
 
-    def store(self, role: str, rows: Rows) -> Cache:
-        """The cache with other rows for a role."""
-        return self.replace(rows=self.rows | {role: rows})
+    def window(self, role: WindowRole, role_index: Any, start: Array, dtype: Any) -> Ring:
+        """A layer's last keys; see `Ring` for the arguments."""
+        return Ring(self.rings[role], role_index, start, dtype)
 
-    def entries(self, role: str, layer: Any, dtype: Any, axes: Axes) -> Entries:
+    def open_blocks(self, role: EntryRole, role_index: Any, start: Array) -> Ring:
+        """The projections of the tokens from which a layer's next entry is made; see `Ring` for the arguments."""
+        return Ring(self.rings[role], role_index, start, jnp.float32)
+
+    def entries_of(self, role: EntryRole, role_index: Any, dtype: Any, axes: Axes) -> Entries:
         """A layer's entries, or index keys; see `Entries` for the arguments."""
-        return Entries(self.rows[role], layer, dtype, axes, self.table, PAGE // ENTRY_RATIOS[role])
+        return Entries(self.entries[role], role_index, dtype, axes, self.table, PAGE // ENTRY_RATIOS[role])
 
-    def some(self, rows: Array) -> Cache:
+    def with_ring(self, role: RingRole, rows: StoredRows) -> Cache:
+        """The cache with another ring for a role."""
+        return self.replace(rings=self.rings | {role: rows})
+
+    def with_entries(self, role: EntryRole, rows: StoredRows) -> Cache:
+        """The cache with other entries for a role."""
+        return self.replace(entries=self.entries | {role: rows})
+
+    def take_rows(self, rows: Array) -> Cache:
         """A cache of batch rows `rows` [R]; one out of range stands for the last. Pages stay where they are."""
 
         def take(x: Array, axis: int = 0) -> Array:
             return jnp.take(x, rows, axis=axis, mode="clip")
 
-        own = {role: jax.tree.map(lambda x: take(x, 1), self.rows[role]) for role in self._by_row}
-        table = None if self.table is None else take(self.table)
-        lengths, mtp_lengths = take(self.lengths), take(self.mtp_lengths)
-        return self.replace(lengths=lengths, mtp_lengths=mtp_lengths, rows=self.rows | own, table=table)
+        def take_stacked(x: Array) -> Array:
+            return take(x, 1)
 
-    def merged(self, rows: Array, part: Cache) -> Cache:
-        """The cache after `part`, which was `some` of its `rows` [R], has changed; one out of range is dropped."""
+        return Cache(
+            lengths=take(self.lengths),
+            draft_lengths=take(self.draft_lengths),
+            entries=self.entries if self.paged else jax.tree.map(take_stacked, self.entries),
+            rings=jax.tree.map(take_stacked, self.rings),
+            max_length=self.max_length,
+            table=None if self.table is None else take(self.table),
+        )
+
+    def put_rows(self, rows: Array, taken: Cache) -> Cache:
+        """The cache after `taken`, its rows [R] by `take_rows`, has changed; a row out of range is dropped."""
 
         def put(x: Array, new: Array) -> Array:
             return x.at[rows].set(new, mode="drop")
@@ -296,34 +110,39 @@ class Cache(struct.PyTreeNode):
         def put_stacked(x: Array, new: Array) -> Array:
             return x.at[:, rows].set(new, mode="drop")
 
-        own = {role: jax.tree.map(put_stacked, self.rows[role], part.rows[role]) for role in self._by_row}
-        lengths, mtp_lengths = put(self.lengths, part.lengths), put(self.mtp_lengths, part.mtp_lengths)
-        return self.replace(lengths=lengths, mtp_lengths=mtp_lengths, rows=part.rows | own)
+        return self.replace(
+            lengths=put(self.lengths, taken.lengths),
+            draft_lengths=put(self.draft_lengths, taken.draft_lengths),
+            entries=taken.entries if self.paged else jax.tree.map(put_stacked, self.entries, taken.entries),
+            rings=jax.tree.map(put_stacked, self.rings, taken.rings),
+        )
 
     @property
-    def _by_row(self) -> list[str]:
-        """Roles that hold something for each batch row; pages are anyone's."""
-        return [role for role in self.rows if self.table is None or role not in ENTRY_RATIOS]
+    def paged(self) -> bool:
+        """Whether entries lie in pages, which any row may have."""
+        return self.table is not None
 
-    def rolled_back(self, *, lengths: Array | None = None, mtp_lengths: Array | None = None) -> Cache:
-        """The cache as if the last tokens of each row, `MOST_TAKEN_BACK` at most, had never been fed.
+    def rolled_back(self, *, lengths: Array | None = None, draft_lengths: Array | None = None) -> Cache:
+        """The cache as if the last tokens of each row, `MOST_ROLLED_BACK` at most, had never been fed.
 
-        Only the counts change, for nothing reads beyond them. Tokens fed again take the slots of those taken back, in
+        Only the counts change, for nothing reads beyond them. Tokens fed again take the places of those rolled back, in
         windows and open blocks alike; an entry whose block ended among the latter is out of sight until its block ends
         again, which writes it anew.
 
         Args:
           lengths: [B] int32 tokens that the trunk's part of each row is to hold; None leaves it as it is.
-          mtp_lengths: [B] int32 the same of the MTP block's part.
+          draft_lengths: [B] int32 the same of the drafter's part.
         """
-        counts = {"lengths": lengths, "mtp_lengths": mtp_lengths}
-        return self.replace(**{name: value for name, value in counts.items() if value is not None})
+        return self.replace(
+            lengths=self.lengths if lengths is None else lengths,
+            draft_lengths=self.draft_lengths if draft_lengths is None else draft_lengths,
+        )
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes held, by role; the compressors' states together as "open blocks"."""
-        sizes: dict[str, int] = {}
-        for role, rows in self.rows.items():
-            name = "open blocks" if role.endswith("state") else role
+        """Bytes held: of the entries by role, "window", "draft", and all "open blocks" together."""
+        sizes: dict[str, int] = {role: rows.nbytes for role, rows in self.entries.items()}
+        for role, rows in self.rings.items():
+            name = role if role in get_args(WindowRole) else "open blocks"
             sizes[name] = sizes.get(name, 0) + rows.nbytes
         return sizes
 
@@ -335,17 +154,18 @@ def cache_specs(cache: Any, rules: Rules, mesh: Mesh | AbstractMesh) -> Any:
     """
 
     batch, entries = (axes_of(name, rules, mesh) or None for name in ("batch", "entries"))
-
-    def spec(role: str) -> PartitionSpec:
-        return PartitionSpec(None, batch, entries if role in ENTRY_RATIOS else None)
-
-    rows = {role: jax.tree.map(lambda _, role=role: spec(role), rows) for role, rows in cache.rows.items()}
-    row = PartitionSpec(batch)
-    return cache.replace(lengths=row, mtp_lengths=row, rows=rows, table=None if cache.table is None else row)
+    row, spread = PartitionSpec(batch), PartitionSpec(None, batch, entries)
+    return cache.replace(
+        lengths=row,
+        draft_lengths=row,
+        entries=jax.tree.map(lambda _: spread, cache.entries),
+        rings=jax.tree.map(lambda _: PartitionSpec(None, batch, None), cache.rings),
+        table=None if cache.table is None else row,
+    )
 
 
 def init_cache(
-    config: Config,
+    config: Architecture,
     batch: int,
     max_length: int,
     *,
@@ -379,7 +199,7 @@ def init_cache(
 
 
 def cache_shapes(
-    config: Config,
+    config: Architecture,
     batch: int,
     max_length: int,
     *,
@@ -404,7 +224,7 @@ def cache_shapes(
 
 
 def _empty(
-    config: Config,
+    config: Architecture,
     batch: int,
     max_length: int,
     dtype: CacheDtype,
@@ -435,36 +255,33 @@ def _empty(
     key_form = {"kind": "kv", "rotary": config.qk_rope_head_dim} if released else plain
     index_form = {"kind": "index"} if released else plain
 
-    def entries(layers: int, ratio: int) -> tuple[int, int, int]:
+    def entries_shape(layers: int, ratio: int) -> tuple[int, int, int]:
         if pages is not None:
             return layers, shards, pages // shards * spread * (PAGE // ratio)
         return layers, batch, -(-max(1, max_length // ratio) // spread) * spread
 
-    def keys(shape: tuple[int, int, int]) -> Rows:
-        return Rows.empty(shape, config.head_dim, **key_form)
+    def window(layers: int) -> StoredRows:
+        return StoredRows.empty((layers, batch, config.sliding_window + SPARE), config.head_dim, **key_form)
 
-    def state(layers: int, ratio: int, width: int) -> Rows:
-        return Rows.empty((layers, batch, span(ratio) + SPARE), projection_width(ratio, width))
+    def open_blocks(layers: int, ratio: int, width: int) -> StoredRows:
+        return StoredRows.empty((layers, batch, span(ratio) + SPARE), projection_width(ratio, width))
 
     attention = [layer.attention for layer in config.layers]
-    ring = config.sliding_window + SPARE
-    rows = {"window": keys((len(attention), batch, ring))}
-    for role in ("csa", "hca"):
-        if layers := attention.count(role):
-            ratio = RATIO_OF_ROLE[role]
-            rows[role] = keys(entries(layers, ratio))
-            rows[role + " state"] = state(layers, ratio, config.head_dim)
-            if role == "csa":
-                rows["index"] = Rows.empty(entries(layers, ratio), config.index_head_dim, **index_form)
-                rows["index state"] = state(layers, ratio, config.index_head_dim)
+    entries: dict[EntryRole, StoredRows] = {}
+    rings: dict[RingRole, StoredRows] = {"window": window(len(attention))}
+    if layers := attention.count("csa"):
+        ratio = ENTRY_RATIOS["csa"]
+        entries["csa"] = StoredRows.empty(entries_shape(layers, ratio), config.head_dim, **key_form)
+        entries["index"] = StoredRows.empty(entries_shape(layers, ratio), config.index_head_dim, **index_form)
+        rings["csa"] = open_blocks(layers, ratio, config.head_dim)
+        rings["index"] = open_blocks(layers, ratio, config.index_head_dim)
+    if layers := attention.count("hca"):
+        ratio = ENTRY_RATIOS["hca"]
+        entries["hca"] = StoredRows.empty(entries_shape(layers, ratio), config.head_dim, **key_form)
+        rings["hca"] = open_blocks(layers, ratio, config.head_dim)
     if config.num_nextn_predict_layers:
-        rows["mtp"] = keys((config.num_nextn_predict_layers, batch, ring))
+        rings["draft"] = window(config.num_nextn_predict_layers)
     # Two arrays, not one used twice: a donated cache may not hold a buffer in two places.
-    lengths, mtp_lengths = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), jnp.int32)
+    lengths, draft_lengths = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), jnp.int32)
     table = None if pages is None else jnp.full((batch, -(-max_length // (PAGE * spread))), -1, jnp.int32)
-    return Cache(lengths=lengths, mtp_lengths=mtp_lengths, rows=rows, max_length=max_length, table=table)
-
-
-def _batch(like: Array, trailing: int) -> Array:
-    """Batch row numbers shaped to broadcast against an index with `trailing` more axes."""
-    return jnp.arange(like.shape[0]).reshape(-1, *(1,) * trailing)
+    return Cache(lengths, draft_lengths, entries, rings, max_length, table)

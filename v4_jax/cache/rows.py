@@ -15,7 +15,7 @@ from v4_jax.number_formats import E2M1, E4M3, E8M0, INDEX_BLOCK, KV_BLOCK, bytes
 LANES = 128  # elements in a row of a TPU's memory tile
 
 
-class Rows(struct.PyTreeNode):
+class StoredRows(struct.PyTreeNode):
     """Rows [L, B, N, C] in one storage format, held as bit patterns.
 
     Where a backend lacks a small float type, it updates one row of an array by converting the whole array to a type
@@ -39,7 +39,7 @@ class Rows(struct.PyTreeNode):
     rotary: int = struct.field(pytree_node=False, default=0)
 
     @classmethod
-    def empty(cls, shape: tuple[int, int, int], channels: int, **form: Any) -> Rows:
+    def empty(cls, shape: tuple[int, int, int], channels: int, **form: Any) -> StoredRows:
         """Zeros [L, B, N] x channels in the format that the keyword arguments say."""
         template = cls((), channels=channels, **form)
         parts = jax.eval_shape(template.encode, jax.ShapeDtypeStruct((channels,), jnp.float32))
@@ -101,7 +101,7 @@ class Rows(struct.PyTreeNode):
         """Rows `index` [B, ...] of batch rows `rows` (broadcast with `index`): [B, ..., C]."""
         return self.decode(tuple(array[layer, rows, index] for array in self.arrays), dtype)
 
-    def write(self, layer: Any, rows: Array, index: Array, values: Array) -> Rows:
+    def write(self, layer: Any, rows: Array, index: Array, values: Array) -> StoredRows:
         """Stores `values` [B, n, C] at `index` [B, n]; an index out of range stores nothing."""
         parts = self.encode(values)
         arrays = tuple(
@@ -133,3 +133,8 @@ def _float(x: Array, dtype: Any) -> Array:
         size = jnp.where(step <= 4, step / 2, step - 2 + (step > 6))
         return jnp.where(code >= 8, -size, size)
     return jax.lax.bitcast_convert_type(x, dtype)
+
+
+def batch_rows(like: Array, trailing: int) -> Array:
+    """Batch row numbers shaped to broadcast against an index with `trailing` more axes."""
+    return jnp.arange(like.shape[0]).reshape(-1, *(1,) * trailing)

@@ -73,8 +73,8 @@ def encode(
     has_context = bool(old)
     _attach_to_system(old, new, "tools", tools)
     _attach_to_system(old, new, "response_format", response_format)
-    # Context is merged on its own: what has been encoded cannot be reopened by a message that follows.
-    turns = _merge(old, "context message", is_new=False) + _merge(new, "message", is_new=True)
+    # Context is joined on its own: what has been encoded cannot be reopened by a message that follows.
+    turns = _join_turns(old, "context message", is_new=False) + _join_turns(new, "message", is_new=True)
     turns = _sort_tool_results(turns)
 
     thinking = thinking_mode == "thinking"
@@ -158,7 +158,7 @@ def _attach_to_system(old: list[Message], new: list[Message], key: str, value: A
     (old or new).insert(0, {"role": "system", "content": "", key: value})
 
 
-def _merge(messages: Sequence[Message], what: str, *, is_new: bool) -> list[Turn]:
+def _join_turns(messages: Sequence[Message], what: str, *, is_new: bool) -> list[Turn]:
     """Reads messages; user and tool messages in a row become one user turn."""
     turns: list[Turn] = []
     for i, message in enumerate(messages):

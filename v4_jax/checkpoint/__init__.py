@@ -13,11 +13,12 @@ path bit for bit; `verify` shows it.
 from v4_jax.checkpoint.building import Written
 from v4_jax.checkpoint.conversion import convert
 from v4_jax.checkpoint.exporting import export
-from v4_jax.checkpoint.interface import Checkpoint, CheckpointError, Progress, TensorInfo
+from v4_jax.checkpoint.interface import Checkpoint, Progress
 from v4_jax.checkpoint.loading import load
 from v4_jax.checkpoint.opening import Source, open_checkpoint
+from v4_jax.checkpoint.tensors import CheckpointError, TensorInfo
 from v4_jax.checkpoint.trained import run_of
-from v4_jax.checkpoint.verification import Comparison, Kind, Row, verify
+from v4_jax.checkpoint.verification import Comparison, Kind, TensorComparison, verify
 
 __all__ = [
     "Checkpoint",
@@ -25,8 +26,8 @@ __all__ = [
     "Comparison",
     "Kind",
     "Progress",
-    "Row",
     "Source",
+    "TensorComparison",
     "TensorInfo",
     "Written",
     "convert",

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from v4_jax.checkpoint.interface import CheckpointError
+from v4_jax.checkpoint.tensors import CheckpointError
 from v4_jax.number_formats import E2M1, E4M3, FP4_BLOCK, FP8_BLOCK
 from v4_jax.parameters import Storage
 
@@ -119,11 +119,11 @@ def dequantise(codes: np.ndarray, scales: np.ndarray, form: BlockFormat) -> np.n
     """
     values = _decode(codes, form)
     with np.errstate(all="ignore"):  # a NaN scale is for the caller to find
-        spread = np.repeat(scales.astype(np.float32), form.block[1], axis=1)[:, : values.shape[1]]
+        repeated = np.repeat(scales.astype(np.float32), form.block[1], axis=1)[:, : values.shape[1]]
         if form.block[0] == 1:
-            values *= spread
+            values *= repeated
         else:
-            for row, line in enumerate(spread):
+            for row, line in enumerate(repeated):
                 values[row * form.block[0] : (row + 1) * form.block[0]] *= line
     return values
 
@@ -155,7 +155,7 @@ def check_scales(name: str, scales: np.ndarray) -> None:
         )
 
 
-def check_spread(name: str, codes: np.ndarray, scales: np.ndarray, form: BlockFormat) -> None:
+def check_range(name: str, codes: np.ndarray, scales: np.ndarray, form: BlockFormat) -> None:
     """Refuses a weight whose values cannot be a weight's, judged by rows taken evenly from it.
 
     Args:

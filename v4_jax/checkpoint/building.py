@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from v4_jax.checkpoint.interface import Checkpoint, CheckpointError
+from v4_jax.checkpoint.interface import Checkpoint
+from v4_jax.checkpoint.tensors import CheckpointError
 
 _RECORD = ".source.json"
 

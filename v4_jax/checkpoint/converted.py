@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 
 from v4_jax.checkpoint.block_formats import Formats
-from v4_jax.checkpoint.interface import NAME_OF_DTYPE, Checkpoint, CheckpointError, TensorInfo
+from v4_jax.checkpoint.interface import Checkpoint
 from v4_jax.checkpoint.mapping import Entry, account, entries, part_names
 from v4_jax.checkpoint.orbax_arrays import open_arrays, read_array
 from v4_jax.checkpoint.released import companions, in_release_order, read_config, read_json
+from v4_jax.checkpoint.tensors import NAME_OF_DTYPE, CheckpointError, TensorInfo
 from v4_jax.config import Config
 
 MANIFEST = "v4_jax.json"

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from v4_jax.checkpoint.building import Written, building, copy_companions, require_space
-from v4_jax.checkpoint.interface import Checkpoint, Progress, TensorInfo
+from v4_jax.checkpoint.interface import Checkpoint, Progress
 from v4_jax.checkpoint.mapping import entries, part_names
 from v4_jax.checkpoint.opening import Source, opened
 from v4_jax.checkpoint.released import INDEX
 from v4_jax.checkpoint.safetensors import file_order, write_file
+from v4_jax.checkpoint.tensors import TensorInfo
 
 
 def export(source: Source, target: str | Path, *, progress: Progress | None = None) -> Written:

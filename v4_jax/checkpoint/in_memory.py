@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from v4_jax.checkpoint.block_formats import OF_NAME, SCALE_TYPES, BlockFormat, Formats, ScaleType, pack
-from v4_jax.checkpoint.interface import DTYPES, Checkpoint, CheckpointError, names_in
+from v4_jax.checkpoint.interface import Checkpoint
 from v4_jax.checkpoint.mapping import Entry, Path, Role, entries, leaves
+from v4_jax.checkpoint.tensors import DTYPES, CheckpointError, names_in
 from v4_jax.config import Config
 from v4_jax.number_formats import BlockScaled, quantise
 from v4_jax.parameters import Parameter, Storage

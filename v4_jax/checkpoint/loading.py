@@ -17,12 +17,13 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from v4_jax.checkpoint.block_formats import BlockFormat, check_scales, check_spread, dequantise, scale_name, unpack
+from v4_jax.checkpoint.block_formats import BlockFormat, check_range, check_scales, dequantise, scale_name, unpack
 from v4_jax.checkpoint.in_memory import check_expert_ids
-from v4_jax.checkpoint.interface import DTYPES, Checkpoint, CheckpointError
+from v4_jax.checkpoint.interface import Checkpoint
 from v4_jax.checkpoint.mapping import Path as LeafPath
 from v4_jax.checkpoint.mapping import leaves
 from v4_jax.checkpoint.opening import opened
+from v4_jax.checkpoint.tensors import DTYPES, CheckpointError
 from v4_jax.config import Config
 from v4_jax.number_formats import BlockScaled, scale_shape
 from v4_jax.parameters import Parameter
@@ -192,7 +193,7 @@ class _Leaf(NamedTuple):
         parts = _scaled((rows, columns), (height, width), self.form.block)
         scales = self.checkpoint.read(scale_name(name), *parts)
         check_scales(scale_name(name), scales)
-        check_spread(name, codes, scales, self.form)
+        check_range(name, codes, scales, self.form)
         return codes, scales
 
 

@@ -25,10 +25,11 @@ from v4_jax.checkpoint.block_formats import (
     ScaleType,
     scale_name,
 )
-from v4_jax.checkpoint.interface import CheckpointError, TensorInfo, names_in
+from v4_jax.checkpoint.tensors import CheckpointError, TensorInfo, names_in
 from v4_jax.config import Config
 from v4_jax.number_formats import scale_shape
-from v4_jax.parameters import Parameter, Storage, declarations, is_parameter
+from v4_jax.parameter_tree import declarations
+from v4_jax.parameters import Parameter, Storage, is_parameter
 
 _PLAIN: dict[Storage, str] = {"bf16": "BF16", "f32": "F32", "i64": "I64"}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from v4_jax.checkpoint.interface import CheckpointError
+from v4_jax.checkpoint.tensors import CheckpointError
 
 
 def open_arrays(directory: Path, *, cache_bytes: int = 0) -> Iterator[tuple[str, Any]]:

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from v4_jax.checkpoint.interface import Checkpoint, CheckpointError, TensorInfo, names_in
+from v4_jax.architecture import ConfigError
+from v4_jax.checkpoint.interface import Checkpoint
 from v4_jax.checkpoint.mapping import account, detect_formats, entries, select
 from v4_jax.checkpoint.safetensors import SafetensorsFile
-from v4_jax.config import Config, ConfigError
+from v4_jax.checkpoint.tensors import CheckpointError, TensorInfo, names_in
+from v4_jax.config import Config
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

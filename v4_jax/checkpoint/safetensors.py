@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from v4_jax.checkpoint.interface import DTYPES, CheckpointError, TensorInfo
+from v4_jax.checkpoint.tensors import DTYPES, CheckpointError, TensorInfo
 
 _MAX_HEADER = 100_000_000  # the format's own limit
 

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from v4_jax.checkpoint.in_memory import InMemory
-from v4_jax.checkpoint.interface import CheckpointError
 from v4_jax.checkpoint.orbax_arrays import nested, open_arrays, read_array
 from v4_jax.checkpoint.released import companions, read_config, read_json
+from v4_jax.checkpoint.tensors import CheckpointError
 
 RUN = "run.json"
 CHECKPOINTS = "checkpoints"

@@ -8,13 +8,14 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from v4_jax.checkpoint.block_formats import OF_STORED, BlockFormat, dequantise, scale_name
-from v4_jax.checkpoint.interface import Checkpoint, Progress, TensorInfo, row_ranges
+from v4_jax.checkpoint.interface import Checkpoint, Progress, row_ranges
 from v4_jax.checkpoint.opening import Source, opened
+from v4_jax.checkpoint.tensors import TensorInfo
 
 Status = Literal["equal", "different", "dtype", "shape", "missing", "extra"]
 
 
-class Row(NamedTuple):
+class TensorComparison(NamedTuple):
     """One tensor of either checkpoint; the scales of a block-scaled weight count with the weight.
 
     Attributes:
@@ -55,7 +56,7 @@ class Comparison:
       ignored: tensors that a rule left out: "a" or "b" -> rule -> number.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[TensorComparison, ...]
     config: dict[str, tuple[object, object]]
     ignored: dict[str, dict[str, int]]
 
@@ -65,14 +66,14 @@ class Comparison:
         return not self.config and not self.differing
 
     @property
-    def differing(self) -> tuple[Row, ...]:
+    def differing(self) -> tuple[TensorComparison, ...]:
         """The rows that are not equal."""
         return tuple(row for row in self.rows if row.status != "equal")
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """Tensors, bytes and differing tensors by storage format."""
-        formats: dict[str, list[Row]] = {}
+        formats: dict[str, list[TensorComparison]] = {}
         for row in self.rows:
             formats.setdefault(row.format, []).append(row)
         return tuple(
@@ -106,7 +107,7 @@ def verify(a: Source, b: Source, *, progress: Progress | None = None) -> Compari
         names = dict.fromkeys((*first.tensors, *second.tensors))  # in order, each once
         weights = [name for name in names if not (name.endswith(".scale") and weight_name(name) in names)]
         total = sum(_Stored.of(first, name).bytes or _Stored.of(second, name).bytes for name in weights)
-        rows: list[Row] = []
+        rows: list[TensorComparison] = []
         done = 0
         for name in weights:
             rows.append(_compare(_Stored.of(first, name), _Stored.of(second, name)))
@@ -186,11 +187,11 @@ class _Stored(NamedTuple):
         return dequantise(values, scales, self.form)
 
 
-def _compare(a: _Stored, b: _Stored) -> Row:
-    def row(status: Status, difference: float | None) -> Row:
+def _compare(a: _Stored, b: _Stored) -> TensorComparison:
+    def row(status: Status, difference: float | None) -> TensorComparison:
         held, other = (a, b) if a.info else (b, a)
         other_format = other.format if other.info else None
-        return Row(a.name, status, held.format, other_format, held.tensors, held.bytes, difference)
+        return TensorComparison(a.name, status, held.format, other_format, held.tensors, held.bytes, difference)
 
     if a.info is None or b.info is None:
         return row("extra" if a.info is None else "missing", None)

@@ -1,1 +1,1 @@
-"""Pallas kernels for TPUs, each beside the plain JAX code that defines its numbers."""
+"""The forms of the model's inner loops: a plain one each, those that one platform needs, and which runs where."""

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from v4_jax.cache.cache import Ring, halo, span
-from v4_jax.cache.rows import Rows
-from v4_jax.config import Config
+from v4_jax.architecture import Architecture
+from v4_jax.cache.entries import span
+from v4_jax.cache.ring import Ring, halo
+from v4_jax.cache.rows import StoredRows
 from v4_jax.layers.norm import rms_norm
 from v4_jax.layers.rotary import rotate
 from v4_jax.layout import Blocks, Layout
@@ -36,7 +37,7 @@ class Compressor(Module):
       index: whether the entries are index keys (which the release rounds to E2M1) or keys/values (E4M3).
     """
 
-    config: Config
+    config: Architecture
     policy: Policy
     ratio: int
     width: int
@@ -44,16 +45,16 @@ class Compressor(Module):
     index: bool = False
 
     @nn.compact
-    def __call__(self, y: Array, layout: Layout, state: Ring | None) -> tuple[Array, Blocks, Rows | None]:
+    def __call__(self, y: Array, layout: Layout, open_blocks: Ring | None) -> tuple[Array, Blocks, StoredRows | None]:
         """Compresses a chunk.
 
         Args:
           y: [B, S, D] normed input of the layer.
           layout: where its tokens stand.
-          state: projections of the last tokens of each row, or None without a cache.
+          open_blocks: projections of the last tokens of each row, or None without a cache.
 
         Returns:
-          Entries [B, E, width] of the blocks that end in this chunk, those blocks, and the state after them.
+          Entries [B, E, width] of the blocks that end in this chunk, those blocks, and the open blocks after them.
         """
         c, ratio, width = self.config, self.ratio, self.width
         blocks_per_token = span(ratio) // ratio
@@ -75,17 +76,19 @@ class Compressor(Module):
         )
         norm = self.norm("norm", width)
 
-        values = einsum("bsd,cd->bsc", y, wkv, dtype=jnp.float32)
-        gates = einsum("bsd,cd->bsc", y, wgate, dtype=jnp.float32) + ape[layout.phase % ratio]
-        projections = jnp.concatenate([values, gates], axis=-1)
+        with jax.named_scope("compressor.project"):
+            values = einsum("bsd,cd->bsc", y, wkv, dtype=jnp.float32)
+            gates = einsum("bsd,cd->bsc", y, wgate, dtype=jnp.float32) + ape[layout.phase % ratio]
+            projections = jnp.concatenate([values, gates], axis=-1)
 
         blocks, before, after, past = layout.blocks(ratio), None, None, span(ratio) - 1
-        if state is not None:
-            before, after = state.advance(projections, layout, past, self.split)
+        if open_blocks is not None:
+            before, after = open_blocks.advance(projections, layout, past, self.split)
         elif self.split.sequence:
             first = jnp.zeros((y.shape[0], past, projections.shape[-1]), projections.dtype)
             before = lambda: halo(projections, first, self.split)  # noqa: E731
 
+        @jax.named_scope("compressor.pool")
         def compress() -> Array:
             own, previous = _gather(projections, before() if before else None, blocks, ratio)
             entries = _pool(own, previous if blocks_per_token == 2 else None, blocks)
@@ -95,7 +98,7 @@ class Compressor(Module):
                 return entries
             return fake_quant_index(entries) if self.index else fake_quant_kv(entries, c.qk_rope_head_dim)
 
-        if state is None or y.shape[1] >= ratio:
+        if open_blocks is None or y.shape[1] >= ratio:
             return compress(), blocks, after
         # In most decoding steps no block ends, and entries that do not exist are never stored.
         nothing = jax.eval_shape(compress)

@@ -1,6 +1,6 @@
 """Manifold-constrained hyper-connections: several residual streams, mixed by a doubly stochastic matrix at each site.
 
-Technical report, section 2.2. A site (attention or feed-forward) collapses the streams into its input, and spreads its
+Technical report, section 2.2. A site (attention or feed-forward) collapses the streams into its input, and writes its
 output back while mixing the streams with a matrix that Sinkhorn's iteration makes doubly stochastic. Everything here
 is float32; streams are kept in the policy's compute dtype between sites.
 """
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from v4_jax.config import Config
+from v4_jax.architecture import Architecture
 from v4_jax.parameters import Module, normal
 from v4_jax.policy import einsum
 
@@ -40,14 +40,15 @@ def expand(x: Array, streams: int) -> Array:
     return jnp.broadcast_to(x[:, :, None, :], (*x.shape[:2], streams, x.shape[-1]))
 
 
-def spread(streams: Array, output: Array, mix: Mix) -> Array:
+@jax.named_scope("hyper_connections.write_back")
+def write_back(streams: Array, output: Array, mix: Mix) -> Array:
     """New streams [B, S, hc, D] from the old ones and a site's output [B, S, D]."""
     weights = jnp.concatenate([mix.residual, jnp.moveaxis(mix.post, -1, 0)[None]])
-    return combine((streams, output[:, :, None]), weights).astype(streams.dtype)
+    return mix_streams((streams, output[:, :, None]), weights).astype(streams.dtype)
 
 
 @jax.custom_vjp
-def combine(parts: tuple[Array, ...], weights: Array) -> Array:
+def mix_streams(parts: tuple[Array, ...], weights: Array) -> Array:
     """Weighted sums of streams; one pass over them, and one in the backward pass for each gradient.
 
     Args:
@@ -67,11 +68,11 @@ def _weighted_sum(terms: Any, weights: Any) -> Array:
     return functools.reduce(jnp.add, (w[..., None] * x for x, w in zip(terms, weights, strict=True)))
 
 
-def _combine_forward(parts: tuple[Array, ...], weights: Array) -> tuple[Array, Any]:
-    return combine(parts, weights), (parts, weights)
+def _mix_forward(parts: tuple[Array, ...], weights: Array) -> tuple[Array, Any]:
+    return mix_streams(parts, weights), (parts, weights)
 
 
-def _combine_backward(residuals: Any, gradient: Array) -> tuple[tuple[Array, ...], Array]:
+def _mix_backward(residuals: Any, gradient: Array) -> tuple[tuple[Array, ...], Array]:
     parts, weights = residuals
     new = [gradient[:, :, k] for k in range(gradient.shape[2])]
     of_weights = [einsum("bsjd,bskd->jkbs", part.astype(jnp.float32), gradient, dtype=jnp.float32) for part in parts]
@@ -80,9 +81,10 @@ def _combine_backward(residuals: Any, gradient: Array) -> tuple[tuple[Array, ...
     return tuple(of_parts), jnp.concatenate(of_weights)
 
 
-combine.defvjp(_combine_forward, _combine_backward)
+mix_streams.defvjp(_mix_forward, _mix_backward)
 
 
+@jax.named_scope("hyper_connections.sinkhorn")
 def sinkhorn(logits: Array, iterations: int, eps: float) -> Array:
     """Doubly stochastic matrices from logits [hc, hc, ...], over the first two axes.
 
@@ -146,6 +148,7 @@ def _factors_backward(iterations: int, eps: float, residuals: Any, gradients: tu
 _factors.defvjp(_factors_forward, _factors_backward)
 
 
+@jax.named_scope("hyper_connections.mixes")
 def _mixes(streams: Array, weight: Array, eps: float) -> Array:
     """Streams [B, S, hc, D] projected on `weight` [M, hc * D] and divided by their joint RMS: [M, B, S]."""
     streams = streams.astype(jnp.float32)
@@ -155,15 +158,16 @@ def _mixes(streams: Array, weight: Array, eps: float) -> Array:
     return einsum("bsjd,mjd->mbs", streams, weight, dtype=jnp.float32) * scale
 
 
+@jax.named_scope("hyper_connections.collapse")
 def _collapse(streams: Array, weights: Array) -> Array:
     """Sum over streams of [B, S, hc, D] with weights [hc, B, S]: [B, S, D] in the streams' dtype."""
-    return combine((streams,), weights[:, None])[:, :, 0].astype(streams.dtype)
+    return mix_streams((streams,), weights[:, None])[:, :, 0].astype(streams.dtype)
 
 
 class HyperConnection(Module):
     """One site's mixing weights; `prefix` is e.g. `layers.3.hc_attn_`."""
 
-    config: Config
+    config: Architecture
 
     @nn.compact
     def __call__(self, streams: Array) -> tuple[Array, Mix]:
@@ -173,7 +177,7 @@ class HyperConnection(Module):
           streams: [B, S, hc, D].
 
         Returns:
-          The site's input [B, S, D] before its norm, and how to spread its output.
+          The site's input [B, S, D] before its norm, and how its output returns.
         """
         c, hc = self.config, self.config.hc_mult
         size = 2 * hc + hc * hc
@@ -193,7 +197,7 @@ class HyperConnection(Module):
 class StreamCollapse(Module):
     """The final weighted sum of the streams before the last norm; `prefix` is `hc_head_` or `mtp.0.hc_head_`."""
 
-    config: Config
+    config: Architecture
 
     @nn.compact
     def __call__(self, streams: Array) -> Array:

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from v4_jax.config import Config, Layer, Yarn
+from v4_jax.architecture import Architecture, Layer, Yarn
 
 
-def inverse_frequencies(config: Config, layer: Layer) -> np.ndarray:
+def inverse_frequencies(config: Architecture, layer: Layer) -> np.ndarray:
     """Radians per position of each rotated pair, [qk_rope_head_dim / 2] float32, for a layer of the given roles."""
     size = config.qk_rope_head_dim
     theta = config.compress_rope_theta if layer.ratio else config.rope_theta

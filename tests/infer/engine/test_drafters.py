@@ -36,10 +36,10 @@ class Repeating:
         return cache
 
     def tail_sizes(self, cache, config):
-        return pages.tail_sizes(cache, config, mtp=False)
+        return pages.tail_sizes(cache, config, draft=False)
 
     def tokens_to_refill(self, config):
-        return pages.tokens_to_refill(config, mtp=False)
+        return pages.tokens_to_refill(config, draft=False)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import pytest
 
 from tests.conftest import tpu_devices
 from v4_jax import Config, Transformer
-from v4_jax.cache.cache import ENTRY_RATIOS
 from v4_jax.infer.engine.drafters import choose_drafter
 from v4_jax.infer.engine.programs import Programs
 from v4_jax.infer.prefix_cache.cache import PrefixCacheOptions
@@ -55,7 +54,7 @@ def test_pages_stay_where_they_are(monkeypatch):
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", compiled)
     programs.compile(params)
-    pages = bytes_per_device({role: cache.rows[role] for role in ENTRY_RATIOS})
+    pages = bytes_per_device(cache.entries)
     assert len(found) == programs.count == 6
     assert max(one.temp_size_in_bytes for one in found) < pages / 8, [one.temp_size_in_bytes for one in found]
     step, read, copy, copy_page, put_pages, put_tail = found

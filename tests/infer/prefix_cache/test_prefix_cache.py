@@ -62,8 +62,8 @@ def expected(config, mode, draft, common):
     whole = common // 128 * 128
     return {
         "full": whole,
-        256: max(common // 256 * 256, whole - tokens_to_refill(config, mtp=draft > 0)),
-        "none": max(0, whole - tokens_to_refill(config, mtp=draft > 0)),
+        256: max(common // 256 * 256, whole - tokens_to_refill(config, draft=draft > 0)),
+        "none": max(0, whole - tokens_to_refill(config, draft=draft > 0)),
     }[mode]
 
 
@@ -77,7 +77,7 @@ def keep(engine, options):
     """Forgets what was kept, and keeps it elsewhere from here on."""
     pager = engine._pager
     pager.drain()
-    pager.prefix_cache = PrefixCache(options, b"root", tokens_to_refill(engine.config, mtp=False))
+    pager.prefix_cache = PrefixCache(options, b"root", tokens_to_refill(engine.config, draft=False))
     return engine
 
 

@@ -1,1 +1,1 @@
-"""Products of queries with keys."""
+"""Queries and keys."""

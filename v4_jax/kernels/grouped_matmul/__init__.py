@@ -1,1 +1,1 @@
-"""Rows grouped by expert times their expert's weights."""
+"""Rows grouped by expert meet their expert's weights."""

@@ -204,9 +204,9 @@ def _kernel(
         for k in range(0, depth, chunk):
             stored = codes[here, k : k + chunk]
             if block == FP4_BLOCK:
-                expanded = _decode_e2m1(stored, _spread_lanes(exponents, FP4_BLOCK[1], k, chunk))
+                expanded = _decode_e2m1(stored, _repeat_lanes(exponents, FP4_BLOCK[1], k, chunk))
             elif block == FP8_BLOCK:
-                expanded = _scale_blocks(stored, _spread_lanes(lines, FP8_BLOCK[1], k, chunk))
+                expanded = _scale_blocks(stored, _repeat_lanes(lines, FP8_BLOCK[1], k, chunk))
             else:
                 expanded = stored
             total += jax.lax.dot_general(
@@ -270,7 +270,7 @@ def _scale_blocks(codes: Array, lines: Array) -> Array:
     return (wide * lines.reshape(-1, 1, SUBLANES, width)).astype(jnp.bfloat16).reshape(count, width)
 
 
-def _spread_lanes(scales: Array, block: int, start: int, count: int) -> Array:
+def _repeat_lanes(scales: Array, block: int, start: int, count: int) -> Array:
     """Repeats 32-bit scales [R, K / block] over the `count` inputs from `start` on: [R, count].
 
     A gather within 128 lanes at a time; `jnp.repeat` compiles to five times the instructions of all the rest.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from v4_jax.kernels.grouped_matmul.reference import map_groups
+from v4_jax.kernels.grouped_matmul.groups import map_groups
 from v4_jax.layers.linear import linear
 from v4_jax.number_formats import E2M1, dequantise, quantise
 

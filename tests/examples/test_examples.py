@@ -1,0 +1,71 @@
+"""The example programs run as shown: one on the embedded checkpoint, the others on one that compiles sooner."""
+
+import io
+import runpy
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+import tyro
+
+from tests.equivalence.tiny import make
+from v4_jax.checkpoint import export
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def _kept(programs):
+    """Compiled programs are kept."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A released directory: two layers, bytes for tokens."""
+    path = tmp_path_factory.mktemp("models") / "small"
+    tiny = make(
+        num_hidden_layers=2,
+        compress_ratios=(0, 4),
+        num_nextn_predict_layers=0,
+        num_hash_layers=1,
+        vocab_size=320,
+        n_routed_experts=8,
+    )
+    export((tiny.config, tiny.params), path)
+    return path
+
+
+def main_of(name):
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]
+
+
+def test_generate(capsys):
+    assert main_of("generate")() == "47"  # what the prompt told under the key that it ends with
+    assert capsys.readouterr().out.endswith("bay moss hill QZ47\n")
+
+
+def test_score_and_gradient(model, capsys):
+    chosen, norms = main_of("score_and_gradient")(model, text="red fox")
+    assert chosen.shape == (6,) and (chosen < 0).all()
+    assert all(norm >= 0 for norm in norms.values()) and norms["['head']"] > 0
+    said = capsys.readouterr().out
+    assert f"mean negative log-probability: {-chosen.mean():.4f}" in said
+
+
+def test_train_tiny(model, capsys):
+    losses = main_of("train_tiny")(model, steps=4, rows=1, length=64, learning_rate=0.01)
+    assert min(losses[1:]) < losses[0]
+    assert capsys.readouterr().out.count("loss") == 4
+
+
+def test_serve(model, capsys):
+    answer = main_of("serve")(model)
+    assert answer and capsys.readouterr().out == f"moon KB03 fox QZ47 pond KB{answer}\n"
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_each_is_short_and_explains_itself(path):
+    assert f"test_{path.stem}" in globals() and len(path.read_text().splitlines()) < 60
+    with redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit) as end:
+        tyro.cli(main_of(path.stem), args=["--help"])
+    assert end.value.code == 0 and "--model" in said.getvalue()

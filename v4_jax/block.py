@@ -1,0 +1,151 @@
+"""One layer of the model, and one repeat of the layers that repeat.
+
+Technical report, section 2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+from flax import struct
+from jax import Array
+
+from v4_jax.architecture import Architecture, Layer
+from v4_jax.cache.cache import Cache, WindowRole
+from v4_jax.layer_stack import role_index
+from v4_jax.layers.attention import Attention
+from v4_jax.layers.experts import Experts
+from v4_jax.layers.hyper_connections import HyperConnection, write_back
+from v4_jax.layers.mixture_of_experts import MixtureOfExperts
+from v4_jax.layers.norm import rms_norm
+from v4_jax.layers.stages import SPARSE, Remat, Stage, rematerialised
+from v4_jax.layout import Layout
+from v4_jax.outputs import Decided, Routing
+from v4_jax.parameters import Module
+from v4_jax.policy import Policy
+from v4_jax.sharding.split import Split
+
+
+class Carry(struct.PyTreeNode):
+    """What one layer hands to the next, and a scan carries."""
+
+    streams: Array
+    cache: Cache | None
+
+
+class Context(struct.PyTreeNode):
+    """What every layer of one call shares: token ids [B, S] and where they stand."""
+
+    tokens: Array
+    layout: Layout
+
+
+class Block(Module):
+    """One layer: attention and experts, each between a collapse of the streams and a write back to them.
+
+    Attributes:
+      config: the architecture.
+      policy: precision.
+      roles: what the layer is.
+      stage: see `layers.stages`.
+      window: where in the cache its last keys are.
+    """
+
+    config: Architecture
+    policy: Policy
+    roles: Layer
+    stage: Stage = SPARSE
+    window: WindowRole = "window"
+
+    @nn.compact
+    def __call__(
+        self,
+        carry: Carry,
+        context: Context,
+        layer: Any,
+        role_index: Any,
+        replay: Routing,
+        stacked: tuple[Experts, Any] | None = None,
+    ) -> tuple[Carry, Decided]:
+        """Runs the layer.
+
+        Args:
+          carry: streams [B, S, hc, D] and cache.
+          context: what all layers share.
+          layer: the layer's number, which is its place in the window's stack.
+          role_index: its number among the layers of its attention role.
+          replay: this layer's decisions to repeat, without the layer axis; empty to decide anew.
+          stacked: see `MixtureOfExperts`.
+
+        Returns:
+          Streams and cache after the layer, and its decisions without the layer axis.
+        """
+        c = self.config
+        site = HyperConnection(config=c, prefix=self.prefix + "hc_attn_", split=self.split, name="hc_attn")
+        y, mix = site(carry.streams)
+        y = rms_norm(y, self.norm("attn_norm", c.hidden_size), c.rms_norm_eps)
+        attention = Attention(
+            config=c,
+            policy=self.policy,
+            roles=self.roles,
+            stage=self.stage,
+            prefix=self.prefix + "attn.",
+            window=self.window,
+            split=self.split,
+            name="attn",
+        )
+        z, cache, picked, loss = attention(y, context.layout, carry.cache, layer, role_index, replay.entries)
+        streams = write_back(carry.streams, z, mix)
+
+        site = HyperConnection(config=c, prefix=self.prefix + "hc_ffn_", split=self.split, name="hc_ffn")
+        y, mix = site(streams)
+        y = rms_norm(y, self.norm("ffn_norm", c.hidden_size), c.rms_norm_eps)
+        ffn = MixtureOfExperts(
+            config=c,
+            policy=self.policy,
+            role=self.roles.feed_forward,
+            prefix=self.prefix + "ffn.",
+            split=self.split,
+            name="ffn",
+        )
+        z, decided = ffn(y, context.tokens, context.layout.valid, stacked, replay.experts)
+        decided = Decided(decided.routing.replace(entries=picked), decided.statistics.replace(indexer_loss=loss))
+        return Carry(write_back(streams, z, mix), cache), decided
+
+
+class PeriodBlocks(nn.Module):
+    """One repeat of the repeating roles: the body of the scan over layers."""
+
+    config: Architecture
+    policy: Policy
+    split: Split
+    stage: Stage = SPARSE
+    remat: Remat = "none"
+
+    @nn.compact
+    def __call__(
+        self, carry: Carry, x: tuple[Any, list[Routing]], context: Context, stacks: list[Experts] | None
+    ) -> tuple[Carry, list[Decided]]:
+        """Runs the layers of repeat `x[0]` with the decisions `x[1]` to replay; see `Block`."""
+        repeat, replay = x
+        period, decided = self.config.period, []
+        roles = [roles.attention for roles in self.config.layers]
+        make = rematerialised(Block, self.remat, in_scan=True)
+        for place, layer in enumerate(period.layers(0)):
+            first = role_index(self.config, layer)
+            per_repeat = roles[period.start : period.start + period.length].count(roles[layer])
+            block = make(
+                config=self.config,
+                policy=self.policy,
+                roles=self.config.layers[layer],
+                stage=self.stage,
+                prefix=f"layers.{{layers[{place}]}}.",
+                split=self.split,
+                name=f"block_{place}",
+            )
+            stacked = None if stacks is None else (stacks[place], repeat)
+            number = layer + repeat * period.length
+            carry, one = block(carry, context, number, first + repeat * per_repeat, replay[place], stacked)
+            decided.append(one)
+        return carry, decided

@@ -1,0 +1,166 @@
+"""Compressed entries and index keys: what a layer keeps for good, one for every few tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from v4_jax.architecture import RATIO_OF_ROLE
+from v4_jax.cache.rows import StoredRows, batch_rows
+from v4_jax.sharding import collectives
+from v4_jax.sharding.collectives import Axes
+
+# The entries of CSA layers, their index keys, and the entries of HCA layers.
+EntryRole = Literal["csa", "index", "hca"]
+
+# Tokens for each entry.
+ENTRY_RATIOS: dict[EntryRole, int] = {
+    "csa": RATIO_OF_ROLE["csa"],
+    "index": RATIO_OF_ROLE["csa"],
+    "hca": RATIO_OF_ROLE["hca"],
+}
+
+PAGE = math.lcm(*ENTRY_RATIOS.values())  # tokens, whose blocks all end where it does
+
+OVERLAPPING_RATIO = 4
+
+
+def span(ratio: int) -> int:
+    """Tokens that enter one compressed entry: its own block and, where blocks overlap, the one before."""
+    return 2 * ratio if ratio == OVERLAPPING_RATIO else ratio
+
+
+def projection_width(ratio: int, width: int) -> int:
+    """Channels of a token's projections for entries of `width`: values and gates, once per block that it enters."""
+    return 2 * width * span(ratio) // ratio
+
+
+class Entries(struct.PyTreeNode):
+    """One layer's compressed entries, in order.
+
+    Spread over devices they lie round robin, number n on device n mod devices, so that every device holds the same
+    share at any length. A number is a row's own count of its entries, a local number a row's count of those on this
+    device. An entry lies where the row's table says that its page does; without a table, at its local number.
+
+    Attributes:
+      rows: the role's rows, all layers: [L, B, local numbers] without a table, [L, 1, places] with one.
+      layer: which of them this is.
+      dtype: dtype that is read.
+      axes: mesh axes over which the entries are spread.
+      table: [B, pages] int32 which page of the rows each page of a row is; -1 for none.
+      page: entries of a page, on this device.
+    """
+
+    rows: StoredRows
+    layer: Any
+    dtype: Any = struct.field(pytree_node=False)
+    axes: Axes = struct.field(pytree_node=False, default=())
+    table: Array | None = None
+    page: int = struct.field(pytree_node=False, default=0)
+
+    @classmethod
+    def uncached(cls, entries: Array) -> Entries:
+        """Wraps entries [B, E, C] that live in no cache, differentiably.
+
+        They are held in float32, in which the gradients that reach an entry from all query blocks are then added up.
+        """
+        return cls(StoredRows((entries[None].astype(jnp.float32),), dtype=jnp.float32), 0, entries.dtype)
+
+    @property
+    def count(self) -> int:
+        """Entries of a row that this device can hold."""
+        return self.rows.shape[2] if self.table is None else self.table.shape[1] * self.page
+
+    def local(self, numbers: Array) -> Array:
+        """Local numbers of entries; -1 for those that lie on other devices, and for -1."""
+        devices = collectives.size(self.axes)
+        return jnp.where((numbers >= 0) & (numbers % devices == collectives.index(self.axes)), numbers // devices, -1)
+
+    def numbers(self, local: Array) -> Array:
+        """Numbers of the entries with these local numbers; -1 for -1."""
+        return jnp.where(local >= 0, local * collectives.size(self.axes) + collectives.index(self.axes), -1)
+
+    def below(self, number: Array) -> Array:
+        """How many of the entries before `number` lie on this device."""
+        devices = collectives.size(self.axes)
+        return (number + devices - 1 - collectives.index(self.axes)) // devices
+
+    def places(self, rows: Array, local: Array) -> tuple[Any, Array]:
+        """Where entries of batch rows lie in the arrays: rows and places there.
+
+        Args:
+          rows: int32, broadcast with `local`.
+          local: int32 local numbers; the place of one out of range, or without a page, is the one after the last.
+        """
+        if self.table is None:
+            return rows, jnp.where((local < 0) | (local >= self.count), self.count, local)
+        page = self.table[rows, jnp.clip(local // self.page, 0, self.table.shape[1] - 1)]
+        real = (page >= 0) & (local >= 0) & (local < self.count)
+        return 0, jnp.where(real, page * self.page + local % self.page, self.rows.shape[2])
+
+    def write(self, numbers: Array, entries: Array) -> Entries:
+        """Stores `entries` [B, E, C] as `numbers` [B, E], dropping those out of range or of other devices.
+
+        What is not finite is stored as zero: pages go from row to row, and zero times NaN, or infinity, is not zero. A
+        row that has come to it is not cured, as its window has it too.
+        """
+        entries = jnp.where(jnp.isfinite(entries), entries, 0)
+        rows, places = self.places(batch_rows(numbers, 1), self.local(numbers))
+        return self.replace(rows=self.rows.write(self.layer, rows, places, entries))
+
+    def gather(self, local: Array) -> Array:
+        """Entries with local numbers [B, Q, K] (-1 reads an arbitrary one): [B, Q, K, C]."""
+        rows, places = self.places(batch_rows(local, 2), jnp.maximum(local, 0))
+        return self.rows.read(self.layer, rows, jnp.minimum(places, self.rows.shape[2] - 1), self.dtype)
+
+    def all_gather(self, limit: Array, everywhere: Axes) -> Entries:
+        """The layer's entries of all devices on each, in stored form; numbers are then local numbers.
+
+        Args:
+          limit: int32 entries that any row of this device needs.
+          everywhere: mesh axes whose devices must agree on how much to send.
+
+        Only as much travels as the fullest row of all devices needs, rounded up to a sixteenth, a quarter or all of
+        the room.
+        """
+        if not self.axes:
+            return self
+        devices, unit = collectives.size(self.axes), 1 if self.table is None else self.page
+        sizes = sorted({-(-self.count // (parts * unit)) * unit for parts in (16, 4, 1)})
+
+        def gathered(count: int) -> Callable[[tuple[Array, ...]], tuple[Array, ...]]:
+            def gather(array: Array) -> Array:
+                cut = self._cut(array, 0, count)
+                rows = jax.lax.all_gather(cut, self.axes, axis=2)  # numbers rise along devices, then along local ones
+                rows = rows.reshape(1, cut.shape[0], count * devices, *cut.shape[2:])
+                return jnp.pad(rows, [(0, 0)] * 2 + [(0, (self.count - count) * devices)] + [(0, 0)] * (cut.ndim - 2))
+
+            return lambda arrays: tuple(gather(array) for array in arrays)
+
+        limit = collectives.pmax(limit, everywhere)
+        enough = sum((limit > count * devices).astype(jnp.int32) for count in sizes[:-1])
+        arrays = jax.lax.switch(enough, [gathered(count) for count in sizes], self.rows.arrays)
+        return Entries(self.rows.replace(arrays=arrays), 0, self.dtype)
+
+    def block(self, first: Any, size: int) -> Array:
+        """Entries with local numbers [first, first + size) of every row: [B, size, C].
+
+        `first + size` must not exceed `count`; where there are pages, both are multiples of `page`.
+        """
+        return self.rows.decode(tuple(self._cut(array, first, size) for array in self.rows.arrays), self.dtype)
+
+    def _cut(self, array: Array, first: Any, size: int) -> Array:
+        """The same of one stored part."""
+        channels = array.shape[3:]
+        if self.table is None:
+            starts = (self.layer, 0, first, *(0 for _ in channels))
+            return jax.lax.dynamic_slice(array, starts, (1, array.shape[1], size, *channels))[0]
+        pages = jax.lax.dynamic_slice_in_dim(self.table, first // self.page, size // self.page, axis=1)
+        whole = array.reshape(array.shape[0], -1, self.page, *channels)[self.layer, jnp.maximum(pages, 0)]
+        return whole.reshape(pages.shape[0], size, *channels)

@@ -1,0 +1,68 @@
+"""Layers and what there is of each: some stand alone, the repeating period is stacked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from v4_jax.architecture import Architecture
+from v4_jax.outputs import Decided, Routing
+
+
+def unrolled(config: Architecture) -> list[int]:
+    """Layers outside the repeating period."""
+    period = config.period
+    return [i for i in range(config.num_hidden_layers) if not period.start <= i < period.stop]
+
+
+def role_index(config: Architecture, layer: int) -> int:
+    """A layer's number among those of its attention role."""
+    roles = [roles.attention for roles in config.layers]
+    return roles[:layer].count(roles[layer])
+
+
+def replayed(config: Architecture, routing: Routing | None, layers: Sequence[int]) -> Routing:
+    """The decisions to replay of layers with the same roles, stacked again; empty without any."""
+    if routing is None:
+        return Routing()
+    csa = config.layers[layers[0]].attention == "csa"
+    indices = jnp.asarray([role_index(config, i) for i in layers])
+    return Routing(
+        None if routing.experts is None else routing.experts[jnp.asarray(layers)],
+        routing.entries[indices] if csa and routing.entries is not None else None,
+    )
+
+
+def stacked(decided: Sequence[Decided]) -> Decided:
+    """What layers decided, in order, with a layer axis: of those that have each field."""
+
+    def stack(*values: Array | None) -> Array | None:
+        present = [value for value in values if value is not None]
+        return jnp.stack(present) if present else None
+
+    return jax.tree.map(stack, *decided, is_leaf=lambda node: node is None)
+
+
+def by_layer(config: Architecture, values: Any) -> list[tuple[tuple[str, ...], Any]]:
+    """Values of all layers, arranged as parameters are.
+
+    Args:
+      config: the architecture.
+      values: [layers, ...] array, with the MTP block's as the last where there is one.
+
+    Returns:
+      Pairs of the path of a layer's parameters in the tree, or of one place of the repeating period, and its value; in
+      the period they are stacked.
+    """
+    period = config.period
+    found: list[tuple[tuple[str, ...], Any]] = [((f"layer_{i}",), values[i]) for i in unrolled(config)]
+    if period.repeats:
+        for place in range(period.length):
+            found.append((("period", f"block_{place}"), values[period.start + place : period.stop : period.length]))
+    if config.num_nextn_predict_layers:
+        found.append((("mtp",), values[-1]))
+    return found

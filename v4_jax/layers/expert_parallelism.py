@@ -1,0 +1,124 @@
+"""Experts wherever they are: tokens visit the devices that hold theirs, and what these compute is combined."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from v4_jax.architecture import Architecture
+from v4_jax.kernels.choose import map_groups
+from v4_jax.kernels.grouped_matmul.tpu import grouped_matmul, supports
+from v4_jax.layers.experts import Experts, expert_ffn
+from v4_jax.sharding import collectives
+from v4_jax.sharding.dispatch import Choices, visit
+from v4_jax.sharding.split import Split
+
+FEW_TOKENS = 1024  # up to so many, every device sees all tokens and computes its experts' share of them
+
+
+@jax.named_scope("experts.dispatch")
+def dispatch(
+    x: Array,
+    assigned: Array,
+    weights: Array,
+    experts: Experts,
+    layer: Any,
+    config: Architecture,
+    dtype: Any,
+    split: Split,
+) -> Array:
+    """Computes every token's experts wherever they are, and sums them.
+
+    Experts lie on the devices along `split.axes("experts")`. Along those of these axes that also split the tokens, few
+    tokens visit all devices and many go to their experts' devices only; along the others every device has the same
+    tokens and adds its experts' share.
+
+    Args:
+      x: [T, D].
+      assigned: [T, K] expert of each choice; `n_routed_experts` for none.
+      weights: [T, K] float32 routing weights.
+      experts: this device's; see `MixtureOfExperts.__call__`.
+      layer: layer number in stacked weights, or None.
+      config: the architecture.
+      dtype: compute dtype.
+      split: where experts and tokens are.
+
+    Returns:
+      [T, D] float32.
+    """
+    owners = split.axes("experts")
+    same = split.shared("experts")
+    away = tuple(axis for axis in owners if axis not in same)
+    own = config.n_routed_experts // split.count(owners)
+    local = functools.partial(local_experts, count=own, limit=config.swiglu_limit)
+
+    if x.shape[0] * split.count(away) <= FEW_TOKENS or not away:
+        first = collectives.index(owners) * own
+        rows, assigned, weights = (
+            collectives.all_gather(array, away, 0) for array in (x.astype(dtype), assigned, weights)
+        )
+        here = (assigned >= first) & (assigned < first + own)
+        total = local(rows, jnp.where(here, assigned - first, own), weights, experts, layer)
+        return collectives.psum(collectives.reduce_scatter(total, away, 0), same)
+
+    def work(rows: Array, extra: tuple[Array, Array], weights: tuple[Experts, Any]) -> Array:
+        number, weight = extra  # counted from 1, so that places without a row have none
+        return local(rows, jnp.where(number > 0, number - 1, own)[:, None], weight[:, None], *weights)
+
+    places = dict(
+        zip(owners, jnp.unravel_index(assigned // own, [split.count((axis,)) for axis in owners]), strict=True)
+    )
+    mine = assigned < config.n_routed_experts
+    for axis in same:
+        mine &= places[axis] == collectives.index((axis,))
+    owner = jnp.zeros_like(assigned)
+    for axis in away:
+        owner = owner * split.count((axis,)) + places[axis]
+    owner = jnp.where(mine, owner, split.count(away))
+    choices = Choices(owner, (assigned % own + 1, weights))
+    total = visit(work, x.shape[-1], away, split.everywhere, x.astype(dtype), choices, (experts, layer))
+    return collectives.psum(total, same)
+
+
+def local_experts(
+    x: Array, assigned: Array, weights: Array, experts: Experts, layer: Any, *, count: int, limit: float
+) -> Array:
+    """Sorts tokens by expert, computes, and sums each token's experts back.
+
+    Args:
+      x: [T, D] in the compute dtype.
+      assigned: [T, K] which of this device's experts each choice is; `count` for none of them.
+      weights: [T, K] float32 routing weights.
+      experts: their weights; see `MixtureOfExperts.__call__`.
+      layer: layer number in stacked weights, or None.
+      count: experts of this device.
+      limit: bound of the experts' activations.
+
+    Returns:
+      [T, D] float32.
+    """
+    tokens, top = assigned.shape
+    with jax.named_scope("experts.sort"):
+        order = jnp.argsort(assigned.reshape(-1), stable=True)
+        sizes = jnp.bincount(assigned.reshape(-1), length=count).astype(jnp.int32)
+        rows = (x[order // top], weights.reshape(-1)[order])
+
+    def run(rows: tuple[Array, Array], group: Experts) -> Array:
+        return expert_ffn(rows[0], group, rows[1], limit, x.dtype)
+
+    def run_all(rows: tuple[Array, Array], experts: Experts, sizes: Array, layer: Any) -> Array:
+        def product(x: Array, weight: Any, dtype: Any) -> Array:
+            return grouped_matmul(x.astype(dtype), weight, sizes, layer=layer)
+
+        return expert_ffn(rows[0], experts, rows[1], limit, x.dtype, product)
+
+    kernel = run_all if all(supports(weight, x.dtype) for weight in experts) else None
+    with jax.named_scope("experts.ffn"):
+        out = map_groups(run, rows, experts, sizes, layer=layer, width=x.shape[-1], kernel=kernel)
+    with jax.named_scope("experts.combine"):
+        back = jnp.argsort(order)
+        return jnp.sum(out[back].reshape(tokens, top, -1), axis=1)

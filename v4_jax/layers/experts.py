@@ -1,0 +1,40 @@
+"""One expert, or rows of all of them: a clamped SwiGLU (technical report, sections 2.1 and 4.2.3)."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from v4_jax.layers.linear import linear
+
+
+class Experts(NamedTuple):
+    """Routed expert weights, [E, out, in] each or [layers, E, out, in] when shared by a scan over layers."""
+
+    w1: Any
+    w2: Any
+    w3: Any
+
+
+@functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
+def swiglu(gate: Array, up: Array, limit: float) -> Array:
+    """silu(min(gate, limit)) * clip(up, -limit, limit) in float32; computed again backwards, as `rms_norm` is."""
+    gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
+    return jax.nn.silu(jnp.minimum(gate, limit)) * jnp.clip(up, -limit, limit)
+
+
+def expert_ffn(
+    x: Array, weights: Experts, scale: Array | None, limit: float, dtype: Any, product: Any = linear
+) -> Array:
+    """One expert on rows [T, D]: [T, D] float32. `scale` [T] multiplies the hidden activation before its rounding.
+
+    Or each row's own expert, when `product` (of rows, weights and dtype) is a grouped one.
+    """
+    hidden = swiglu(product(x, weights.w1, dtype), product(x, weights.w3, dtype), limit)
+    if scale is not None:
+        hidden = hidden * scale[:, None]
+    return product(hidden.astype(dtype), weights.w2, dtype).astype(jnp.float32)

@@ -1,0 +1,119 @@
+"""Softmax over sets of keys that are seen apart, merged as if they had been seen together (log-sum-exp).
+
+The window's keys, the entries of one block or another, the entries on this device and on others: each set gives a
+`Partial`, and any two merge. The sink joins last.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from v4_jax.kernels.choose import products, weighted
+from v4_jax.sharding import collectives
+from v4_jax.sharding.collectives import Axes, pmax, psum, reduce_scatter
+
+MASKED = -1e30  # finite, so that a query with nothing to see stays free of NaN
+
+
+class Partial(NamedTuple):
+    """Softmax over some of the keys, in a form that can be merged with the rest (all float32).
+
+    Attributes:
+      maximum: [B, Q, H] largest logit; no gradient flows to it.
+      total: [B, Q, H] sum of exp(logit - maximum).
+      weighted: [B, Q, H, C] sum of exp(logit - maximum) * value.
+    """
+
+    maximum: Array
+    total: Array
+    weighted: Array
+
+
+def nothing(queries: Array) -> Partial:
+    """Attention over no keys."""
+    shape = queries.shape[:3]
+    return Partial(jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros(queries.shape))
+
+
+def attend(queries: Array, keys: Array, mask: Array) -> Partial:
+    """Attention over one set of keys, which are also the values.
+
+    Args:
+      queries: [B, Q, H, C].
+      keys: [B, K, C] shared by the queries, or [B, Q, K, C] with each query's own.
+      mask: [B, Q, K] True where visible.
+    """
+    mask = mask[:, :, None, :]
+    logits = jnp.where(mask, _logits(queries, keys), MASKED)
+    # `finish` divides by what was subtracted here: it cancels out of the result, and so would its gradient.
+    maximum = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+    shares = jnp.where(mask, jnp.exp(logits - maximum[..., None]), 0.0)
+    return Partial(maximum, jnp.sum(shares, axis=-1), weighted(shares, keys))
+
+
+def mass(queries: Array, keys: Array, mask: Array, log_total: Array) -> Array:
+    """The attention [B, Q, K] that each key gets, all heads added up, of softmaxes with known denominators.
+
+    Args:
+      queries: [B, Q, H, C].
+      keys: as for `attend`.
+      mask: [B, Q, K] True where visible.
+      log_total: [B, Q, H] logarithm of the softmax's denominator over all keys there are.
+    """
+    return jnp.sum(jnp.where(mask[:, :, None], jnp.exp(_logits(queries, keys) - log_total[..., None]), 0), axis=2)
+
+
+def merge(a: Partial, b: Partial) -> Partial:
+    """Merges the softmaxes of two disjoint sets of keys."""
+    maximum = jnp.maximum(a.maximum, b.maximum)
+    of_a, of_b = jnp.exp(a.maximum - maximum), jnp.exp(b.maximum - maximum)
+    return Partial(
+        maximum,
+        a.total * of_a + b.total * of_b,
+        a.weighted * of_a[..., None] + b.weighted * of_b[..., None],
+    )
+
+
+def finish(partial: Partial, sink: Array) -> Array:
+    """The attention output [B, Q, H, C] float32; the sink logit [H] takes part in the denominator alone."""
+    maximum = jax.lax.stop_gradient(jnp.maximum(partial.maximum, sink))
+    rescale = jnp.exp(partial.maximum - maximum)
+    total = partial.total * rescale + jnp.exp(sink - maximum)
+    return partial.weighted * (rescale / total)[..., None]
+
+
+def log_denominator(partial: Partial, sink: Array) -> Array:
+    """Logarithm [B, Q, H] of the softmax's denominator, the sink logit [H] included."""
+    return jnp.logaddexp(partial.maximum + jnp.log(partial.total), sink)
+
+
+def merge_devices(partial: Partial, axes: Axes, heads: Axes) -> Partial:
+    """Merges the softmaxes of all devices along `axes`, which each saw other keys.
+
+    Args:
+      partial: this device's, for all heads that any device along `heads` works on.
+      axes: mesh axes over which the keys are split.
+      heads: those of them along which the heads' work is shared: a device gets its own heads back.
+    """
+    if not axes:
+        return partial
+    maximum = pmax(partial.maximum, axes)
+    rescale = jnp.exp(partial.maximum - maximum)
+    rest = tuple(axis for axis in axes if axis not in heads)
+
+    def total(x: Array) -> Array:
+        return psum(reduce_scatter(x, heads, 2), rest)
+
+    if heads:
+        own = partial.maximum.shape[2] // collectives.size(heads)
+        mine = collectives.index(heads) * own
+        maximum = jax.lax.dynamic_slice_in_dim(maximum, mine, own, axis=2)
+    return Partial(maximum, total(partial.total * rescale), total(partial.weighted * rescale[..., None]))
+
+
+def _logits(queries: Array, keys: Array) -> Array:
+    return products(queries, keys) * queries.shape[-1] ** -0.5

@@ -1,0 +1,149 @@
+"""Attention by blocks of queries: what a block sees, and how a chunk is cut into them and joined again.
+
+A block's queries are projected, attend their windows and entries, and give their outputs before the next block's begin,
+so that nothing of size sequence x heads or sequence x entries is ever held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from v4_jax.layers.stages import recompute
+from v4_jax.layers.visible import Visible
+
+QUERY_BLOCK = 128  # queries of a row that see the same keys of the window,
+BATCH_BLOCK = 512  # and of all rows, which bounds the memory of a large batch
+TOGETHER = 2**21  # logits of the window, up to which several blocks of queries are attended side by side
+
+Outputs = TypeVar("Outputs")
+
+
+class Queries(NamedTuple):
+    """The queries of a chunk, or of a block of it, S of them.
+
+    Attributes:
+      latent: [B, S, q_lora_rank] normed, from which they are projected.
+      positions: [B, S] int32 rotary positions.
+      indices: [1, S] int32 their numbers in the chunk.
+      first: [B, S] int32 chunk index of the first token of their documents.
+      low: [B, S] int32 the first entry that they see.
+      high: [B, S] int32 one past the last entry that they see.
+      index_weights: [B, S, index heads] float32 head weights of the indexer; None where there is none.
+      picks: [B, S, K] int32 entries to attend instead of the indexer's choice, or None.
+    """
+
+    latent: Array
+    positions: Array
+    indices: Array
+    first: Array
+    low: Array
+    high: Array
+    index_weights: Array | None = None
+    picks: Array | None = None
+
+
+class QueryBlock(NamedTuple):
+    """A block of Q queries and what it sees.
+
+    Attributes:
+      queries: the queries.
+      keys: [B, past + Q, C] all keys that the window shows any of them.
+      visible: the entries that they see.
+    """
+
+    queries: Queries
+    keys: Array
+    visible: Visible
+
+    def window(self, past: int) -> Array:
+        """[B, Q, past + Q] which of the keys each query sees: of its document, itself and at most `past` before it."""
+        queries = self.queries
+        number = queries.indices[:, :1, None] - past + jnp.arange(self.keys.shape[1])
+        oldest = jnp.maximum(queries.first, queries.indices - past)
+        return (number >= oldest[..., None]) & (number <= queries.indices[..., None])
+
+
+def by_query_blocks(
+    block: Callable[[QueryBlock], Outputs], tail: Array, keys: Array, queries: Queries, heads: int
+) -> Outputs:
+    """Runs `block` on blocks of at most `QUERY_BLOCK` queries, and no more than the window is long.
+
+    Where there is little in a block, several are attended side by side, in one operation each.
+
+    Args:
+      block: from a block to a pytree of [B, Q, ...] arrays.
+      tail: [B, past, C] keys before the first.
+      keys: [B, S, C] keys of the chunk.
+      queries: of the chunk.
+      heads: query heads of the model, also where a device works on some of them: entries picked are not so divided.
+
+    Returns:
+      The outputs, [B, S, ...] again. The backward pass recomputes them step by step where there are several, but for
+      the entries picked.
+    """
+    (batch, size), past = keys.shape[:2], tail.shape[1]
+    blocks = -(-size // min(QUERY_BLOCK, past + 1, max(16, BATCH_BLOCK // batch)))
+    width = -(-size // blocks)
+    steps = -(-blocks // max(1, TOGETHER // (batch * heads * width * (past + width))))
+    together = -(-blocks // steps)
+
+    def step(tail: Array, x: tuple[Queries, Array]) -> tuple[Array, Outputs]:
+        queries, keys = x
+        seen = jnp.concatenate([tail, keys], axis=1)
+        least, most = jnp.min(queries.low), jnp.max(queries.high)
+
+        def run(queries: Queries, keys: Array) -> Outputs:
+            return block(QueryBlock(queries, keys, Visible(queries.low, queries.high, least, most)))
+
+        after = seen[:, seen.shape[1] - past :]
+        if together == 1:
+            return after, run(queries, seen)
+        side_by_side = jax.tree.map(lambda x: _cut(x, together), queries)
+        return after, jax.tree.map(_join, jax.vmap(run)(side_by_side, _windows(seen, past, width, together)))
+
+    padding = steps * together * width - size
+    queries, keys = jax.tree.map(lambda x: _padded(x, padding), (queries, keys))
+    if steps == 1:
+        outputs = step(tail, (queries, keys))[1]
+    else:
+        by_step = jax.tree.map(lambda x: _cut(x, steps), (queries, keys))
+        outputs = jax.tree.map(_join, jax.lax.scan(recompute(step), tail, by_step)[1])
+    return jax.tree.map(lambda x: x[:, :size], outputs)
+
+
+def _windows(seen: Array, past: int, width: int, together: int) -> Array:
+    """The keys [together, B, past + width, C] of blocks side by side, from [B, past + together * width, C] of them all.
+
+    Joined from whole pieces as long as a block, so that there are as many operations whatever the row's length. With
+    together = 3 and a `past` that reaches into 2 pieces before a block's own:
+
+        seen          |  past  |block 0|block 1|block 2|
+        pieces    |  p0   |  p1   |  p2   |  p3   |  p4   |      padded on the left to whole pieces
+        block 0   |.[ p0      p1      p2 ]                       [ ]: past + width keys
+        block 1           |.[ p1      p2      p3 ]               .  : of no use to the block, cut off
+        block 2                   |.[ p2      p3      p4 ]
+    """
+    before = -(-past // width)
+    pieces = _cut(jnp.pad(seen, [(0, 0), (before * width - past, 0), (0, 0)]), before + together)
+    windows = jnp.concatenate([pieces[i : i + together] for i in range(before + 1)], axis=2)
+    return windows[:, :, before * width - past :]
+
+
+def _padded(x: Array, padding: int) -> Array:
+    return jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+
+
+def _cut(x: Array, count: int) -> Array:
+    """[B, count * n, ...] -> [count, B, n, ...]."""
+    return jnp.moveaxis(x.reshape(x.shape[0], count, -1, *x.shape[2:]), 1, 0)
+
+
+def _join(x: Array) -> Array:
+    """[count, B, n, ...] -> [B, count * n, ...]."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
