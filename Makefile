@@ -63,4 +63,4 @@ tpu: $(VENV)/ready-tpu
 	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/kernels/test_compiles_for_tpu.py tests/infer/engine/test_programs_for_tpu.py tests/commands/test_plan.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .cache build *.egg-info .pytest_cache .ruff_cache .mypy_cache

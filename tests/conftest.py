@@ -1,6 +1,7 @@
 """Fixtures for all tests."""
 
 import os
+from pathlib import Path
 
 # Programs here are tiny and most run once: compiling them takes the time. These switches change how code is generated,
 # not what it computes, and cut that time to a third. They must be set before jax is imported.
@@ -9,9 +10,13 @@ _QUICK = (
 )
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK}".strip()
 
-from pathlib import Path  # noqa: E402
 
-import jax  # noqa: E402
+# Compiled programs are kept under the checkout: tests, workers, processes that tests start, and runs share them.
+PROGRAMS = Path(__file__).parents[1] / ".cache" / "programs"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(PROGRAMS)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
 import pytest  # noqa: E402
 
 DATA = Path(__file__).parent / "data"
@@ -35,20 +40,3 @@ def tpu_devices(topology: str) -> list:
 def released(request) -> Path:
     """Each of the released-layout directories in turn."""
     return DATA / request.param
-
-
-@pytest.fixture(scope="session")
-def programs(tmp_path_factory):
-    """Where compiled programs are kept: many tests need the same few."""
-    path = str(tmp_path_factory.mktemp("programs"))
-    settings = {
-        "jax_compilation_cache_dir": path,
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield path
-    for name, value in before.items():
-        jax.config.update(name, value)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.equivalence.tiny import make
+from tests.models import make
 from v4_jax import Config, ConfigError, Transformer, init_cache
 from v4_jax.cache.entries import PAGE
 from v4_jax.cache.ring import Ring

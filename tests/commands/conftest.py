@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.equivalence.tiny import make
+from tests.models import two
 from v4_jax import Transformer, load
 from v4_jax.checkpoint import export
 from v4_jax.commands import main
@@ -28,7 +28,7 @@ class Result(NamedTuple):
 def model(tmp_path_factory):
     """A released directory: two layers, bytes for tokens."""
     path = tmp_path_factory.mktemp("models") / "small"
-    tiny = make(num_hidden_layers=2, compress_ratios=(0, 4, 0), num_hash_layers=1, vocab_size=320)
+    tiny = two()
     export((tiny.config, tiny.params), path)
     (path / "generation_config.json").write_text(json.dumps({"temperature": 1.0, "top_p": 1.0, "do_sample": True}))
     return path
@@ -57,7 +57,7 @@ def logprobs_of(model):
 
 
 @pytest.fixture
-def run(capsys, monkeypatch, programs):
+def run(capsys, monkeypatch):
     """Runs a command in this process: `run("generate", ...)`, with text for stdin as `stdin=`."""
 
     def call(*arguments, stdin=""):
@@ -73,13 +73,11 @@ def run(capsys, monkeypatch, programs):
 
 
 @pytest.fixture
-def start(programs):
+def start():
     """Starts a command as a process of its own, with changes to the environment as keywords."""
 
     def begin(*arguments, **variables):
         environment = os.environ | {
-            "JAX_COMPILATION_CACHE_DIR": programs,
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PLATFORMS": "cpu",
             **variables,
         }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.equivalence.tiny import make
+from tests.models import two
 from v4_jax.checkpoint import export
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +20,7 @@ FAST = ("--policy", "float32", "--greedy", "--max-tokens", "6", "--prefill-chunk
 def eight(tmp_path_factory):
     """A released directory with eight experts."""
     path = tmp_path_factory.mktemp("eight") / "model"
-    tiny = make(num_hidden_layers=2, compress_ratios=(0, 4, 0), num_hash_layers=1, vocab_size=320, n_routed_experts=8)
+    tiny = two()
     export((tiny.config, tiny.params), path)
     return path
 

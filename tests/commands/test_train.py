@@ -10,7 +10,7 @@ import time
 import pytest
 import yaml
 
-from tests.equivalence.tiny import make
+from tests.models import two
 from tests.processes import free_address
 from v4_jax.checkpoint import export
 from v4_jax.train.metrics import read_metrics
@@ -22,14 +22,7 @@ STEPS = 6
 def eight(tmp_path_factory):
     """A released directory with eight experts."""
     path = tmp_path_factory.mktemp("eight") / "model"
-    tiny = make(
-        num_hidden_layers=2,
-        compress_ratios=(0, 4),
-        num_nextn_predict_layers=0,
-        num_hash_layers=1,
-        vocab_size=320,
-        n_routed_experts=8,
-    )
+    tiny = two(mtp=False)
     export((tiny.config, tiny.params), path)
     return path
 

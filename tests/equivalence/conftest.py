@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import jax
+import numpy as np
 import pytest
 
-from tests.equivalence.tiny import Tiny, make
+from tests import models
 
 
 @pytest.fixture(scope="session")
-def tiny() -> Tiny:
-    """Six layers: three unrolled, and a period (hca, csa) when it repeats."""
-    return make()
+def tiny() -> models.Tiny:
+    """Six layers, some of which repeat."""
+    return models.six()
 
 
 @pytest.fixture(scope="session")
-def three() -> Tiny:
+def three() -> models.Tiny:
     """One layer of each role, for tests that compile many shapes."""
-    return make(num_hidden_layers=3, compress_ratios=(0, 4, 128, 0), num_hash_layers=1)
+    return models.three()
 
 
 @pytest.fixture(scope="session")
-def tokens():
-    return jax.random.randint(jax.random.key(7), (2, 300), 0, 64)
+def tokens() -> np.ndarray:
+    """[2, 300] token ids."""
+    return np.asarray(jax.random.randint(jax.random.key(7), (2, 300), 0, 64))

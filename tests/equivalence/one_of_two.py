@@ -12,13 +12,13 @@ import numpy as np
 if len(sys.argv) > 3:
     jax.distributed.initialize(sys.argv[4], num_processes=2, process_id=int(sys.argv[3]))
 
-from tests.equivalence.tiny import make
+from tests.models import three
 from v4_jax import Transformer
 from v4_jax.parameter_tree import placements
 from v4_jax.placement import Place
 from v4_jax.sharding.mesh import make_mesh
 
-tiny = make(num_hidden_layers=3, compress_ratios=(0, 4, 128, 0), num_hash_layers=1, n_routed_experts=8)
+tiny = three()
 place = Place(make_mesh(sys.argv[1]), "long-context")
 model = Transformer(tiny.config, policy="float32", mesh=place.mesh, rules=place.rules)
 params = jax.device_put(jax.tree.map(np.asarray, tiny.params), placements(tiny.config, place.mesh, place.rules))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.equivalence.tiny import TOLERANCE, make
+from tests.models import TOLERANCE, make
 from v4_jax import Routing, Transformer
 from v4_jax.kernels.grouped_matmul import groups
 from v4_jax.layers import entry_attention, indexer_loss, lightning_indexer, query_blocks

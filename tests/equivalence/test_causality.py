@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.equivalence.tiny import make
+from tests.models import make
 
 ROLES = {"sliding": (0, 0, 0), "csa": (4, 4, 0), "hca": (128, 128, 0), "all": (0, 4, 128, 4, 128, 4, 0)}
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.equivalence.tiny import TOLERANCE, TOPK
+from tests.models import TOLERANCE, TOPK
 
 EDGES = [*range(1, 10), 4 * TOPK - 1, 4 * TOPK, 4 * TOPK + 1, 127, 128, 129, 130]
 

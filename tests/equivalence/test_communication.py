@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.equivalence.spread import Spread
-from tests.equivalence.tiny import make
+from tests.models import OnMesh, three
 from v4_jax import declarations
 from v4_jax.cache.entries import projection_width, span
 from v4_jax.cache.ring import SPARE
@@ -28,7 +27,7 @@ CONTEXT = 16384
 
 @pytest.fixture(scope="module")
 def tiny():
-    return make(num_hidden_layers=3, compress_ratios=(0, 4, 128, 0), num_hash_layers=1, n_routed_experts=8)
+    return three()
 
 
 def served(spread, batch, size):
@@ -94,7 +93,7 @@ def test_long_chunk(tiny):
         # rows to their experts and back; expert and weight of each; how many
         "all-to-all": [(slots, c.hidden_size), (slots,), (devices,)],
     }
-    found = served(Spread(tiny, "seq=8", "long-context"), 1, size)
+    found = served(OnMesh(tiny, "seq=8", "long-context"), 1, size)
     assert not unnamed(found, split_all_to_all(named, devices))
     kinds = {collective.kind for collective in found}
     assert kinds == set(named)
@@ -127,7 +126,7 @@ def test_one_token(tiny, mesh):
         "all-reduce": [(rows, heads), (rows, own), (rows, own, c.head_dim), (rows, c.hidden_size)],
         "reduce-scatter": [(rows, own), (rows, own, c.head_dim)],
     }
-    found = served(Spread(tiny, mesh, "long-context"), rows, 1)
+    found = served(OnMesh(tiny, mesh, "long-context"), rows, 1)
     assert not unnamed(found, named)
     assert max(math.prod(shape.dimensions) for collective in found for shape in collective.shapes) <= largest
     assert {collective.kind for collective in found} == set(named) - (set() if tensor > 1 else {"reduce-scatter"})
@@ -136,7 +135,7 @@ def test_one_token(tiny, mesh):
 def test_training_step(tiny):
     """The backward pass mirrors the forward one; weights in shards are joined for use, their gradients reduced back."""
     c, rows, size = tiny.config, 2, 2048
-    spread = Spread(tiny, "seq=2,expert=2,tensor=2", "train")
+    spread = OnMesh(tiny, "seq=2,expert=2,tensor=2", "train")
     split = Split.on(spread.mesh, resolve("train"), size, 128)
 
     @functools.partial(jax.grad, allow_int=True)

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.equivalence.spread import Spread
-from tests.equivalence.tiny import TOLERANCE, make
+from tests.models import TOLERANCE, OnMesh, three
 from v4_jax import Config, init
 from v4_jax.layers.stages import Stage
 from v4_jax.parameter_tree import placements
@@ -34,9 +33,7 @@ DOCUMENTS = (131, 5, 388, 260, 30, 130, 70)  # most straddle shards, one covers 
 @pytest.fixture(scope="module")
 def tiny():
     """One layer of each role and an MTP block; experts enough for eight devices."""
-    return make(
-        num_hidden_layers=3, compress_ratios=(0, 4, 128, 0), num_hash_layers=1, n_routed_experts=8, index_n_heads=16
-    )
+    return three()
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +48,7 @@ def tokens():
 
 @pytest.fixture(scope="module", params=list(MESHES))
 def spread(request, tiny):
-    return Spread(tiny, request.param, MESHES[request.param])
+    return OnMesh(tiny, request.param, MESHES[request.param])
 
 
 @pytest.fixture(scope="module")
@@ -157,10 +154,10 @@ def test_fresh_parameters():
 
 
 def test_sequences_that_do_not_split(tiny, tokens):
-    spread = Spread(tiny, "seq=8", "long-context")
+    spread = OnMesh(tiny, "seq=8", "long-context")
     with pytest.raises(ShardingError, match=r"1100 tokens do not split over 8 devices .* expected a multiple of 1024"):
         spread(tokens[:, :1100])
     with pytest.raises(ShardingError, match="'batch' of size 2 cannot be split 8 ways over data"):
-        Spread(tiny, "data=8", "train")(tokens[:, :128])
+        OnMesh(tiny, "data=8", "train")(tokens[:, :128])
     with pytest.raises(ShardingError, match=r"'vocab' is split over \['data'\], which also split the batch"):
-        Spread(tiny, "data=2", PRESETS["decode"].replace(vocab="data"))(tokens[:, :128])
+        OnMesh(tiny, "data=2", PRESETS["decode"].replace(vocab="data"))(tokens[:, :128])

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.equivalence.spread import Spread
-from tests.equivalence.tiny import TOLERANCE, make
+from tests.models import TOLERANCE, OnMesh, make
 from v4_jax.placement import Place
 
 SIZES = (130, 1, 1, 128, 26, 1, 1)  # of chunks: over and short of what gathers a row's entries first
@@ -71,7 +70,7 @@ def test_rows_in_any_pages(three, tokens, dtype):
     ],
 )
 def test_on_a_mesh(three, tokens, mesh, table):
-    spread = Spread(three, mesh, "decode")
+    spread = OnMesh(three, mesh, "decode")
     place = Place(spread.mesh, spread.preset)
     cache = place.cache(three.config, 2, 2 * place.page, "float32", pages=6)
     assert cache.table.shape == (2, 2) and int(cache.table.max()) == -1

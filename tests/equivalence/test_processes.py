@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.equivalence.tiny import TOLERANCE
+from tests.models import TOLERANCE
 from tests.processes import finish, start, start_two
 
 SCRIPT = Path(__file__).with_name("one_of_two.py")

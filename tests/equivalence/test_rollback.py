@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.equivalence.tiny import TOLERANCE
+from tests.models import TOLERANCE
 from v4_jax.cache.ring import MOST_ROLLED_BACK
 
 # Around the ends of blocks of 4 and 128 tokens, of the window (16) and of its ring (24), and of the top-k (8 entries).

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.equivalence.tiny import TOLERANCE
+from tests.models import TOLERANCE
 
 LENGTHS = [1, 4, 37, 131]
 

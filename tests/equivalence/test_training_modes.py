@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests.equivalence.tiny import TOPK, jitted, make
+from tests.models import TOPK, jitted, make
 from v4_jax import Transformer, declarations
 from v4_jax.layers.indexer_loss import divergence
 from v4_jax.layers.stages import Stage

@@ -8,29 +8,17 @@ from pathlib import Path
 import pytest
 import tyro
 
-from tests.equivalence.tiny import make
+from tests.models import two
 from v4_jax.checkpoint import export
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-@pytest.fixture(autouse=True)
-def _kept(programs):
-    """Compiled programs are kept."""
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A released directory: two layers, bytes for tokens."""
     path = tmp_path_factory.mktemp("models") / "small"
-    tiny = make(
-        num_hidden_layers=2,
-        compress_ratios=(0, 4),
-        num_nextn_predict_layers=0,
-        num_hash_layers=1,
-        vocab_size=320,
-        n_routed_experts=8,
-    )
+    tiny = two(mtp=False)
     export((tiny.config, tiny.params), path)
     return path
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import DATA
-from tests.equivalence.tiny import make
+from tests.models import three
 from v4_jax.checkpoint import load
 from v4_jax.checkpoint.safetensors import SafetensorsFile
 from v4_jax.infer.chunks import chunk_size
@@ -27,7 +27,7 @@ def make_engine(config, params, **arguments):
 @pytest.fixture(scope="module")
 def small():
     """One layer of each role."""
-    return make(num_hidden_layers=3, compress_ratios=(0, 4, 128, 0), num_hash_layers=1)
+    return three()
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.equivalence.tiny import make
+from tests.models import two
 from v4_jax.placement import Place
 from v4_jax.sharding.mesh import make_mesh
 from v4_jax.train import loop
@@ -25,14 +25,7 @@ STEPS, EVERY = 8, 3
 @pytest.fixture(scope="module")
 def architecture():
     """Two layers, sliding and CSA, the second of which chooses its experts; few entries are picked."""
-    tiny = make(
-        num_hidden_layers=2,
-        compress_ratios=(0, 4),
-        num_nextn_predict_layers=0,
-        num_hash_layers=1,
-        vocab_size=320,
-        n_routed_experts=8,
-    )
+    tiny = two(mtp=False)
     return tiny.config.to_hf()
 
 
@@ -63,7 +56,7 @@ class Losses:
 
 
 @pytest.fixture
-def trainer(tmp_path, architecture, corpus, programs):
+def trainer(tmp_path, architecture, corpus):
     """`trainer(log, name, *changes)`: a run of eight steps with a checkpoint every three."""
 
     def build(log, name="run", *changes, mesh=None, say=lambda text: None):

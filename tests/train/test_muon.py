@@ -11,7 +11,7 @@ import optax
 import optax.contrib
 import pytest
 
-from tests.equivalence.tiny import make
+from tests.models import three
 from v4_jax import Config, declarations
 from v4_jax.parameter_tree import placements
 from v4_jax.parameters import is_parameter
@@ -19,7 +19,7 @@ from v4_jax.planning.hlo import Program
 from v4_jax.planning.hlo_costs import costs
 from v4_jax.sharding.axes import PRESETS, ShardingError
 from v4_jax.sharding.mesh import make_mesh, parse_mesh
-from v4_jax.train.muon import COEFFICIENTS, RMS, Plan, muon, newton_schulz, orthogonalise
+from v4_jax.train.muon import COEFFICIENTS, RMS, Assignment, muon, newton_schulz, orthogonalise
 from v4_jax.train.optimizer import balance, optimizer, state_placements
 
 RATE = 1e-2
@@ -28,7 +28,7 @@ MESHES = ("data=8", "expert=8", "tensor=2", "data=2,seq=4", "seq=2,expert=2,tens
 
 @pytest.fixture(scope="module")
 def tiny():
-    return make(num_hidden_layers=3, compress_ratios=(0, 4, 128, 0), num_hash_layers=1, n_routed_experts=8)
+    return three()
 
 
 def declared(config):
@@ -165,9 +165,9 @@ def test_spread_over_devices(tiny, mesh):
     groups = {}
     for parameter in declared(tiny.config):
         if parameter.group == "muon":
-            plan = Plan.of(parameter, spread, PRESETS["train"])
-            matrices = math.prod(parameter.shape) // math.prod(plan.shape)
-            key = (plan.shape, plan.rows, plan.columns, plan.idle)
+            assignment = Assignment.of(parameter, spread, PRESETS["train"])
+            matrices = math.prod(parameter.shape) // math.prod(assignment.shape)
+            key = (assignment.shape, assignment.rows, assignment.columns, assignment.idle)
             groups[key] = groups.get(key, 0) + matrices
     work = 0
     for (shape, *_), matrices in groups.items():

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from v4_jax.layers.stages import Stage
-from v4_jax.train.schedules import attention, learning_rate, loss_weights, stage_at, trained_part
+from v4_jax.train.schedules import attention, learning_rate, loss_weights, stage_at, trained_loss
 from v4_jax.train.settings import Settings, SettingsError, describe, read_settings, write_settings
 
 LEAST = {
@@ -107,7 +107,7 @@ def test_stages():
         Stage(dense=True, indexer_loss=True),
         Stage(dense=False, indexer_loss=True),
     ]
-    assert [trained_part(stage) for stage in (dense, indexer, sparse)] == ["model", "indexer", None]
+    assert [trained_loss(stage) for stage in (dense, indexer, sparse)] == ["model", "indexer", None]
 
 
 def test_loss_weights():

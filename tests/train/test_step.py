@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests.equivalence.tiny import make
+from tests.models import three
 from v4_jax import Policy, declarations
 from v4_jax.layer_stack import by_layer
 from v4_jax.layers.stages import Stage
@@ -32,7 +32,7 @@ WEIGHTS = Weights(mtp=0.3, balance=0.01, indexer=0.5)
 
 @pytest.fixture(scope="module")
 def tiny():
-    return make(num_hidden_layers=3, compress_ratios=(0, 4, 128, 0), num_hash_layers=1, n_routed_experts=8)
+    return three()
 
 
 @pytest.fixture(scope="module")

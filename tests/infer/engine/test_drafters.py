@@ -12,8 +12,6 @@ from v4_jax.cache import pages
 from v4_jax.infer.engine.drafters import Drafts, MtpDrafter, PlainDecoding, check_depth, choose_drafter
 from v4_jax.infer.prefix_cache.cache import PrefixCacheOptions
 
-pytestmark = pytest.mark.usefixtures("programs")
-
 
 @dataclasses.dataclass(frozen=True)
 class Repeating:

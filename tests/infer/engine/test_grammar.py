@@ -8,8 +8,8 @@ import jsonschema
 import numpy as np
 import pytest
 
-from tests.equivalence.tiny import make
 from tests.infer.engine.test_scheduler import compilations, served
+from tests.models import make
 from tests.test_tokenizer import build_vocabulary
 from v4_jax.chat import protocol
 from v4_jax.infer.engine.grammar import Grammars

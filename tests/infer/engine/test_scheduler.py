@@ -7,8 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.equivalence.spread import Spread
-from tests.equivalence.tiny import make
+from tests.models import OnMesh, three
 from v4_jax.infer.engine.page_table import pages_within
 from v4_jax.infer.engine.requests import Request
 from v4_jax.infer.engine.sampling import GREEDY, Sampling
@@ -27,7 +26,7 @@ def make_engine(model, slots, **arguments):
 @pytest.fixture(scope="module")
 def small():
     """One layer of each role."""
-    return make(num_hidden_layers=3, compress_ratios=(0, 4, 128, 0), num_hash_layers=1)
+    return three()
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +241,7 @@ def test_refused_at_the_door(engine, request_, sentence):
 @pytest.mark.parametrize("mesh", ["seq=2,expert=2", "data=2,tensor=2"])
 def test_on_a_mesh(small, alone, mesh):
     """The same tokens; sums over devices are added in another order."""
-    spread = Spread(small, mesh, "decode")
+    spread = OnMesh(small, mesh, "decode")
     engine = make_engine(spread, 4, place=Place(spread.mesh, spread.preset))
     engine.compile()
     with compilations() as compiled:
@@ -257,7 +256,7 @@ def test_on_a_mesh(small, alone, mesh):
 
 def test_samples_spread_over_shards(small):
     """Those on other devices than the prompt was read on get copies of its pages, the others share them."""
-    spread = Spread(small, "data=2,tensor=2", "decode")
+    spread = OnMesh(small, "data=2,tensor=2", "decode")
     engine = make_engine(spread, 4, place=Place(spread.mesh, spread.preset), max_length=384)
     one = Request([7] * 130 + [9] * 170, 4, Sampling(seed=1), stop_ids=(), n=4)
     [together] = served(engine, [one])

@@ -9,17 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.equivalence.spread import Spread
-from tests.equivalence.tiny import make
 from tests.infer.engine.test_scheduler import served
+from tests.models import OnMesh, make
 from v4_jax.infer.engine.requests import Request
 from v4_jax.infer.engine.sampling import GREEDY, Sampling
 from v4_jax.infer.engine.scheduler import Engine
 from v4_jax.placement import Place
 
 LENGTH, CHUNK, DEEPEST = 192, 24, 4
-
-pytestmark = pytest.mark.usefixtures("programs")  # engines of one depth share theirs
 
 
 def guessable(weight: float, context: float):
@@ -95,7 +92,7 @@ def test_the_same_tokens(engine, expected, depth):
 @pytest.mark.parametrize(("mesh", "chunk", "depth"), [("seq=2,expert=2", 256, 2), ("data=2,tensor=2", CHUNK, 3)])
 def test_on_a_mesh(model, expected, mesh, chunk, depth):
     """The other depths; long chunks are split over the sequence's devices, steps are not."""
-    spread = Spread(model, mesh, "decode")
+    spread = OnMesh(model, mesh, "decode")
     engine = make_engine(spread, depth, 4, place=Place(spread.mesh, spread.preset), prefill_chunk=chunk)
     assert_same(served(engine, requests()), expected)
     assert_some_were_right(engine, depth)

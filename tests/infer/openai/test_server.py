@@ -14,7 +14,7 @@ import uvicorn
 from hypothesis import HealthCheck, given, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from tests.equivalence.tiny import make
+from tests.models import two
 from v4_jax import chat
 from v4_jax.infer.engine.requests import Request
 from v4_jax.infer.engine.sampling import Sampling
@@ -30,7 +30,7 @@ SLOTS, LENGTH, MOST = 2, 1536, 4
 
 @pytest.fixture(scope="module")
 def parts():
-    tiny = make(num_hidden_layers=2, compress_ratios=(0, 4, 0), num_hash_layers=1, vocab_size=320)
+    tiny = two()
     engine = Engine(
         tiny.config,
         tiny.params,

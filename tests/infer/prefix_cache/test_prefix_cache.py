@@ -6,9 +6,8 @@ import os
 import numpy as np
 import pytest
 
-from tests.equivalence.spread import Spread
-from tests.equivalence.tiny import make
 from tests.infer.engine.test_scheduler import compilations, served
+from tests.models import OnMesh, three
 from v4_jax.cache.pages import tokens_to_refill
 from v4_jax.infer.engine.requests import Request
 from v4_jax.infer.engine.sampling import GREEDY, Sampling
@@ -23,7 +22,7 @@ LENGTH, CHUNK, ROOM = 896, 256, 1 << 30
 @pytest.fixture(scope="module")
 def small():
     """One layer of each role, and a block to draft with."""
-    return make(num_hidden_layers=3, compress_ratios=(0, 4, 128, 0), num_hash_layers=1)
+    return three()
 
 
 def make_engine(model, prefix_cache=None, slots=2, **arguments):
@@ -288,7 +287,7 @@ def test_a_directory_that_cannot_be_written_to(engine, tmp_path, monkeypatch):
     ("mesh", "mode"), [("seq=2,expert=2", "none"), ("seq=2,expert=2", "full"), ("data=2,tensor=2", "full")]
 )
 def test_on_a_mesh(small, cold, mesh, mode):
-    spread = Spread(small, mesh, "long-context")
+    spread = OnMesh(small, mesh, "long-context")
     engine = make_engine(spread, PrefixCacheOptions(ROOM, mode), slots=4, place=Place(spread.mesh, spread.preset))
     cached(engine, Request(FIRST, 1, stop_ids=()))
     for common in (129, 300, 700):

@@ -1,4 +1,12 @@
-"""A model with every role, small enough that each case compiles in seconds."""
+"""The few models that all tests share, small enough that each program compiles in seconds.
+
+Programs are kept under the checkout (`tests/conftest.py`): tests that use the same model with the same shapes share
+them, and so do runs. A test that needs another model says why.
+
+    six()     every role, and a period (hca, csa) that repeats: for what scans over layers
+    three()   one layer of each role, and an MTP block: for everything else
+    two()     bytes for tokens, a sliding and a CSA layer: for the command line, the server and training runs
+"""
 
 from __future__ import annotations
 
@@ -11,7 +19,9 @@ import numpy as np
 
 from v4_jax import Cache, Config, Output, Transformer, declarations, init_cache
 from v4_jax.architecture import Yarn
+from v4_jax.parameter_tree import placements
 from v4_jax.parameters import is_parameter
+from v4_jax.sharding.mesh import make_mesh, parse_mesh
 
 TOPK = 8
 
@@ -55,10 +65,17 @@ class Tiny(NamedTuple):
             output = self(tokens[:, first : first + size], cache=cache)
             logits.append(output.logits)
             cache, first = output.cache, first + size
-        return jnp.concatenate(logits, axis=1), cache
+        return np.concatenate(logits, axis=1), cache
+
+
+THREE = dict(
+    num_hidden_layers=3, compress_ratios=(0, 4, 128, 0), num_hash_layers=1, n_routed_experts=8, index_n_heads=16
+)
+TWO = dict(num_hidden_layers=2, compress_ratios=(0, 4, 0), num_hash_layers=1, n_routed_experts=8, vocab_size=320)
 
 
 def make(seed: int = 0, **changes) -> Tiny:
+    """A model with random weights, of six layers but for what `changes` say."""
     values = dict(
         vocab_size=64,
         hidden_size=48,
@@ -87,9 +104,47 @@ def make(seed: int = 0, **changes) -> Tiny:
     def value(declared):
         """Numbers everywhere: fresh biases, scales and norms are constants that could hide a mistake."""
         if declared.group == "frozen" and declared.storage == "i64":
-            return jnp.asarray(rng.permuted(np.resize(np.arange(4), declared.shape), axis=-1).astype(np.int32))
+            return rng.permuted(np.resize(np.arange(4), declared.shape), axis=-1).astype(np.int32)
         center = 1.0 if "norm" in declared.released else 0.0
-        return jnp.asarray(rng.normal(center, 0.2, declared.shape).astype(np.float32))
+        return rng.normal(center, 0.2, declared.shape).astype(np.float32)
 
     params = jax.tree.map(value, declarations(config), is_leaf=is_parameter)
-    return Tiny(config, Transformer(config, policy="float32"), params)
+    return Tiny(config, Transformer(config, policy="float32"), jax.device_put(params))
+
+
+@functools.cache
+def six() -> Tiny:
+    """Six layers: three unrolled, and a period (hca, csa) when it repeats."""
+    return make()
+
+
+@functools.cache
+def three() -> Tiny:
+    """One layer of each role and an MTP block; experts enough for eight devices."""
+    return make(**THREE)
+
+
+@functools.cache
+def two(*, mtp: bool = True) -> Tiny:
+    """Two layers, bytes for tokens; experts enough for eight devices."""
+    return make(**TWO) if mtp else make(**TWO | {"compress_ratios": (0, 4), "num_nextn_predict_layers": 0})
+
+
+class OnMesh:
+    """A `Tiny` on as many of the devices as its mesh names, called like it."""
+
+    def __init__(self, tiny: Tiny, mesh: str, preset: str, policy: str = "float32"):
+        count = 1
+        for size in parse_mesh(mesh).values():
+            count *= size
+        self.config, self.preset = tiny.config, preset
+        self.mesh = make_mesh(mesh, jax.devices()[:count])
+        self.model = Transformer(tiny.config, policy=policy, mesh=self.mesh, rules=preset)
+        self.params = jax.device_put(tiny.params, placements(tiny.config, self.mesh, preset))
+        self._program = jitted(self.model)
+
+    def __call__(self, *inputs, **arguments):
+        return self._program(self.params, *map(jnp.asarray, inputs), **arguments)
+
+    def cache(self, batch, length, dtype="float32"):
+        return init_cache(self.config, batch, length, dtype=dtype, mesh=self.mesh, rules=self.preset)
