@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup demo test lint docs oracle tpu clean
+.PHONY: help setup demo test meshes lint docs oracle tpu clean
 
 help:
 	@echo "make demo    set up, then load, verify and run a small checkpoint in the released layout"
 	@echo "make test    set up, then run the tests"
 	@echo "make setup   only set up (.venv)"
+	@echo "make meshes  the tests' gradients on meshes of one axis each"
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    the pages and the API reference, in build/docs"
 	@echo "make oracle  compare with transformers (installs torch)"
@@ -46,6 +47,9 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready-test
 	@$(BIN)/python -m pytest tests --ignore tests/oracle --numprocesses auto --dist loadfile
+
+meshes: $(VENV)/ready-test
+	@$(BIN)/python -m pytest tests/equivalence -m by_axis --numprocesses auto --dist load
 
 lint: $(VENV)/ready-test
 	@$(BIN)/ruff check .

@@ -16,15 +16,14 @@ def check_precision(config: Config, policy: str | Policy, cache_dtype: CacheDtyp
     Raises:
       ValueError: they do not.
     """
-    rounds = Policy.of(policy).fake_quant
-    if rounds and (config.nope_head_dim % KV_BLOCK or config.index_head_dim % INDEX_BLOCK):
+    precision = Policy.of(policy)
+    if precision.fake_quant and (config.nope_head_dim % KV_BLOCK or config.index_head_dim % INDEX_BLOCK):
         raise ValueError(
             f"the policy 'released' rounds keys in blocks of {KV_BLOCK} and index keys in blocks of {INDEX_BLOCK}, but "
             f"this model's have {config.nope_head_dim} and {config.index_head_dim} channels; expected 'bfloat16' or "
             "'float32'"
         )
-    if cache_dtype == "released" and not rounds:
-        raise ValueError("a cache in the released formats needs the policy 'released', which rounds as they do")
+    precision.check_cache(cache_dtype == "released")
 
 
 def check_ids(ids: Sequence[int], config: Config) -> None:

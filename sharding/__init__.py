@@ -6,6 +6,6 @@ split        one device's view of a mesh during one call
 collectives  collectives that vanish on axes of size one, and the sequence halo
 top_k        the best of all devices' candidates
 dispatch     rows to the devices that own what they need, and sums back
-hlo          the collectives of a compiled program
-hlo_costs    its FLOPs and memory traffic, with loops multiplied out
+chips        what a chip holds and how fast it is at best
+platform     forms of one platform, chosen by what a program is compiled for
 """

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from v4_jax.sharding.collectives import Axes, index, pmax, size
+from v4_jax.sharding.platform import by_platform
 
 # Rows [R, D], what belongs to each row, and the weights -> [R, width]; rows without a valid choice are ignored.
 Work = Callable[[Array, Any, Any], Array]
@@ -130,7 +131,7 @@ def exchange(x: Array, sent: Array, got: Array, axes: Axes) -> Array:
     if x.ndim == 1:  # a handful of bytes
         return dense(x, sent, got)
     # XLA:CPU has no ragged exchange; there the unused places travel too.
-    return jax.lax.platform_dependent(x, sent, got, tpu=ragged, default=dense)
+    return by_platform(x, sent, got, tpu=ragged, default=dense)
 
 
 def _exchange_forward(x: Array, sent: Array, got: Array, axes: Axes) -> tuple[Array, tuple[Array, Array]]:

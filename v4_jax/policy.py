@@ -41,6 +41,18 @@ class Policy:
             raise ValueError(f"unknown precision policy {policy!r}, expected one of {sorted(POLICIES)}")
         return POLICIES[policy]
 
+    def check_cache(self, released: bool) -> None:
+        """Checks that a cache's number format fits.
+
+        Args:
+          released: whether it is the release's.
+
+        Raises:
+          ValueError: it does not.
+        """
+        if released and not self.fake_quant:
+            raise ValueError("a cache in the released formats needs the policy 'released', which rounds as they do")
+
 
 POLICIES = {
     "float32": Policy(jnp.float32, fake_quant=False),

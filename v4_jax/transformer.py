@@ -243,8 +243,7 @@ class Transformer(Module):
             return
         if cache.lengths.shape[0] != tokens.shape[0]:
             raise ValueError(f"the cache has {cache.lengths.shape[0]} rows, the tokens {tokens.shape[0]}")
-        if cache.released and not self.precision.fake_quant:
-            raise ValueError("a cache in the released formats needs the policy 'released', which rounds as they do")
+        self.precision.check_cache(cache.released)
 
     def _layout(
         self,

@@ -12,6 +12,7 @@ from v4_jax.kernels.indexer import cpu as indexer_cpu
 from v4_jax.kernels.indexer import reference as indexer
 from v4_jax.kernels.linear import cpu as linear_cpu
 from v4_jax.kernels.linear import reference as linear
+from v4_jax.sharding.platform import by_platform
 
 B, Q, H, K, C = 2, 5, 3, 7, 6
 
@@ -28,7 +29,7 @@ def test_the_programs_platform_decides():
     """A CPU host that compiles for TPUs takes the TPU's form; a platform without one takes the default."""
 
     def chosen(x):
-        return choose.by_platform(x, default=jnp.sin, cpu=jnp.cos, tpu=jnp.tanh)
+        return by_platform(x, default=jnp.sin, cpu=jnp.cos, tpu=jnp.tanh)
 
     x = random(0, 3)
     np.testing.assert_allclose(jax.jit(chosen)(x), np.cos(x), rtol=1e-6)

@@ -26,6 +26,7 @@ from v4_jax.kernels.indexer import cpu as indexer_cpu
 from v4_jax.kernels.indexer import reference as indexer
 from v4_jax.kernels.linear import cpu as linear_cpu
 from v4_jax.kernels.linear import reference as linear
+from v4_jax.sharding.platform import by_platform
 
 Form = Callable[..., Any]
 
@@ -90,14 +91,6 @@ def map_groups(
     if layer is not None:
         return by_platform(rows, weights, sizes, layer, default=plain, tpu=kernel)
     return _without_gradients(plain, tpu=kernel)(rows, weights, sizes, None)
-
-
-def by_platform(*operands: Any, default: Form, **forms: Form) -> Any:
-    """Runs the form of the platform that the program is compiled for, `cpu` or `tpu`, where there is one.
-
-    A cross-compiling host is no exception: a CPU that compiles for TPUs takes the TPU's.
-    """
-    return jax.lax.platform_dependent(*operands, default=default, **forms)
 
 
 def _with_gradients(function: Form, *, default: Form | None = None, **forms: Form) -> Form:
