@@ -121,7 +121,7 @@ class _OnMesh(NamedTuple):
         """`call` of each device's part of the model with its part of the arguments."""
         model = self.model
         local = model.clone(parent=None, name=None, mesh=None, rules=None, split=self.split)
-        alone: Any = type(model)(model.config, policy="float32")  # type: ignore[call-arg]
+        alone: Any = type(model)(model.config, policy="float32", parent=None)  # type: ignore[call-arg]
         params = jax.tree.map(lambda place: place.spec, places(declared(alone), self.mesh, self.rules))
 
         def on_device(params: Any, arguments: dict[str, Any]) -> Any:
