@@ -5,7 +5,7 @@ them, and so do runs. A test that needs another model says why.
 
     six()     every role, and a period (hca, csa) that repeats: for what scans over layers
     three()   one layer of each role, and an MTP block: for everything else
-    two()     bytes for tokens, a sliding and a CSA layer: for the command line, the server and training runs
+    two()     bytes for tokens, a sliding and a CSA layer: for the command line and the server; trained() for training
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Tiny(NamedTuple):
 THREE = dict(
     num_hidden_layers=3, compress_ratios=(0, 4, 128, 0), num_hash_layers=1, n_routed_experts=8, index_n_heads=16
 )
-TWO = dict(num_hidden_layers=2, compress_ratios=(0, 4, 0), num_hash_layers=1, n_routed_experts=8, vocab_size=320)
+TWO = dict(num_hidden_layers=2, compress_ratios=(0, 4, 0), num_hash_layers=1, vocab_size=320)
 
 
 def make(seed: int = 0, **changes) -> Tiny:
@@ -125,9 +125,15 @@ def three() -> Tiny:
 
 
 @functools.cache
-def two(*, mtp: bool = True) -> Tiny:
-    """Two layers, bytes for tokens; experts enough for eight devices."""
-    return make(**TWO) if mtp else make(**TWO | {"compress_ratios": (0, 4), "num_nextn_predict_layers": 0})
+def two() -> Tiny:
+    """Two layers and an MTP block, bytes for tokens."""
+    return make(**TWO)
+
+
+@functools.cache
+def trained() -> Tiny:
+    """What training runs begin with: two layers and no MTP block, experts enough for eight devices."""
+    return make(**TWO | {"compress_ratios": (0, 4), "num_nextn_predict_layers": 0, "n_routed_experts": 8})
 
 
 class OnMesh:

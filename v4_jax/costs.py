@@ -302,12 +302,11 @@ def cache_bytes(config: Architecture, context: int, dtype: str = "released") -> 
     """
     allocate = functools.partial(init_cache, config, 1, context, dtype=cast(CacheDtype, dtype))  # which checks it
     cache = jax.eval_shape(allocate)
-    by_role = {"mtp" if role == "draft" else role: size for role, size in cache.nbytes().items()}
     per_token: dict[str, float] = {
         role: rows.nbytes / rows.shape[2] / ENTRY_RATIOS[role] for role, rows in cache.entries.items()
     }
     padding = sum(rows.padding for rows in (*cache.entries.values(), cache.rings["window"]))
-    return CacheBytes(dtype, by_role, per_token, padding)
+    return CacheBytes(dtype, cache.nbytes(), per_token, padding)
 
 
 # ---- DeepSeek-V3.2 and plain attention, for comparison ---------------------------------------------------------------

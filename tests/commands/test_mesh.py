@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.models import two
+from tests.models import TWO, make
 from v4_jax.checkpoint import export
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +20,7 @@ FAST = ("--policy", "float32", "--greedy", "--max-tokens", "6", "--prefill-chunk
 def eight(tmp_path_factory):
     """A released directory with eight experts."""
     path = tmp_path_factory.mktemp("eight") / "model"
-    tiny = two()
+    tiny = make(**TWO, n_routed_experts=8)
     export((tiny.config, tiny.params), path)
     return path
 

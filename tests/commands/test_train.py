@@ -10,7 +10,7 @@ import time
 import pytest
 import yaml
 
-from tests.models import two
+from tests.models import trained
 from tests.processes import free_address
 from v4_jax.checkpoint import export
 from v4_jax.train.metrics import read_metrics
@@ -22,7 +22,7 @@ STEPS = 6
 def eight(tmp_path_factory):
     """A released directory with eight experts."""
     path = tmp_path_factory.mktemp("eight") / "model"
-    tiny = two(mtp=False)
+    tiny = trained()
     export((tiny.config, tiny.params), path)
     return path
 

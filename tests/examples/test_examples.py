@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-from tests.models import two
+from tests.models import trained
 from v4_jax.checkpoint import export
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -18,7 +18,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 def model(tmp_path_factory):
     """A released directory: two layers, bytes for tokens."""
     path = tmp_path_factory.mktemp("models") / "small"
-    tiny = two(mtp=False)
+    tiny = trained()
     export((tiny.config, tiny.params), path)
     return path
 

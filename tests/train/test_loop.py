@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.models import two
+from tests.models import trained
 from v4_jax.placement import Place
 from v4_jax.sharding.mesh import make_mesh
 from v4_jax.train import loop
@@ -25,7 +25,7 @@ STEPS, EVERY = 8, 3
 @pytest.fixture(scope="module")
 def architecture():
     """Two layers, sliding and CSA, the second of which chooses its experts; few entries are picked."""
-    tiny = two(mtp=False)
+    tiny = trained()
     return tiny.config.to_hf()
 
 

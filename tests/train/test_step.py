@@ -133,7 +133,7 @@ def test_given_experts_are_used(tiny, model, train, rows, whole):
     step, state = train
     decide = jax.jit(make_decide(model))
     same = decide(state.params, cut(rows, 1))
-    assert same.trunk.shape == (1, 3, ROWS, LENGTH, 2)
+    assert same.trunk.experts.shape == (1, 3, ROWS, LENGTH, 2)
     after, metrics = step(state, cut(rows, 1), same)
     np.testing.assert_allclose(metrics["loss"], whole[1]["loss"], rtol=1e-6)
     for path, found, wanted in pairs(after.params, whole[0].params):

@@ -9,7 +9,7 @@ layers carries them and updates them in place. Every row has its own length.
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -139,10 +139,10 @@ class Cache(struct.PyTreeNode):
         )
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes held: of the entries by role, "window", "draft", and all "open blocks" together."""
+        """Bytes held: of the entries by role, "window", "mtp" (the drafter's), and all "open blocks" together."""
         sizes: dict[str, int] = {role: rows.nbytes for role, rows in self.entries.items()}
         for role, rows in self.rings.items():
-            name = role if role in get_args(WindowRole) else "open blocks"
+            name = {"window": "window", "draft": "mtp"}.get(role, "open blocks")
             sizes[name] = sizes.get(name, 0) + rows.nbytes
         return sizes
 
