@@ -45,11 +45,12 @@ VERBS = {
 def entry() -> None:
     """The `v4-jax` program: runs one command and ends the process with its exit code.
 
-    An interrupted command ends at once, without waiting for the threads that compile or write: what they were making
-    has a working name, and letting the interpreter shut down under them can crash it.
+    One that was interrupted or failed ends at once, without waiting for the threads that compile or write: what they
+    were making has a working name, letting the interpreter shut down under them can crash it, and a checkpoint that
+    could not be written would be waited for a long time.
     """
     code = main()
-    if code == INTERRUPTED:
+    if code in (INTERRUPTED, _BAD_INPUT):
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             sys.stderr.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -55,15 +56,38 @@ class Losses:
         self.rewinds.append(step)
 
 
-@pytest.fixture
-def trainer(tmp_path, architecture, corpus):
-    """`trainer(log, name, *changes)`: a run of eight steps with a checkpoint every three."""
+@pytest.fixture(scope="module", autouse=True)
+def _shared_programs():
+    """Runs of the same settings share their programs: tracing each run's anew would take most of the time."""
+    programs = {}
 
-    def build(log, name="run", *changes, mesh=None, say=lambda text: None):
+    def sharing(name):
+        make = getattr(Trainer, name)
+
+        def shared(self, *which):
+            settings = self._settings.model_copy(update={"run": ""}).model_dump_json()
+            key = (name, which, settings, str(self._place))
+            if key not in programs:
+                programs[key] = make(self, *which)
+            return programs[key]
+
+        return shared
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_program", "_decide"):
+            patch.setattr(Trainer, name, sharing(name))
+        yield
+
+
+@pytest.fixture(scope="module")
+def build(architecture, corpus):
+    """`build(folder, log, name, *changes)`: a run of eight steps with a checkpoint every three."""
+
+    def build(folder, log, name="run", *changes, mesh=None, say=lambda text: None):
         settings = read_settings(
             None,
             [
-                f"run={tmp_path / name}",
+                f"run={folder / name}",
                 f"architecture={json.dumps(architecture)}",
                 f"data={{sources: [{{path: {corpus}}}], open_rows: 2, threads: 1}}",
                 f"stages=[{{steps: {STEPS}, length: 128, rows: 4}}]",
@@ -84,9 +108,16 @@ def trainer(tmp_path, architecture, corpus):
 
 
 @pytest.fixture
-def expected(trainer):
+def trainer(tmp_path, build):
+    """`build` in a folder of this test's own."""
+    return functools.partial(build, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory, build):
+    """The losses of a run that nothing happens to."""
     log = Losses()
-    assert trainer(log, "uninterrupted").run() == "done"
+    assert build(tmp_path_factory.mktemp("uninterrupted"), log).run() == "done"
     assert sorted(log.losses) == list(range(1, STEPS + 1))
     assert log.losses[STEPS] < log.losses[1]
     return log.losses
