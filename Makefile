@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# What the TPU compiler alone can run.
+TPU := tests/kernels/test_compiles_for_tpu.py tests/infer/engine/test_programs_for_tpu.py
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: help setup demo test meshes lint docs oracle tpu clean
@@ -46,7 +48,7 @@ demo: $(VENV)/ready
 	@$(BIN)/v4-jax demo
 
 test: $(VENV)/ready-test
-	@$(BIN)/python -m pytest tests --ignore tests/oracle --numprocesses auto --dist loadfile
+	@$(BIN)/python -m pytest tests --ignore tests/oracle $(addprefix --ignore ,$(TPU)) --numprocesses auto --dist loadfile
 
 meshes: $(VENV)/ready-test
 	@$(BIN)/python -m pytest tests/equivalence -m by_axis --numprocesses auto --dist load
@@ -64,7 +66,7 @@ oracle: $(VENV)/ready-oracle
 	@$(BIN)/python -m pytest tests/oracle
 
 tpu: $(VENV)/ready-tpu
-	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/kernels/test_compiles_for_tpu.py tests/infer/engine/test_programs_for_tpu.py tests/commands/test_plan.py
+	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest $(TPU) tests/commands/test_plan.py
 
 clean:
 	rm -rf $(VENV) .cache build *.egg-info .pytest_cache .ruff_cache .mypy_cache
