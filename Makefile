@@ -66,7 +66,8 @@ oracle: $(VENV)/ready-oracle
 	@$(BIN)/python -m pytest tests/oracle
 
 tpu: $(VENV)/ready-tpu
-	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest $(TPU) tests/commands/test_plan.py
+	@# Programs for other topologies can be kept and not read again.
+	@JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false $(BIN)/python -m pytest $(TPU) tests/commands/test_plan.py
 
 clean:
 	rm -rf $(VENV) .cache build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -11,6 +11,7 @@ them, and so do runs. A test that needs another model says why.
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ import numpy as np
 
 from v4_jax import Cache, Config, Output, Transformer, declarations, init_cache
 from v4_jax.architecture import Yarn
+from v4_jax.checkpoint import export
 from v4_jax.parameter_tree import placements
 from v4_jax.parameters import is_parameter
 from v4_jax.sharding.mesh import make_mesh, parse_mesh
@@ -53,6 +55,11 @@ class Tiny(NamedTuple):
 
     def __call__(self, *inputs, **arguments) -> Output:
         return self._program()(self.params, *map(jnp.asarray, inputs), **arguments)
+
+    def exported(self, path: Path) -> Path:
+        """The model as a released directory."""
+        export((self.config, self.params), path)
+        return path
 
     def cache(self, batch: int, length: int, dtype="float32") -> Cache:
         return init_cache(self.config, batch, length, dtype=dtype)
@@ -151,6 +158,11 @@ class OnMesh:
 
     def __call__(self, *inputs, **arguments):
         return self._program(self.params, *map(jnp.asarray, inputs), **arguments)
+
+    def exported(self, path: Path) -> Path:
+        """The model as a released directory."""
+        export((self.config, self.params), path)
+        return path
 
     def cache(self, batch, length, dtype="float32"):
         return init_cache(self.config, batch, length, dtype=dtype, mesh=self.mesh, rules=self.preset)

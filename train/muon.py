@@ -2,8 +2,8 @@
 
 Technical report, section 2.4. Newton-Schulz iterations turn the momentum of a weight into the nearest semi-orthogonal
 matrix; its update then has the same size whatever the gradient's. optax.contrib's `muon` corrects momentum and gradient
-for their start by different factors and iterates on one device; here momentum is the report's, and matrices go to
-devices.
+for their start by different factors and iterates on one device; here momentum is the report's, and devices
+share the matrices.
 
 On a mesh, matrices that lie whole on a device (an expert's, an output group's) are orthogonalised there. Of the others,
 which are split for storage, each is brought together on one device, by one exchange, and goes back by another.

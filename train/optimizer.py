@@ -52,7 +52,7 @@ def optimizer(
       dtype: of Muon's matrix products.
       mesh: devices that the parameters lie on.
       rules: which mesh axes split which logical axes.
-      loss: the loss of the model to train; the other one is left alone. None trains both.
+      loss: whose parameters are trained; those of the other loss are left alone. None trains both.
 
     Raises:
       ValueError: `matrices` is neither.
@@ -87,7 +87,7 @@ def balance(speed: float) -> optax.GradientTransformation:
 
 
 def only(config: Architecture, loss: Loss, inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner` for one loss of the model: the other parameters are left alone, and so are their moments."""
+    """`inner` for the parameters of one loss: the others are left alone, and so are their moments."""
     chosen = jax.tree.map(lambda p: p.loss == loss, declarations(config), is_leaf=is_parameter)
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ from jax import Array
 
 from v4_jax.cache.cache import Cache
 from v4_jax.cache.entries import PAGE
-from v4_jax.cache.pages import entries_of, page_sizes, put, take
+from v4_jax.cache.pages import entry_numbers, page_sizes, put, take
 from v4_jax.infer.engine.drafters import Apply, Drafter
 from v4_jax.infer.engine.history import History
 from v4_jax.infer.engine.sampling import ALL, GREEDY, SamplingBatch
@@ -230,7 +230,7 @@ class Programs:
         """Copies slot `source` to slot `target`, and of its pages `count`, 0 or 1, from number `first` on."""
         cache = state.cache.put_rows(target[None], state.cache.take_rows(source[None]))
         units = self._place.page // PAGE  # of a page on this mesh
-        index = entries_of(first * units, units, page_sizes(cache), count * units)
+        index = entry_numbers(first * units, units, page_sizes(cache), count * units)
         of_source = {role: numbers[None] for role, numbers in index.items()}
         pages = take(cache, "entries", source[None], of_source, self._place)
         page = {role: tuple(array[:, 0] for array in arrays) for role, arrays in pages.items()}

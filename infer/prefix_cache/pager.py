@@ -15,7 +15,7 @@ from jax import Array
 
 from v4_jax.cache.cache import Cache, CacheDtype
 from v4_jax.cache.entries import PAGE
-from v4_jax.cache.pages import Parts, entries_of, page_sizes, put, resized, ring_places, take
+from v4_jax.cache.pages import Parts, entry_numbers, page_sizes, put, resized, ring_places, take
 from v4_jax.cache.ring import SPARE
 from v4_jax.cache.rows import StoredRows
 from v4_jax.config import Config
@@ -164,13 +164,15 @@ class Pager:
           The rows as they were before they were widened, and the copies.
         """
         rows = jnp.arange(begin.shape[0], dtype=jnp.int32)
-        pages = take(cache, "entries", rows, entries_of(begin // PAGE, self._pages_of_chunk, self._pages), self._place)
+        pages = take(
+            cache, "entries", rows, entry_numbers(begin // PAGE, self._pages_of_chunk, self._pages), self._place
+        )
         tails: Parts = {}
         if self._tails_of_chunk:
-            numbers = 1 + jnp.arange(self._tails_of_chunk, dtype=jnp.int32)
-            ends = ((begin // self._every)[:, None] + numbers) * self._every
+            following = 1 + jnp.arange(self._tails_of_chunk, dtype=jnp.int32)
+            ends = ((begin // self._every)[:, None] + following) * self._every
             places = ring_places(ends, cache, self._tails)
-            index = {role: numbers.reshape(rows.shape[0], -1) for role, numbers in places.items()}
+            index = {role: each.reshape(rows.shape[0], -1) for role, each in places.items()}
             tails = take(cache, "rings", rows, index, self._place)
         return resized(cache, -self._chunk, self._tails), PageCopies(pages, tails)
 
@@ -204,7 +206,7 @@ class Pager:
     def _copy(self, state: State, slot: Array, end: Array) -> PageCopies:
         """Copies of the page of a slot that ends before token `end`, and of its tail."""
         rows, first = slot[None], end[None] // PAGE - 1
-        pages = take(state.cache, "entries", rows, entries_of(first, 1, self._pages), self._place)
+        pages = take(state.cache, "entries", rows, entry_numbers(first, 1, self._pages), self._place)
         if not self._every:
             return PageCopies(pages, {})
         index = ring_places(end[None], state.cache, self._tails)
@@ -214,7 +216,7 @@ class Pager:
     @jax.named_scope("engine.load_pages")
     def _put_pages(self, state: State, slot: Array, first: Array, count: Array, tokens: Array, pages: Parts) -> State:
         """Puts pages [first, first + count), which are those of `tokens`, into a slot; page 0 begins it anew."""
-        index = entries_of(first, self._pages_of_chunk, self._pages, count)
+        index = entry_numbers(first, self._pages_of_chunk, self._pages, count)
         cache = put(state.cache, "entries", slot, index, pages, self._place)
         history = state.history.read(slot[None], tokens[None], PAGE * count[None], PAGE * first[None])
         return State(cache, history)

@@ -14,7 +14,6 @@ import pytest
 
 from tests.models import two
 from v4_jax import Transformer, load
-from v4_jax.checkpoint import export
 from v4_jax.commands import main
 
 
@@ -27,9 +26,7 @@ class Result(NamedTuple):
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
     """A released directory: two layers, bytes for tokens."""
-    path = tmp_path_factory.mktemp("models") / "small"
-    tiny = two()
-    export((tiny.config, tiny.params), path)
+    path = two().exported(tmp_path_factory.mktemp("models") / "small")
     (path / "generation_config.json").write_text(json.dumps({"temperature": 1.0, "top_p": 1.0, "do_sample": True}))
     return path
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from tests.models import TWO, make
-from v4_jax.checkpoint import export
 
 ROOT = Path(__file__).parents[2]
 FAST = ("--policy", "float32", "--greedy", "--max-tokens", "6", "--prefill-chunk", "16", "--json")
@@ -19,10 +18,7 @@ FAST = ("--policy", "float32", "--greedy", "--max-tokens", "6", "--prefill-chunk
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory):
     """A released directory with eight experts."""
-    path = tmp_path_factory.mktemp("eight") / "model"
-    tiny = make(**TWO, n_routed_experts=8)
-    export((tiny.config, tiny.params), path)
-    return path
+    return make(**TWO, n_routed_experts=8).exported(tmp_path_factory.mktemp("eight") / "model")
 
 
 def test_generate(run, eight):

@@ -12,7 +12,6 @@ import yaml
 
 from tests.models import trained
 from tests.processes import free_address
-from v4_jax.checkpoint import export
 from v4_jax.train.metrics import read_metrics
 
 STEPS = 6
@@ -21,10 +20,7 @@ STEPS = 6
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory):
     """A released directory with eight experts."""
-    path = tmp_path_factory.mktemp("eight") / "model"
-    tiny = trained()
-    export((tiny.config, tiny.params), path)
-    return path
+    return trained().exported(tmp_path_factory.mktemp("eight") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import pytest
 import tyro
 
 from tests.models import trained
-from v4_jax.checkpoint import export
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -17,10 +16,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A released directory: two layers, bytes for tokens."""
-    path = tmp_path_factory.mktemp("models") / "small"
-    tiny = trained()
-    export((tiny.config, tiny.params), path)
-    return path
+    return trained().exported(tmp_path_factory.mktemp("models") / "small")
 
 
 def main_of(name):

@@ -1,4 +1,4 @@
-"""The TPU kernel, interpreted, equals a float64 product with the expanded weights, and decodes every code exactly."""
+"""The TPU kernel, interpreted, and its reference: a float64 product with the expanded weights; every code exactly."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from v4_jax.kernels import choose
+from v4_jax.kernels.grouped_matmul import reference
 from v4_jax.kernels.grouped_matmul.groups import map_groups
 from v4_jax.kernels.grouped_matmul.tpu import grouped_matmul, supports
 from v4_jax.layers.experts import Experts, expert_ffn
@@ -48,6 +49,9 @@ def run(rows, weight, sizes, layer=None):
     return grouped_matmul(rows, weight, sizes, layer=layer, interpret=True)
 
 
+BOTH = pytest.mark.parametrize("product", [run, jax.jit(reference.grouped_matmul)], ids=["kernel", "reference"])
+
+
 def check(out, rows, weight, sizes):
     """Within what bfloat16 output and float32 sums allow.
 
@@ -68,9 +72,10 @@ def check(out, rows, weight, sizes):
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_any_group_sizes(form, sizes):
+@BOTH
+def test_any_group_sizes(form, sizes, product):
     rows, weight = rows_of(520, 256), weights(form, len(sizes), 128, 256)
-    check(run(rows, weight, jnp.array(sizes)), rows, weight, sizes)
+    check(product(rows, weight, jnp.array(sizes)), rows, weight, sizes)
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -98,19 +103,21 @@ def test_fewer_rows_than_a_tile_and_none_spare(form):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_stacked_layers_read_the_named_layer(form):
+@BOTH
+def test_stacked_layers_read_the_named_layer(form, product):
     rows, stack = rows_of(20, 128), weights(form, 3, 4, 128, 128)
     sizes = [4, 0, 9, 3]
     for layer in range(3):
         check(
-            run(rows, stack, jnp.array(sizes), jnp.int32(layer)),
+            product(rows, stack, jnp.array(sizes), layer=jnp.int32(layer)),
             rows,
             jax.tree.map(lambda x, layer=layer: x[layer], stack),
             sizes,
         )
 
 
-def test_every_code_and_scale_decodes_exactly():
+@BOTH
+def test_every_code_and_scale_decodes_exactly(product):
     """Rows of the identity read the weight itself: E2M1 is exact in bfloat16, with any scale that bfloat16 can hold."""
     exponents = np.array([-125, -124, -60, -7, -1, 0, 1, 7, 60, 124])
     codes = np.tile(np.arange(16), (2 * len(exponents), 8)).astype(np.uint8)  # [20, 128], all codes in each block
@@ -123,7 +130,7 @@ def test_every_code_and_scale_decodes_exactly():
         jnp.asarray(scales).astype(E8M0)[None],
         FP4_BLOCK,
     )
-    out = run(jnp.eye(128, dtype=jnp.bfloat16), weight, jnp.array([128]))
+    out = product(jnp.eye(128, dtype=jnp.bfloat16), weight, jnp.array([128]))
     expected = np.asarray(dequantise(weight, jnp.float32))[0].T
     assert len(np.unique(abs(expected[:, 10]))) > 4
     np.testing.assert_array_equal(np.asarray(out, np.float32), expected)

@@ -152,7 +152,6 @@ def cache_specs(cache: Any, rules: Rules, mesh: Mesh | AbstractMesh) -> Any:
 
     Windows and open blocks are on every device of a batch row; entries and index keys are spread over "entries".
     """
-
     batch, entries = (axes_of(name, rules, mesh) or None for name in ("batch", "entries"))
     row, spread = PartitionSpec(batch), PartitionSpec(None, batch, entries)
     return cache.replace(

@@ -68,7 +68,7 @@ def tokens_to_refill(config: Config, *, draft: bool) -> int:
     return -(-config.sliding_window * layers // PAGE) * PAGE
 
 
-def entries_of(
+def entry_numbers(
     first: Array, pages: int, sizes: dict[EntryRole, int], count: Array | None = None
 ) -> dict[EntryRole, Array]:
     """Numbers of the entries of pages in a row, by role.

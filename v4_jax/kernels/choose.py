@@ -70,15 +70,9 @@ def map_groups(
     width: int,
     kernel: Callable[[Any, Any, Array, Any], Array] | None,
 ) -> Array:
-    """See `grouped_matmul.groups.map_groups`.
+    """See `grouped_matmul.groups.map_groups` for all arguments but the kernel.
 
     Args:
-      function: as there.
-      rows: as there.
-      weights: as there.
-      sizes: as there.
-      layer: as there.
-      width: as there.
       kernel: maps (rows, weights, sizes, layer) to the same result, by `grouped_matmul.tpu`; takes the place of the
         loop over groups in programs for TPUs, except where gradients are asked for. None where there is none.
     """
