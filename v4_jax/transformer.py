@@ -19,7 +19,6 @@ from v4_jax.architecture import Architecture
 from v4_jax.block import Block, Carry, Context, PeriodBlocks
 from v4_jax.cache.cache import Cache
 from v4_jax.layer_stack import replayed, role_index, stacked, unrolled
-from v4_jax.layers.experts import Experts
 from v4_jax.layers.head import cross_entropy
 from v4_jax.layers.hyper_connections import StreamCollapse, expand
 from v4_jax.layers.norm import rms_norm
@@ -315,9 +314,10 @@ class Transformer(Module):
         for i in range(min(period.start, c.num_hidden_layers)):
             carry = run(i, carry)
         if period.repeats:
-            # Inference reads experts straight from the stack; training slices them, so that gradients are sliced too.
-            whole = not (self.split.axes("expert_embed") or self.split.axes("expert_hidden"))
-            stacks = self._expert_stacks() if carry.cache is not None and whole and not self.is_initializing() else None
+            # Inference reads weights straight from the stacks; training slices them, so that gradients are sliced too.
+            stacks = None
+            if carry.cache is not None and not self.is_initializing():
+                stacks = nn.meta.unbox(self.get_variable("params", "period"))
             replays = [
                 replayed(c, routing, range(period.start + place, period.stop, period.length))
                 for place in range(period.length)
@@ -328,12 +328,6 @@ class Transformer(Module):
         for i in range(period.stop, c.num_hidden_layers):
             carry = run(i, carry)
         return carry, decided
-
-    def _expert_stacks(self) -> list[Experts]:
-        """The period's expert weights as stacked, by place."""
-        params = nn.meta.unbox(self.get_variable("params", "period"))
-        ffns = (params[f"block_{place}"]["ffn"] for place in range(self.config.period.length))
-        return [Experts(ffn["w1"], ffn["w2"], ffn["w3"]) for ffn in ffns]
 
 
 def _output(

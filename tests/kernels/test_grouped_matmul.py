@@ -146,10 +146,10 @@ def test_experts_as_in_the_loop_over_groups(form):
     def one(rows, group):
         return expert_ffn(rows[0], group, rows[1], 10.0, jnp.bfloat16)
 
-    def product(x, weight, dtype):
-        return run(x.astype(dtype), weight, sizes)
+    def products(x, weights, dtype):
+        return [run(x.astype(dtype), weight, sizes) for weight in weights]
 
-    found = expert_ffn(rows[0], experts, rows[1], 10.0, jnp.bfloat16, product)
+    found = expert_ffn(rows[0], experts, rows[1], 10.0, jnp.bfloat16, products)
     expected = map_groups(one, rows, experts, sizes, width=128)
     np.testing.assert_allclose(found, expected, rtol=0, atol=2.0**-7 * float(abs(expected).max()))
 

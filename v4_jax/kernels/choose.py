@@ -7,16 +7,20 @@ Pallas kernel, or `cpu.py`, written so that XLA:CPU makes quick code of it. Laye
     products, weighted       einsum                         keys' gradients as sums, of few heads     reference
     index_scores             einsum                         head by head                              reference
     matmul                   einsum                         weights' gradients with a second axis     reference
+    products_with,           products with `dequantise`     reference                                 kernel, of E4M3
+      grouped_product
     map_groups               tiles of each group in turn    reference                                 caller's kernel
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from v4_jax.kernels.attention import cpu as attention_cpu
@@ -26,6 +30,8 @@ from v4_jax.kernels.indexer import cpu as indexer_cpu
 from v4_jax.kernels.indexer import reference as indexer
 from v4_jax.kernels.linear import cpu as linear_cpu
 from v4_jax.kernels.linear import reference as linear
+from v4_jax.kernels.linear import tpu as linear_tpu
+from v4_jax.number_formats import Weight, dequantise
 from v4_jax.sharding.platform import by_platform
 
 Form = Callable[..., Any]
@@ -58,6 +64,42 @@ def matmul(x: Array, weight: Array, dtype: Any) -> Array:
     if x.ndim != 2:
         return plain(x, weight)
     return _with_gradients(plain, cpu=functools.partial(linear_cpu.matmul_gradients, dtype=dtype))(x, weight)
+
+
+def products_with(x: Array, weights: Sequence[Weight], dtype: Any) -> list[Array]:
+    """[..., in] times each of several [out, in] weights that may be block-scaled: [..., out] of `dtype` each.
+
+    In programs for TPUs all block-scaled ones go in one call of the kernel.
+    """
+
+    def plain(x: Array, weights: Sequence[Weight]) -> list[Array]:
+        return [matmul(x, dequantise(weight, dtype), dtype) for weight in weights]
+
+    def kernel(x: Array, weights: Sequence[Any]) -> list[Array]:
+        out = linear_tpu.matmul(x.astype(dtype).reshape(-1, x.shape[-1]), weights)
+        ends = itertools.accumulate(weight.shape[0] for weight in weights)
+        parts = jnp.split(out, list(ends)[:-1], axis=1)
+        return [part.reshape(*x.shape[:-1], -1) for part in parts]
+
+    if not all(linear_tpu.supports(weight, dtype) for weight in weights):
+        return plain(x, weights)
+    return _without_gradients(plain, tpu=kernel)(x, list(weights))
+
+
+def grouped_product(x: Array, weight: Weight, dtype: Any) -> Array:
+    """See `linear.reference.grouped`; the weight may be block-scaled."""
+
+    def plain(x: Array, weight: Weight) -> Array:
+        return linear.grouped(x, dequantise(weight, dtype), dtype)
+
+    def kernel(x: Array, weight: Any) -> Array:
+        *leading, groups, size = x.shape
+        out = linear_tpu.matmul(x.astype(dtype).reshape(-1, groups * size), [weight], groups=groups)
+        return out.reshape(*leading, groups, -1)
+
+    if not linear_tpu.supports(weight, dtype, x.shape[-2]):
+        return plain(x, weight)
+    return _without_gradients(plain, tpu=kernel)(x, weight)
 
 
 def map_groups(

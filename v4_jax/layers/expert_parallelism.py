@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -111,10 +112,10 @@ def local_experts(
         return expert_ffn(rows[0], group, rows[1], limit, x.dtype)
 
     def run_all(rows: tuple[Array, Array], experts: Experts, sizes: Array, layer: Any) -> Array:
-        def product(x: Array, weight: Any, dtype: Any) -> Array:
-            return grouped_matmul(x.astype(dtype), weight, sizes, layer=layer)
+        def products(x: Array, weights: Sequence[Any], dtype: Any) -> list[Array]:
+            return [grouped_matmul(x.astype(dtype), weight, sizes, layer=layer) for weight in weights]
 
-        return expert_ffn(rows[0], experts, rows[1], limit, x.dtype, product)
+        return expert_ffn(rows[0], experts, rows[1], limit, x.dtype, products)
 
     kernel = run_all if all(supports(weight, x.dtype) for weight in experts) else None
     with jax.named_scope("experts.ffn"):

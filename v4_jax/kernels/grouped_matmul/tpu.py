@@ -28,9 +28,9 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from v4_jax.kernels.block_scales import LANES, block_lines, repeat_lanes, scale_blocks
 from v4_jax.number_formats import E2M1, E4M3, FP4_BLOCK, FP8_BLOCK, BlockScaled, Weight, bytes_of
 
-LANES, SUBLANES = 128, 8  # of a vector register
 COLUMNS = 512  # outputs of a weight tile: 1 MiB of E2M1 codes at K = 4,096, long enough to hide a grid step's overhead
 STRIP = 256  # outputs at a time within it: the widest matrix unit
 CHUNKS = (1024, 512, 256, 128)  # inputs at a time, the largest that divides K
@@ -199,14 +199,14 @@ def _kernel(
             wide = scales[0][:, here].astype(jnp.float32).T if across else scales[0][here, :].astype(jnp.float32)
             exponents = _pair_exponents(wide)
         elif block == FP8_BLOCK:
-            lines = _block_lines(scales[0][...], n * columns + start, strip)
+            lines = block_lines(scales[0][...], n * columns + start, strip)
         total = jnp.zeros((count, strip), jnp.float32)
         for k in range(0, depth, chunk):
             stored = codes[here, k : k + chunk]
             if block == FP4_BLOCK:
-                expanded = _decode_e2m1(stored, _repeat_lanes(exponents, FP4_BLOCK[1], k, chunk))
+                expanded = _decode_e2m1(stored, repeat_lanes(exponents, FP4_BLOCK[1], k, chunk))
             elif block == FP8_BLOCK:
-                expanded = _scale_blocks(stored, _repeat_lanes(lines, FP8_BLOCK[1], k, chunk))
+                expanded = scale_blocks(stored, repeat_lanes(lines, FP8_BLOCK[1], k, chunk))
             else:
                 expanded = stored
             total += jax.lax.dot_general(
@@ -248,39 +248,3 @@ def _decode_e2m1(codes: Array, exponents: Array) -> Array:
     keep = from_one - jax.lax.shift_right_logical(from_one, jnp.full_like(from_one, 15))
     value = (magnitude + from_two + exponents) & keep
     return pltpu.bitcast(value | ((pair & _both(8)) << 12), jnp.bfloat16)
-
-
-def _block_lines(scales: Array, start: Any, count: int) -> Array:
-    """Scales of 128 x 128 blocks [N / 128, K / 128] for `count` outputs from `start` on: [count / 16, K / 128] float32.
-
-    Each block's scales come eight times, once for every row of a register. By a product with ones and zeros, exact for
-    powers of two, because registers cannot be cut at a row known only at run time.
-    """
-    shape = (count // FP8_BLOCK[0] * SUBLANES, scales.shape[0])
-    # Shifts, since the sign that a division looks at lowers differently by chip, which a CPU host cannot tell.
-    line = (start >> 7) + (jax.lax.broadcasted_iota(jnp.int32, shape, 0) >> 3)
-    mine = (line == jax.lax.broadcasted_iota(jnp.int32, shape, 1)).astype(jnp.bfloat16)
-    return jnp.dot(mine, scales.astype(jnp.float32).astype(jnp.bfloat16), preferred_element_type=jnp.float32)
-
-
-def _scale_blocks(codes: Array, lines: Array) -> Array:
-    """E4M3 codes [R, C] times scales [R / 16, C] as from `_block_lines`: [R, C] bfloat16."""
-    count, width = codes.shape
-    wide = codes.astype(jnp.float32).reshape(-1, FP8_BLOCK[0] // SUBLANES, SUBLANES, width)
-    return (wide * lines.reshape(-1, 1, SUBLANES, width)).astype(jnp.bfloat16).reshape(count, width)
-
-
-def _repeat_lanes(scales: Array, block: int, start: int, count: int) -> Array:
-    """Repeats 32-bit scales [R, K / block] over the `count` inputs from `start` on: [R, count].
-
-    A gather within 128 lanes at a time; `jnp.repeat` compiles to five times the instructions of all the rest.
-    """
-    lane = jax.lax.broadcasted_iota(jnp.int32, (scales.shape[0], LANES), 1)
-    parts = []
-    for k in range(start, start + count, LANES):
-        base = k // block // LANES * LANES
-        window = scales[:, base : base + LANES]
-        window = jnp.pad(window, ((0, 0), (0, LANES - window.shape[1])))
-        index = (lane >> (block.bit_length() - 1)) + (k // block - base)
-        parts.append(jnp.take_along_axis(window, index, axis=1, mode="promise_in_bounds"))
-    return jnp.concatenate(parts, axis=1)

@@ -1,0 +1,195 @@
+"""Products with E4M3 weights for TPUs, which read the weights as they are stored, from the stack of all layers.
+
+    out = x . (codes * scales)^T        128 x 128 elements share a scale, a power of two
+
+XLA would write copies of the weights' size to memory, of the weights themselves and of their scales; and a layer's
+weights would first be cut out of the stack. Here a tile of codes travels as it is stored, and the matrix unit takes it
+so: the codes of 128 outputs against the rows, whose every 128 inputs are multiplied by the scale of their block, which
+is exact in bfloat16. With many rows, that leaves half of a 256 wide matrix unit idle: then a tile is expanded to
+bfloat16 once in VMEM, exactly too, for all tiles of rows in turn. The reference is the product with `dequantise`, which
+rounds where this does: products summed in float32, the sum to bfloat16.
+
+The grid is (tiles of outputs, tiles of rows). A weight tile spans all inputs, so the weights cross from HBM once.
+Several weights of the same rows go in one call: their tiles follow one another in the grid, and each is fetched while
+the one before is multiplied, across the border from one weight to the next.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from v4_jax.kernels.block_scales import LANES, SUBLANES, block_lines, repeat_lanes, scale_blocks
+from v4_jax.number_formats import E4M3, FP8_BLOCK, BlockScaled, Weight
+
+TILE = 1 << 20  # codes of a weight tile at most, where 128 outputs have no more: enough to hide a grid step's overhead
+STEPS = 4  # at least, where the outputs suffice: the first tile's way from HBM is hidden by nothing
+ROWS = 256  # of a tile of rows
+MANY = 512  # rows from which on a weight tile is expanded
+CHUNKS = (512, 256, 128)  # inputs at a time, the largest that divides K
+VMEM_BYTES = 48 << 20  # of the 64 MiB or more that every generation from v5e on has
+
+
+def supports(weight: Weight, dtype: Any, groups: int = 1) -> bool:
+    """Whether `matmul` takes this weight [N, K], `groups` matrices one below the other, and compute dtype."""
+    if jnp.dtype(dtype) != jnp.bfloat16 or not isinstance(weight, BlockScaled):
+        return False
+    if jnp.dtype(weight.codes.dtype) != E4M3 or weight.block != FP8_BLOCK or weight.ndim != 2:
+        return False
+    return weight.shape[0] % (groups * LANES) == 0 and weight.shape[1] % LANES == 0
+
+
+def matmul(x: Array, weights: Sequence[BlockScaled], *, groups: int = 1, interpret: bool = False) -> Array:
+    """Multiplies rows by one or several weights.
+
+    Args:
+      x: [M, groups * K] bfloat16.
+      weights: [N_i, K] E4M3 each, in blocks of 128 x 128 that share a scale, a power of two from 2^-126 to 2^126. Where
+        they tell which layer of a stack they are, they are read there.
+      groups: matrices of equal size that lie one below the other in the weight, of which each has its own K inputs;
+        with one weight only.
+      interpret: run as plain JAX on any backend, for tests.
+
+    Returns:
+      [M, N_1 + N_2 + ...] bfloat16. Not differentiable.
+
+    Raises:
+      NotImplementedError: see `supports`.
+      ValueError: shapes disagree.
+    """
+    for weight in weights:
+        if not supports(weight, x.dtype, groups):
+            raise NotImplementedError(
+                f"x {x.dtype}, weight {jax.tree.map(jnp.shape, weight)} in {groups} groups: expected bfloat16, an E4M3 "
+                f"weight in the released blocks, and both axes of its matrices multiples of {LANES}"
+            )
+    (count, inputs), depth = x.shape, weights[0].shape[1]
+    if inputs != groups * depth or any(weight.shape[1] != depth for weight in weights):
+        raise ValueError(f"x {x.shape} in {groups} groups does not fit weights {[weight.shape for weight in weights]}")
+    if groups > 1 and len(weights) > 1:
+        raise ValueError(f"expected one weight in groups, found {len(weights)}")
+
+    widths = [weight.shape[0] for weight in weights]
+    columns = _columns([width // groups for width in widths], depth)
+    tiles = [width // columns for width in widths]
+    firsts = [sum(tiles[:i]) for i in range(len(tiles))]
+    rows, per_group = min(count, ROWS), tiles[0] // groups
+    stacks = [_stack(weight) for weight in weights]
+    layers = jnp.stack([layer for *_, layer in stacks])
+
+    def codes_spec(i: int) -> pl.BlockSpec:
+        def index(n: Any, m: Any, layers: Any) -> Any:
+            del m
+            return layers[i], jnp.clip(n - firsts[i], 0, tiles[i] - 1), 0
+
+        return pl.BlockSpec((None, columns, depth), index)
+
+    def scales_spec(i: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, *stacks[i][1].shape[1:]), lambda n, m, layers: (layers[i], 0, 0))
+
+    x_spec = pl.BlockSpec((rows, depth), lambda n, m, layers: (m, n // per_group if groups > 1 else 0))
+    specs, operands = [x_spec], [x]
+    for i, (codes, scales, _) in enumerate(stacks):
+        specs += [codes_spec(i), scales_spec(i)]
+        operands += [codes, scales]
+    expand = count > MANY
+    traffic = sum(weight.nbytes for weight in weights) + 2 * count * (inputs + sum(widths))
+    return pl.pallas_call(
+        functools.partial(_kernel, firsts=firsts),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(sum(tiles), pl.cdiv(count, rows)),
+            in_specs=specs,
+            out_specs=pl.BlockSpec((rows, columns), lambda n, m, layers: (m, n)),
+            scratch_shapes=[pltpu.VMEM((columns, depth), jnp.bfloat16)] if expand else [],
+        ),
+        out_shape=jax.ShapeDtypeStruct((count, sum(widths)), x.dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+        ),
+        cost_estimate=pl.CostEstimate(flops=2 * count * depth * sum(widths), bytes_accessed=traffic, transcendentals=0),
+        interpret=interpret,
+        name="block_scaled_matmul",
+    )(layers, *operands)
+
+
+def _columns(widths: Sequence[int], depth: int) -> int:
+    """Outputs of a tile: the most, as 128 times a divisor of all weights', that keep to `TILE` and `STEPS`."""
+    units = math.gcd(*(width // LANES for width in widths))
+    most = max(1, min(TILE // (depth * LANES), sum(widths) // (LANES * STEPS)))
+    return LANES * max(size for size in range(1, min(units, most) + 1) if units % size == 0)
+
+
+def _stack(weight: BlockScaled) -> tuple[Array, Array, Array]:
+    """Codes [L, N, K], scales [L, N / 128, K / 128], and which layer's they are."""
+    if weight.stack is None:
+        return weight.codes[None], weight.scales[None], jnp.int32(0)
+    return weight.stack.codes, weight.stack.scales, jnp.asarray(weight.stack.layer, jnp.int32)
+
+
+def _kernel(layers: Any, x: Any, *refs: Any, firsts: list[int]) -> None:
+    """One tile: `x` [rows, K] times `codes` [columns, K] of the weight whose turn it is into `out` [rows, columns]."""
+    del layers
+    weights = [(refs[2 * i], refs[2 * i + 1]) for i in range(len(firsts))]
+    out, *expanded = refs[2 * len(firsts) :]
+    tile = pl.program_id(0)
+    for i, (codes, scales) in enumerate(weights):
+
+        def own(codes: Any = codes, scales: Any = scales, first: int = firsts[i]) -> None:
+            start = (tile - first) * codes.shape[0]
+            if not expanded:
+                _by_scaled_rows(x, codes, scales, start, out)
+                return
+            pl.when(pl.program_id(1) == 0)(lambda: _expand(codes, scales, start, expanded[0]))
+            _by_expanded(x, expanded[0], out)
+
+        if len(weights) == 1:
+            own()
+        else:
+            last = firsts[i + 1] if i + 1 < len(firsts) else pl.num_programs(0)
+            pl.when((firsts[i] <= tile) & (tile < last))(own)
+
+
+def _by_scaled_rows(x: Any, codes: Any, scales: Any, start: Any, out: Any) -> None:
+    """Every block of outputs with rows that are scaled for it."""
+    columns, depth = codes.shape
+    chunk = next(size for size in CHUNKS if depth % size == 0)
+    lines = block_lines(scales[...], start, columns)
+    repeated = [repeat_lanes(lines, LANES, k, chunk).astype(jnp.bfloat16) for k in range(0, depth, chunk)]
+    for i in range(columns // LANES):
+        total = jnp.zeros((x.shape[0], LANES), jnp.float32)
+        for j, line in enumerate(repeated):
+            here = slice(j * chunk, (j + 1) * chunk)
+            scaled = x[:, here] * line[i * SUBLANES : i * SUBLANES + 1]
+            total += _product(scaled, codes[i * LANES : (i + 1) * LANES, here])
+        out[:, i * LANES : (i + 1) * LANES] = total.astype(out.dtype)
+
+
+def _expand(codes: Any, scales: Any, start: Any, out: Any) -> None:
+    """Codes [columns, K] times their scales in bfloat16."""
+    columns, depth = codes.shape
+    chunk = next(size for size in CHUNKS if depth % size == 0)
+    lines = block_lines(scales[...], start, columns)
+    for k in range(0, depth, chunk):
+        here = slice(k, k + chunk)
+        repeated = repeat_lanes(lines, LANES, k, chunk)
+        for i in range(columns // LANES):
+            block = slice(i * LANES, (i + 1) * LANES)
+            out[block, here] = scale_blocks(codes[block, here], repeated[i * SUBLANES : (i + 1) * SUBLANES])
+
+
+def _by_expanded(x: Any, weight: Any, out: Any) -> None:
+    """Rows times an expanded tile."""
+    out[...] = _product(x[...], weight[...]).astype(out.dtype)
+
+
+def _product(x: Array, weight: Array) -> Array:
+    return jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
