@@ -7,10 +7,46 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental import pallas as pl
 
 from v4_jax.number_formats import FP8_BLOCK
 
 LANES, SUBLANES = 128, 8  # of a vector register
+CHUNKS = (512, 256, 128)  # inputs at a time, the largest that divides K
+
+
+def product(rows: Array, weight: Array) -> Array:
+    """[M, K] times [N, K]: [M, N] float32. The matrix unit takes E4M3 weights as they are."""
+    return jax.lax.dot_general(rows, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def by_scaled_rows(rows: Any, codes: Any, here: Any, scales: Array, start: Any) -> Array:
+    """Rows times a strip of an E4M3 weight: each block of 128 outputs with rows that are scaled for it.
+
+    Args:
+      rows: reference of [M, K] bfloat16.
+      codes: reference of [N, K] E4M3.
+      here: `pl.ds` of the strip's outputs in `codes`, a multiple of 128.
+      scales: [all N / 128, K / 128].
+      start: number of the strip's first output in `scales`.
+
+    Returns:
+      [M, outputs] float32.
+    """
+    depth, columns = rows.shape[1], here.size
+    chunk = next(size for size in CHUNKS if depth % size == 0)
+    lines = block_lines(scales, start, columns)
+    repeated = [repeat_lanes(lines, LANES, k, chunk).astype(jnp.bfloat16) for k in range(0, depth, chunk)]
+    totals = []
+    for i in range(columns // LANES):
+        block = pl.ds(here.start + i * LANES, LANES)
+        total = jnp.zeros((rows.shape[0], LANES), jnp.float32)
+        for j, line in enumerate(repeated):
+            inputs = slice(j * chunk, (j + 1) * chunk)
+            scaled = rows[:, inputs] * line[i * SUBLANES : i * SUBLANES + 1]
+            total += product(scaled, codes[block, inputs])
+        totals.append(total)
+    return jnp.concatenate(totals, axis=1)
 
 
 def block_lines(scales: Array, start: Any, count: int) -> Array:

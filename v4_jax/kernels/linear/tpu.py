@@ -17,6 +17,7 @@ the one before is multiplied, across the border from one weight to the next.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -27,14 +28,22 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from v4_jax.kernels.block_scales import LANES, SUBLANES, block_lines, repeat_lanes, scale_blocks
+from v4_jax.kernels.block_scales import (
+    CHUNKS,
+    LANES,
+    SUBLANES,
+    block_lines,
+    by_scaled_rows,
+    product,
+    repeat_lanes,
+    scale_blocks,
+)
 from v4_jax.number_formats import E4M3, FP8_BLOCK, BlockScaled, Weight
 
 TILE = 1 << 20  # codes of a weight tile at most, where 128 outputs have no more: enough to hide a grid step's overhead
 STEPS = 4  # at least, where the outputs suffice: the first tile's way from HBM is hidden by nothing
 ROWS = 256  # of a tile of rows
 MANY = 512  # rows from which on a weight tile is expanded
-CHUNKS = (512, 256, 128)  # inputs at a time, the largest that divides K
 VMEM_BYTES = 48 << 20  # of the 64 MiB or more that every generation from v5e on has
 
 
@@ -52,8 +61,8 @@ def matmul(x: Array, weights: Sequence[BlockScaled], *, groups: int = 1, interpr
 
     Args:
       x: [M, groups * K] bfloat16.
-      weights: [N_i, K] E4M3 each, in blocks of 128 x 128 that share a scale, a power of two from 2^-126 to 2^126. Where
-        they tell which layer of a stack they are, they are read there.
+      weights: [N_i, K] E4M3 each, in blocks of 128 x 128 that share a scale, a power of two from 2^-126 to 2^126. Those
+        that are layers of a stack are read there; it is the same layer of each.
       groups: matrices of equal size that lie one below the other in the weight, of which each has its own K inputs;
         with one weight only.
       interpret: run as plain JAX on any backend, for tests.
@@ -82,24 +91,23 @@ def matmul(x: Array, weights: Sequence[BlockScaled], *, groups: int = 1, interpr
     tiles = [width // columns for width in widths]
     firsts = [sum(tiles[:i]) for i in range(len(tiles))]
     rows, per_group = min(count, ROWS), tiles[0] // groups
-    stacks = [_stack(weight) for weight in weights]
-    layers = jnp.stack([layer for *_, layer in stacks])
+    stacked = [weight.stack for weight in weights if weight.stack is not None]
+    layer = jnp.asarray(stacked[0].layer if stacked else 0, jnp.int32).reshape(1)
+    pairs = [_in_layers(weight) for weight in weights]
 
-    def codes_spec(i: int) -> pl.BlockSpec:
-        def index(n: Any, m: Any, layers: Any) -> Any:
+    def specs_of(i: int) -> list[pl.BlockSpec]:
+        def codes(n: Any, m: Any, layer: Any) -> Any:
             del m
-            return layers[i], jnp.clip(n - firsts[i], 0, tiles[i] - 1), 0
+            return 0 if weights[i].stack is None else layer[0], jnp.clip(n - firsts[i], 0, tiles[i] - 1), 0
 
-        return pl.BlockSpec((None, columns, depth), index)
+        def scales(n: Any, m: Any, layer: Any) -> Any:
+            del n, m
+            return 0 if weights[i].stack is None else layer[0], 0, 0
 
-    def scales_spec(i: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, *stacks[i][1].shape[1:]), lambda n, m, layers: (layers[i], 0, 0))
+        whole = pairs[i][1].shape[1:]
+        return [pl.BlockSpec((None, columns, depth), codes), pl.BlockSpec((None, *whole), scales)]
 
-    x_spec = pl.BlockSpec((rows, depth), lambda n, m, layers: (m, n // per_group if groups > 1 else 0))
-    specs, operands = [x_spec], [x]
-    for i, (codes, scales, _) in enumerate(stacks):
-        specs += [codes_spec(i), scales_spec(i)]
-        operands += [codes, scales]
+    x_spec = pl.BlockSpec((rows, depth), lambda n, m, layer: (m, n // per_group if groups > 1 else 0))
     expand = count > MANY
     traffic = sum(weight.nbytes for weight in weights) + 2 * count * (inputs + sum(widths))
     return pl.pallas_call(
@@ -107,8 +115,8 @@ def matmul(x: Array, weights: Sequence[BlockScaled], *, groups: int = 1, interpr
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(sum(tiles), pl.cdiv(count, rows)),
-            in_specs=specs,
-            out_specs=pl.BlockSpec((rows, columns), lambda n, m, layers: (m, n)),
+            in_specs=[x_spec, *itertools.chain(*map(specs_of, range(len(weights))))],
+            out_specs=pl.BlockSpec((rows, columns), lambda n, m, layer: (m, n)),
             scratch_shapes=[pltpu.VMEM((columns, depth), jnp.bfloat16)] if expand else [],
         ),
         out_shape=jax.ShapeDtypeStruct((count, sum(widths)), x.dtype),
@@ -118,7 +126,7 @@ def matmul(x: Array, weights: Sequence[BlockScaled], *, groups: int = 1, interpr
         cost_estimate=pl.CostEstimate(flops=2 * count * depth * sum(widths), bytes_accessed=traffic, transcendentals=0),
         interpret=interpret,
         name="block_scaled_matmul",
-    )(layers, *operands)
+    )(layer, x, *itertools.chain(*pairs))
 
 
 def _columns(widths: Sequence[int], depth: int) -> int:
@@ -128,16 +136,16 @@ def _columns(widths: Sequence[int], depth: int) -> int:
     return LANES * max(size for size in range(1, min(units, most) + 1) if units % size == 0)
 
 
-def _stack(weight: BlockScaled) -> tuple[Array, Array, Array]:
-    """Codes [L, N, K], scales [L, N / 128, K / 128], and which layer's they are."""
+def _in_layers(weight: BlockScaled) -> tuple[Array, Array]:
+    """Codes [L, N, K] and scales [L, N / 128, K / 128] of all layers, or of the only one."""
     if weight.stack is None:
-        return weight.codes[None], weight.scales[None], jnp.int32(0)
-    return weight.stack.codes, weight.stack.scales, jnp.asarray(weight.stack.layer, jnp.int32)
+        return weight.codes[None], weight.scales[None]
+    return weight.stack.codes, weight.stack.scales
 
 
-def _kernel(layers: Any, x: Any, *refs: Any, firsts: list[int]) -> None:
+def _kernel(layer: Any, x: Any, *refs: Any, firsts: list[int]) -> None:
     """One tile: `x` [rows, K] times `codes` [columns, K] of the weight whose turn it is into `out` [rows, columns]."""
-    del layers
+    del layer
     weights = [(refs[2 * i], refs[2 * i + 1]) for i in range(len(firsts))]
     out, *expanded = refs[2 * len(firsts) :]
     tile = pl.program_id(0)
@@ -146,31 +154,16 @@ def _kernel(layers: Any, x: Any, *refs: Any, firsts: list[int]) -> None:
         def own(codes: Any = codes, scales: Any = scales, first: int = firsts[i]) -> None:
             start = (tile - first) * codes.shape[0]
             if not expanded:
-                _by_scaled_rows(x, codes, scales, start, out)
+                out[...] = by_scaled_rows(x, codes, pl.ds(0, codes.shape[0]), scales[...], start).astype(out.dtype)
                 return
             pl.when(pl.program_id(1) == 0)(lambda: _expand(codes, scales, start, expanded[0]))
-            _by_expanded(x, expanded[0], out)
+            out[...] = product(x[...], expanded[0][...]).astype(out.dtype)
 
         if len(weights) == 1:
             own()
         else:
             last = firsts[i + 1] if i + 1 < len(firsts) else pl.num_programs(0)
             pl.when((firsts[i] <= tile) & (tile < last))(own)
-
-
-def _by_scaled_rows(x: Any, codes: Any, scales: Any, start: Any, out: Any) -> None:
-    """Every block of outputs with rows that are scaled for it."""
-    columns, depth = codes.shape
-    chunk = next(size for size in CHUNKS if depth % size == 0)
-    lines = block_lines(scales[...], start, columns)
-    repeated = [repeat_lanes(lines, LANES, k, chunk).astype(jnp.bfloat16) for k in range(0, depth, chunk)]
-    for i in range(columns // LANES):
-        total = jnp.zeros((x.shape[0], LANES), jnp.float32)
-        for j, line in enumerate(repeated):
-            here = slice(j * chunk, (j + 1) * chunk)
-            scaled = x[:, here] * line[i * SUBLANES : i * SUBLANES + 1]
-            total += _product(scaled, codes[i * LANES : (i + 1) * LANES, here])
-        out[:, i * LANES : (i + 1) * LANES] = total.astype(out.dtype)
 
 
 def _expand(codes: Any, scales: Any, start: Any, out: Any) -> None:
@@ -184,12 +177,3 @@ def _expand(codes: Any, scales: Any, start: Any, out: Any) -> None:
         for i in range(columns // LANES):
             block = slice(i * LANES, (i + 1) * LANES)
             out[block, here] = scale_blocks(codes[block, here], repeated[i * SUBLANES : (i + 1) * SUBLANES])
-
-
-def _by_expanded(x: Any, weight: Any, out: Any) -> None:
-    """Rows times an expanded tile."""
-    out[...] = _product(x[...], weight[...]).astype(out.dtype)
-
-
-def _product(x: Array, weight: Array) -> Array:
-    return jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
