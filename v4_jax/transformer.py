@@ -21,6 +21,7 @@ from v4_jax.cache.cache import Cache
 from v4_jax.layer_stack import replayed, role_index, stacked, unrolled
 from v4_jax.layers.head import cross_entropy
 from v4_jax.layers.hyper_connections import StreamCollapse, expand
+from v4_jax.layers.linear import linear
 from v4_jax.layers.norm import rms_norm
 from v4_jax.layers.stages import SPARSE, Remat, Stage, recompute, rematerialised
 from v4_jax.layout import Layout
@@ -28,7 +29,7 @@ from v4_jax.multi_token_prediction import MultiTokenPrediction
 from v4_jax.on_mesh import loss_on_mesh, on_mesh
 from v4_jax.outputs import Decided, Logits, Output, Routing
 from v4_jax.parameters import LAYERS, Module, normal
-from v4_jax.policy import Policy, einsum
+from v4_jax.policy import Policy
 from v4_jax.sharding import collectives
 from v4_jax.sharding.axes import Rules, ShardingError
 
@@ -297,7 +298,7 @@ class Transformer(Module):
         if which == "none":
             return None
         head = split.gather(self.head_weight, ("vocab", "embed"))
-        return einsum("bsd,vd->bsv", x, head, dtype=jnp.float32)
+        return linear(x, head, jnp.float32)
 
     def _layers(self, carry: Carry, context: Context, routing: Routing | None) -> tuple[Carry, list[Decided]]:
         """All layers, in order: those before the period, the scan over it, those after."""

@@ -6,9 +6,9 @@ Pallas kernel, or `cpu.py`, written so that XLA:CPU makes quick code of it. Laye
     function                 reference                      cpu                                       tpu
     products, weighted       einsum                         keys' gradients as sums, of few heads     reference
     index_scores             einsum                         head by head                              reference
-    matmul                   einsum                         weights' gradients with a second axis     reference
+    matmul                   einsum                         weights' gradients with a second axis     one row as two
     products_with,           products with `dequantise`     reference                                 kernel, of E4M3
-      grouped_product
+    grouped_product
     map_groups               tiles of each group in turn    reference                                 caller's kernel
 """
 
@@ -31,7 +31,7 @@ from v4_jax.kernels.indexer import reference as indexer
 from v4_jax.kernels.linear import cpu as linear_cpu
 from v4_jax.kernels.linear import reference as linear
 from v4_jax.kernels.linear import tpu as linear_tpu
-from v4_jax.number_formats import Weight, dequantise
+from v4_jax.number_formats import BlockScaled, Weight, dequantise
 from v4_jax.sharding.platform import by_platform
 
 Form = Callable[..., Any]
@@ -61,6 +61,8 @@ def index_scores(queries: Array, weights: Array, keys: Array) -> Array:
 def matmul(x: Array, weight: Array, dtype: Any) -> Array:
     """See `linear.reference.matmul`."""
     plain = functools.partial(linear.matmul, dtype=dtype)
+    if x.size == x.shape[-1]:
+        return _without_gradients(plain, tpu=functools.partial(linear_tpu.one_row, dtype=dtype))(x, weight)
     if x.ndim != 2:
         return plain(x, weight)
     return _with_gradients(plain, cpu=functools.partial(linear_cpu.matmul_gradients, dtype=dtype))(x, weight)
@@ -73,7 +75,7 @@ def products_with(x: Array, weights: Sequence[Weight], dtype: Any) -> list[Array
     """
 
     def plain(x: Array, weights: Sequence[Weight]) -> list[Array]:
-        return [matmul(x, dequantise(weight, dtype), dtype) for weight in weights]
+        return [matmul(x, _expanded(weight, dtype), dtype) for weight in weights]
 
     def kernel(x: Array, weights: Sequence[Any]) -> list[Array]:
         out = linear_tpu.matmul(x.astype(dtype).reshape(-1, x.shape[-1]), weights)
@@ -90,7 +92,7 @@ def grouped_product(x: Array, weight: Weight, dtype: Any) -> Array:
     """See `linear.reference.grouped`; the weight may be block-scaled."""
 
     def plain(x: Array, weight: Weight) -> Array:
-        return linear.grouped(x, dequantise(weight, dtype), dtype)
+        return linear.grouped(x, _expanded(weight, dtype), dtype)
 
     def kernel(x: Array, weight: Any) -> Array:
         *leading, groups, size = x.shape
@@ -127,6 +129,11 @@ def map_groups(
     if layer is not None:
         return by_platform(rows, weights, sizes, layer, default=plain, tpu=kernel)
     return _without_gradients(plain, tpu=kernel)(rows, weights, sizes, None)
+
+
+def _expanded(weight: Weight, dtype: Any) -> Array:
+    """A plain weight as it is: the product casts it, or need not."""
+    return dequantise(weight, dtype) if isinstance(weight, BlockScaled) else weight
 
 
 def _with_gradients(function: Form, *, default: Form | None = None, **forms: Form) -> Form:

@@ -25,7 +25,7 @@ from v4_jax.layers.visible import Visible
 from v4_jax.layout import Blocks, Layout
 from v4_jax.number_formats import Weight, fake_quant_index
 from v4_jax.parameters import Module
-from v4_jax.policy import Policy, einsum
+from v4_jax.policy import Policy
 from v4_jax.sharding.collectives import all_gather
 from v4_jax.sharding.split import Split
 from v4_jax.sharding.top_k import distributed_top_k
@@ -74,7 +74,7 @@ class LightningIndexer(Module):
             loss=self.loss,
             name="compressor",
         )(y, layout, open_blocks)
-        weights = einsum("bsd,hd->bsh", y, project, dtype=self.policy.compute_dtype).astype(jnp.float32)
+        weights = linear(y, project, self.policy.compute_dtype).astype(jnp.float32)
         weights = all_gather(weights, self.split.shared("index_heads"), -1)
         return keys, blocks, after, weights * (size * heads) ** -0.5, wq_b
 

@@ -38,6 +38,7 @@ from v4_jax.kernels.block_scales import (
     repeat_lanes,
     scale_blocks,
 )
+from v4_jax.kernels.linear import reference
 from v4_jax.number_formats import E4M3, FP8_BLOCK, BlockScaled, Weight
 
 TILE = 1 << 20  # codes of a weight tile at most, where 128 outputs have no more: enough to hide a grid step's overhead
@@ -107,7 +108,11 @@ def matmul(x: Array, weights: Sequence[BlockScaled], *, groups: int = 1, interpr
         whole = pairs[i][1].shape[1:]
         return [pl.BlockSpec((None, columns, depth), codes), pl.BlockSpec((None, *whole), scales)]
 
-    x_spec = pl.BlockSpec((rows, depth), lambda n, m, layer: (m, n // per_group if groups > 1 else 0))
+    def x_map(n: Any, m: Any, layer: Any) -> Any:
+        del layer
+        # Not `//`: the sign that it looks at lowers differently by chip, which a CPU host cannot tell.
+        return m, 0 if groups == 1 else jax.lax.div(n, jnp.int32(per_group))
+
     expand = count > MANY
     traffic = sum(weight.nbytes for weight in weights) + 2 * count * (inputs + sum(widths))
     return pl.pallas_call(
@@ -115,7 +120,7 @@ def matmul(x: Array, weights: Sequence[BlockScaled], *, groups: int = 1, interpr
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(sum(tiles), pl.cdiv(count, rows)),
-            in_specs=[x_spec, *itertools.chain(*map(specs_of, range(len(weights))))],
+            in_specs=[pl.BlockSpec((rows, depth), x_map), *itertools.chain(*map(specs_of, range(len(weights))))],
             out_specs=pl.BlockSpec((rows, columns), lambda n, m, layer: (m, n)),
             scratch_shapes=[pltpu.VMEM((columns, depth), jnp.bfloat16)] if expand else [],
         ),
@@ -127,6 +132,16 @@ def matmul(x: Array, weights: Sequence[BlockScaled], *, groups: int = 1, interpr
         interpret=interpret,
         name="block_scaled_matmul",
     )(layer, x, *itertools.chain(*pairs))
+
+
+def one_row(x: Array, weight: Array, dtype: Any) -> Array:
+    """`reference.matmul` of a single row x [..., in], all other axes of which are of size 1.
+
+    With a row of zeros beside it: XLA sums the products of one row on the vector unit, which takes four times as long
+    as reading the weight, and those of two on the matrix unit.
+    """
+    rows = jnp.pad(x.reshape(1, -1), ((0, 1), (0, 0)))
+    return reference.matmul(rows, weight, dtype)[:1].reshape(*x.shape[:-1], -1)
 
 
 def _columns(widths: Sequence[int], depth: int) -> int:
@@ -148,7 +163,7 @@ def _kernel(layer: Any, x: Any, *refs: Any, firsts: list[int]) -> None:
     del layer
     weights = [(refs[2 * i], refs[2 * i + 1]) for i in range(len(firsts))]
     out, *expanded = refs[2 * len(firsts) :]
-    tile = pl.program_id(0)
+    tile, first_rows, tiles = pl.program_id(0), pl.program_id(1) == 0, pl.num_programs(0)
     for i, (codes, scales) in enumerate(weights):
 
         def own(codes: Any = codes, scales: Any = scales, first: int = firsts[i]) -> None:
@@ -156,13 +171,13 @@ def _kernel(layer: Any, x: Any, *refs: Any, firsts: list[int]) -> None:
             if not expanded:
                 out[...] = by_scaled_rows(x, codes, pl.ds(0, codes.shape[0]), scales[...], start).astype(out.dtype)
                 return
-            pl.when(pl.program_id(1) == 0)(lambda: _expand(codes, scales, start, expanded[0]))
+            pl.when(first_rows)(lambda: _expand(codes, scales, start, expanded[0]))
             out[...] = product(x[...], expanded[0][...]).astype(out.dtype)
 
         if len(weights) == 1:
             own()
         else:
-            last = firsts[i + 1] if i + 1 < len(firsts) else pl.num_programs(0)
+            last = firsts[i + 1] if i + 1 < len(firsts) else tiles
             pl.when((firsts[i] <= tile) & (tile < last))(own)
 
 
