@@ -68,7 +68,8 @@ def dispatch(
 
     def work(rows: Array, extra: tuple[Array, Array], weights: tuple[Experts, Any]) -> Array:
         number, weight = extra  # counted from 1, so that places without a row have none
-        return local(rows, jnp.where(number > 0, number - 1, own)[:, None], weight[:, None], *weights)
+        total = local(rows, jnp.where(number > 0, number - 1, own)[:, None], weight[:, None], *weights)
+        return total.astype(dtype)  # exact: the result of one expert, which was rounded so
 
     places = dict(
         zip(owners, jnp.unravel_index(assigned // own, [split.count((axis,)) for axis in owners]), strict=True)
@@ -122,4 +123,4 @@ def local_experts(
         out = map_groups(run, rows, experts, sizes, layer=layer, width=x.shape[-1], kernel=kernel)
     with jax.named_scope("experts.combine"):
         back = jnp.argsort(order)
-        return jnp.sum(out[back].reshape(tokens, top, -1), axis=1)
+        return jnp.sum(out[back].reshape(tokens, top, -1), axis=1, dtype=jnp.float32)

@@ -30,11 +30,11 @@ def swiglu(gate: Array, up: Array, limit: float) -> Array:
 def expert_ffn(
     x: Array, weights: Experts, scale: Array | None, limit: float, dtype: Any, products: Any = linears
 ) -> Array:
-    """One expert on rows [T, D]: [T, D] float32. `scale` [T] multiplies the hidden activation before its rounding.
+    """One expert on rows [T, D]: [T, D] of `dtype`. `scale` [T] multiplies the hidden activation before its rounding.
 
     Or each row's own expert, when `products` (of rows, weights and dtype) are grouped ones.
     """
     hidden = swiglu(*products(x, [weights.w1, weights.w3], dtype), limit)
     if scale is not None:
         hidden = hidden * scale[:, None]
-    return products(hidden.astype(dtype), [weights.w2], dtype)[0].astype(jnp.float32)
+    return products(hidden.astype(dtype), [weights.w2], dtype)[0]

@@ -70,7 +70,7 @@ class MixtureOfExperts(Module):
         routed = dispatch(flat, assigned, weights, experts, layer, c, self.policy.compute_dtype, self.split)
         with jax.named_scope("experts.shared"):
             everyone = expert_ffn(flat, shared, None, c.swiglu_limit, self.policy.compute_dtype)
-            output = routed + collectives.psum(everyone, self.split.shared("mlp"))
+            output = routed + collectives.psum(everyone.astype(jnp.float32), self.split.shared("mlp"))
         load = jnp.bincount(assigned.reshape(-1), length=c.n_routed_experts).astype(jnp.int32)
         load = collectives.psum(load, self.split.tokens)
         output = keep(output.astype(y.dtype).reshape(y.shape), "feed_forward")
