@@ -20,22 +20,20 @@ def product(rows: Array, weight: Array) -> Array:
     return jax.lax.dot_general(rows, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def by_scaled_rows(rows: Any, codes: Any, here: Any, scales: Array, start: Any) -> Array:
+def by_scaled_rows(rows: Any, codes: Any, here: Any, lines: Array) -> Array:
     """Rows times a strip of an E4M3 weight: each block of 128 outputs with rows that are scaled for it.
 
     Args:
       rows: reference of [M, K] bfloat16.
       codes: reference of [N, K] E4M3.
       here: `pl.ds` of the strip's outputs in `codes`, a multiple of 128.
-      scales: [all N / 128, K / 128].
-      start: number of the strip's first output in `scales`.
+      lines: [outputs / 16, K / 128] their scales, see `block_lines`.
 
     Returns:
       [M, outputs] float32.
     """
     depth, columns = rows.shape[1], here.size
     chunk = next(size for size in CHUNKS if depth % size == 0)
-    lines = block_lines(scales, start, columns)
     repeated = [repeat_lanes(lines, LANES, k, chunk).astype(jnp.bfloat16) for k in range(0, depth, chunk)]
     totals = []
     for i in range(columns // LANES):
@@ -49,17 +47,21 @@ def by_scaled_rows(rows: Any, codes: Any, here: Any, scales: Array, start: Any) 
     return jnp.concatenate(totals, axis=1)
 
 
-def block_lines(scales: Array, start: Any, count: int) -> Array:
+def block_lines(scales: Array, start: Any, count: int, across: bool = False) -> Array:
     """Scales of 128 x 128 blocks [N / 128, K / 128] for `count` outputs from `start` on: [count / 16, K / 128] float32.
 
     Each block's scales come eight times, once for every row of a register. By a product with ones and zeros, exact for
-    powers of two, because registers cannot be cut at a row known only at run time.
+    powers of two, because registers cannot be cut at a row known only at run time. With `across`, the scales lie the
+    other way round, [K / 128, N / 128].
     """
-    shape = (count // FP8_BLOCK[0] * SUBLANES, scales.shape[0])
+    shape = (count // FP8_BLOCK[0] * SUBLANES, scales.shape[1 if across else 0])
     # Shifts, since the sign that a division looks at lowers differently by chip, which a CPU host cannot tell.
     line = (start >> 7) + (jax.lax.broadcasted_iota(jnp.int32, shape, 0) >> 3)
     mine = (line == jax.lax.broadcasted_iota(jnp.int32, shape, 1)).astype(jnp.bfloat16)
-    return jnp.dot(mine, scales.astype(jnp.float32).astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+    scales = scales.astype(jnp.float32).astype(jnp.bfloat16)
+    if across:
+        return product(mine, scales)
+    return jnp.dot(mine, scales, preferred_element_type=jnp.float32)
 
 
 def scale_blocks(codes: Array, lines: Array) -> Array:

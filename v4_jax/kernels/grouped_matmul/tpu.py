@@ -31,7 +31,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from v4_jax.kernels.block_scales import LANES, by_scaled_rows, product, repeat_lanes
+from v4_jax.kernels.block_scales import LANES, block_lines, by_scaled_rows, product, repeat_lanes
 from v4_jax.number_formats import E2M1, E4M3, FP4_BLOCK, FP8_BLOCK, BlockScaled, Weight, bytes_of
 
 COLUMNS = 512  # outputs of a weight tile: 1 MiB of E2M1 codes at K = 4,096, long enough to hide a grid step's overhead
@@ -218,7 +218,11 @@ def _kernel(
     if block is None:
         each_strip(lambda here, start: sums(lambda k: codes[here, k : k + chunk]))
     elif block == FP8_BLOCK:
-        each_strip(lambda here, start: by_scaled_rows(rows, codes, here, scales[0][...], n * columns + start))
+
+        def scaled(here: Any, start: Any) -> Array:
+            return by_scaled_rows(rows, codes, here, block_lines(scales[0][...], n * columns + start, strip))
+
+        each_strip(scaled)
     else:
 
         def scales_of(here: Any) -> Array:

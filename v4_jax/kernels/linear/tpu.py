@@ -116,7 +116,7 @@ def matmul(x: Array, weights: Sequence[BlockScaled], *, groups: int = 1, interpr
     expand = count > MANY
     traffic = sum(weight.nbytes for weight in weights) + 2 * count * (inputs + sum(widths))
     return pl.pallas_call(
-        functools.partial(_kernel, firsts=firsts),
+        functools.partial(_kernel, firsts=firsts, across=[_across(weight) for weight in weights]),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(sum(tiles), pl.cdiv(count, rows)),
@@ -152,13 +152,18 @@ def _columns(widths: Sequence[int], depth: int) -> int:
 
 
 def _in_layers(weight: BlockScaled) -> tuple[Array, Array]:
-    """Codes [L, N, K] and scales [L, N / 128, K / 128] of all layers, or of the only one."""
-    if weight.stack is None:
-        return weight.codes[None], weight.scales[None]
-    return weight.stack.codes, weight.stack.scales
+    """Codes [L, N, K] and scales [L, N / 128, K / 128] of all layers, or of the only one; see `_across`."""
+    stack = weight.stack
+    codes, scales = (weight.codes[None], weight.scales[None]) if stack is None else (stack.codes, stack.scales)
+    return codes, jnp.swapaxes(scales, 1, 2) if _across(weight) else scales
 
 
-def _kernel(layer: Any, x: Any, *refs: Any, firsts: list[int]) -> None:
+def _across(weight: BlockScaled) -> bool:
+    """Whether the scales come as [L, K / 128, N / 128]: XLA stores the longer axis innermost; so, they need no copy."""
+    return weight.shape[0] > weight.shape[1]
+
+
+def _kernel(layer: Any, x: Any, *refs: Any, firsts: list[int], across: list[bool]) -> None:
     """One tile: `x` [rows, K] times `codes` [columns, K] of the weight whose turn it is into `out` [rows, columns]."""
     del layer
     weights = [(refs[2 * i], refs[2 * i + 1]) for i in range(len(firsts))]
@@ -166,12 +171,16 @@ def _kernel(layer: Any, x: Any, *refs: Any, firsts: list[int]) -> None:
     tile, first_rows, tiles = pl.program_id(0), pl.program_id(1) == 0, pl.num_programs(0)
     for i, (codes, scales) in enumerate(weights):
 
-        def own(codes: Any = codes, scales: Any = scales, first: int = firsts[i]) -> None:
-            start = (tile - first) * codes.shape[0]
+        def own(i: int = i, codes: Any = codes, scales: Any = scales) -> None:
+            columns = codes.shape[0]
+
+            def lines() -> Array:
+                return block_lines(scales[...], (tile - firsts[i]) * columns, columns, across[i])
+
             if not expanded:
-                out[...] = by_scaled_rows(x, codes, pl.ds(0, codes.shape[0]), scales[...], start).astype(out.dtype)
+                out[...] = by_scaled_rows(x, codes, pl.ds(0, columns), lines()).astype(out.dtype)
                 return
-            pl.when(first_rows)(lambda: _expand(codes, scales, start, expanded[0]))
+            pl.when(first_rows)(lambda: _expand(codes, lines(), expanded[0]))
             out[...] = product(x[...], expanded[0][...]).astype(out.dtype)
 
         if len(weights) == 1:
@@ -181,11 +190,10 @@ def _kernel(layer: Any, x: Any, *refs: Any, firsts: list[int]) -> None:
             pl.when((firsts[i] <= tile) & (tile < last))(own)
 
 
-def _expand(codes: Any, scales: Any, start: Any, out: Any) -> None:
-    """Codes [columns, K] times their scales in bfloat16."""
+def _expand(codes: Any, lines: Array, out: Any) -> None:
+    """Codes [columns, K] times their scales, see `block_lines`, in bfloat16."""
     columns, depth = codes.shape
     chunk = next(size for size in CHUNKS if depth % size == 0)
-    lines = block_lines(scales[...], start, columns)
     for k in range(0, depth, chunk):
         here = slice(k, k + chunk)
         repeated = repeat_lanes(lines, LANES, k, chunk)
