@@ -7,6 +7,8 @@ Pallas kernel, or `cpu.py`, written so that XLA:CPU makes quick code of it. Laye
     products, weighted       einsum                         keys' gradients as sums, of few heads     reference
     index_scores             einsum                         head by head                              reference
     matmul                   einsum                         weights' gradients with a second axis     reference
+    enter_site, leave_site,  formulas of the report         reference                                 one kernel
+      cross_sites
     map_groups               tiles of each group in turn    reference                                 caller's kernel
 """
 
@@ -22,6 +24,9 @@ from jax import Array
 from v4_jax.kernels.attention import cpu as attention_cpu
 from v4_jax.kernels.attention import reference as attention
 from v4_jax.kernels.grouped_matmul import groups
+from v4_jax.kernels.hyper_connections import reference as hyper_connections
+from v4_jax.kernels.hyper_connections import tpu as hyper_connections_tpu
+from v4_jax.kernels.hyper_connections.reference import Numbers, Site
 from v4_jax.kernels.indexer import cpu as indexer_cpu
 from v4_jax.kernels.indexer import reference as indexer
 from v4_jax.kernels.linear import cpu as linear_cpu
@@ -58,6 +63,28 @@ def matmul(x: Array, weight: Array, dtype: Any) -> Array:
     if x.ndim != 2:
         return plain(x, weight)
     return _with_gradients(plain, cpu=functools.partial(linear_cpu.matmul_gradients, dtype=dtype))(x, weight)
+
+
+def enter_site(streams: Array, site: Site, numbers: Numbers) -> tuple[Array, Array]:
+    """See `hyper_connections.reference.enter`."""
+    return _boundary("enter", streams, numbers)(streams, site)
+
+
+def leave_site(streams: Array, output: Array, mix: Array, numbers: Numbers) -> Array:
+    """See `hyper_connections.reference.leave`."""
+    return _boundary("leave", streams, numbers)(streams, output, mix)
+
+
+def cross_sites(streams: Array, output: Array, mix: Array, site: Site, numbers: Numbers) -> tuple[Array, Array, Array]:
+    """See `hyper_connections.reference.cross`."""
+    return _boundary("cross", streams, numbers)(streams, output, mix, site)
+
+
+def _boundary(name: str, streams: Array, numbers: Numbers) -> Form:
+    default = functools.partial(getattr(hyper_connections, name), numbers=numbers)
+    if not hyper_connections_tpu.supports(streams, numbers):
+        return default
+    return _without_gradients(default, tpu=functools.partial(getattr(hyper_connections_tpu, name), numbers=numbers))
 
 
 def map_groups(
