@@ -5,6 +5,7 @@ Technical report, section 2.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +14,7 @@ from jax import Array
 
 from v4_jax.architecture import Architecture, Layer
 from v4_jax.cache.cache import Cache, WindowRole
-from v4_jax.layer_stack import role_index
+from v4_jax.layer_stack import in_stack, role_index
 from v4_jax.layers.attention import Attention
 from v4_jax.layers.experts import Experts
 from v4_jax.layers.hyper_connections import HyperConnection, leave
@@ -121,14 +122,27 @@ class PeriodBlocks(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: Carry, x: tuple[Any, list[Routing]], context: Context, stacks: list[Experts] | None
+        self, carry: Carry, x: tuple[Any, list[Routing]], context: Context, stacks: Any
     ) -> tuple[Carry, list[Decided]]:
-        """Runs the layers of repeat `x[0]` with the decisions `x[1]` to replay; see `Block`."""
+        """Runs the layers of repeat `x[0]` with the decisions `x[1]` to replay; see `Block`.
+
+        `stacks` are the parameters of all repeats, by the name of their block, from which kernels then read their
+        repeat's; None to use what the scan cuts out.
+        """
         repeat, replay = x
         period, decided = self.config.period, []
         roles = [roles.attention for roles in self.config.layers]
-        make = rematerialised(Block, self.remat, in_scan=True)
+        # Experts whose axes are split otherwise are gathered first, a layer's at a time.
+        whole = not (self.split.axes("expert_embed") or self.split.axes("expert_hidden"))
         for place, layer in enumerate(period.layers(0)):
+            make, stacked = rematerialised(Block, self.remat, in_scan=True), None
+            if stacks is not None:
+                stack = stacks[f"block_{place}"]
+                make = nn.map_variables(
+                    make, "params", functools.partial(in_stack, stacks={"params": stack}, layer=repeat)
+                )
+                ffn = stack["ffn"]
+                stacked = (Experts(ffn["w1"], ffn["w2"], ffn["w3"]), repeat) if whole else None
             first = role_index(self.config, layer)
             per_repeat = roles[period.start : period.start + period.length].count(roles[layer])
             block = make(
@@ -140,7 +154,6 @@ class PeriodBlocks(nn.Module):
                 split=self.split,
                 name=f"block_{place}",
             )
-            stacked = None if stacks is None else (stacks[place], repeat)
             number = layer + repeat * period.length
             carry, one = block(carry, context, number, first + repeat * per_repeat, replay[place], stacked)
             decided.append(one)

@@ -13,8 +13,10 @@ import pytest
 from tests.conftest import tpu_devices
 from v4_jax import Config
 from v4_jax.kernels.grouped_matmul.tpu import grouped_matmul
+from v4_jax.kernels.linear.tpu import matmul
+from v4_jax.layers.linear import grouped_linear, linears
 from v4_jax.layers.mixture_of_experts import Experts, dispatch
-from v4_jax.number_formats import E2M1, E4M3, E8M0, FP4_BLOCK, FP8_BLOCK, BlockScaled, scale_shape
+from v4_jax.number_formats import E2M1, E4M3, E8M0, FP4_BLOCK, FP8_BLOCK, BlockScaled, Stack, scale_shape
 from v4_jax.sharding.split import UNSPLIT
 
 pytest.importorskip("libtpu")
@@ -102,3 +104,51 @@ def test_experts_of_a_scan_over_layers(place, form):
     assert "tpu_custom_call" in compiled.as_text()
     assert compiled.memory_analysis().temp_size_in_bytes < SPARE
     assert copied(compiled) <= SPARE
+
+
+@pytest.mark.parametrize(
+    ("rows", "groups", "depth", "widths"),
+    [
+        (1, 1, 4096, (1024, 512)),  # Flash wq_a and wkv: one token
+        (128, 1, 1024, (32768,)),  # wq_b
+        (5, 8, 4096, (8192,)),  # wo_a
+        (2048, 1, 8192, (4096,)),  # wo_b: prefill
+        (700, 8, 4096, (8192,)),  # wo_a, the last tile of rows cut off
+        (16, 1, 4096, (2048, 2048)),  # shared w1 and w3
+        (64, 1, 4096, (256, 256)),  # the same on 8 devices
+        (1, 1, 1536, (65536,)),  # Pro wq_b
+        (600, 1, 16384, (7168,)),  # Pro wo_b
+    ],
+)
+def test_products_with_e4m3(place, rows, groups, depth, widths):
+    weights = [weight("e4m3", width, depth) for width in widths]
+    arguments = place((shape(jnp.bfloat16, rows, groups * depth), weights))
+    compiled = jax.jit(lambda x, weights: matmul(x, weights, groups=groups)).lower(*arguments).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < SPARE
+    assert copied(compiled) <= SPARE
+    assert compiled.cost_analysis()["flops"] >= 2 * rows * depth * sum(widths)
+
+
+@pytest.mark.parametrize("rows", [3, 600])
+def test_weights_of_a_scan_over_layers(place, rows):
+    """Layers take the kernel in a program for TPUs, and it reads its layer's weights out of the stack."""
+    layers, d = 3, 2048
+    stacks = [weight("e4m3", layers, d, d) for _ in range(3)]
+
+    def run(x, stacks):
+        def layer(x, item):
+            number, cut = item
+            first, second, grouped = (
+                one.replace(stack=Stack(stack.codes, stack.scales, number))
+                for one, stack in zip(cut, stacks, strict=True)
+            )
+            y, z = linears(x, [first, second], jnp.bfloat16)
+            both = jnp.stack([y, z], axis=1).reshape(rows, 2, d)
+            return x + grouped_linear(both, grouped, jnp.bfloat16).reshape(rows, d), None
+
+        return jax.lax.scan(layer, x, (jnp.arange(layers), stacks))[0]
+
+    compiled = jax.jit(run).lower(*place((shape(jnp.bfloat16, rows, d), stacks))).compile()
+    assert compiled.as_text().count("block_scaled_matmul") >= 2
+    assert compiled.memory_analysis().temp_size_in_bytes < SPARE + 8 * rows * d
+    assert not re.search(rf"f8e4m3fn\[(1,)?{d},{d}\]\S* (copy|dynamic-slice|fusion)", compiled.as_text())

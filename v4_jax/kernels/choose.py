@@ -6,19 +6,23 @@ Pallas kernel, or `cpu.py`, written so that XLA:CPU makes quick code of it. Laye
     function                 reference                      cpu                                       tpu
     products, weighted       einsum                         keys' gradients as sums, of few heads     reference
     index_scores             einsum                         head by head                              reference
-    matmul                   einsum                         weights' gradients with a second axis     reference
     enter_site, leave_site,  formulas of the report         reference                                 one kernel
-      cross_sites
+    cross_sites
+    matmul                   einsum                         weights' gradients with a second axis     one row as two
+    products_with,           products with `dequantise`     reference                                 kernel, of E4M3
+    grouped_product
     map_groups               tiles of each group in turn    reference                                 caller's kernel
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from v4_jax.kernels.attention import cpu as attention_cpu
@@ -31,6 +35,8 @@ from v4_jax.kernels.indexer import cpu as indexer_cpu
 from v4_jax.kernels.indexer import reference as indexer
 from v4_jax.kernels.linear import cpu as linear_cpu
 from v4_jax.kernels.linear import reference as linear
+from v4_jax.kernels.linear import tpu as linear_tpu
+from v4_jax.number_formats import BlockScaled, Weight, dequantise
 from v4_jax.sharding.platform import by_platform
 
 Form = Callable[..., Any]
@@ -60,6 +66,8 @@ def index_scores(queries: Array, weights: Array, keys: Array) -> Array:
 def matmul(x: Array, weight: Array, dtype: Any) -> Array:
     """See `linear.reference.matmul`."""
     plain = functools.partial(linear.matmul, dtype=dtype)
+    if x.size == x.shape[-1]:
+        return _without_gradients(plain, tpu=functools.partial(linear_tpu.one_row, dtype=dtype))(x, weight)
     if x.ndim != 2:
         return plain(x, weight)
     return _with_gradients(plain, cpu=functools.partial(linear_cpu.matmul_gradients, dtype=dtype))(x, weight)
@@ -87,6 +95,42 @@ def _boundary(name: str, streams: Array, numbers: Numbers) -> Form:
     return _without_gradients(default, tpu=functools.partial(getattr(hyper_connections_tpu, name), numbers=numbers))
 
 
+def products_with(x: Array, weights: Sequence[Weight], dtype: Any) -> list[Array]:
+    """[..., in] times each of several [out, in] weights that may be block-scaled: [..., out] of `dtype` each.
+
+    In programs for TPUs all block-scaled ones go in one call of the kernel.
+    """
+
+    def plain(x: Array, weights: Sequence[Weight]) -> list[Array]:
+        return [matmul(x, _expanded(weight, dtype), dtype) for weight in weights]
+
+    def kernel(x: Array, weights: Sequence[Any]) -> list[Array]:
+        out = linear_tpu.matmul(x.astype(dtype).reshape(-1, x.shape[-1]), weights)
+        ends = itertools.accumulate(weight.shape[0] for weight in weights)
+        parts = jnp.split(out, list(ends)[:-1], axis=1)
+        return [part.reshape(*x.shape[:-1], -1) for part in parts]
+
+    if not all(linear_tpu.supports(weight, dtype) for weight in weights):
+        return plain(x, weights)
+    return _without_gradients(plain, tpu=kernel)(x, list(weights))
+
+
+def grouped_product(x: Array, weight: Weight, dtype: Any) -> Array:
+    """See `linear.reference.grouped`; the weight may be block-scaled."""
+
+    def plain(x: Array, weight: Weight) -> Array:
+        return linear.grouped(x, _expanded(weight, dtype), dtype)
+
+    def kernel(x: Array, weight: Any) -> Array:
+        *leading, groups, size = x.shape
+        out = linear_tpu.matmul(x.astype(dtype).reshape(-1, groups * size), [weight], groups=groups)
+        return out.reshape(*leading, groups, -1)
+
+    if not linear_tpu.supports(weight, dtype, x.shape[-2]):
+        return plain(x, weight)
+    return _without_gradients(plain, tpu=kernel)(x, weight)
+
+
 def map_groups(
     function: Callable[[Any, Any], Array],
     rows: Any,
@@ -112,6 +156,11 @@ def map_groups(
     if layer is not None:
         return by_platform(rows, weights, sizes, layer, default=plain, tpu=kernel)
     return _without_gradients(plain, tpu=kernel)(rows, weights, sizes, None)
+
+
+def _expanded(weight: Weight, dtype: Any) -> Array:
+    """A plain weight as it is: the product casts it, or need not."""
+    return dequantise(weight, dtype) if isinstance(weight, BlockScaled) else weight
 
 
 def _with_gradients(function: Form, *, default: Form | None = None, **forms: Form) -> Form:

@@ -23,9 +23,9 @@ from v4_jax.layers.linear import linear
 from v4_jax.layers.rotary import rotate
 from v4_jax.layers.visible import Visible
 from v4_jax.layout import Blocks, Layout
-from v4_jax.number_formats import dequantise, fake_quant_index
+from v4_jax.number_formats import Weight, fake_quant_index
 from v4_jax.parameters import Module
-from v4_jax.policy import Policy, einsum
+from v4_jax.policy import Policy
 from v4_jax.sharding.collectives import all_gather
 from v4_jax.sharding.split import Split
 from v4_jax.sharding.top_k import distributed_top_k
@@ -43,7 +43,7 @@ class LightningIndexer(Module):
     @nn.compact
     def __call__(
         self, y: Array, layout: Layout, open_blocks: Ring | None
-    ) -> tuple[Array, Blocks, StoredRows | None, Array, Array]:
+    ) -> tuple[Array, Blocks, StoredRows | None, Array, Weight]:
         """Prepares what the per-block selection needs.
 
         Args:
@@ -74,14 +74,14 @@ class LightningIndexer(Module):
             loss=self.loss,
             name="compressor",
         )(y, layout, open_blocks)
-        weights = einsum("bsd,hd->bsh", y, project, dtype=self.policy.compute_dtype).astype(jnp.float32)
+        weights = linear(y, project, self.policy.compute_dtype).astype(jnp.float32)
         weights = all_gather(weights, self.split.shared("index_heads"), -1)
-        return keys, blocks, after, weights * (size * heads) ** -0.5, dequantise(wq_b, self.policy.compute_dtype)
+        return keys, blocks, after, weights * (size * heads) ** -0.5, wq_b
 
 
 @jax.named_scope("indexer.queries")
 def index_queries(
-    latent: Array, wq_b: Array, positions: Array, frequencies: Any, config: Architecture, policy: Policy, split: Split
+    latent: Array, wq_b: Weight, positions: Array, frequencies: Any, config: Architecture, policy: Policy, split: Split
 ) -> Array:
     """Index queries [B, Q, heads, index_head_dim] of a query block from its normed latent [B, Q, q_lora].
 
