@@ -6,6 +6,7 @@ Pallas kernel, or `cpu.py`, written so that XLA:CPU makes quick code of it. Laye
     function                 reference                      cpu                                       tpu
     products, weighted       einsum                         keys' gradients as sums, of few heads     reference
     index_scores             einsum                         head by head                              reference
+    best_entries             running top-k over blocks      reference                                 kernel
     matmul                   einsum                         weights' gradients with a second axis     reference
     map_groups               tiles of each group in turn    reference                                 caller's kernel
 """
@@ -19,14 +20,18 @@ from typing import Any
 import jax
 from jax import Array
 
+from v4_jax.cache.entries import Entries
 from v4_jax.kernels.attention import cpu as attention_cpu
 from v4_jax.kernels.attention import reference as attention
 from v4_jax.kernels.grouped_matmul import groups
 from v4_jax.kernels.indexer import cpu as indexer_cpu
 from v4_jax.kernels.indexer import reference as indexer
+from v4_jax.kernels.indexer import selection
+from v4_jax.kernels.indexer import tpu as indexer_tpu
 from v4_jax.kernels.linear import cpu as linear_cpu
 from v4_jax.kernels.linear import reference as linear
-from v4_jax.sharding.platform import by_platform
+from v4_jax.layers.visible import Visible
+from v4_jax.sharding.platform import by_platform, interpreting
 
 Form = Callable[..., Any]
 
@@ -50,6 +55,17 @@ def index_scores(queries: Array, weights: Array, keys: Array) -> Array:
     by_heads = indexer_cpu.index_scores
     scores = functools.partial(by_platform, default=indexer.index_scores, cpu=by_heads)
     return _with_gradients(scores, default=_pull(indexer.index_scores), cpu=_pull(by_heads))(queries, weights, keys)
+
+
+def best_entries(
+    queries: Array, weights: Array, keys: Entries, visible: Visible, *, top: int, scored: bool
+) -> tuple[Array | None, Array]:
+    """See `indexer.selection.best_entries`. It has no gradients."""
+    plain = functools.partial(selection.best_entries, index_scores, top=top, scored=scored)
+    if not indexer_tpu.supports(queries, keys.count, top):
+        return plain(queries, weights, keys, visible)
+    kernel = functools.partial(indexer_tpu.best_entries, top=top, scored=scored, interpret=interpreting())
+    return by_platform(queries, weights, keys, visible, default=plain, tpu=kernel)
 
 
 def matmul(x: Array, weight: Array, dtype: Any) -> Array:
