@@ -7,6 +7,7 @@ Pallas kernel, or `cpu.py`, written so that XLA:CPU makes quick code of it. Laye
     products, weighted       einsum                         keys' gradients as sums, of few heads     reference
     index_scores             einsum                         head by head                              reference
     best_entries             running top-k over blocks      reference                                 kernel
+    attend_picked            caller's, over a gathered copy reference                                 kernel
     matmul                   einsum                         weights' gradients with a second axis     reference
     map_groups               tiles of each group in turn    reference                                 caller's kernel
 """
@@ -23,6 +24,7 @@ from jax import Array
 from v4_jax.cache.entries import Entries
 from v4_jax.kernels.attention import cpu as attention_cpu
 from v4_jax.kernels.attention import reference as attention
+from v4_jax.kernels.csa import tpu as csa_tpu
 from v4_jax.kernels.grouped_matmul import groups
 from v4_jax.kernels.indexer import cpu as indexer_cpu
 from v4_jax.kernels.indexer import reference as indexer
@@ -66,6 +68,21 @@ def best_entries(
         return plain(queries, weights, keys, visible)
     kernel = functools.partial(indexer_tpu.best_entries, top=top, scored=scored, interpret=interpreting())
     return by_platform(queries, weights, keys, visible, default=plain, tpu=kernel)
+
+
+def attend_picked(plain: Form, queries: Array, entries: Entries, local: Array) -> tuple[Array, Array, Array]:
+    """Attention of each query over its own entries.
+
+    Args:
+      plain: as `csa.tpu.attend_picked`, which takes its place in programs for TPUs, but where gradients are asked for.
+      queries: [B, Q, H, C].
+      entries: the entries.
+      local: [B, Q, K] int32 local numbers of those to attend, -1 for none.
+    """
+    if not csa_tpu.supports(queries, entries):
+        return plain(queries, entries, local)
+    kernel = functools.partial(csa_tpu.attend_picked, interpret=interpreting())
+    return _without_gradients(plain, tpu=kernel)(queries, entries, local)
 
 
 def matmul(x: Array, weight: Array, dtype: Any) -> Array:
