@@ -14,7 +14,7 @@ from v4_jax.cache.entries import Entries
 from v4_jax.cache.rows import StoredRows
 from v4_jax.kernels import choose
 from v4_jax.kernels.csa.tpu import MASKED, attend_picked, supports
-from v4_jax.layers.entry_attention import _attend_picked
+from v4_jax.layers.entry_attention import attend_copies
 from v4_jax.sharding.platform import interpreted
 
 
@@ -41,7 +41,7 @@ CASES = {
 def run(queries, entries, local, how):
     if how == "kernel":
         return attend_picked(queries, entries, local, interpret=True)
-    return tuple(_attend_picked(queries, entries, local))
+    return attend_copies(queries, entries, local)
 
 
 def inputs(case, seed=0):
@@ -98,9 +98,9 @@ def test_gradients_and_what_is_unsupported_take_copies():
     queries, entries, local = inputs(CASES["fewer picks than are fetched at once"])
 
     def loss(queries):
-        return jnp.sum(choose.attend_picked(_attend_picked, queries, entries, local)[2])
+        return jnp.sum(choose.attend_picked(attend_copies, queries, entries, local)[2])
 
-    plain = jax.grad(lambda queries: jnp.sum(_attend_picked(queries, entries, local).weighted))(queries)
+    plain = jax.grad(lambda queries: jnp.sum(attend_copies(queries, entries, local)[2]))(queries)
     with interpreted():
         np.testing.assert_array_equal(jax.grad(loss)(queries), plain)
     few = queries[:, :, :4]
@@ -109,5 +109,5 @@ def test_gradients_and_what_is_unsupported_take_copies():
     with pytest.raises(NotImplementedError, match="heads in multiples of 8 up to 128"):
         attend_picked(few, entries, local)
     with interpreted():
-        found = choose.attend_picked(_attend_picked, few, entries, local)
-    np.testing.assert_array_equal(found[2], _attend_picked(few, entries, local).weighted)
+        found = choose.attend_picked(attend_copies, few, entries, local)
+    np.testing.assert_array_equal(found[2], attend_copies(few, entries, local)[2])
