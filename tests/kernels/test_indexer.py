@@ -144,32 +144,38 @@ def test_ties_keep_the_earlier_entries(case, values, choice):
         np.testing.assert_array_equal(np.asarray(values[at])[: len(best)], scores[at][kept])
 
 
-def test_pages_and_quantised_keys():
-    """What is no plain stack is decoded first; without scores the same entries are kept."""
-    case = CASES["drafts"]
+@pytest.mark.parametrize("form", [{"dtype": jnp.dtype("bfloat16")}, {"kind": "index"}], ids=["plain", "quantised"])
+@pytest.mark.parametrize("case", [Case(2, 16, 1120, 64, 900), Case(2, 3, 9024, 64, 900)], ids=["prefill", "drafts"])
+def test_pages(case, form):
+    """Plain ones are read from where they lie, others decoded; without scores the same entries are kept."""
     rng = np.random.default_rng(3)
-    queries = jnp.asarray(rng.normal(size=(1, 3, HEADS, C)), jnp.bfloat16)
-    weights, visible = jnp.asarray(rng.normal(size=(1, 3, HEADS)), jnp.float32), ranges(case)
-    rows = StoredRows.empty((2, 1, 5120), C, kind="index").write(
-        1, 0, jnp.arange(5120)[None], jnp.asarray(rng.normal(size=(1, 5120, C)))
-    )
-    table = jnp.asarray(rng.permutation(160)[None], jnp.int32)
+    queries = jnp.asarray(rng.normal(size=(case.rows, case.queries, HEADS, C)), jnp.bfloat16)
+    weights, visible = jnp.asarray(rng.normal(size=queries.shape[:3]), jnp.float32), ranges(case)
+    pages = case.rows * case.entries // 32
+    rows = StoredRows.empty((2, 1, pages * 32), C, **form)
+    rows = rows.write(1, 0, jnp.arange(pages * 32)[None], jnp.asarray(rng.normal(size=(1, pages * 32, C))))
+    table = jnp.asarray(rng.permutation(pages).reshape(case.rows, -1), jnp.int32)
     keys = Entries(rows, jnp.int32(1), jnp.bfloat16, table=table, page=32)
-    case = case._replace(entries=5120)
+    if not supports(queries, keys, case.top):
+        assert case.queries < 16 and rows.kind == "index"  # a copy is not worth it
+        return
     found = kernel(queries, weights, keys, visible, case.top, True)
-    check(found, case, visible, *expected(queries, weights, keys.block(0, 5120)))
-    scores, numbers = kernel(queries, weights, keys, visible, case.top, False)
-    assert scores is None
-    np.testing.assert_array_equal(numbers, found[1])
+    check(found, case, visible, *expected(queries, weights, keys.block(0, case.entries)))
+    if case.queries < 16:
+        scores, numbers = kernel(queries, weights, keys, visible, case.top, False)
+        assert scores is None
+        np.testing.assert_array_equal(numbers, found[1])
 
 
 def test_unsupported_goes_to_the_reference():
     queries = jnp.zeros((1, 2, 12, C))
     keys, visible = stored(np.zeros((1, 40, C)), jnp.float32), ranges(Case(1, 2, 40, 8))
-    assert not supports(queries, 40, 8)
-    assert not supports(jnp.zeros((1, 2, HEADS, 64)), 40, 8)
-    assert supports(jnp.zeros((1, 128, 64, C), jnp.bfloat16), 1 << 20, 1024)  # 4M tokens
-    assert not supports(jnp.zeros((1, 128, 64, C), jnp.bfloat16), 1 << 21, 1024)
+    assert not supports(queries, keys, 8)
+    assert not supports(jnp.zeros((1, 2, HEADS, 64)), keys, 8)
+    many = jax.ShapeDtypeStruct((1, 128, 64, C), jnp.bfloat16)
+    for entries, fit in ((1 << 20, True), (1 << 21, False)):  # of 4M tokens, and 8M
+        room = jax.eval_shape(lambda entries=entries: Entries.uncached(jnp.zeros((1, entries, C))))
+        assert supports(many, room, 1024) == fit
     with pytest.raises(NotImplementedError, match="heads of 16 up to 128"):
         best_entries(queries, jnp.zeros((1, 2, 12)), keys, visible, top=8)
     with interpreted():

@@ -64,25 +64,30 @@ def best_entries(
 ) -> tuple[Array | None, Array]:
     """See `indexer.selection.best_entries`. It has no gradients."""
     plain = functools.partial(selection.best_entries, index_scores, top=top, scored=scored)
-    if not indexer_tpu.supports(queries, keys.count, top):
+    if not indexer_tpu.supports(queries, keys, top):
         return plain(queries, weights, keys, visible)
     kernel = functools.partial(indexer_tpu.best_entries, top=top, scored=scored, interpret=interpreting())
     return by_platform(queries, weights, keys, visible, default=plain, tpu=kernel)
 
 
-def attend_picked(plain: Form, queries: Array, entries: Entries, local: Array) -> tuple[Array, Array, Array]:
+def attend_picked(plain: Form, queries: Array, entries: Entries, local: Array) -> tuple[Array, ...]:
     """Attention of each query over its own entries.
 
     Args:
-      plain: as `csa.tpu.attend_picked`, which takes its place in programs for TPUs, but where gradients are asked for.
+      plain: has the results of `csa.tpu.attend_picked`, which takes its place in programs for TPUs, but where gradients
+        are asked for.
       queries: [B, Q, H, C].
       entries: the entries.
       local: [B, Q, K] int32 local numbers of those to attend, -1 for none.
     """
+
+    def copying(*operands: Any) -> tuple[Array, ...]:
+        return tuple(plain(*operands))
+
     if not csa_tpu.supports(queries, entries):
-        return plain(queries, entries, local)
+        return copying(queries, entries, local)
     kernel = functools.partial(csa_tpu.attend_picked, interpret=interpreting())
-    return _without_gradients(plain, tpu=kernel)(queries, entries, local)
+    return _without_gradients(copying, tpu=kernel)(queries, entries, local)
 
 
 def matmul(x: Array, weight: Array, dtype: Any) -> Array:

@@ -21,11 +21,11 @@ def attend_picked(queries: Array, entries: Entries, picked: Array) -> Partial:
     return Partial(*choose.attend_picked(attend_copies, queries, entries, entries.local(picked)))
 
 
-def attend_copies(queries: Array, entries: Entries, local: Array) -> tuple[Array, Array, Array]:
-    """The same, of local numbers, over gathered copies of the entries: the parts of a `Partial`."""
+def attend_copies(queries: Array, entries: Entries, local: Array) -> Partial:
+    """The same, of local numbers, over gathered copies of the entries."""
     devices, count = collectives.size(entries.axes), local.shape[-1]
     if devices == 1:
-        return tuple(attend(queries, entries.gather(local), local >= 0))
+        return attend(queries, entries.gather(local), local >= 0)
     # A device holds about one in `devices` of the picks: those first, in blocks, and no work for blocks without any.
     width = min(count, -(-2 * count // devices))
     local = -jnp.sort(-local, axis=-1)
@@ -38,7 +38,7 @@ def attend_copies(queries: Array, entries: Entries, local: Array) -> tuple[Array
 
         return jax.lax.cond(jnp.any(local >= 0), join, lambda partial: partial, partial), None
 
-    return tuple(jax.lax.scan(step, nothing(queries), blocks)[0])
+    return jax.lax.scan(step, nothing(queries), blocks)[0]
 
 
 @jax.named_scope("attention.hca")

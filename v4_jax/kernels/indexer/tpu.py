@@ -31,6 +31,7 @@ QUERIES = 16  # of a block
 SIDE_BY_SIDE = 4  # queries whose products are taken at once
 SLOTS = 512  # places that are packed at once
 ROOM = 16  # rows of the table beside the entries, for digits
+UNROLLED = 16  # pages that are asked for without a loop
 SCORES_BYTES = 34 << 20  # of a block's scores in VMEM
 VMEM_BYTES = 56 << 20  # of the 64 MiB or more that every generation from v5e on has
 LEAST = -(2**31)  # below every score
@@ -76,15 +77,20 @@ def _sizes(queries: int, entries: int) -> _Sizes:
     return _Sizes(min(queries, block), columns, steps, pl.cdiv(steps, FOLD))
 
 
-def supports(queries: Array, entries: int, top: int) -> bool:
-    """Whether `best_entries` takes index queries [B, Q, heads, C] over so many entries."""
-    heads, size = queries.shape[2:]
+def supports(queries: Array, keys: Entries, top: int) -> bool:
+    """Whether `best_entries` takes index queries [B, Q, heads, C] over such entries.
+
+    For few queries no copies of keys are made, which would cost as much as the room that there is for entries.
+    """
+    (count, heads, size), entries = queries.shape[1:], keys.count
     if queries.dtype not in (jnp.bfloat16, jnp.float32) or heads % 16 or heads > LANES or size % LANES:
         return False
-    cut = _sizes(queries.shape[1], entries)
+    cut = _sizes(count, entries)
     return (
-        4 * cut.queries * cut.steps * cut.keys <= SCORES_BYTES
-        and (cut.queries % SUBLANES == 0 or cut.queries == queries.shape[1])
+        (keys.rows.kind == "plain" or count >= QUERIES)
+        and (keys.table is None or cut.columns % keys.page == 0)
+        and 4 * cut.queries * cut.steps * cut.keys <= SCORES_BYTES
+        and (cut.queries % SUBLANES == 0 or cut.queries == count)
         and top <= SUBLANES * cut.chunk
     )
 
@@ -101,41 +107,46 @@ def best_entries(
 ) -> tuple[Array | None, Array]:
     """See `selection.best_entries`; the order is none in particular.
 
-    Keys of a plain cache without pages are read where they lie. Of others the layer's are copied, decoded.
+    Keys of a plain cache are read where they lie. Of others the layer's are copied, decoded.
 
     Raises:
       NotImplementedError: `supports` says no.
     """
-    if not supports(queries, keys.count, top):
+    if not supports(queries, keys, top):
         raise NotImplementedError(
             f"index queries {queries.shape} of {queries.dtype} over {keys.count} entries: expected channels in "
             f"multiples of {LANES}, heads of 16 up to {LANES}, bfloat16 or float32, and scores that fit VMEM"
         )
-    stack, layer = keys.rows.arrays[0], keys.layer
-    if keys.table is not None or keys.rows.kind != "plain" or jnp.dtype(keys.rows.dtype) != queries.dtype:
-        stack, layer = keys.block(0, keys.count).astype(queries.dtype)[None], 0
-    return _best_entries(
-        queries, weights, stack, layer, visible.low, visible.high, top=top, scored=scored, interpret=interpret
-    )
+    stack, layer, table = keys.rows.arrays[0], keys.layer, keys.table
+    if keys.rows.kind != "plain" or jnp.dtype(keys.rows.dtype) != queries.dtype:
+        stack, layer, table = keys.block(0, keys.count).astype(queries.dtype)[None], 0, None
+    options = dict(top=top, scored=scored, page=0 if table is None else keys.page, interpret=interpret)
+    return _best_entries(queries, weights, stack, layer, table, visible.low, visible.high, **options)
 
 
-@functools.partial(jax.jit, static_argnames=("top", "scored", "interpret"))
+@functools.partial(jax.jit, static_argnames=("top", "scored", "page", "interpret"))
 def _best_entries(
     queries: Array,
     weights: Array,
     keys: Array,
     layer: Any,
+    table: Array | None,
     low: Array,
     high: Array,
     *,
     top: int,
     scored: bool,
+    page: int,
     interpret: bool,
 ) -> tuple[Array | None, Array]:
-    """The same over keys [L, B, E, C] of all layers in the queries' dtype, or its bits, within [low, high) [B, Q]."""
-    (batch, count, heads, size), entries = queries.shape, keys.shape[2]
+    """The same over keys [L, B, E, C] of all layers in the queries' dtype, or its bits, within [low, high) [B, Q].
+
+    With a table of pages [B, pages], keys are [L, 1, places, C].
+    """
+    batch, count, heads, size = queries.shape
+    entries = keys.shape[2] if table is None else table.shape[1] * page
     cut = _sizes(count, entries)
-    if entries < cut.keys:
+    if table is None and entries < cut.keys:
         keys, layer = jax.lax.dynamic_index_in_dim(keys, layer, keepdims=True), 0
         keys = jnp.pad(keys, ((0, 0), (0, 0), (0, cut.keys - entries), (0, 0)))
     high = jnp.clip(high, 0, entries)
@@ -151,23 +162,50 @@ def _best_entries(
     ahead = jnp.maximum(pl.cdiv(jnp.max(jnp.where(seen, bounds[1], 0), axis=1), cut.keys) - first, 0)
     scalars = (jnp.asarray(layer, jnp.int32).reshape(1), first, ahead, low.reshape(-1), high.reshape(-1))
 
-    def key_map(b: Any, i: Any, e: Any, layer: Any, first: Any, ahead: Any, *_: Any) -> Any:
+    def step(b: Any, i: Any, e: Any, first: Any, ahead: Any) -> Any:
+        """The step of these keys that comes e-th; the last one again, and no other is fetched, after the last."""
         block = b * blocks + i
-        return layer[0], b, first[block] + jnp.clip(e, 0, jnp.maximum(ahead[block] - 1, 0)), 0
+        return first[block] + jnp.clip(e, 0, jnp.maximum(ahead[block] - 1, 0))
+
+    if table is None:
+        operands, buffers = [keys], []
+        specs = [
+            pl.BlockSpec(
+                (None, None, cut.keys, size),
+                lambda b, i, e, layer, first, ahead, *_: (layer[0], b, step(b, i, e, first, ahead), 0),
+            )
+        ]
+    else:
+        pages = cut.keys // page
+        table = jnp.pad(table, ((0, 0), (0, cut.steps * pages - table.shape[1])))
+        table = (layer * (keys.shape[2] // page) + jnp.maximum(table, 0)).reshape(batch, cut.steps, 1, pages)
+
+        def pages_of(later: int) -> pl.BlockSpec:
+            return pl.BlockSpec(
+                (None, None, 1, pages),
+                lambda b, i, e, _, first, ahead, *__: (b, step(b, i, e + later, first, ahead), 0, 0),
+                memory_space=pltpu.SMEM,
+            )
+
+        operands = [table, table, keys.reshape(-1, page, size)]
+        specs = [pages_of(0), pages_of(1), pl.BlockSpec(memory_space=pl.ANY)]
+        buffers = [pltpu.VMEM((2 * pages, page, size), keys.dtype), pltpu.SemaphoreType.DMA((2,))]
 
     outputs = [jax.ShapeDtypeStruct((batch, count + padding, slots), jnp.int32)]
     if scored:
         outputs.append(jax.ShapeDtypeStruct((batch, count + padding, slots), jnp.float32))
     state = (cut.queries, SUBLANES, LANES)
     found = pl.pallas_call(
-        functools.partial(_kernel, cut=cut, blocks=blocks, top=top, scored=scored),
+        functools.partial(
+            _kernel, cut=cut, blocks=blocks, top=top, scored=scored, page=page, unroll=1 if interpret else UNROLLED
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(batch, blocks, jnp.maximum(jnp.max(ahead), 1)),
             in_specs=[
                 pl.BlockSpec((None, cut.queries, heads, size), lambda b, i, e, *_: (b, i, 0, 0)),
                 pl.BlockSpec((None, cut.queries, heads), lambda b, i, e, *_: (b, i, 0)),
-                pl.BlockSpec((None, None, cut.keys, size), key_map),
+                *specs,
             ],
             out_specs=[pl.BlockSpec((None, cut.queries, slots), lambda b, i, e, *_: (b, i, 0)) for _ in outputs],
             scratch_shapes=[
@@ -175,11 +213,14 @@ def _best_entries(
                 pltpu.VMEM((cut.queries, SUBLANES, cut.chunk), jnp.int32),
                 pltpu.VMEM((cut.queries, heads, LANES), jnp.float32),
                 *(pltpu.VMEM(state, jnp.int32) for _ in range(3)),
+                *buffers,
             ],
         ),
         out_shape=outputs,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=VMEM_BYTES,
+            disable_bounds_checks=True,  # they take longer than asking for a page
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * queries.size * entries,
@@ -188,7 +229,7 @@ def _best_entries(
         ),
         interpret=interpret,
         name="best_entries",
-    )(*scalars, queries, weights, keys)
+    )(*scalars, queries, weights, *operands)
     numbers = found[0][:, :count, :top]
     return (found[1][:, :count, :top] if scored else None), numbers
 
@@ -201,18 +242,20 @@ def _kernel(
     high: Any,
     queries: Any,
     weights: Any,
-    keys: Any,
-    numbers: Any,
     *rest: Any,
     cut: _Sizes,
     blocks: int,
     top: int,
     scored: bool,
+    page: int,
+    unroll: int,
 ) -> None:
-    """One step of one block of queries: scores of `keys` [8 * columns, C]; after the last step, the choice."""
-    del layer
-    values = rest[0] if scored else None
-    ranks, maxima, wide, thresholds, limits, wanted = rest[scored:]
+    """One step of one block of queries: scores of its keys [8 * columns, C]; after the last step, the choice."""
+    refs = list(rest)
+    pages = [refs.pop(0) for _ in range(2)] if page else []
+    keys, numbers = refs.pop(0), refs.pop(0)
+    values = refs.pop(0) if scored else None
+    ranks, maxima, wide, thresholds, limits, wanted, *buffers = refs
     block, step = pl.program_id(0) * blocks + pl.program_id(1), pl.program_id(2)
     start = first[block]
     tokens = range(cut.queries)
@@ -224,8 +267,9 @@ def _kernel(
 
     @pl.when(step < ahead[block])
     def _() -> None:
+        own = _fetched(keys, pages, *buffers, step, ahead[block], unroll) if page else keys
         here = pl.ds(pl.multiple_of(step * cut.columns, cut.columns), cut.columns)
-        _score(queries, keys, wide, ranks, here, cut)
+        _score(queries, own, wide, ranks, here, cut)
         group = pl.ds(pl.multiple_of(jax.lax.rem(step, cut.group) * cut.columns, cut.columns), cut.columns)
         number = _numbers(cut.columns, cut) + (start + step) * cut.keys
         for t in tokens:
@@ -257,6 +301,24 @@ def _kernel(
         jax.lax.fori_loop(0, cut.queries, pack, None)
 
 
+def _fetched(keys: Any, pages: Any, buffer: Any, arrived: Any, step: Any, steps: Any, unroll: int) -> Any:
+    """This step's keys, whose pages were asked for in the step before; those of the next are asked for."""
+
+    def ask(table: Any, slot: Any) -> None:
+        def one(i: Any, carry: None) -> None:
+            pltpu.make_async_copy(keys.at[table[0, i]], buffer.at[slot * count + i], arrived.at[slot]).start()
+            return carry
+
+        jax.lax.fori_loop(0, count, one, None, unroll=unroll)
+
+    count, slot = pages[0].shape[1], step & 1
+    pl.when(step == 0)(lambda: ask(pages[0], slot))
+    pl.when(step + 1 < steps)(lambda: ask(pages[1], 1 - slot))
+    own = buffer.at[pl.ds(slot * count, count)]
+    pltpu.make_async_copy(own, own, arrived.at[slot]).wait()
+    return own
+
+
 def _spread(weights: Any, wide: Any) -> None:
     """Weights [Q, heads] to [Q, heads, lanes]: each head's in all lanes."""
     heads = weights.shape[1]
@@ -274,7 +336,8 @@ def _score(queries: Any, keys: Any, wide: Any, ranks: Any, here: Any, cut: _Size
     exact = jax.lax.Precision.HIGHEST if queries.dtype == jnp.float32 else None
 
     def sublane(g: Any, carry: None) -> None:
-        key = keys[pl.ds(pl.multiple_of(g * cut.columns, cut.columns), cut.columns), :]
+        lines = cut.columns * keys.shape[0] // cut.keys  # of pages, or of keys
+        key = keys[pl.ds(pl.multiple_of(g * lines, lines), lines)].reshape(cut.columns, size)
         if key.dtype != queries.dtype:
             key = pltpu.bitcast(key, queries.dtype)
         for t in range(0, count, SIDE_BY_SIDE):
