@@ -99,7 +99,7 @@ def _attend(queries: Array, words: Array, place: Array, *, interpret: bool) -> t
             num_scalar_prefetch=1,
             grid=(total // block,),
             in_specs=[
-                pl.BlockSpec((block * slots,), lambda i, _: (i,), memory_space=pltpu.SMEM),
+                pl.BlockSpec((None, 1, block * slots), lambda i, _: (i, 0, 0), memory_space=pltpu.SMEM),
                 pl.BlockSpec((block, 1, slots * parts), lambda i, _: (i, 0, 0)),
                 pl.BlockSpec((block, heads, size), lambda i, _: (i, 0, 0)),
                 pl.BlockSpec(memory_space=pl.ANY),
@@ -125,7 +125,7 @@ def _attend(queries: Array, words: Array, place: Array, *, interpret: bool) -> t
         ),
         interpret=interpret,
         name="attend_picked",
-    )(chunks, jnp.maximum(place, 0).reshape(-1), seen[:, None], queries, words)
+    )(chunks, jnp.maximum(place, 0).reshape(-1, 1, block * slots), seen[:, None], queries, words)
     return found[0][:count], found[1][:count], found[2][:count]
 
 
@@ -154,7 +154,7 @@ def _kernel(
 
         def row(i: Any, carry: None) -> None:
             there = rows.at[slot, pl.ds(first + i * parts, parts), :]
-            place = places[query * slots + chunk * ROWS + i]
+            place = places[0, query * slots + chunk * ROWS + i]
             pltpu.make_async_copy(words.at[place], there, arrived.at[slot, chunk]).start()
             return carry
 
