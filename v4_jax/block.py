@@ -17,9 +17,8 @@ from v4_jax.cache.cache import Cache, WindowRole
 from v4_jax.layer_stack import in_stack, role_index
 from v4_jax.layers.attention import Attention
 from v4_jax.layers.experts import Experts
-from v4_jax.layers.hyper_connections import HyperConnection, write_back
+from v4_jax.layers.hyper_connections import HyperConnection, leave
 from v4_jax.layers.mixture_of_experts import MixtureOfExperts
-from v4_jax.layers.norm import rms_norm
 from v4_jax.layers.stages import SPARSE, Remat, Stage, rematerialised
 from v4_jax.layout import Layout
 from v4_jax.outputs import Decided, Routing
@@ -29,7 +28,7 @@ from v4_jax.sharding.split import Split
 
 
 class Carry(struct.PyTreeNode):
-    """What one layer hands to the next, and a scan carries."""
+    """What one layer hands to the next, and a scan carries: streams [B, S, hc * D], side by side, and the cache."""
 
     streams: Array
     cache: Cache | None
@@ -72,7 +71,7 @@ class Block(Module):
         """Runs the layer.
 
         Args:
-          carry: streams [B, S, hc, D] and cache.
+          carry: streams and cache.
           context: what all layers share.
           layer: the layer's number, which is its place in the window's stack.
           role_index: its number among the layers of its attention role.
@@ -84,8 +83,7 @@ class Block(Module):
         """
         c = self.config
         site = HyperConnection(config=c, prefix=self.prefix + "hc_attn_", split=self.split, name="hc_attn")
-        y, mix = site(carry.streams)
-        y = rms_norm(y, self.norm("attn_norm", c.hidden_size), c.rms_norm_eps)
+        streams, y, mix = site(carry.streams, self.norm("attn_norm", c.hidden_size))
         attention = Attention(
             config=c,
             policy=self.policy,
@@ -97,11 +95,9 @@ class Block(Module):
             name="attn",
         )
         z, cache, picked, loss = attention(y, context.layout, carry.cache, layer, role_index, replay.entries)
-        streams = write_back(carry.streams, z, mix)
 
         site = HyperConnection(config=c, prefix=self.prefix + "hc_ffn_", split=self.split, name="hc_ffn")
-        y, mix = site(streams)
-        y = rms_norm(y, self.norm("ffn_norm", c.hidden_size), c.rms_norm_eps)
+        streams, y, mix = site(streams, self.norm("ffn_norm", c.hidden_size), (z, mix))
         ffn = MixtureOfExperts(
             config=c,
             policy=self.policy,
@@ -112,7 +108,7 @@ class Block(Module):
         )
         z, decided = ffn(y, context.tokens, context.layout.valid, stacked, replay.experts)
         decided = Decided(decided.routing.replace(entries=picked), decided.statistics.replace(indexer_loss=loss))
-        return Carry(write_back(streams, z, mix), cache), decided
+        return Carry(leave(streams, z, mix, c), cache), decided
 
 
 class PeriodBlocks(nn.Module):

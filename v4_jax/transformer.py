@@ -20,7 +20,7 @@ from v4_jax.block import Block, Carry, Context, PeriodBlocks
 from v4_jax.cache.cache import Cache
 from v4_jax.layer_stack import replayed, role_index, stacked, unrolled
 from v4_jax.layers.head import cross_entropy
-from v4_jax.layers.hyper_connections import StreamCollapse, expand
+from v4_jax.layers.hyper_connections import StreamCollapse, apart, expand, joined
 from v4_jax.layers.linear import linear
 from v4_jax.layers.norm import rms_norm
 from v4_jax.layers.stages import SPARSE, Remat, Stage, recompute, rematerialised
@@ -154,9 +154,9 @@ class Transformer(Module):
         if cache is not None:
             cache = cache.replace(lengths=cache.lengths + layout.total)
         if self.is_initializing() and self.config.num_nextn_predict_layers:
-            self.mtp(streams, tokens, logits="none")
+            self.mtp(apart(streams, self.config.hc_mult), tokens, logits="none")
         output = self._logits(streams, layout, logits, self.collapse, self.norm_weight)
-        return _output(output, cache, streams, decided, return_routing)
+        return _output(output, cache, apart(streams, self.config.hc_mult), decided, return_routing)
 
     def mtp(
         self,
@@ -210,7 +210,7 @@ class Transformer(Module):
         if cache is not None:
             cache = cache.replace(draft_lengths=cache.draft_lengths + layout.total)
         output = self._logits(streams, layout, logits, self.mtp_block.collapse, self.mtp_block.norm_weight)
-        return _output(output, cache, streams, [decided], return_routing)
+        return _output(output, cache, apart(streams, self.config.hc_mult), [decided], return_routing)
 
     def cross_entropy(self, streams: Array, targets: Array, weights: Array, *, mtp: bool = False) -> Array:
         """Weighted sum of the negative log-probabilities of given tokens, without an array of [tokens, vocabulary].
@@ -233,7 +233,7 @@ class Transformer(Module):
         axes = self.split.shared("vocab")
         tokens = jnp.clip(targets, 0, self.config.vocab_size - 1) - collectives.index(axes) * head.shape[0]
 
-        hidden = recompute(lambda streams: rms_norm(collapse(streams), norm, self.config.rms_norm_eps))(streams)
+        hidden = recompute(lambda streams: rms_norm(collapse(streams), norm, self.config.rms_norm_eps))(joined(streams))
         flat = hidden.reshape(-1, self.config.hidden_size)
         loss = cross_entropy(flat, head, tokens.reshape(-1), weights.reshape(-1), axes)
         return collectives.psum(loss, (*self.split.axes("batch"), *self.split.sequence))

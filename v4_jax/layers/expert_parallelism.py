@@ -16,6 +16,7 @@ from v4_jax.kernels.grouped_matmul.tpu import grouped_matmul, supports
 from v4_jax.layers.experts import Experts, expert_ffn
 from v4_jax.sharding import collectives
 from v4_jax.sharding.dispatch import Choices, visit
+from v4_jax.sharding.platform import interpreting
 from v4_jax.sharding.split import Split
 
 FEW_TOKENS = 1024  # up to so many, every device sees all tokens and computes its experts' share of them
@@ -114,7 +115,10 @@ def local_experts(
 
     def run_all(rows: tuple[Array, Array], experts: Experts, sizes: Array, layer: Any) -> Array:
         def products(x: Array, weights: Sequence[Any], dtype: Any) -> list[Array]:
-            return [grouped_matmul(x.astype(dtype), weight, sizes, layer=layer) for weight in weights]
+            return [
+                grouped_matmul(x.astype(dtype), weight, sizes, layer=layer, interpret=interpreting())
+                for weight in weights
+            ]
 
         return expert_ffn(rows[0], experts, rows[1], limit, x.dtype, products)
 
