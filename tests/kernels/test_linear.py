@@ -15,10 +15,10 @@ from v4_jax import Config, Transformer, declarations, init_cache
 from v4_jax.kernels import choose
 from v4_jax.kernels.linear import reference
 from v4_jax.kernels.linear.tpu import MANY, ROWS, matmul, one_row, supports
-from v4_jax.layers import expert_parallelism
 from v4_jax.layers.linear import grouped_linear, linear, linears
 from v4_jax.number_formats import E2M1, E4M3, E8M0, FP8_BLOCK, BlockScaled, Stack, dequantise, quantise
 from v4_jax.parameters import is_parameter
+from v4_jax.sharding.platform import interpreted
 
 
 def random(seed, *shape):
@@ -180,26 +180,6 @@ def test_one_row_as_two():
     np.testing.assert_allclose(pull(jnp.ones((1, 1, 64)))[0][0, 0], jnp.sum(weight, axis=0), atol=1e-5)
 
 
-@pytest.fixture
-def on_kernels(monkeypatch):
-    """Programs take the forms for TPUs, interpreted; the weights that the kernel for E4M3 is then given."""
-    given = []
-
-    def tpu_form(*operands, default, tpu=None, **forms):
-        return (tpu or default)(*operands)
-
-    monkeypatch.setattr(choose, "by_platform", tpu_form)
-
-    def interpreted(x, weights, **options):
-        given.extend(weights)
-        return matmul(x, weights, **options, interpret=True)
-
-    monkeypatch.setattr(choose.linear_tpu, "matmul", interpreted)
-    grouped = functools.partial(expert_parallelism.grouped_matmul, interpret=True)
-    monkeypatch.setattr(expert_parallelism, "grouped_matmul", grouped)
-    return given
-
-
 # A layer alone and one that repeats, with all sizes multiples of 128.
 CONFIG = dataclasses.replace(
     Config.tiny(),
@@ -214,7 +194,7 @@ CONFIG = dataclasses.replace(
 )
 
 
-def test_a_model_reads_every_layer_where_it_lies(request):
+def test_a_model_reads_every_layer_where_it_lies(monkeypatch):
     """A chunk and a token of a model in the released formats: as without kernels, but for roundings to bfloat16."""
     model = Transformer(CONFIG, policy="bfloat16")
     codes = {"fp8": E4M3, "expert": E2M1}
@@ -225,6 +205,13 @@ def test_a_model_reads_every_layer_where_it_lies(request):
         is_leaf=is_parameter,
     )
     tokens = jax.random.randint(jax.random.key(1), (2, 25), 0, CONFIG.vocab_size)
+    given = []
+
+    def spy(x, weights, **options):
+        given.extend(weights)
+        return matmul(x, weights, **options)
+
+    monkeypatch.setattr(choose.linear_tpu, "matmul", spy)
 
     def run(params, replayed):
         cache, found = init_cache(CONFIG, 2, 128, dtype="bfloat16"), []
@@ -232,16 +219,14 @@ def test_a_model_reads_every_layer_where_it_lies(request):
             out = model.apply({"params": params}, chunk, cache=cache, routing=decisions, return_routing=True)
             cache = out.cache
             found.append((out.logits, out.routing))
-        return zip(*found, strict=True)
+        return tuple(zip(*found, strict=True))
 
-    def compiled(*arguments):  # anew each time: what is chosen is no part of a program's key
-        options = {"xla_cpu_use_fusion_emitters": True}
-        logits, routing = jax.jit(lambda *arguments: tuple(run(*arguments)), compiler_options=options)(*arguments)
-        return np.concatenate(logits, axis=1), routing
-
-    expected, routing = compiled(params, (None, None))
-    given = request.getfixturevalue("on_kernels")
-    found, _ = compiled(params, routing)
+    program = jax.jit(run, compiler_options={"xla_cpu_use_fusion_emitters": True})  # which can reinterpret E2M1
+    expected, routing = program(params, (None, None))
+    given.clear()  # forms for other platforms are traced, too
+    with interpreted():
+        found, _ = program(params, routing)
     in_stacks = sum(weight.stack is not None for weight in given)
     assert len(given) - in_stacks == 2 * 8 <= in_stacks  # chunks, and a layer's weights; a loop's body is traced anew
-    assert abs(found - expected).max() <= 2.0**-5 * abs(expected).max()
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=2.0**-5 * float(abs(other).max()))
