@@ -5,6 +5,7 @@ Pallas kernel, or `cpu.py`, written so that XLA:CPU makes quick code of it. Laye
 
     function                 reference                      cpu                                       tpu
     products, weighted       einsum                         keys' gradients as sums, of few heads     reference
+    window_attention         caller's, part by part         reference                                 kernel
     index_scores             einsum                         head by head                              reference
     matmul                   einsum                         weights' gradients with a second axis     reference
     map_groups               tiles of each group in turn    reference                                 caller's kernel
@@ -19,14 +20,17 @@ from typing import Any
 import jax
 from jax import Array
 
+from v4_jax.cache.entries import Entries
 from v4_jax.kernels.attention import cpu as attention_cpu
 from v4_jax.kernels.attention import reference as attention
+from v4_jax.kernels.attention import tpu as attention_tpu
 from v4_jax.kernels.grouped_matmul import groups
 from v4_jax.kernels.indexer import cpu as indexer_cpu
 from v4_jax.kernels.indexer import reference as indexer
 from v4_jax.kernels.linear import cpu as linear_cpu
 from v4_jax.kernels.linear import reference as linear
-from v4_jax.sharding.platform import by_platform
+from v4_jax.layers.visible import Visible
+from v4_jax.sharding.platform import by_platform, interpreting
 
 Form = Callable[..., Any]
 
@@ -43,6 +47,30 @@ def weighted(shares: Array, keys: Array) -> Array:
     if not attention_cpu.helps(shares, keys):
         return attention.weighted(shares, keys)
     return _with_gradients(attention.weighted, cpu=attention_cpu.weighted_gradients)(shares, keys)
+
+
+def window_attention(
+    plain: Form,
+    queries: Array,
+    keys: Array | None,
+    oldest: Array | None,
+    entries: Entries | None,
+    visible: Visible | None,
+) -> tuple[Array, Array, Array]:
+    """See `attention.tpu.window_attention` for all arguments but the first.
+
+    Args:
+      plain: the same, in whose place the kernel runs in programs for TPUs, but where gradients are asked for.
+      queries: [B, Q, H, C].
+      keys: of the window.
+      oldest: where each query's window may begin.
+      entries: the entries.
+      visible: which of them the queries see.
+    """
+    if not attention_tpu.supports(queries):
+        return plain(queries, keys, oldest, entries, visible)
+    kernel = functools.partial(attention_tpu.window_attention, interpret=interpreting())
+    return _without_gradients(plain, tpu=kernel)(queries, keys, oldest, entries, visible)
 
 
 def index_scores(queries: Array, weights: Array, keys: Array) -> Array:

@@ -60,12 +60,12 @@ class QueryBlock(NamedTuple):
     keys: Array
     visible: Visible
 
-    def window(self, past: int) -> Array:
-        """[B, Q, past + Q] which of the keys each query sees: of its document, itself and at most `past` before it."""
+    @property
+    def oldest(self) -> Array:
+        """[B, Q] int32 which of the keys is the first of each query's document; negative where it is older than all."""
         queries = self.queries
-        number = queries.indices[:, :1, None] - past + jnp.arange(self.keys.shape[1])
-        oldest = jnp.maximum(queries.first, queries.indices - past)
-        return (number >= oldest[..., None]) & (number <= queries.indices[..., None])
+        past = self.keys.shape[1] - queries.first.shape[1]
+        return queries.first - (queries.indices[:, :1] - past)
 
 
 def by_query_blocks(
