@@ -34,6 +34,7 @@ from v4_jax.number_formats import BlockScaled, dequantise, fake_quant_kv
 from v4_jax.parameters import Module
 from v4_jax.policy import Policy, einsum
 from v4_jax.sharding.collectives import all_gather, psum
+from v4_jax.sharding.platform import platform_of_mesh
 
 FEW_QUERIES = 16  # so many tokens of a row visit the devices that hold its entries; for more, the entries come to them
 
@@ -187,7 +188,8 @@ class Attention(Module):
             index_weights=None if index is None else index.weights,
             picks=picks,
         )
-        output, picked, loss = by_query_blocks(block, tail, keys, queries, heads)
+        wide = cache is not None and platform_of_mesh() == "tpu"  # gradients take the forms that hold logits
+        output, picked, loss = by_query_blocks(block, tail, keys, queries, heads, wide=wide)
         return keep(psum(output, split.shared("o_groups")), "attention"), cache, picked, loss
 
     def _compress(

@@ -41,9 +41,7 @@ _LOG2E = math.log2(math.e)
 def supports(queries: Array) -> bool:
     """Whether `window_attention` takes queries [B, Q, H, C]."""
     heads, size = queries.shape[2:]
-    return (
-        queries.dtype in (jnp.bfloat16, jnp.float32) and heads % 8 == 0 and heads <= LANES and size % LANES == 0
-    )
+    return queries.dtype in (jnp.bfloat16, jnp.float32) and heads % 8 == 0 and heads <= LANES and size % LANES == 0
 
 
 def window_attention(
@@ -174,7 +172,7 @@ def _blocks_of(entries: Entries, dtype: Any) -> tuple[Array, Any, int]:
     """Where blocks of entries are fetched from.
 
     Returns:
-      A stack [layers, B, E, C] of numbers or, as unsigned integers, their bits; the layer there; and entries of a block.
+      A stack [layers, B, E, C] of numbers or, as unsigned integers, their bits; the layer there; entries of a block.
     """
     stored = entries.rows.arrays[0]
     count = entries.count
@@ -187,7 +185,7 @@ def _blocks_of(entries: Entries, dtype: Any) -> tuple[Array, Any, int]:
 
 
 def _bounds(low: Array, high: Array, tile: int, tiles: int, block: int) -> Array:
-    """Blocks of entries that tiles see [B, tiles, 4]: the first, one past the last; and the same of those seen whole."""
+    """Blocks of entries that tiles see [B, tiles, 4]: the first, one past the last; the same of those seen whole."""
     padding = tiles * tile - low.shape[1]
 
     def by_tile(x: Array, mode: str) -> Array:
@@ -209,12 +207,12 @@ def _kernel(*refs: Any, heads: int, tiles: int, room: int, block: int, scale: fl
     [layers, B, E, C],] maximum and total [step, tile, heads], weighted [step, rows, C]; scratch: largest and sums
     [rows, 128] [, blocks of two batch rows, two each; their semaphores].
     """
-    refs = iter(refs)
-    layer, bounds = (next(refs), next(refs)) if block else (None, None)
-    ranges, queries = next(refs), next(refs)
-    keys = next(refs) if room else None
-    stack = next(refs) if block else None
-    maximum, total, weighted, largest, sums, *buffers = refs
+    left: Any = list(refs)
+    layer, bounds, left = (*left[:2], left[2:]) if block else (None, None, left)
+    ranges, queries, *left = left
+    keys, left = (left[0], left[1:]) if room else (None, left)
+    stack, left = (left[0], left[1:]) if block else (None, left)
+    maximum, total, weighted, largest, sums, *buffers = left
     blocks, arrived = buffers if block else (None, None)
     (step, tile, _), size, dtype = ranges.shape, queries.shape[2], queries.dtype
     tokens = next(n for n in range(max(1, CHUNK // heads), 0, -1) if tile % n == 0)  # of a chunk
