@@ -108,7 +108,7 @@ def stored(case, held, rng):
 def expected(queries, keys, oldest, entries, visible):
     """Float64, all keys at once."""
     queries = np.asarray(queries, np.float64)
-    batch, count = queries.shape[:2]
+    count = queries.shape[1]
     parts, masks = [], []
     if keys is not None:
         number, own = np.arange(keys.shape[1]), np.arange(count)[:, None]

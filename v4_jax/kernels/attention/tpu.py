@@ -207,13 +207,15 @@ def _kernel(*refs: Any, heads: int, tiles: int, room: int, block: int, scale: fl
     [layers, B, E, C],] maximum and total [step, tile, heads], weighted [step, rows, C]; scratch: largest and sums
     [rows, 128] [, blocks of two batch rows, two each; their semaphores].
     """
-    left: Any = list(refs)
-    layer, bounds, left = (*left[:2], left[2:]) if block else (None, None, left)
-    ranges, queries, *left = left
-    keys, left = (left[0], left[1:]) if room else (None, left)
-    stack, left = (left[0], left[1:]) if block else (None, left)
+    left = list(refs)
+    layer: Any = left.pop(0) if block else None
+    bounds: Any = left.pop(0) if block else None
+    ranges, queries = left.pop(0), left.pop(0)
+    keys: Any = left.pop(0) if room else None
+    stack: Any = left.pop(0) if block else None
     maximum, total, weighted, largest, sums, *buffers = left
-    blocks, arrived = buffers if block else (None, None)
+    blocks: Any = buffers[0] if block else None
+    arrived: Any = buffers[1] if block else None
     (step, tile, _), size, dtype = ranges.shape, queries.shape[2], queries.dtype
     tokens = next(n for n in range(max(1, CHUNK // heads), 0, -1) if tile % n == 0)  # of a chunk
     chunk, chunks = tokens * heads, tile // tokens
