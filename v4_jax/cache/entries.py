@@ -13,6 +13,7 @@ from jax import Array
 
 from v4_jax.architecture import RATIO_OF_ROLE
 from v4_jax.cache.rows import StoredRows, batch_rows
+from v4_jax.natural import quotient, remainder
 from v4_jax.sharding import collectives
 from v4_jax.sharding.collectives import Axes
 
@@ -80,7 +81,8 @@ class Entries(struct.PyTreeNode):
     def local(self, numbers: Array) -> Array:
         """Local numbers of entries; -1 for those that lie on other devices, and for -1."""
         devices = collectives.size(self.axes)
-        return jnp.where((numbers >= 0) & (numbers % devices == collectives.index(self.axes)), numbers // devices, -1)
+        here = (numbers >= 0) & (remainder(numbers, devices) == collectives.index(self.axes))
+        return jnp.where(here, quotient(numbers, devices), -1)
 
     def numbers(self, local: Array) -> Array:
         """Numbers of the entries with these local numbers; -1 for -1."""
@@ -89,7 +91,7 @@ class Entries(struct.PyTreeNode):
     def below(self, number: Array) -> Array:
         """How many of the entries before `number` lie on this device."""
         devices = collectives.size(self.axes)
-        return (number + devices - 1 - collectives.index(self.axes)) // devices
+        return quotient(number + devices - 1 - collectives.index(self.axes), devices)
 
     def places(self, rows: Array, local: Array) -> tuple[Any, Array]:
         """Where entries of batch rows lie in the arrays: rows and places there.
@@ -100,9 +102,9 @@ class Entries(struct.PyTreeNode):
         """
         if self.table is None:
             return rows, jnp.where((local < 0) | (local >= self.count), self.count, local)
-        page = self.table[rows, jnp.clip(local // self.page, 0, self.table.shape[1] - 1)]
+        page = self.table[rows, jnp.clip(quotient(local, self.page), 0, self.table.shape[1] - 1)]
         real = (page >= 0) & (local >= 0) & (local < self.count)
-        return 0, jnp.where(real, page * self.page + local % self.page, self.rows.shape[2])
+        return 0, jnp.where(real, page * self.page + remainder(local, self.page), self.rows.shape[2])
 
     def write(self, numbers: Array, entries: Array) -> Entries:
         """Stores `entries` [B, E, C] as `numbers` [B, E], dropping those out of range or of other devices.

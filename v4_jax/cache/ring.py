@@ -11,6 +11,7 @@ from jax import Array
 
 from v4_jax.cache.rows import StoredRows, batch_rows
 from v4_jax.layout import Layout
+from v4_jax.natural import remainder
 from v4_jax.sharding.collectives import Axes, from_left, rows_at
 from v4_jax.sharding.split import Split
 
@@ -59,7 +60,7 @@ class Ring(struct.PyTreeNode):
 
     def _history(self, count: int) -> Array:
         positions = self.start[:, None] - count + jnp.arange(count)
-        places = positions % self.rows.shape[2]
+        places = remainder(positions + self.rows.shape[2], self.rows.shape[2])  # none is further back than that
         rows = self.rows.read(self.layer, batch_rows(self.start, 1), places, self.dtype)
         # A place may still hold an earlier row's token: it must not matter, not even if it is NaN.
         return jnp.where(positions[..., None] >= 0, rows, 0)
@@ -71,7 +72,7 @@ class Ring(struct.PyTreeNode):
         else:  # only the last ones survive, and no two may meet in one place
             index = total - size + jnp.arange(size, dtype=jnp.int32)
             tokens = rows_at(tokens, index, axes)
-        places = jnp.where((index >= 0) & (index < total), (self.start[:, None] + index) % size, size)
+        places = jnp.where((index >= 0) & (index < total), remainder(self.start[:, None] + index, size), size)
         return self.rows.write(self.layer, batch_rows(self.start, 1), places, tokens)
 
 

@@ -21,6 +21,7 @@ from v4_jax.layers.linear import linears
 from v4_jax.layers.norm import rms_norm
 from v4_jax.layers.rotary import rotate
 from v4_jax.layout import Blocks, Layout
+from v4_jax.natural import remainder
 from v4_jax.number_formats import fake_quant_index, fake_quant_kv
 from v4_jax.parameters import Module
 from v4_jax.policy import Policy
@@ -79,7 +80,7 @@ class Compressor(Module):
 
         with jax.named_scope("compressor.project"):
             values, gates = linears(y, [wkv, wgate], jnp.float32)
-            projections = jnp.concatenate([values, gates + ape[layout.phase % ratio]], axis=-1)
+            projections = jnp.concatenate([values, gates + ape[remainder(layout.phase, ratio)]], axis=-1)
 
         blocks, before, after, past = layout.blocks(ratio), None, None, span(ratio) - 1
         if open_blocks is not None:

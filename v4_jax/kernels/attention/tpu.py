@@ -25,6 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.cache.entries import Entries
 from v4_jax.layers.visible import Visible
+from v4_jax.natural import quotient
 
 LANES, SUBLANES = 128, 16  # of a tile of 16-bit numbers in memory
 ROWS = 1024  # queries times heads of a tile
@@ -193,10 +194,10 @@ def _bounds(low: Array, high: Array, tile: int, tiles: int, block: int) -> Array
 
     low, high = by_tile(low, "edge"), by_tile(high, "edge")
     some = high > low
-    first = jnp.min(jnp.where(some, low, jnp.iinfo(jnp.int32).max), axis=2) // block
-    last = (jnp.max(jnp.where(some, high, 0), axis=2) + block - 1) // block
-    whole_first = (jnp.max(low, axis=2) + block - 1) // block
-    whole_last = jnp.min(high, axis=2) // block
+    first = quotient(jnp.min(jnp.where(some, low, jnp.iinfo(jnp.int32).max), axis=2), block)
+    last = quotient(jnp.max(jnp.where(some, high, 0), axis=2) + block - 1, block)
+    whole_first = quotient(jnp.max(low, axis=2) + block - 1, block)
+    whole_last = quotient(jnp.min(high, axis=2), block)
     return jnp.stack([jnp.minimum(first, last), last, whole_first, whole_last], axis=-1)
 
 
