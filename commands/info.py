@@ -16,7 +16,13 @@ from v4_jax.commands.shared.options import JsonFlag, OptionalSize
 from v4_jax.commands.shared.sizes import parse_size
 from v4_jax.config import Config
 
-PRESETS = {"flash": Config.flash, "pro": Config.pro, "tiny": Config.tiny}
+PRESETS = {
+    "flash": Config.flash,
+    "pro": Config.pro,
+    "flash-0731": Config.flash_0731,
+    "pro-0813": Config.pro_0813,
+    "tiny": Config.tiny,
+}
 
 _DEFAULT_CONTEXT = parse_size("1M")
 
@@ -33,7 +39,7 @@ def info(model: Subject, *, context: OptionalSize = None, as_json: JsonFlag = Fa
       v4-jax info DeepSeek-V4-Pro --json
 
     Args:
-      model: A directory with a config.json, or flash, pro or tiny.
+      model: A directory with a config.json, or flash, pro, flash-0731, pro-0813 or tiny.
       context: Tokens in the sequence, such as 131072, 128K or 1M. Default: 1M, or the model's most if that is less.
       as_json: Write the numbers as one JSON object.
     """

@@ -41,7 +41,7 @@ def as_json(config: Config, context: int) -> dict[str, Any]:
         },
         "parameters": {**counts._asdict(), "checkpoint": counts.checkpoint},
         "bytes": {
-            dtype: {"total": size.total, "mtp": size.mtp, "by_format": size.by_format}
+            dtype: {"total": size.total, "draft": size.draft, "by_format": size.by_format}
             for dtype, size in (("native", costs.parameter_bytes(config)), ("bfloat16", _bfloat16(config)))
         },
         "flops_per_token": {
@@ -54,6 +54,7 @@ def as_json(config: Config, context: int) -> dict[str, Any]:
             }
             for phase, flops in _flops(config, context).items()
         },
+        "flops_per_draft": costs.draft_flops(config),
         "cache_bytes": {
             "dtype": cache.dtype,
             "by_role": cache.by_role,
@@ -97,9 +98,10 @@ def _layer_table(config: Config) -> Table:
         for role in dict.fromkeys(getattr(layer, kind) for layer in layers):
             which = [i for i, layer in enumerate(layers) if getattr(layer, kind) == role]
             table.add_row(f"{kind.replace('_', '-')}: {role}", str(len(which)), _ranges(which))
-    if config.num_nextn_predict_layers:
-        block = config.mtp_layer
-        table.add_row(f"MTP block: {block.attention}, {block.feed_forward}", "1", str(len(layers)))
+    if config.draft_blocks:
+        block, first = config.draft_layer, len(layers)
+        numbers = _ranges(list(range(first, first + config.draft_blocks)))
+        table.add_row(f"{_drafts(config)}: {block.attention}, {block.feed_forward}", str(config.draft_blocks), numbers)
     return table
 
 
@@ -107,10 +109,11 @@ def _parameter_table(config: Config) -> Table:
     counts, native, plain = costs.parameter_counts(config), costs.parameter_bytes(config), _bfloat16(config)
     table = make_table("Parameters", "", "count", "as released", "bfloat16")
     table.add_row(
-        "trunk", _count(counts.total), bytes_text(native.total - native.mtp), bytes_text(plain.total - plain.mtp)
+        "trunk", _count(counts.total), bytes_text(native.total - native.draft), bytes_text(plain.total - plain.draft)
     )
     table.add_row("  active per token", _count(counts.active), "", "")
-    table.add_row("MTP block", _count(counts.mtp), bytes_text(native.mtp), bytes_text(plain.mtp), end_section=True)
+    drafts = _count(counts.draft), bytes_text(native.draft), bytes_text(plain.draft)
+    table.add_row(_drafts(config), *drafts, end_section=True)
     table.add_row("checkpoint", _count(counts.checkpoint), bytes_text(native.total), bytes_text(plain.total))
     for name, _ in _largest_first(plain.by_format | native.by_format):
         held = [bytes_text(sizes[name]) if name in sizes else "" for sizes in (native.by_format, plain.by_format)]
@@ -133,7 +136,16 @@ def _flops_table(config: Config, context: int) -> Table:
     table.add_row("index scores", operations_text(decode.index), operations_text(prefill.index), end_section=True)
     table.add_row("total", operations_text(decode.total), operations_text(prefill.total))
     table.add_row("FP8 equivalent", operations_text(decode.equivalent_fp8), operations_text(prefill.equivalent_fp8))
+    if config.draft_blocks:
+        drafts = f"{config.dspark_block_size} tokens" if config.dspark_stages else "1 token"
+        table.add_section()
+        table.add_row(f"drafting {drafts}", operations_text(costs.draft_flops(config)), "")
     return table
+
+
+def _drafts(config: Config) -> str:
+    """What drafts, by name."""
+    return "DSpark stages" if config.dspark_stages else "MTP block"
 
 
 def _cache_table(cache: costs.CacheBytes, context: int) -> Table:
@@ -151,7 +163,7 @@ def _comparison_table(against: costs.Comparison) -> Table:
     table = make_table(
         f"Against others at {format_size(against.context)} tokens",
         *("", "FLOPs per token", "V4 needs", "cache per row", "V4 needs"),
-        caption="FLOPs of decoding one token, FP8 equivalent; cache without the MTP block's and without padding",
+        caption="FLOPs of decoding one token, FP8 equivalent; cache without that of drafts and without padding",
     )
     table.add_row("V4, this configuration", operations_text(against.flops), "", bytes_text(against.cache), "")
     shares = f"{against.flops_ratio:.1%}", f"{against.cache_ratio:.1%}"

@@ -54,6 +54,8 @@ def optimizer(
       rules: which mesh axes split which logical axes.
       loss: whose parameters are trained; those of the other loss are left alone. None trains both.
 
+    DSpark's stages stay as they are.
+
     Raises:
       ValueError: `matrices` is neither.
     """
@@ -72,7 +74,10 @@ def optimizer(
     )
     rule = {"muon": orthogonal if matrices == "muon" else adamw, "adamw": adamw}
     rule |= {"bias": balance(balance_speed), "frozen": optax.set_to_zero()}
-    whole = optax.partition(rule, jax.tree.map(lambda p: p.group, declarations(config), is_leaf=is_parameter))
+    groups = jax.tree.map(lambda p: p.group, declarations(config), is_leaf=is_parameter)
+    if config.dspark_stages:  # no loss here trains them; decay alone would wear them away
+        groups["dspark"] = jax.tree.map(lambda _: "frozen", groups["dspark"])
+    whole = optax.partition(rule, groups)
     return whole if loss is None else only(config, loss, whole)
 
 
