@@ -10,16 +10,19 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from v4_jax import costs
+from v4_jax.chat import PROFILES, EffortProfile, effort_prefix
 from v4_jax.commands.shared.sizes import format_size
 from v4_jax.config import Config
+from v4_jax.infer.prompts import MODES, Mode
 
 
-def as_json(config: Config, context: int) -> dict[str, Any]:
+def as_json(config: Config, context: int, profile: EffortProfile | None = None) -> dict[str, Any]:
     """The model card as plain numbers: counts of parameters, FLOPs per token and bytes.
 
     Args:
       config: the architecture.
       context: tokens in the sequence, for FLOPs and cache.
+      profile: what the model takes its reasoning efforts for; None if nothing says so.
 
     Raises:
       ValueError: a context that no cache can hold.
@@ -68,10 +71,16 @@ def as_json(config: Config, context: int) -> dict[str, Any]:
             "cache_ratio": against.cache_ratio,
             "gqa_ratio": against.gqa_ratio,
         },
+        "efforts": {
+            "profile": profile,
+            "instruction_bytes": {
+                one: {mode: len(_instruction(mode, one).encode()) for mode in MODES} for one in PROFILES
+            },
+        },
     }
 
 
-def render(config: Config, context: int) -> RenderableType:
+def render(config: Config, context: int, profile: EffortProfile | None = None) -> RenderableType:
     """The model card as tables; see `as_json`."""
     cache = _cache(config, context)
     tables = (
@@ -80,6 +89,7 @@ def render(config: Config, context: int) -> RenderableType:
         _flops_table(config, context),
         _cache_table(cache, context),
         _comparison_table(costs.compare(config, context, cache.dtype)),
+        _effort_table(profile),
     )
     return Group(*tables)
 
@@ -173,6 +183,23 @@ def _comparison_table(against: costs.Comparison) -> Table:
     table.add_row("  by active parameters in whole billions", "", f"{against.headline_ratio:.1%}", "", "")
     table.add_row("8 KV heads x 128, bfloat16", "", "", bytes_text(against.cache_gqa), f"{against.gqa_ratio:.1%}")
     return table
+
+
+def _effort_table(profile: EffortProfile | None) -> Table:
+    says = "nothing in the directory says which of the two it is" if profile is None else f"this model is of {profile}"
+    table = make_table("Modes of answering a chat", "mode", *PROFILES, caption=f"by effort profile; {says}")
+    for mode, how in MODES.items():
+        if how.thinking_mode == "chat":
+            table.add_row(mode, *["no reasoning"] * len(PROFILES))
+            continue
+        said = [len(_instruction(mode, one).encode()) for one in PROFILES]
+        table.add_row(mode, *(f"reasoning, {size} bytes of instruction" if size else "reasoning" for size in said))
+    return table
+
+
+def _instruction(mode: Mode, profile: EffortProfile) -> str:
+    """What stands in front of a chat."""
+    return effort_prefix(MODES[mode].reasoning_effort, profile)
 
 
 def make_table(title: str, *columns: str, caption: str | None = None) -> Table:

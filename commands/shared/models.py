@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from v4_jax.cache.cache import CacheDtype
+from v4_jax.chat import EffortProfile, read_profile
+from v4_jax.chat.efforts import ENCODING
 from v4_jax.checkpoint import Checkpoint, load, open_checkpoint, run_of
 from v4_jax.commands.shared.console import CommandError, bad_input, read_json, say, watched
-from v4_jax.commands.shared.options import CacheFormat, Dtype
+from v4_jax.commands.shared.options import CacheFormat, Dtype, Profile
 from v4_jax.config import Config
 from v4_jax.placement import Place
 from v4_jax.policy import PolicyName
@@ -61,6 +63,23 @@ class ModelDirectory:
         """
         with bad_input():
             return load_tokenizer(self.path, self.config.vocab_size)
+
+    def effort_profile(self, chosen: Profile = "auto") -> EffortProfile:
+        """What the model takes its reasoning efforts for: as chosen, or for "auto" as its own encoding says.
+
+        Raises:
+          CommandError: the encoding cannot be read.
+        """
+        if chosen != "auto":
+            return chosen
+        with bad_input():
+            found = read_profile(self.path)
+        if found is None and self.config.dspark_stages:
+            say(
+                f"note: {self.path} has no {ENCODING}, and a model with DSpark stages may be of either generation: its "
+                "reasoning efforts are taken for those of the preview; --effort-profile official says otherwise"
+            )
+        return found or "preview"
 
     def generation_defaults(self) -> GenerationDefaults:
         """What `generation_config.json` says; the release's defaults without one.

@@ -87,4 +87,5 @@ Model = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL", hel
 
 Preset = Literal["decode", "prefill", "long-context", "train"]
 Dtype = Literal["native", "bfloat16", "float32"]
+Profile = Literal["auto", "preview", "official"]
 CacheFormat = Literal["auto", "float32", "bfloat16", "released"]

@@ -33,12 +33,14 @@ class Defaults(NamedTuple):
       stop_ids: tokens that end an answer.
       max_tokens: most tokens to generate.
       mode: how a chat is answered.
+      profile: what the model takes its reasoning efforts for.
     """
 
     sampling: Sampling
     stop_ids: tuple[int, ...]
     max_tokens: int
     mode: Mode = "non-think"
+    profile: chat.EffortProfile = "preview"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,6 +242,7 @@ def _encode_chat(body: ChatBody, model: Model) -> Prompt:
         model.tokenizer,
         body.messages,
         body.mode(model.defaults.mode),
+        profile=body.effort_profile or model.defaults.profile,
         opening=opening,
         tools=None if body.tool_choice == "none" else body.tools,
         response_format=format.json_schema.schema_ if isinstance(format, SchemaFormat) else None,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -84,6 +85,8 @@ def test_prompts(run, model, monkeypatch, tokenizer, tmp_path):
     assert given("--prompt", "Hi", "--mode", "high") == prompt(single, thinking_mode="thinking")
     longest = prompt(single, thinking_mode="thinking", reasoning_effort="max")
     assert given("--prompt", "Hi", "--mode", "max") == longest != prompt(single, thinking_mode="thinking")
+    official = given("--prompt", "Hi", "--mode", "high", "--effort-profile", "official")
+    assert official == longest and given("--prompt", "Hi", "--mode", "low") == prompt(single, thinking_mode="thinking")
     assert given(stdin="Hi\n") == prompt(single)
     assert given("--chat", file) == prompt(messages)
     assert given("--chat", "-", stdin=file.read_text()) == prompt(messages)
@@ -91,6 +94,31 @@ def test_prompts(run, model, monkeypatch, tokenizer, tmp_path):
     assert given("--raw", "--prompt", "Hi") == [0, *tokenizer.encode("Hi")]
     assert given("--raw", "--prompt", chat.BOS + "Hi") == [0, *tokenizer.encode("Hi")]
     assert given("--raw", stdin="Hi\n\n") == [0, *tokenizer.encode("Hi\n")]
+
+
+def test_the_directory_says_what_efforts_mean(run, model, monkeypatch, tokenizer, tmp_path):
+    """By its own encoding, unless an option says otherwise."""
+    copy = shutil.copytree(model, tmp_path / "official")
+    (copy / "encoding").mkdir()
+    (copy / "encoding" / "encoding_dsv4.py").write_text("REASONING_EFFORT_PROMPTS = {}\n")
+
+    def stop_there(engine, request, *_):
+        raise Prompted(request.prompt)
+
+    monkeypatch.setattr("v4_jax.commands.generate.stream", stop_there)
+    for options, profile in (((), "official"), (("--effort-profile", "preview"), "preview")):
+        with pytest.raises(Prompted) as stopped:
+            run("generate", copy, "--prompt", "Hi", "--mode", "max", *options)
+        how = dict(thinking_mode="thinking", reasoning_effort="max", effort_profile=profile)
+        assert stopped.value.args[0] == tokenizer.encode(chat.encode([{"role": "user", "content": "Hi"}], **how))
+    card = json.loads(run("info", copy, "--json").out)["efforts"]
+    assert card["profile"] == "official" and json.loads(run("info", model, "--json").out)["efforts"]["profile"] is None
+    assert card["instruction_bytes"] == {
+        "preview": {"non-think": 0, "low": 0, "high": 0, "max": 476},
+        "official": {"non-think": 0, "low": 0, "high": 476, "max": 528},
+    }
+    assert "this model is of official" in run("info", copy).out
+    assert "'hihg'" in run("generate", copy, "--prompt", "Hi", "--mode", "hihg").err
 
 
 def test_text_goes_to_stdout_and_speed_to_stderr(run, model, reply, tokenizer):
