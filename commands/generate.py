@@ -20,6 +20,7 @@ from v4_jax.commands.shared.options import (
     CacheFormat,
     ChatFile,
     Count,
+    Draft,
     Dtype,
     Flag,
     Int,
@@ -36,7 +37,7 @@ from v4_jax.commands.shared.sampling import SamplingOptions
 from v4_jax.config import Config
 from v4_jax.infer.checks import check_ids, check_precision
 from v4_jax.infer.chunks import chunk_size
-from v4_jax.infer.engine.drafters import check_depth
+from v4_jax.infer.engine.drafters import choose_drafter
 from v4_jax.infer.engine.requests import Request
 from v4_jax.infer.engine.sampling import Sampling
 from v4_jax.infer.engine.scheduler import Engine
@@ -66,7 +67,7 @@ def generate(
     policy: PolicyName = "bfloat16",
     cache_dtype: CacheFormat = "auto",
     prefill_chunk: Count = 512,
-    draft: Int = 0,
+    draft: Draft = "none",
     mesh: OptionalText = None,
     preset: Preset = "long-context",
     distributed: Flag = False,
@@ -107,8 +108,8 @@ def generate(
       policy: Precision of the computation; released is bfloat16 with the release's rounding of keys and values.
       cache_dtype: Number format of the cache; auto is the policy's.
       prefill_chunk: Prompt tokens read at once; with a mesh, rounded up to what splits evenly.
-      draft: Tokens that the multi-token-prediction block guesses ahead in every step, up to 4; the reply is that of 0,
-        sooner.
+      draft: What guesses tokens ahead in every step: none; mtp:N, N tokens, up to 4, by the multi-token-prediction
+        block; dspark; or auto, what the model has. The reply is that of none, sooner.
       mesh: How to spread the model over all devices: sizes of data, seq, expert and tensor, such as
         seq=4,expert=2. Default: one device.
       preset: Which mesh axes split what; long-context splits long prompts over all axes but data.
@@ -123,7 +124,7 @@ def generate(
     with bad_input():
         chosen = sampling.over(defaults, seed)
         check_precision(config, policy, cache)
-        check_depth(draft, config)
+        choose_drafter(config, draft)
         encoded = _encode_prompt(tokenizer, config, prompt, chat_file, tokens, raw, mode, profile)
         limits = Limits.of(len(encoded.ids), max_tokens, context, config)
         reply = Reply(tokenizer, stop, encoded.thinking_mode)

@@ -48,13 +48,16 @@ def test_seeds(reply):
 
 def test_drafts(run, model, reply):
     """The same tokens, in fewer steps; both outputs say how many guesses were right."""
-    plain, drafted = reply("--tokens", "5", "--greedy"), reply("--tokens", "5", "--greedy", "--draft", 2)
+    plain, drafted = reply("--tokens", "5", "--greedy"), reply("--tokens", "5", "--greedy", "--draft", "mtp:2")
     assert drafted["tokens"] == plain["tokens"] and plain["speed"]["drafts"] == []
     first, second = drafted["speed"]["drafts"]
     assert first["offered"] == second["offered"] > 0 and first["offered"] >= first["accepted"] >= second["accepted"]
-    said = run("generate", model, "--tokens", "5", "--draft", 1, *FAST).err
+    said = run("generate", model, "--tokens", "5", "--draft", "mtp:1", *FAST).err
     assert "ended by token limit, drafts accepted by depth: " in said
-    assert "draft is 5, expected 0 (plain decoding) to 4" in run("generate", model, "--tokens", "5", "--draft", 5).err
+    assert (
+        "draft is 'mtp:5', expected none, mtp:1 to mtp:4, "
+        in run("generate", model, "--tokens", "5", "--draft", "mtp:5").err
+    )
 
 
 class Prompted(Exception):

@@ -41,7 +41,7 @@ def test_pages_stay_where_they_are(monkeypatch):
     place = Place(make_mesh("data=2,seq=2", tpu_devices("v5p:2x2x1")), "long-context")
     chunk = place.chunk(256)
     cache = place.cache_shapes(CONFIG, SLOTS, LENGTH, "bfloat16", pages=MANY * SLOTS * LENGTH // place.page)
-    arguments = dict(drafter=choose_drafter(CONFIG, 2), chunk=chunk, place=place)
+    arguments = dict(drafter=choose_drafter(CONFIG, "mtp:2"), chunk=chunk, place=place)
     params = abstract_params(CONFIG, place.mesh, place.rules, "native")
     pager = Pager(PrefixCacheOptions(1), CONFIG, params, cache, **arguments, policy="bfloat16", cache_dtype="bfloat16")
     model = Transformer(CONFIG, mesh=place.mesh, rules=place.rules)
