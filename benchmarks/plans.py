@@ -1,7 +1,7 @@
 """Compiles a list of programs for TPU pods that are not there, and writes what each needs to docs/plans.md.
 
-Every number comes from the TPU compiler or from the text of the program that it made, none from an estimate, and
-nothing is run. The full plans are kept in benchmarks/plans/ as JSON.
+Every number comes from the TPU compiler or from the text of the program that it made; nothing is run.
+The full plans are kept in benchmarks/plans/ as JSON.
 
     python benchmarks/plans.py                 all of them: some hours on two cores
     python benchmarks/plans.py --only flash    those whose name has "flash" in it; the others keep their last result
@@ -55,19 +55,22 @@ All numbers are per device: one chip, or half a chip on tpu7x.
 - *Peak* is weights, cache and temporaries together, against the memory of the device. In training it is what is live at
   one time by the compiler's count: master weights and moments in float32, and temporaries, many of which reuse the same
   memory.
+- *Estimate* is the compiler's: the cycles of every operation, times how often it runs. A Pallas kernel takes at least
+  its FLOPs at peak and its bytes at full bandwidth, a collective 3 us and its bytes. *Operations* are all that a call
+  runs, and the parts are the named scopes that take longest.
 - *Floor* is the least time that a call can take: the largest of its FLOPs, memory traffic and interconnect traffic at
   the vendor's peak figures.
 - *Over least* is how many times the FLOPs and the bytes exceed what the algorithm needs. That is two FLOPs per active
   weight and the attention's own; every weight that the tokens reach and the cache that they see, read once. In training
   it is three times the FLOPs, and master weights and moments read and written once.
 
-Weights are in the released formats, the cache in bfloat16. Loops are multiplied out. Of a conditional all branches
-count, as at the end of a full context.
+Weights are in the released formats, the cache in bfloat16. Loops are multiplied out. What depends on the data counts as
+on the mean, at the end of a full context and with experts evenly chosen.
 
 """
 COLUMNS = (
-    *("model", "task", "context", "rows", "slice", "mesh", "peak of memory", "floor", "bound by", "tokens/s at most"),
-    "FLOPs, bytes over least",
+    *("model", "task", "context", "rows", "slice", "mesh", "peak of memory", "estimate", "operations", "most of it in"),
+    *("floor", "bound by", "FLOPs, bytes over least"),
 )
 
 
@@ -102,8 +105,11 @@ def row(plan: tuple, found: dict) -> str:
     peak = attempt["live" if task.startswith("train") else "peak"]
     cells += [
         f"{bytes_text(peak)} of {bytes_text(attempt['hbm_capacity'])}",
-        f"{1e3 * floor['seconds']:,.1f} ms",
-        *(bound, f"{attempt['tokens_per_second']:,.0f}", over),
+        *(f"{1e3 * attempt['estimate_s']:,.1f} ms", f"{attempt['operations']:,.0f}"),
+        ", ".join(
+            f"{part} {seconds / attempt['estimate_s']:.0%}" for part, seconds in list(attempt["parts"].items())[:3]
+        ),
+        *(f"{1e3 * floor['seconds']:,.1f} ms", bound, over),
     ]
     return "| " + " | ".join(cells) + " |"
 

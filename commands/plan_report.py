@@ -16,6 +16,7 @@ from v4_jax.planning.compile import Compiled, OutOfMemory, PlanError, Workload
 from v4_jax.planning.estimates import Estimate, Floor, Least, estimate, floor_of, least_work
 from v4_jax.sharding.mesh import format_mesh
 
+PARTS = 12  # parts of the estimate
 SHOWN = 5  # heaviest instructions, and estimates that were not compiled
 
 
@@ -113,8 +114,10 @@ def _attempt_json(attempt: Attempt) -> dict[str, Any]:
         **card,
         **dataclasses.asdict(outcome),
         "hbm_capacity": workload.topology.chip.per_device().hbm_bytes,
+        "floor_s": floor.seconds,
         "floor": {**dataclasses.asdict(floor), "seconds": floor.seconds, "bound": floor.bound},
-        "tokens_per_second": workload.tokens / floor.seconds,
+        "tokens_per_second": workload.tokens / outcome.estimate_s,
+        "tokens_per_second_at_most": workload.tokens / floor.seconds,
         "least": {key: value / workload.topology.devices for key, value in dataclasses.asdict(least).items()},
     }
 
@@ -152,9 +155,12 @@ def _tables(workload: Workload, compiled: Compiled) -> Iterator[RenderableType]:
     if compiled.collectives:
         yield _collective_table(compiled)
     yield _heaviest_table(compiled)
+    yield _parts_table(compiled)
     yield Text(
-        f"No call is faster than {_seconds(floor.seconds)} (bound by {_BOUNDS[floor.bound]}): at most "
-        f"{workload.tokens / floor.seconds:,.0f} tokens/s. Compiled in {compiled.seconds:.0f} s; nothing was run."
+        f"The compiler's estimate of a call is {_seconds(compiled.estimate_s)}, "
+        f"{workload.tokens / compiled.estimate_s:,.0f} tokens/s. None is faster than {_seconds(floor.seconds)} "
+        f"(bound by {_BOUNDS[floor.bound]}): at most {workload.tokens / floor.seconds:,.0f} tokens/s. "
+        f"Compiled in {compiled.seconds:.0f} s; nothing was run."
     )
 
 
@@ -236,6 +242,20 @@ def _heaviest_table(compiled: Compiled) -> Table:
     for nbytes, runs, opcode, result, op_name in compiled.heaviest[:SHOWN]:
         place = "/".join(op_name.rsplit("/", 4)[1:]) or "(the compiler's own)"
         shown.add_row(f"{opcode} {result}", f"{runs:,.0f}", bytes_text(nbytes), place)
+    return shown
+
+
+def _parts_table(compiled: Compiled) -> Table:
+    shown = make_table(
+        "Where time goes, by the compiler's estimate",
+        *("part", "time", "share"),
+        caption=f"{compiled.operations:,.0f} operations a call; each collective counts as 3 us and its bytes",
+    )
+    first = list(compiled.parts.items())[:PARTS]
+    rest = compiled.estimate_s - sum(seconds for _, seconds in first)
+    rows = first if len(first) == len(compiled.parts) else [*first, ("everything else", rest)]
+    for part, seconds in rows:
+        shown.add_row(part, _seconds(seconds), f"{seconds / compiled.estimate_s:.1%}")
     return shown
 
 

@@ -10,14 +10,12 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
-import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import jax
@@ -27,17 +25,21 @@ from jax.sharding import PartitionSpec as P
 
 from v4_jax.cache.cache import CacheDtype, cache_shapes
 from v4_jax.config import Config
-from v4_jax.kernels.grouped_matmul.groups import tile_rows
 from v4_jax.number_formats import E2M1, E4M3, E8M0, FP4_BLOCK, FP8_BLOCK, BlockScaled, scale_shape
+from v4_jax.on_mesh import UNIT
 from v4_jax.outputs import Output
 from v4_jax.parameter_tree import declarations, placements
 from v4_jax.parameters import Parameter, is_parameter
 from v4_jax.placement import Place, bytes_per_device
+from v4_jax.planning import kernels
+from v4_jax.planning.cycles import estimate
+from v4_jax.planning.expectations import OnMean
 from v4_jax.planning.hlo import Instruction, Program, collectives
 from v4_jax.planning.hlo_costs import costs
 from v4_jax.sharding.axes import resolve
 from v4_jax.sharding.chips import GIB, Topology
 from v4_jax.sharding.mesh import make_mesh
+from v4_jax.sharding.split import Split
 
 Task = Literal["prefill", "decode", "train"]
 WeightFormat = Literal["native", "bfloat16"]
@@ -168,6 +170,9 @@ class Compiled:
       hbm: bytes read from and written to memory, loops multiplied out.
       collectives: by kind.
       heaviest: the instructions that move most bytes: (bytes, runs, opcode, result, op_name).
+      estimate_s: seconds of a call by the compiler's estimate, see `v4_jax.planning.cycles`.
+      operations: how many it runs, loops multiplied out.
+      parts: seconds of that estimate by named scope, the longest first.
       compiler_flops: FLOPs by the compiler's own count, in which a loop's body counts once.
       compiler_hbm: bytes likewise.
       seconds: time that the compiler took.
@@ -183,6 +188,9 @@ class Compiled:
     hbm: float
     collectives: tuple[Collectives, ...]
     heaviest: tuple[tuple[float, float, str, str, str], ...]
+    estimate_s: float
+    operations: float
+    parts: dict[str, float]
     compiler_flops: float
     compiler_hbm: float
     seconds: float
@@ -263,8 +271,8 @@ def training(workload: Workload, mesh: Any) -> tuple[Any, Any]:
     return make_step(model, transform, lambda step: Weights(indexer=1.0)), state
 
 
-def lower(workload: Workload, mesh: Mesh) -> tuple[Any, Any, Any]:
-    """The workload's program for a mesh of TPU devices, lowered; its weights, or training state; its cache, if any.
+def trace(workload: Workload, mesh: Mesh) -> tuple[Any, Any, Any]:
+    """The workload's program for a mesh of TPU devices, traced; its weights, or training state; its cache, if any.
 
     Raises:
       ShardingError: the workload does not split evenly over the mesh.
@@ -279,7 +287,7 @@ def lower(workload: Workload, mesh: Mesh) -> tuple[Any, Any, Any]:
 
         step, state = training(workload, mesh)
         rows = jax.ShapeDtypeStruct((1, *tokens.shape), tokens.dtype, sharding=everywhere)
-        return jit_step(step, state, Place(mesh, workload.preset)).lower(state, Batch(rows, rows)), state, None
+        return jit_step(step, state, Place(mesh, workload.preset)).trace(state, Batch(rows, rows)), state, None
 
     model = Transformer(workload.config, policy=workload.policy, mesh=mesh, rules=workload.preset)
     weights, cache = (
@@ -291,7 +299,7 @@ def lower(workload: Workload, mesh: Mesh) -> tuple[Any, Any, Any]:
         output = cast(Output, model.apply({"params": params}, tokens, cache=cache, logits="last"))
         return output.logits, output.cache
 
-    return jax.jit(call, donate_argnums=2).lower(weights, tokens, cache), weights, cache
+    return jax.jit(call, donate_argnums=2).trace(weights, tokens, cache), weights, cache
 
 
 def compile_here(workload: Workload) -> Compiled:
@@ -300,7 +308,8 @@ def compile_here(workload: Workload) -> Compiled:
 
     described = topologies.get_topology_desc(platform="tpu", topology_name=str(workload.topology))
     mesh = make_mesh(workload.mesh, list(described.devices))
-    lowered, weights, cache = lower(workload, mesh)
+    traced, weights, cache = trace(workload, mesh)
+    lowered = traced.lower()
     start = time.monotonic()
     compiled = lowered.compile()
     seconds = time.monotonic() - start
@@ -310,10 +319,12 @@ def compile_here(workload: Workload) -> Compiled:
         with open(path, "w", encoding="utf-8") as file:
             file.write(text)
     program, memory = Program(text), compiled.memory_analysis()
-    guess = expected_runs(workload, program)
-    spent = costs(program, guess)
+    expected = _expected(workload, mesh, program)
+    spent = costs(program, expected)
+    in_kernels = kernels.cycles(traced.jaxpr, str(workload.topology), mesh)
+    timed = estimate(program, in_kernels, workload.topology.chip.per_device(), expected)
     kinds: dict[str, Collectives] = {}
-    for one in collectives(program, guess):
+    for one in collectives(program, expected):
         runs, so_far = one.runs or 0, kinds.get(one.kind, Collectives(one.kind, 0, 0, 0))
         sums = (so_far.runs + runs, so_far.nbytes + runs * one.nbytes, so_far.sent + runs * one.sent)
         kinds[one.kind] = Collectives(one.kind, *sums)
@@ -333,28 +344,19 @@ def compile_here(workload: Workload) -> Compiled:
             (cost.nbytes, cost.runs, cost.instruction.opcode, _result(cost.instruction), cost.instruction.op_name)
             for cost in sorted(spent, key=lambda cost: -cost.nbytes)[:10]
         ),
+        estimate_s=timed.seconds,
+        operations=timed.operations,
+        parts=timed.parts,
         compiler_flops=float(analysis.get("flops", 0)),
         compiler_hbm=float(analysis.get("bytes accessed", 0)),
         seconds=seconds,
     )
 
 
-def expected_runs(workload: Workload, program: Program) -> Callable[[Instruction], float]:
-    """How often to count loops whose length depends on the data: the exchange of rows between devices once; the walk
-    over a device's experts, and over tiles of rows inside it, as often as an even load makes it."""
-    config = workload.config
-    experts = config.n_routed_experts
-    rows = workload.tokens * config.num_experts_per_tok / experts  # of each expert, all devices together
-    devices = math.prod(workload.mesh[axis] for axis in resolve(workload.preset)["experts"])
-
-    def guess(loop: Instruction) -> float:
-        if program.communicates(loop):
-            return 1
-        if "/while/body/" in loop.op_name.rsplit("/ffn/", 1)[-1]:
-            return max(1.0, rows / tile_rows(math.ceil(rows), 1))
-        return min(1.0, rows) * experts / devices
-
-    return guess
+def _expected(workload: Workload, mesh: Mesh, program: Program) -> OnMean:
+    split = Split.on(mesh, resolve(workload.preset), workload.chunk, UNIT)
+    rows = max(1, workload.batch // split.count(split.axes("batch")))
+    return OnMean(program, workload.config, workload.tokens, rows, workload.task == "decode", split)
 
 
 def _result(instruction: Instruction) -> str:

@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 KINDS = (
@@ -81,6 +81,11 @@ class Instruction:
         names = (re.search(rf"\b{role}=(?:\{{([^}}]*)\}}|%?([\w.\-]+))", self.attributes) for role in roles)
         texts = (found[1] or found[2] for found in names if found)
         return [name.strip().lstrip("%") for text in texts for name in text.split(",")]
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether it is a Pallas kernel."""
+        return 'custom_call_target="tpu_custom_call"' in self.attributes
 
     def number(self, attribute: str) -> int | None:
         """A whole number among the attributes, as in `index=3`."""
@@ -163,8 +168,43 @@ class _Term(NamedTuple):
     offset: int
 
 
-# Trip counts of loops whose own depends on the data; None where that stays unknown.
-Guess = Callable[[Instruction], float | None]
+class Share(NamedTuple):
+    """What a Pallas kernel does of what the compiler's estimate and its own `CostEstimate` count."""
+
+    cycles: float = 1.0
+    flops: float = 1.0
+    nbytes: float = 1.0
+
+
+class Expected:
+    """How often what depends on the data runs; a base to say more, in which nothing is known and all is counted."""
+
+    def trips(self, loop: Instruction) -> float | None:
+        """Turns of a loop whose trip count is not in the program; None where that stays unknown."""
+        del loop
+        return None
+
+    def taken(self, conditional: Instruction, branches: int) -> Sequence[float]:
+        """How often each branch is taken, by its number; for a condition that is false, then true."""
+        del conditional
+        return (1.0,) * branches
+
+    def share(self, kernel: Instruction) -> Share:
+        """Of a Pallas kernel's work, what there is to do."""
+        del kernel
+        return Share()
+
+
+class Once(Expected):
+    """Loops whose length depends on the data count once."""
+
+    def trips(self, loop: Instruction) -> float:
+        """Once."""
+        del loop
+        return 1.0
+
+
+UNKNOWN = Expected()
 
 
 class _Arguments:
@@ -202,21 +242,21 @@ class Program:
         if not self.entry:
             raise ValueError("no ENTRY computation found: expected the text of a compiled program")
 
-    def calls(self, guess: Guess = lambda loop: None) -> Iterator[Call]:
+    def calls(self, expected: Expected = UNKNOWN) -> Iterator[Call]:
         """Every instruction that runs, at each place that it is called from.
 
         Args:
-          guess: how often to count a loop whose trip count depends on the data.
+          expected: how often to count what depends on the data.
         """
-        yield from self._calls(self.entry, {}, 1, False, False, guess)
+        yield from self._calls(self.entry, {}, 1, False, False, expected)
 
     def communicates(self, loop: Instruction) -> bool:
         """Whether a loop's body has collectives."""
-        calls = self._calls(loop.called("body")[0], {}, 1, False, False, lambda loop: 1)
+        calls = self._calls(loop.called("body")[0], {}, 1, False, False, Once())
         return any(call.instruction.opcode.removesuffix("-start") in KINDS for call in calls)
 
     def _calls(
-        self, name: str, known: _Known, runs: float | None, at_most: bool, fused: bool, guess: Guess
+        self, name: str, known: _Known, runs: float | None, at_most: bool, fused: bool, expected: Expected
     ) -> Iterator[Call]:
         computation = self.computations[name]
         for instruction in computation.instructions.values():
@@ -226,18 +266,18 @@ class Program:
                 body, condition = instruction.called("body", "condition")
                 start = self._elements(computation, instruction.operands[0], known)
                 counted = self._trips(instruction, body, condition, start)
-                trips = guess(instruction) if counted is None else counted
+                trips = expected.trips(instruction) if counted is None else counted
                 times = None if trips is None or runs is None else runs * trips
                 carried = {k: v for k, v in start.items() if v.element is None and self._keeps(body, k)}
-                yield from self._calls(body, carried, times, at_most, fused, guess)
+                yield from self._calls(body, carried, times, at_most, fused, expected)
             elif opcode == "conditional":
-                roles = ("branch_computations", "true_computation", "false_computation")
-                for branch in instruction.called(*roles):
-                    yield from self._calls(branch, {}, runs, True, fused, guess)
+                branches = instruction.called("branch_computations", "false_computation", "true_computation")
+                for branch, share in zip(branches, expected.taken(instruction, len(branches)), strict=True):
+                    yield from self._calls(branch, {}, None if runs is None else runs * share, True, fused, expected)
             elif opcode in ("call", "fusion", "async-start"):
                 inner = fused or opcode == "fusion"
                 for callee in instruction.called("to_apply" if opcode == "call" else "calls"):
-                    yield from self._calls(callee, {}, runs, at_most, inner, guess)
+                    yield from self._calls(callee, {}, runs, at_most, inner, expected)
 
     # ---- loops -------------------------------------------------------------------------------------------------------
 
@@ -346,30 +386,31 @@ class Program:
         return None
 
 
-def collectives(text: str | Program, guess: Guess = lambda loop: None) -> list[Collective]:
+def collectives(text: str | Program, expected: Expected = UNKNOWN) -> list[Collective]:
     """Every collective of a compiled program, in the order in which the program's text reaches them.
 
     A pair of "-start" and "-done" is one collective. Both branches of a conditional are listed.
 
     Args:
       text: `compiled.as_text()` of a program for CPU or TPU, or what was read from it.
-      guess: see `Program.calls`.
+      expected: see `Program.calls`.
 
     Raises:
       ValueError: the text is no compiled program.
     """
     program = text if isinstance(text, Program) else Program(text)
-    found = []
-    for instruction, computation, runs, at_most, _ in program.calls(guess):
-        kind = instruction.opcode.removesuffix("-start")
-        if kind not in KINDS:
-            continue
-        shapes = instruction.shapes
-        if instruction.opcode != kind:  # its results are the buffers of the exchange, those of "-done" the outcome
-            others = computation.instructions.values()
-            shapes = next((i.shapes for i in others if i.operands[:1] == (instruction.name,)), shapes)
-        found.append(Collective(kind, shapes, _group(instruction, program), runs, at_most, instruction.op_name))
-    return found
+    calls = program.calls(expected)
+    return [as_collective(call, program) for call in calls if call.instruction.opcode.removesuffix("-start") in KINDS]
+
+
+def as_collective(call: Call, program: Program) -> Collective:
+    """A call of an instruction that communicates."""
+    instruction, computation, runs, at_most, _ = call
+    kind, shapes = instruction.opcode.removesuffix("-start"), instruction.shapes
+    if instruction.opcode != kind:  # its results are the buffers of the exchange, those of "-done" the outcome
+        others = computation.instructions.values()
+        shapes = next((i.shapes for i in others if i.operands[:1] == (instruction.name,)), shapes)
+    return Collective(kind, shapes, _group(instruction, program), runs, at_most, instruction.op_name)
 
 
 def _group(instruction: Instruction, program: Program) -> int:

@@ -3,8 +3,8 @@
 The compiler's own analysis counts a loop's body once. Here each instruction counts as often as it runs, and a matrix
 product as its 2mnk. Bytes are what instructions read from and write to main memory: operands in on-chip memory are
 free, a slice counts as itself and not as what it is cut from, an update in place as the update. A Pallas kernel counts
-as its `CostEstimate` says, or as its operands and results without one. Branches of a conditional all count, so that a
-walk over blocks of which most are skipped counts as if none were. Products of a single row that the compiler turns into
+as its `CostEstimate` says, or as its operands and results without one. Branches of a conditional count as often as they
+are expected to be taken: by default all of them. Products of a single row that the compiler turns into
 elementwise work are not seen.
 """
 
@@ -15,11 +15,11 @@ import functools
 import math
 import re
 
-from v4_jax.planning.hlo import Call, Computation, Guess, Instruction, Program, Shape
+from v4_jax.planning.hlo import Call, Computation, Expected, Instruction, Once, Program, Shape
 
 # These hand on what is there, or stand for what other instructions do.
-_FREE = frozenset(("parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast", "while", "conditional"))
-_FREE |= {"call", "opt-barrier", "after-all", "add-dependency", "partition-id", "replica-id"}
+FREE = frozenset(("parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast", "while", "conditional"))
+FREE |= {"call", "opt-barrier", "after-all", "add-dependency", "partition-id", "replica-id"}
 _SLICES = frozenset(("dynamic-slice", "slice", "gather"))
 _VIEWS = frozenset(("bitcast", "reshape", "transpose", "convert", "copy"))
 
@@ -41,20 +41,29 @@ class Cost:
     nbytes: float
 
 
-def costs(program: Program, guess: Guess = lambda loop: 1) -> list[Cost]:
+def costs(program: Program, expected: Expected | None = None) -> list[Cost]:
     """What each instruction costs; those inside a fusion count for FLOPs alone.
 
     Args:
       program: what was compiled.
-      guess: see `Program.calls`; by default a loop whose length depends on the data counts once.
+      expected: see `Program.calls`; by default a loop whose length depends on the data counts once.
     """
-    found = []
-    for call in program.calls(guess):
+    found, expected = [], expected or Once()
+    for call in program.calls(expected):
         runs = 1.0 if call.runs is None else float(call.runs)
-        flops, nbytes = _flops(call), 0.0 if call.fused else _nbytes(call, program)
+        flops, nbytes = cost_of(call, program, expected)
         if flops or nbytes:
             found.append(Cost(call.instruction, runs, flops * runs, nbytes * runs))
     return found
+
+
+def cost_of(call: Call, program: Program, expected: Expected) -> tuple[float, float]:
+    """FLOPs and bytes of one run of an instruction."""
+    flops, nbytes = _flops(call), 0.0 if call.fused else _nbytes(call, program)
+    if call.instruction.is_kernel:
+        share = expected.share(call.instruction)
+        return flops * share.flops, nbytes * share.nbytes
+    return flops, nbytes
 
 
 # ---- FLOPs -----------------------------------------------------------------------------------------------------------
@@ -119,7 +128,7 @@ def _positions(size: int, window: int, out: int, low: int, stride: int, left_ste
 def _nbytes(call: Call, program: Program) -> float:
     instruction, computation = call.instruction, call.computation
     opcode = instruction.opcode
-    if opcode in _FREE or opcode.endswith(("-done", "-update")):
+    if opcode in FREE or opcode.endswith(("-done", "-update")):
         return 0.0
     if opcode == "custom-call" and (estimate := _estimate(instruction, "bytes_accessed")) is not None:
         return estimate

@@ -25,6 +25,7 @@ class Chip:
       ici_bandwidth: bytes per second that a chip sends over all its links to other chips.
       devices: devices that a chip appears as to JAX, each with an equal share of everything.
       dimensions: axes of its interconnect.
+      clock: cycles per second: peak FLOPs over those that a core's matrix units do in a cycle.
     """
 
     name: str
@@ -34,22 +35,23 @@ class Chip:
     ici_bandwidth: float
     devices: int
     dimensions: int
+    clock: float
 
     def per_device(self) -> Chip:
         """The share of one device."""
         n = self.devices
         shares = (self.hbm_bytes // n, self.flops / n, self.hbm_bandwidth / n, self.ici_bandwidth / n)
-        return Chip(self.name, *shares, 1, self.dimensions)
+        return Chip(self.name, *shares, 1, self.dimensions, self.clock)
 
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 32 * GIB, 275e12, 1200e9, 300e9, 2, 3),
-        Chip("v5e", 16 * GIB, 197e12, 819e9, 200e9, 1, 2),
-        Chip("v5p", 95 * GIB, 459e12, 2765e9, 600e9, 1, 3),
-        Chip("v6e", 32 * GIB, 918e12, 1638e9, 400e9, 1, 2),
-        Chip("tpu7x", 192 * GIB, 2307e12, 7380e9, 600e9, 2, 3),
+        Chip("v4", 32 * GIB, 275e12, 1200e9, 300e9, 2, 3, 1.05e9),
+        Chip("v5e", 16 * GIB, 197e12, 819e9, 200e9, 1, 2, 1.5e9),
+        Chip("v5p", 95 * GIB, 459e12, 2765e9, 600e9, 1, 3, 1.75e9),
+        Chip("v6e", 32 * GIB, 918e12, 1638e9, 400e9, 1, 2, 1.75e9),
+        Chip("tpu7x", 192 * GIB, 2307e12, 7380e9, 600e9, 2, 3, 2.2e9),
     )
 }
 

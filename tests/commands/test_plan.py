@@ -35,6 +35,7 @@ def compiled(**changes):
     )
     values |= dict(flops=1e12, hbm=50e9, collectives=(Collectives("all-gather", 43.0, 2e9, 1.75e9),), seconds=61.0)
     values |= dict(heaviest=((40e9, 20.0, "copy", "u8[21,448]", "jit(step)/layers/attn/scatter"),))
+    values |= dict(estimate_s=0.1, operations=4e4, parts={"hyper_connections.sinkhorn": 0.06, "experts.ffn": 0.04})
     return Compiled(**(values | dict(compiler_flops=1e11, compiler_hbm=5e9) | changes))
 
 
@@ -163,7 +164,10 @@ def test_the_best_mesh_is_found(run, compiler):
     assert [attempt["fits"] for attempt in plan["attempts"]] == [False, True]
     assert plan["recommended"] == {"mesh": plan["attempts"][1]["mesh"], "preset": "decode"}
     assert plan["attempts"][0]["required"] == 40e9 and "7.00 GB too much" in plan["attempts"][0]["error"]
-    assert plan["attempts"][1]["floor"]["bound"] == "hbm" and plan["attempts"][1]["tokens_per_second"] == 1638 / 50
+    found = plan["attempts"][1]
+    assert found["floor"]["bound"] == "hbm" and found["floor_s"] == pytest.approx(50 / 1638)
+    assert found["tokens_per_second_at_most"] == pytest.approx(1638 / 50) and found["tokens_per_second"] == 10
+    assert found["estimate_s"] == 0.1 and found["operations"] == 4e4 and found["parts"]["experts.ffn"] == 0.04
     assert jobs[0].context == 2**20 and jobs[0].chunk == 1 and not jobs[0].config.num_nextn_predict_layers
 
 

@@ -1,0 +1,95 @@
+"""How often the model's programs do what depends on the data, on the mean: rows at the end of a context, experts evenly
+chosen. What is not named here counts as if it always did its work."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+
+from v4_jax.architecture import RATIO_OF_ROLE
+from v4_jax.config import Config
+from v4_jax.kernels.grouped_matmul.groups import tile_rows
+from v4_jax.kernels.grouped_matmul.tpu import ROWS
+from v4_jax.planning.hlo import Expected, Instruction, Program, Share
+from v4_jax.sharding.split import Split
+
+# Turns that the TPU compiler's estimate takes a loop to have whose length is known only at run time (libtpu 0.0.42,
+# seen on loops and grids in Pallas kernels whose bodies' cycles are known).
+DYNAMIC_TURNS = 42
+
+
+@dataclasses.dataclass(frozen=True)
+class OnMean(Expected):
+    """What to expect of one call of the model.
+
+    Attributes:
+      program: what was compiled.
+      config: the architecture.
+      tokens: tokens of the call, all devices together.
+      rows: rows of its batch on one device.
+      decoding: whether it takes one token of each row.
+      split: the mesh.
+    """
+
+    program: Program
+    config: Config
+    tokens: int
+    rows: int
+    decoding: bool
+    split: Split
+
+    @property
+    def _choices(self) -> float:
+        """Choices of experts that all tokens make."""
+        return self.tokens * self.config.num_experts_per_tok
+
+    @property
+    def _own(self) -> float:
+        """Experts of a device."""
+        return self.config.n_routed_experts / self.split.count(self.split.axes("experts"))
+
+    @property
+    def _hit(self) -> float:
+        """Experts of a device that any token chose."""
+        return self._own * (1 - (1 - 1 / self.config.n_routed_experts) ** self._choices)
+
+    def trips(self, loop: Instruction) -> float:
+        """The exchange of rows between devices once; the walk over a device's experts, and over tiles of rows inside
+        it, as often as an even load makes it."""
+        if self.program.communicates(loop):
+            return 1
+        rows = self._choices / self.config.n_routed_experts  # of each expert, all devices together
+        if "/while/body/" in loop.op_name.rsplit("/ffn/", 1)[-1]:
+            return max(1.0, rows / tile_rows(math.ceil(rows), 1))
+        return min(1.0, rows) * self._own
+
+    def taken(self, conditional: Instruction, branches: int) -> Sequence[float]:
+        """Of a choice between sizes of what devices send each other the last, as at the end of a context; in decode,
+        what is done where a row completes a block; picks that lie on a device nearly always fit its first block."""
+        name = conditional.op_name
+        if branches > 2:
+            return (*(0.0,) * (branches - 1), 1.0)
+        share = 1.0
+        if "/compressor/" in name and self.decoding:
+            share = 1 - (1 - 1 / self._ratio(name)) ** self.rows
+        elif "/attention.csa/" in name:
+            share = min(1.0, 2 / self.split.count(self.split.axes("entries")))
+        return 1 - share, share
+
+    def share(self, kernel: Instruction) -> Share:
+        """Of the grouped matmul's visits to experts, those that an even load makes."""
+        if "grouped_matmul" not in kernel.op_name.rsplit("/", 2)[-2:][0]:
+            return Share()
+        rows = kernel.shapes[0].dimensions[0]
+        own = self._choices * self._own / self.config.n_routed_experts
+        visits = self._hit + own / ROWS[0]  # each once, and once more for each boundary between tiles of rows
+        most = max(1.0, min(rows, self._own))
+        return Share(visits / DYNAMIC_TURNS, min(1.0, own / rows), min(1.0, self._hit / most))
+
+    def _ratio(self, op_name: str) -> int:
+        """Tokens to an entry in the layer that a conditional stands in."""
+        found = re.search(r"/(block|layer)_(\d+)/", op_name)
+        layer = int(found[2]) + (self.config.period.start if found[1] == "block" else 0) if found else 0
+        return RATIO_OF_ROLE.get(self.config.layers[layer].attention, 1)

@@ -1,0 +1,136 @@
+"""Cycles of a program's Pallas kernels by the compiler's estimate, each compiled alone.
+
+The compiler writes cycles beside its own operations, and those of kernels only into a folder of profiles, if it is told
+to before it starts. In that state it can crash on a kernel that it otherwise compiles. So kernels go to a process of
+their own, one after another, and one that crashes it stays without an estimate.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from v4_jax.planning.hlo import Computation, Instruction, Program
+
+# What a kernel is known by: its name, and its operands and results as the compiler writes them, without layouts.
+Likeness = tuple[str, ...]
+
+
+def likeness(computation: Computation, kernel: Instruction) -> Likeness:
+    """What two calls of the same kernel have in common."""
+    operands = (shape for name in kernel.operands for shape in computation.instructions[name].shapes)
+    name = kernel.op_name.rsplit("/", 2)[-2] if "/" in kernel.op_name else kernel.op_name
+    return (name, *(f"{shape.dtype}{list(shape.dimensions)}" for shape in (*operands, *kernel.shapes)))
+
+
+def cycles(closed: Any, topology: str, mesh: Mesh) -> dict[Likeness, int]:
+    """Cycles of every Pallas kernel that the compiler can estimate.
+
+    Args:
+      closed: the program's jaxpr.
+      topology: what it is compiled for, such as "v6e:2x4".
+      mesh: its devices.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for number, equation in enumerate(_distinct(closed.jaxpr)):
+            Path(folder, f"{number}.kernel").write_bytes(_exported(equation, mesh))
+        found = {}
+        while list(Path(folder).glob("*.kernel")):
+            options = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} --xla_jf_dump_static_llo_profile_to={folder}"
+            run = subprocess.run(
+                [sys.executable, "-m", __name__, folder, topology],
+                env=os.environ | {"LIBTPU_INIT_ARGS": options},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                check=False,
+            )
+            for line in run.stdout.splitlines():
+                if line.startswith("{"):
+                    one = json.loads(line)
+                    found[tuple(one["likeness"])] = one["cycles"]
+            begun = Path(folder, "begun")
+            if not begun.exists():
+                break  # it never came to a kernel
+            Path(folder, begun.read_text()).unlink(missing_ok=True)
+            begun.unlink()
+        return found
+
+
+def _distinct(jaxpr: Any) -> Iterator[Any]:
+    """The Pallas calls of a jaxpr and all within, one of each that are alike."""
+    seen = set()
+    for equation in _kernels(jaxpr):
+        key = (str(equation.params["name"]), *(str(variable.aval) for variable in equation.invars), str(equation))
+        if key not in seen:
+            seen.add(key)
+            yield equation
+
+
+def _kernels(jaxpr: Any) -> Iterator[Any]:
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            yield equation
+            continue
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _kernels(inner)
+
+
+def _exported(equation: Any, mesh: Mesh) -> bytes:
+    """A Pallas call as a program that another process can compile."""
+
+    def call(*operands: Any) -> Any:
+        return equation.primitive.bind(*operands, **equation.params)
+
+    shapes = [jax.ShapeDtypeStruct(variable.aval.shape, variable.aval.dtype) for variable in equation.invars]
+    with jax.sharding.set_mesh(Mesh(np.array(mesh.devices.flat[:1]), ("one",))):
+        return bytes(jax.export.export(jax.jit(call), platforms=["tpu"])(*shapes).serialize())
+
+
+def main() -> None:
+    """Compiles the kernels of a folder, and writes a line of JSON for each: its likeness and its cycles."""
+    from jax.experimental import topologies
+
+    folder, topology = sys.argv[1:]
+    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    mesh = Mesh(np.array([device]), ("one",))
+    place = NamedSharding(mesh, P())
+    for path in sorted(Path(folder).glob("*.kernel")):
+        Path(folder, "begun").write_text(path.name)
+        for old in Path(folder).glob("*.textproto"):
+            old.unlink()
+        kernel = jax.export.deserialize(bytearray(path.read_bytes()))
+        shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=place) for aval in kernel.in_avals]
+        with jax.sharding.set_mesh(mesh):
+            text = jax.jit(kernel.call).lower(*shapes).compile().as_text()
+        for computation in Program(text or "").computations.values():
+            for instruction in computation.instructions.values():
+                if instruction.is_kernel and (counted := _profile(Path(folder), instruction.name)):
+                    print(json.dumps({"likeness": likeness(computation, instruction), "cycles": counted}), flush=True)
+        path.unlink()
+    Path(folder, "begun").unlink(missing_ok=True)
+
+
+def _profile(folder: Path, name: str) -> int | None:
+    """Cycles from the compiler's profile of an operation."""
+    path = folder / f"{name}_static_llo_profile.textproto"
+    found = re.search(r"estimated_cycles: (\d+)", path.read_text()) if path.exists() else None
+    return int(found[1]) if found else None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""The compiler's estimate of a program's time."""
+
+from __future__ import annotations
+
+import pytest
+
+from v4_jax.config import Config
+from v4_jax.planning import cycles
+from v4_jax.planning.expectations import DYNAMIC_TURNS, OnMean
+from v4_jax.planning.hlo import Expected, Program, Share
+from v4_jax.sharding.axes import resolve
+from v4_jax.sharding.chips import CHIPS
+from v4_jax.sharding.mesh import abstract_mesh
+from v4_jax.sharding.split import Split
+
+CHIP = CHIPS["v6e"]
+ONE_MS = int(CHIP.clock / 1000)  # cycles of a millisecond
+
+
+def operation(name, opcode, operand, scope, cycles=None):
+    config = f', backend_config={{"estimated_cycles":"{cycles}"}}' if cycles else ""
+    return f'  %{name} = f32[1024]{{0}} {opcode}(%{operand}), metadata={{op_name="jit(f)/{scope}/add"}}{config}\n'
+
+
+TEXT = f"""HloModule m
+
+%skip (s: f32[1024]) -> f32[1024] {{
+  ROOT %s = f32[1024]{{0}} parameter(0)
+}}
+
+%do (d: f32[1024]) -> f32[1024] {{
+  %d = f32[1024]{{0}} parameter(0)
+{operation("dear", "exponential", "d", "layer_2/attn/compressor", 4 * ONE_MS)}\
+  ROOT %last = f32[1024]{{0}} bitcast(%dear)
+}}
+
+ENTRY %main (x: f32[1024], p: s32[]) -> f32[1024] {{
+  %x = f32[1024]{{0}} parameter(0)
+  %p = s32[] parameter(1)
+{operation("a", "negate", "x", "layer_0/attn/attention.window", ONE_MS)}\
+{operation("b", "negate", "a", "layer_0/attn/attention.window", 2 * ONE_MS)}\
+{operation("c", "negate", "b", "layer_0/ffn", 3 * ONE_MS)}\
+  %start = (f32[1024]{{0}}, f32[1024]{{0:S(1)}}, u32[]) copy-start(%c)
+  %done = f32[1024]{{0:S(1)}} copy-done(%start)
+  %sum = f32[1024]{{0}} all-reduce(%done), replica_groups={{{{0,1}}}}, to_apply=%skip
+  %count = s32[] add(%p, %p)
+  %kernel = f32[1024]{{0}} custom-call(%sum), custom_call_target="tpu_custom_call", \
+metadata={{op_name="jit(f)/layer_0/ffn/experts.ffn/grouped_matmul/pallas_call"}}
+  ROOT %if = f32[1024]{{0}} conditional(%p, %kernel, %kernel), branch_computations={{%skip, %do}}, \
+metadata={{op_name="jit(f)/layer_2/attn/compressor/cond"}}
+}}
+"""
+KERNEL = ("grouped_matmul", "f32[1024]", "f32[1024]")
+
+
+class Sometimes(Expected):
+    def taken(self, conditional, branches):
+        return 0.75, 0.25
+
+    def share(self, kernel):
+        return Share(0.5)
+
+
+def test_parts_add_up():
+    found = cycles.estimate(Program(TEXT), {KERNEL: 10 * ONE_MS}, CHIP, Sometimes())
+    collective = cycles.COLLECTIVE + 4096 / CHIP.ici_bandwidth
+    expected = {
+        "attention.window": 3e-3,
+        "ffn": 3e-3,
+        "experts.ffn": 5e-3,
+        "collectives": collective,
+        "compressor": 1e-3,
+    }
+    assert found.parts == pytest.approx(expected)
+    assert next(iter(found.parts)) == "experts.ffn"
+    assert found.seconds == pytest.approx(sum(expected.values()))
+    # Three, a copy, a collective, the scalar unit's, the kernel, and a quarter of what is behind the condition.
+    assert found.operations == 7.25
+
+
+def test_a_kernel_takes_at_least_its_bytes():
+    estimated = 'tpu_custom_call", backend_config={"cost_estimate":{"flops":"0","bytes_accessed":"1638000000"}}'
+    text = TEXT.replace('tpu_custom_call"', estimated)
+    found = cycles.estimate(Program(text), {KERNEL: 10}, CHIP, Expected())
+    assert found.parts["experts.ffn"] == pytest.approx(1e-3)
+
+
+def test_an_operation_without_an_estimate_costs_what_the_smallest_do():
+    text = TEXT.replace(f', backend_config={{"estimated_cycles":"{3 * ONE_MS}"}}', "")
+    found = cycles.estimate(Program(text), {}, CHIP, Expected())
+    assert found.parts["ffn"] == pytest.approx(cycles.OPERATION / CHIP.clock)
+
+
+@pytest.mark.parametrize(
+    ("op_name", "part"),
+    [
+        (
+            "jit(call)/Transformer/Transformer._layers/layer_0/attn/attention.window_cache/gather",
+            "attention.window_cache",
+        ),
+        ("jit(call)/while/body/block_0/ffn/experts.dispatch/experts.sort/sort", "experts.sort"),
+        ("jit(call)/while/body/block_0/attn/attn._compress/compressor/cond", "compressor"),
+        ("jit(call)/Transformer/Transformer._layers/while/body/dynamic_slice", "the compiler's own"),
+        ("", "the compiler's own"),
+    ],
+)
+def test_parts_have_the_names_of_scopes(op_name, part):
+    assert cycles.part_of(op_name) == part
+
+
+def decoding(rows):
+    split = Split.on(abstract_mesh({"data": 1, "seq": 1, "expert": 1, "tensor": 8}), resolve("decode"), 1, 1)
+    return OnMean(Program(TEXT), Config.flash(), rows, rows, True, split)
+
+
+def named(name):
+    return next(i for c in Program(TEXT).computations.values() for i in c.instructions.values() if i.name == name)
+
+
+def test_a_block_is_completed_now_and_then():
+    """Layer 2 of Flash is CSA, of four tokens to an entry."""
+    assert decoding(1).taken(named("if"), 2) == pytest.approx((0.75, 0.25))
+    assert decoding(2).taken(named("if"), 2)[1] == pytest.approx(1 - 0.75**2)
+
+
+def test_few_tokens_reach_few_experts():
+    """One token of Flash has 6 of 256 experts, of which a device of 8 holds 32."""
+    share = decoding(1).share(named("kernel"))
+    assert share.cycles * DYNAMIC_TURNS == pytest.approx(0.75, rel=0.03) and share.nbytes == pytest.approx(
+        0.75 / 32, rel=0.03
+    )
+    many = decoding(4096).share(named("kernel"))
+    assert many.cycles * DYNAMIC_TURNS >= 32
