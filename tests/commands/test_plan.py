@@ -220,7 +220,7 @@ def test_what_does_not_fit_ends_with_code_1(run, compiler):
         (("--preset", "fast"), "expected one of decode, prefill, long-context, train"),
         (("--context", "2M"), "more than the model's 1M tokens"),
         (("--chunk", "8"), "--chunk is for prefill"),
-        (("--model", "nowhere"), "the presets are flash, pro, tiny"),
+        (("--model", "nowhere"), "the presets are flash, pro, flash-0731, pro-0813, tiny"),
     ],
 )
 def test_bad_input(run, arguments, said):
