@@ -14,7 +14,7 @@ from v4_jax.architecture import Architecture
 from v4_jax.parameter_tree import declarations, placements
 from v4_jax.parameters import Loss, is_parameter
 from v4_jax.sharding.axes import Rules
-from v4_jax.train.muon import RMS, muon
+from v4_jax.train.muon import RMS, groups, muon
 
 BALANCE_SPEED = 0.001  # technical report, section 4.2.2
 
@@ -74,10 +74,7 @@ def optimizer(
     )
     rule = {"muon": orthogonal if matrices == "muon" else adamw, "adamw": adamw}
     rule |= {"bias": balance(balance_speed), "frozen": optax.set_to_zero()}
-    groups = jax.tree.map(lambda p: p.group, declarations(config), is_leaf=is_parameter)
-    if config.dspark_stages:  # no loss here trains them; decay alone would wear them away
-        groups["dspark"] = jax.tree.map(lambda _: "frozen", groups["dspark"])
-    whole = optax.partition(rule, groups)
+    whole = optax.partition(rule, groups(config))
     return whole if loss is None else only(config, loss, whole)
 
 

@@ -100,11 +100,12 @@ def test_to_the_end_of_a_slot(engine, plain):
     assert_same(served(engine, requests), served(plain, requests))
 
 
-@pytest.mark.parametrize(("mesh", "chunk"), [("seq=2,expert=2", 256), ("data=2,tensor=2", CHUNK)])
-def test_on_a_mesh(model, expected, mesh, chunk):
-    """Long chunks are split over the sequence's devices, steps are not."""
+@pytest.mark.parametrize(("mesh", "chunk", "every"), [("seq=2,expert=2", 256, True), ("data=2,tensor=2", CHUNK, False)])
+def test_on_a_mesh(model, expected, mesh, chunk, every):
+    """Long chunks are split over the sequence's devices, steps are not; with every draft verified, and only some."""
     spread = OnMesh(model, mesh, "decode")
-    engine = make_engine(spread, "dspark", 4, place=Place(spread.mesh, spread.preset), prefill_chunk=chunk)
+    place = Place(spread.mesh, spread.preset)
+    engine = make_engine(spread, "dspark", 4, place=place, prefill_chunk=chunk, verify_all=every)
     assert_same(served(engine, requests()), expected)
     assert_some_were_right(engine)
 
