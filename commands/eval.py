@@ -126,7 +126,7 @@ def eval(
     config, tokenizer, defaults = directory.config, directory.tokenizer(), directory.generation_defaults()
     if no_bos and not raw:
         raise CommandError("--no-bos is for --raw; a chat always begins with that token")
-    form = Form(tokenizer, None if raw else mode, directory.effort_profile(effort_profile), bos=not no_bos)
+    form = Form(tokenizer, None if raw else mode, directory.effort_profile(effort_profile, mode), bos=not no_bos)
     if output is not None:
         check_directory(output)
         with needs("eval"):

@@ -120,7 +120,7 @@ def generate(
     join(distributed)
     directory = ModelDirectory.open(model)
     config, tokenizer, defaults = directory.config, directory.tokenizer(), directory.generation_defaults()
-    cache, profile = cache_format(cache_dtype, policy), directory.effort_profile(effort_profile)
+    cache, profile = cache_format(cache_dtype, policy), directory.effort_profile(effort_profile, mode)
     with bad_input():
         chosen = sampling.over(defaults, seed)
         check_precision(config, policy, cache)

@@ -7,7 +7,9 @@ import shutil
 import numpy as np
 import pytest
 
+from tests.conftest import DATA
 from v4_jax import chat
+from v4_jax.commands.shared.models import ModelDirectory
 from v4_jax.infer.engine.sampling import Sampling
 from v4_jax.tokenizer import load_tokenizer
 
@@ -267,3 +269,14 @@ def test_bad_directories(run, tmp_path):
     assert (result.code, result.out) == (2, "") and result.err.startswith("v4-jax: there is no directory")
     result = run("generate", tmp_path, "--prompt", "a")
     assert (result.code, result.out, result.err.count("\n")) == (2, "", 1) and "config.json" in result.err
+
+
+@pytest.mark.parametrize(
+    ("chosen", "mode", "said"),
+    [("auto", "max", True), ("auto", None, True), ("auto", "low", False), ("official", "max", False)],
+)
+def test_a_directory_that_may_be_of_either_generation(capsys, chosen, mode, said):
+    """DSpark stages alone do not tell, which is said where it matters."""
+    profile = ModelDirectory.open(DATA / "dspark-tiny").effort_profile(chosen, mode)
+    assert profile == ("official" if chosen == "official" else "preview")
+    assert ("may be of either generation" in capsys.readouterr().err) == said
