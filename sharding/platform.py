@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+
+_interpreted = contextvars.ContextVar("interpreted", default=False)
 
 
 def by_platform(*operands: Any, default: Callable[..., Any], **forms: Callable[..., Any]) -> Any:
@@ -18,4 +22,21 @@ def by_platform(*operands: Any, default: Callable[..., Any], **forms: Callable[.
       default: what runs on other platforms.
       **forms: by platform, of the same signature and results.
     """
+    if interpreting() and "tpu" in forms:
+        return forms["tpu"](*operands)
     return jax.lax.platform_dependent(*operands, default=default, **forms)
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """What is traced within takes the TPU's forms on any platform, with kernels in interpret mode: for tests."""
+    token = _interpreted.set(True)
+    try:
+        yield
+    finally:
+        _interpreted.reset(token)
+
+
+def interpreting() -> bool:
+    """Whether kernels that are traced now are to run in interpret mode."""
+    return _interpreted.get()

@@ -16,13 +16,12 @@ from jax import Array
 
 from v4_jax.architecture import Architecture, Layer
 from v4_jax.cache.cache import Cache, WindowRole
-from v4_jax.layer_stack import role_index
+from v4_jax.layer_stack import in_stack, role_index
 from v4_jax.layers.attention import Attention
 from v4_jax.layers.draft_attention import DraftAttention, Taps
 from v4_jax.layers.experts import Experts
-from v4_jax.layers.hyper_connections import HyperConnection, write_back
+from v4_jax.layers.hyper_connections import HyperConnection, apart, leave
 from v4_jax.layers.mixture_of_experts import MixtureOfExperts
-from v4_jax.layers.norm import rms_norm
 from v4_jax.layers.stages import SPARSE, Remat, Stage, rematerialised
 from v4_jax.layout import Layout
 from v4_jax.outputs import Decided, Routing
@@ -35,7 +34,7 @@ class Carry(struct.PyTreeNode):
     """What one layer hands to the next, and a scan carries.
 
     Attributes:
-      streams: [B, S, hc, D].
+      streams: [B, S, hc * D], side by side.
       cache: None without one.
       taps: [T + 1, B, S, D] the mean over the streams after each of `dspark_target_layer_ids` so far, and a last place
         for what layers in a scan have that are none of them; None if nobody asks for it.
@@ -48,8 +47,8 @@ class Carry(struct.PyTreeNode):
     @classmethod
     def of(cls, streams: Array, cache: Cache | None, config: Architecture, *, taps: bool) -> Carry:
         """What the first layer gets."""
-        (batch, size, _, width), count = streams.shape, len(config.dspark_target_layer_ids)
-        return cls(streams, cache, jnp.zeros((count + 1, batch, size, width), streams.dtype) if taps else None)
+        shape = len(config.dspark_target_layer_ids) + 1, *streams.shape[:2], config.hidden_size
+        return cls(streams, cache, jnp.zeros(shape, streams.dtype) if taps else None)
 
     def tapped(self, config: Architecture, layer: Any) -> Carry:
         """The same with the tap of the layer that has just run, if it has one."""
@@ -63,7 +62,7 @@ class Carry(struct.PyTreeNode):
         else:
             is_target = jnp.asarray(targets) == layer
             place = jnp.where(jnp.any(is_target), jnp.argmax(is_target), len(targets))
-        mean = jnp.mean(self.streams.astype(jnp.float32), axis=2).astype(self.taps.dtype)
+        mean = jnp.mean(apart(self.streams, config.hc_mult).astype(jnp.float32), axis=2).astype(self.taps.dtype)
         return self.replace(taps=jax.lax.dynamic_update_index_in_dim(self.taps, mean, place, 0))
 
 
@@ -123,8 +122,7 @@ class Block(Module):
         """
         c = self.config
         site = HyperConnection(config=c, prefix=self.prefix + "hc_attn_", split=self.split, name="hc_attn")
-        y, mix = site(carry.streams)
-        y = rms_norm(y, self.norm("attn_norm", c.hidden_size), c.rms_norm_eps)
+        streams, y, mix = site(carry.streams, self.norm("attn_norm", c.hidden_size))
         make = functools.partial(
             Attention if context.taps is None else DraftAttention,
             config=c,
@@ -141,11 +139,9 @@ class Block(Module):
             z, cache, picked, loss = make()(y, context.layout, carry.cache, layer, role_index, replay.entries)
         else:
             z, cache = make()(y, context.layout, carry.cache, layer, context.taps)
-        streams = write_back(carry.streams, z, mix)
 
         site = HyperConnection(config=c, prefix=self.prefix + "hc_ffn_", split=self.split, name="hc_ffn")
-        y, mix = site(streams)
-        y = rms_norm(y, self.norm("ffn_norm", c.hidden_size), c.rms_norm_eps)
+        streams, y, mix = site(streams, self.norm("ffn_norm", c.hidden_size), (z, mix))
         ffn = MixtureOfExperts(
             config=c,
             policy=self.policy,
@@ -156,7 +152,7 @@ class Block(Module):
         )
         z, decided = ffn(y, context.tokens, context.layout.valid, stacked, replay.experts)
         decided = Decided(decided.routing.replace(entries=picked), decided.statistics.replace(indexer_loss=loss))
-        return carry.replace(streams=write_back(streams, z, mix), cache=cache), decided
+        return carry.replace(streams=leave(streams, z, mix, c), cache=cache), decided
 
 
 class PeriodBlocks(nn.Module):
@@ -170,14 +166,27 @@ class PeriodBlocks(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: Carry, x: tuple[Any, list[Routing]], context: Context, stacks: list[Experts] | None
+        self, carry: Carry, x: tuple[Any, list[Routing]], context: Context, stacks: Any
     ) -> tuple[Carry, list[Decided]]:
-        """Runs the layers of repeat `x[0]` with the decisions `x[1]` to replay; see `Block`."""
+        """Runs the layers of repeat `x[0]` with the decisions `x[1]` to replay; see `Block`.
+
+        `stacks` are the parameters of all repeats, by the name of their block, from which kernels then read their
+        repeat's; None to use what the scan cuts out.
+        """
         repeat, replay = x
         period, decided = self.config.period, []
         roles = [roles.attention for roles in self.config.layers]
-        make = rematerialised(Block, self.remat, in_scan=True)
+        # Experts whose axes are split otherwise are gathered first, a layer's at a time.
+        whole = not (self.split.axes("expert_embed") or self.split.axes("expert_hidden"))
         for place, layer in enumerate(period.layers(0)):
+            make, stacked = rematerialised(Block, self.remat, in_scan=True), None
+            if stacks is not None:
+                stack = stacks[f"block_{place}"]
+                make = nn.map_variables(
+                    make, "params", functools.partial(in_stack, stacks={"params": stack}, layer=repeat)
+                )
+                ffn = stack["ffn"]
+                stacked = (Experts(ffn["w1"], ffn["w2"], ffn["w3"]), repeat) if whole else None
             first = role_index(self.config, layer)
             per_repeat = roles[period.start : period.start + period.length].count(roles[layer])
             block = make(
@@ -189,7 +198,6 @@ class PeriodBlocks(nn.Module):
                 split=self.split,
                 name=f"block_{place}",
             )
-            stacked = None if stacks is None else (stacks[place], repeat)
             number = layer + repeat * period.length
             carry, one = block(carry, context, number, first + repeat * per_repeat, replay[place], stacked)
             carry = carry.tapped(self.config, number)

@@ -22,16 +22,16 @@ from v4_jax.layers.compressor import Compressor
 from v4_jax.layers.entry_attention import attend_picked, attend_range
 from v4_jax.layers.indexer_loss import Attended, Scored, indexer_loss
 from v4_jax.layers.lightning_indexer import LightningIndexer, index_queries, select
-from v4_jax.layers.linear import linear
+from v4_jax.layers.linear import grouped_linear, linear, linears
 from v4_jax.layers.norm import rms_norm
 from v4_jax.layers.partial_softmax import Partial, attend, finish, log_denominator, merge, merge_devices
 from v4_jax.layers.query_blocks import Queries, QueryBlock, by_query_blocks
 from v4_jax.layers.rotary import inverse_frequencies, rotate
 from v4_jax.layers.stages import SPARSE, Stage, keep
 from v4_jax.layout import Blocks, Layout
-from v4_jax.number_formats import BlockScaled, dequantise, fake_quant_kv
+from v4_jax.number_formats import fake_quant_kv
 from v4_jax.parameters import Module
-from v4_jax.policy import Policy, einsum
+from v4_jax.policy import Policy
 from v4_jax.sharding.collectives import all_gather, psum
 
 FEW_QUERIES = 16  # so many tokens of a row visit the devices that hold its entries; for more, the entries come to them
@@ -113,11 +113,12 @@ class Attention(Module):
         c, dtype = self.config, self.policy.compute_dtype
         split, heads, size = self.split, c.num_attention_heads, c.head_dim
         frequencies = inverse_frequencies(c, self.roles)
-        wq_a, wq_b, _, wo_a, wo_b, q_norm, _, sink = weights = self.weights()
+        wq_a, wq_b, wkv, wo_a, wo_b, q_norm, kv_norm, sink = self.weights()
 
         with jax.named_scope("attention.project"):
-            latent = rms_norm(linear(y, wq_a, dtype), q_norm, c.rms_norm_eps)
-            keys = self.keys(y, weights, layout.positions, frequencies)
+            latent, keys = linears(y, [wq_a, wkv], dtype)
+            latent = rms_norm(latent, q_norm, c.rms_norm_eps)
+            keys = self.keys(keys, kv_norm, layout.positions, frequencies)
 
         past = c.sliding_window - 1
         with jax.named_scope("attention.window_cache"):
@@ -129,12 +130,6 @@ class Attention(Module):
                 before, rows = window.advance(keys, layout, past, split)
                 tail, cache = before(), cache.with_ring(self.window, rows)
 
-        # Expanded once for all query blocks; only this layer's matrices exist in the compute dtype at a time. Plain
-        # ones are cast by each block, so that their gradients add up over the blocks in their own dtype.
-        wq_b, wo_a, wo_b = (
-            dequantise(weight, dtype) if isinstance(weight, BlockScaled) else weight for weight in (wq_b, wo_a, wo_b)
-        )
-        wo_a = wo_a.reshape(split.share("o_groups", c.o_groups), c.o_lora_rank, -1)
         entries, index, cache = self._compress(y, layout, cache, role_index, frequencies)
         ratio = self.roles.ratio
         low, high = layout.visible(ratio) if ratio else (layout.first, layout.first)
@@ -210,11 +205,10 @@ class Attention(Module):
         )
         return AttentionWeights(wq_a, wq_b, wkv, wo_a, wo_b, q_norm, kv_norm, sink)
 
-    def keys(self, x: Array, weights: AttentionWeights, positions: Array, frequencies: Any) -> Array:
-        """Keys, which are the values too, [B, S, C] of [B, S, D] at `positions` [B, S]."""
-        c, dtype = self.config, self.policy.compute_dtype
-        keys = rms_norm(linear(x, weights.wkv, dtype), weights.kv_norm, c.rms_norm_eps)
-        keys = rotate(keys, positions, frequencies)
+    def keys(self, projected: Array, kv_norm: Array, positions: Array, frequencies: Any) -> Array:
+        """Keys, which are the values too, [B, S, C] from what `wkv` projects, at `positions` [B, S]."""
+        c = self.config
+        keys = rotate(rms_norm(projected, kv_norm, c.rms_norm_eps), positions, frequencies)
         return fake_quant_kv(keys, c.qk_rope_head_dim) if self.policy.fake_quant else keys
 
     def queries(self, latent: Array, wq_b: Any, positions: Array, frequencies: Any) -> Array:
@@ -223,14 +217,11 @@ class Attention(Module):
         queries = linear(latent, wq_b, self.policy.compute_dtype).reshape(*latent.shape[:2], -1, c.head_dim)
         return rotate(rms_norm(queries, None, c.rms_norm_eps), positions, frequencies)
 
-    def output(
-        self, partial: Partial, sink: Array, positions: Array, frequencies: Any, wo_a: Array, wo_b: Any
-    ) -> Array:
-        """[B, Q, D] from what the queries attended; `wo_a` [groups, o_lora_rank, H * C / groups]."""
-        dtype = self.policy.compute_dtype
+    def output(self, partial: Partial, sink: Array, positions: Array, frequencies: Any, wo_a: Any, wo_b: Any) -> Array:
+        """[B, Q, D] from what the queries attended, of this device's groups."""
+        dtype, groups = self.policy.compute_dtype, self.split.share("o_groups", self.config.o_groups)
         output = rotate(finish(partial, sink).astype(dtype), positions, frequencies, inverse=True)
-        output = output.reshape(*output.shape[:2], wo_a.shape[0], -1)
-        output = einsum("bqgi,goi->bqgo", output, wo_a, dtype=dtype)
+        output = grouped_linear(output.reshape(*output.shape[:2], groups, -1), wo_a, dtype)
         return linear(output.reshape(*output.shape[:2], -1), wo_b, dtype)
 
     def _compress(

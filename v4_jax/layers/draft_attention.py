@@ -13,12 +13,11 @@ from jax import Array
 
 from v4_jax.cache.cache import Cache
 from v4_jax.layers.attention import Attention
-from v4_jax.layers.linear import linear
+from v4_jax.layers.linear import linear, linears
 from v4_jax.layers.norm import rms_norm
 from v4_jax.layers.partial_softmax import attend
 from v4_jax.layers.rotary import inverse_frequencies
 from v4_jax.layout import Layout
-from v4_jax.number_formats import BlockScaled, dequantise
 from v4_jax.sharding.collectives import Axes, psum, rows_at
 
 
@@ -62,9 +61,11 @@ class DraftAttention(Attention):
         frequencies = inverse_frequencies(c, self.roles)
         weights, count = self.weights(), c.sliding_window
         with jax.named_scope("attention.project"):
-            latent = rms_norm(linear(y, weights.wq_a, dtype), weights.q_norm, c.rms_norm_eps)
-            own = self.keys(y, weights, layout.positions, frequencies)
-            context = self.keys(taps.main, weights, taps.layout.positions, frequencies)
+            latent, own = linears(y, [weights.wq_a, weights.wkv], dtype)
+            latent = rms_norm(latent, weights.q_norm, c.rms_norm_eps)
+            own = self.keys(own, weights.kv_norm, layout.positions, frequencies)
+            context = linear(taps.main, weights.wkv, dtype)
+            context = self.keys(context, weights.kv_norm, taps.layout.positions, frequencies)
         with jax.named_scope("attention.window_cache"):
             last = taps.layout.total[:, None] - count + jnp.arange(count, dtype=jnp.int32)
             if cache is None:
@@ -82,8 +83,5 @@ class DraftAttention(Attention):
             mask = jnp.broadcast_to(seen[:, None], (*y.shape[:2], keys.shape[1]))
             partial = attend(queries, keys, mask)
         with jax.named_scope("attention.output"):
-            wo_a = weights.wo_a
-            wo_a = dequantise(wo_a, dtype) if isinstance(wo_a, BlockScaled) else wo_a
-            wo_a = wo_a.reshape(self.split.share("o_groups", c.o_groups), c.o_lora_rank, -1)
-            output = self.output(partial, weights.sink, layout.positions, frequencies, wo_a, weights.wo_b)
+            output = self.output(partial, weights.sink, layout.positions, frequencies, weights.wo_a, weights.wo_b)
         return psum(output, self.split.shared("o_groups")), cache
