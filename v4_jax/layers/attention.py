@@ -177,6 +177,9 @@ class Attention(Module):
         output, picked, loss = by_query_blocks(block, tail, keys, queries, heads)
         return keep(psum(output, split.shared("o_groups")), "attention"), cache, picked, loss
 
+    # Parts of a sublayer that stages have too, not wrapped: profiles name them by the scopes that callers open.
+
+    @nn.nowrap
     def weights(self) -> AttentionWeights:
         """Declares what every role has."""
         c = self.config
@@ -205,18 +208,21 @@ class Attention(Module):
         )
         return AttentionWeights(wq_a, wq_b, wkv, wo_a, wo_b, q_norm, kv_norm, sink)
 
+    @nn.nowrap
     def keys(self, projected: Array, kv_norm: Array, positions: Array, frequencies: Any) -> Array:
         """Keys, which are the values too, [B, S, C] from what `wkv` projects, at `positions` [B, S]."""
         c = self.config
         keys = rotate(rms_norm(projected, kv_norm, c.rms_norm_eps), positions, frequencies)
         return fake_quant_kv(keys, c.qk_rope_head_dim) if self.policy.fake_quant else keys
 
+    @nn.nowrap
     def queries(self, latent: Array, wq_b: Any, positions: Array, frequencies: Any) -> Array:
         """[B, Q, H, C] queries from their latents [B, Q, q_lora_rank]."""
         c = self.config
         queries = linear(latent, wq_b, self.policy.compute_dtype).reshape(*latent.shape[:2], -1, c.head_dim)
         return rotate(rms_norm(queries, None, c.rms_norm_eps), positions, frequencies)
 
+    @nn.nowrap
     def output(self, partial: Partial, sink: Array, positions: Array, frequencies: Any, wo_a: Any, wo_b: Any) -> Array:
         """[B, Q, D] from what the queries attended, of this device's groups."""
         dtype, groups = self.policy.compute_dtype, self.split.share("o_groups", self.config.o_groups)
