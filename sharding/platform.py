@@ -27,6 +27,15 @@ def by_platform(*operands: Any, default: Callable[..., Any], **forms: Callable[.
     return jax.lax.platform_dependent(*operands, default=default, **forms)
 
 
+def platform_of_mesh() -> str | None:
+    """The platform that what is traced now will run on, where a mesh tells: "cpu", "tpu"; None where there is none.
+
+    For sizes of blocks alone, which change no numbers; what computes is for `by_platform` to choose.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return "tpu" if interpreting() else getattr(device, "platform", None)
+
+
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
     """What is traced within takes the TPU's forms on any platform, with kernels in interpret mode: for tests."""

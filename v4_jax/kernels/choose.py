@@ -5,6 +5,7 @@ Pallas kernel, or `cpu.py`, written so that XLA:CPU makes quick code of it. Laye
 
     function                 reference                      cpu                                       tpu
     products, weighted       einsum                         keys' gradients as sums, of few heads     reference
+    window_attention         caller's, part by part         reference                                 kernel
     index_scores             einsum                         head by head                              reference
     enter_site, leave_site,  formulas of the report         reference                                 one kernel
     cross_sites
@@ -30,6 +31,7 @@ from jax import Array
 from v4_jax.cache.entries import Entries
 from v4_jax.kernels.attention import cpu as attention_cpu
 from v4_jax.kernels.attention import reference as attention
+from v4_jax.kernels.attention import tpu as attention_tpu
 from v4_jax.kernels.csa import tpu as csa_tpu
 from v4_jax.kernels.grouped_matmul import groups
 from v4_jax.kernels.hyper_connections import reference as hyper_connections
@@ -61,6 +63,30 @@ def weighted(shares: Array, keys: Array) -> Array:
     if not attention_cpu.helps(shares, keys):
         return attention.weighted(shares, keys)
     return _with_gradients(attention.weighted, cpu=attention_cpu.weighted_gradients)(shares, keys)
+
+
+def window_attention(
+    plain: Form,
+    queries: Array,
+    keys: Array | None,
+    oldest: Array | None,
+    entries: Entries | None,
+    visible: Visible | None,
+) -> tuple[Array, Array, Array]:
+    """See `attention.tpu.window_attention` for all arguments but the first.
+
+    Args:
+      plain: the same, in whose place the kernel runs in programs for TPUs, but where gradients are asked for.
+      queries: [B, Q, H, C].
+      keys: of the window.
+      oldest: where each query's window may begin.
+      entries: the entries.
+      visible: which of them the queries see.
+    """
+    if not attention_tpu.supports(queries):
+        return plain(queries, keys, oldest, entries, visible)
+    kernel = functools.partial(attention_tpu.window_attention, interpret=interpreting())
+    return _without_gradients(plain, tpu=kernel)(queries, keys, oldest, entries, visible)
 
 
 def index_scores(queries: Array, weights: Array, keys: Array) -> Array:

@@ -19,20 +19,22 @@ from v4_jax.cache.entries import Entries, EntryRole
 from v4_jax.cache.ring import Ring, halo
 from v4_jax.cache.rows import StoredRows
 from v4_jax.layers.compressor import Compressor
-from v4_jax.layers.entry_attention import attend_picked, attend_range
+from v4_jax.layers.entry_attention import attend_picked
 from v4_jax.layers.indexer_loss import Attended, Scored, indexer_loss
 from v4_jax.layers.lightning_indexer import LightningIndexer, index_queries, select
 from v4_jax.layers.linear import grouped_linear, linear, linears
 from v4_jax.layers.norm import rms_norm
-from v4_jax.layers.partial_softmax import Partial, attend, finish, log_denominator, merge, merge_devices
+from v4_jax.layers.partial_softmax import Partial, finish, log_denominator, merge, merge_devices
 from v4_jax.layers.query_blocks import Queries, QueryBlock, by_query_blocks
 from v4_jax.layers.rotary import inverse_frequencies, rotate
 from v4_jax.layers.stages import SPARSE, Stage, keep
+from v4_jax.layers.window_attention import attend_window
 from v4_jax.layout import Blocks, Layout
 from v4_jax.number_formats import fake_quant_kv
 from v4_jax.parameters import Module
 from v4_jax.policy import Policy
 from v4_jax.sharding.collectives import all_gather, psum
+from v4_jax.sharding.platform import platform_of_mesh
 
 FEW_QUERIES = 16  # so many tokens of a row visit the devices that hold its entries; for more, the entries come to them
 
@@ -140,8 +142,6 @@ class Attention(Module):
         def block(x: QueryBlock) -> tuple[Array, Array | None, Array | None]:
             with jax.named_scope("attention.queries"):
                 queries = self.queries(x.queries.latent, wq_b, x.queries.positions, frequencies)
-            with jax.named_scope("attention.window"):
-                partial = attend(queries, x.keys, x.window(past))
             picked = loss = scored = None
             if index is not None and x.queries.index_weights is not None:
                 scored = Scored(index.queries(x.queries), x.queries.index_weights, index.keys)
@@ -150,16 +150,20 @@ class Attention(Module):
                     if chosen is None:
                         chosen = select(*scored, x.visible, c.index_topk)
                     picked = keep(chosen, "picked")
-            if entries is not None:
-                visitors = all_gather(queries, visiting, 2)
-                if picked is None:
-                    distant = attend_range(visitors, entries, x.visible)
-                else:
-                    distant = attend_picked(visitors, entries, picked)
-                partial = merge(partial, merge_devices(distant, entry_axes, visiting))
-                if scored is not None and self.stage.indexer_loss:
-                    attended = Attended(queries, log_denominator(partial, sink), entries)
-                    loss = indexer_loss(attended, scored, picked, x.visible, shared)
+            if entries is not None and picked is None and not entry_axes:
+                partial = attend_window(queries, x.keys, x.oldest, entries, x.visible)
+            else:
+                partial = attend_window(queries, x.keys, x.oldest)
+                if entries is not None:
+                    visitors = all_gather(queries, visiting, 2)
+                    if picked is None:
+                        distant = attend_window(visitors, None, None, entries, x.visible)
+                    else:
+                        distant = attend_picked(visitors, entries, picked)
+                    partial = merge(partial, merge_devices(distant, entry_axes, visiting))
+            if entries is not None and scored is not None and self.stage.indexer_loss:
+                attended = Attended(queries, log_denominator(partial, sink), entries)
+                loss = indexer_loss(attended, scored, picked, x.visible, shared)
             with jax.named_scope("attention.output"):
                 output = self.output(partial, sink, x.queries.positions, frequencies, wo_a, wo_b)
             return output, picked, loss
@@ -174,7 +178,8 @@ class Attention(Module):
             index_weights=None if index is None else index.weights,
             picks=picks,
         )
-        output, picked, loss = by_query_blocks(block, tail, keys, queries, heads)
+        wide = cache is not None and platform_of_mesh() == "tpu"  # gradients take the forms that hold logits
+        output, picked, loss = by_query_blocks(block, tail, keys, queries, heads, wide=wide)
         return keep(psum(output, split.shared("o_groups")), "attention"), cache, picked, loss
 
     # Parts of a sublayer that stages have too, not wrapped: profiles name them by the scopes that callers open.

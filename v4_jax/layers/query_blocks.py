@@ -18,6 +18,7 @@ from v4_jax.layers.visible import Visible
 
 QUERY_BLOCK = 128  # queries of a row that see the same keys of the window,
 BATCH_BLOCK = 512  # and of all rows, which bounds the memory of a large batch
+WIDE_BLOCK = 512  # queries of all rows, where kernels hold the logits and weights are what a block reads most of
 TOGETHER = 2**21  # logits of the window, up to which several blocks of queries are attended side by side
 
 Outputs = TypeVar("Outputs")
@@ -60,20 +61,28 @@ class QueryBlock(NamedTuple):
     keys: Array
     visible: Visible
 
-    def window(self, past: int) -> Array:
-        """[B, Q, past + Q] which of the keys each query sees: of its document, itself and at most `past` before it."""
+    @property
+    def oldest(self) -> Array:
+        """[B, Q] int32 which of the keys is the first of each query's document; negative where it is older than all."""
         queries = self.queries
-        number = queries.indices[:, :1, None] - past + jnp.arange(self.keys.shape[1])
-        oldest = jnp.maximum(queries.first, queries.indices - past)
-        return (number >= oldest[..., None]) & (number <= queries.indices[..., None])
+        past = self.keys.shape[1] - queries.first.shape[1]
+        return queries.first - (queries.indices[:, :1] - past)
 
 
 def by_query_blocks(
-    block: Callable[[QueryBlock], Outputs], tail: Array, keys: Array, queries: Queries, heads: int
+    block: Callable[[QueryBlock], Outputs],
+    tail: Array,
+    keys: Array,
+    queries: Queries,
+    heads: int,
+    *,
+    wide: bool = False,
 ) -> Outputs:
-    """Runs `block` on blocks of at most `QUERY_BLOCK` queries, and no more than the window is long.
+    """Runs `block` on blocks of at most `QUERY_BLOCK` queries, and no more than the window is long; or on wide ones.
 
-    Where there is little in a block, several are attended side by side, in one operation each.
+    Where there is little in a block, several are attended side by side, in one operation each. A wide block is for
+    programs that attend by kernels: they hold no logits in memory, and every block reads all of the projections'
+    weights, which takes as long as the products of some hundred queries with them.
 
     Args:
       block: from a block to a pytree of [B, Q, ...] arrays.
@@ -81,15 +90,17 @@ def by_query_blocks(
       keys: [B, S, C] keys of the chunk.
       queries: of the chunk.
       heads: query heads of the model, also where a device works on some of them: entries picked are not so divided.
+      wide: whether blocks are wide.
 
     Returns:
       The outputs, [B, S, ...] again. The backward pass recomputes them step by step where there are several, but for
       the entries picked.
     """
     (batch, size), past = keys.shape[:2], tail.shape[1]
-    blocks = -(-size // min(QUERY_BLOCK, past + 1, max(16, BATCH_BLOCK // batch)))
+    narrow = min(QUERY_BLOCK, past + 1, max(16, BATCH_BLOCK // batch))
+    blocks = -(-size // (max(16, WIDE_BLOCK // batch) if wide else narrow))
     width = -(-size // blocks)
-    steps = -(-blocks // max(1, TOGETHER // (batch * heads * width * (past + width))))
+    steps = blocks if wide else -(-blocks // max(1, TOGETHER // (batch * heads * width * (past + width))))
     together = -(-blocks // steps)
 
     def step(tail: Array, x: tuple[Queries, Array]) -> tuple[Array, Outputs]:

@@ -1,0 +1,340 @@
+"""Attention over the window and all visible entries in one softmax, for TPUs: logits and sums never leave the chip.
+
+Heads share their keys, which are also the values, so that a few queries with all their heads make a tile of `ROWS`
+rows: enough products per key to keep the matrix unit busy while keys travel. A tile attends its window, which is in
+VMEM, while the first block of entries is on its way; entries then come block by block, two buffers in turn, straight
+from the stack of all layers where the cache's format allows it. Blocks that no query of the tile sees are not fetched,
+and only those that some do not see are masked. One-token steps take several batch rows at a time, each a tile of its
+own, and the next row's first block is fetched during this one's.
+
+Rows of a tile go in chunks: the matrix unit works on the logits of one chunk while the vector unit takes the softmax
+of the one before. A row's largest logit stands in all lanes of a register; its sum is kept as one sum in each lane.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from v4_jax.cache.entries import Entries
+from v4_jax.layers.visible import Visible
+
+LANES, SUBLANES = 128, 16  # of a tile of 16-bit numbers in memory
+ROWS = 1024  # queries times heads of a tile
+CHUNK = 256  # rows of a chunk: the widest matrix unit
+ENTRIES = 512  # of a block
+STEP_ROWS, STEP_BYTES = 8, 4 << 20  # batch rows of a grid step: so many, as long as their windows are no larger
+MASKED = -1e30  # finite, so that a query with nothing to see stays free of NaN
+HIDDEN = -1e32  # added to logits; so far below `MASKED` that their exponentials are zero even where nothing is seen
+VMEM_BYTES = 48 << 20
+
+_LOG2E = math.log2(math.e)
+
+
+def supports(queries: Array) -> bool:
+    """Whether `window_attention` takes queries [B, Q, H, C]."""
+    heads, size = queries.shape[2:]
+    return queries.dtype in (jnp.bfloat16, jnp.float32) and heads % 8 == 0 and heads <= LANES and size % LANES == 0
+
+
+def window_attention(
+    queries: Array,
+    keys: Array | None,
+    oldest: Array | None,
+    entries: Entries | None,
+    visible: Visible | None,
+    *,
+    interpret: bool = False,
+) -> tuple[Array, Array, Array]:
+    """Attention over the window, or all visible entries, or both in one softmax.
+
+    Args:
+      queries: [B, Q, H, C] bfloat16 or float32.
+      keys: [B, past + Q, C] of the window: query q sees at most those from q to q + past. None: no window.
+      oldest: [B, Q] int32 the first of the keys that a query's document has; queries do not see what comes before.
+      entries: the entries. None: no entries.
+      visible: which of them the queries see.
+      interpret: run in interpret mode, on any platform.
+
+    Returns:
+      Largest logit [B, Q, H], sum of exp(logit - largest) [B, Q, H], and sum of exp(logit - largest) * key
+      [B, Q, H, C], all float32; `MASKED`, 0 and 0 for a query that sees nothing. Not differentiable.
+
+    Raises:
+      NotImplementedError: `supports` says no.
+    """
+    if not supports(queries):
+        raise NotImplementedError(
+            f"queries {queries.shape} of {queries.dtype}: expected bfloat16 or float32, heads in multiples of 8 up to "
+            f"{LANES}, channels in multiples of {LANES}"
+        )
+    batch, count, heads, size = queries.shape
+    tile = _tile(count, heads)
+    tiles = -(-count // tile)
+    index = jnp.arange(count, dtype=jnp.int32)
+    nothing = jnp.zeros((batch, count), jnp.int32)
+    ranges, operands, specs, scratch, scalars = [], [], [], [], []
+    step, room, past, block = 1, 0, 0, 0
+
+    if keys is not None and oldest is not None:
+        past = keys.shape[1] - count
+        ranges += [jnp.maximum(oldest, index), jnp.broadcast_to(index + past + 1, (batch, count))]
+        # What a tile sees begins at a row that a slice may begin at, and is whole registers long.
+        room = _up(tile + past + (0 if tiles == 1 else SUBLANES - 1), LANES)
+        length = max((tiles - 1) * tile // SUBLANES * SUBLANES + room, keys.shape[1])
+        keys = jnp.pad(keys, ((0, 0), (0, length - keys.shape[1]), (0, 0)))
+        if count == 1:
+            most = max(1, STEP_BYTES // (length * size * keys.dtype.itemsize))
+            step = next(n for n in range(min(STEP_ROWS, most), 0, -1) if batch % n == 0)
+        operands.append(keys)
+        specs.append(pl.BlockSpec((step, length, size), lambda b, i, *_: (b, 0, 0)))
+    else:
+        ranges += [nothing, nothing]
+        if count == 1:
+            step = next(n for n in range(STEP_ROWS, 0, -1) if batch % n == 0)
+
+    if entries is not None and visible is not None:
+        visible = visible.here(entries)
+        ranges += [visible.low, visible.high]
+        stack, layer, block = _blocks_of(entries, queries.dtype)
+        scalars = [
+            jnp.asarray(layer, jnp.int32).reshape(1),
+            _bounds(visible.low, visible.high, tile, tiles, block).reshape(-1),
+        ]
+        operands.append(stack)
+        specs.append(pl.BlockSpec(memory_space=pl.ANY))
+        scratch = [pltpu.VMEM((2, 2, block, size), stack.dtype), pltpu.SemaphoreType.DMA((2, 2))]
+    else:
+        ranges += [nothing, nothing]
+
+    rows, seen = tile * heads, (0 if keys is None else past + 1) + (0 if entries is None else entries.count)
+    found = pl.pallas_call(
+        functools.partial(
+            _kernel,
+            heads=heads,
+            tiles=tiles,
+            room=room,
+            block=block,
+            scale=size**-0.5 * _LOG2E,
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(batch // step, tiles),
+            in_specs=[
+                pl.BlockSpec((step, tile, len(ranges)), lambda b, i, *_: (b, i, 0)),
+                pl.BlockSpec((step, rows, size), lambda b, i, *_: (b, i, 0)),
+                *specs,
+            ],
+            out_specs=[
+                pl.BlockSpec((step, tile, heads), lambda b, i, *_: (b, i, 0)),
+                pl.BlockSpec((step, tile, heads), lambda b, i, *_: (b, i, 0)),
+                pl.BlockSpec((step, rows, size), lambda b, i, *_: (b, i, 0)),
+            ],
+            scratch_shapes=[pltpu.VMEM((rows, LANES), jnp.float32)] * 2 + scratch,
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((batch, count, heads), jnp.float32),
+            jax.ShapeDtypeStruct((batch, count, heads), jnp.float32),
+            jax.ShapeDtypeStruct((batch, count * heads, size), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_BYTES, disable_bounds_checks=True
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=4 * batch * count * heads * size * seen,
+            bytes_accessed=batch * (queries.dtype.itemsize * seen + 6 * count * heads) * size,
+            transcendentals=batch * count * heads * seen,
+        ),
+        interpret=interpret,
+        name="window_attention",
+    )(*scalars, jnp.stack(ranges, axis=-1), queries.reshape(batch, count * heads, size), *operands)
+    maximum, total, weighted = found
+    return maximum, total, weighted.reshape(queries.shape)
+
+
+def _tile(count: int, heads: int) -> int:
+    """Queries of a tile."""
+    return min(count, max(8, ROWS // heads // 8 * 8))
+
+
+def _up(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+
+def _blocks_of(entries: Entries, dtype: Any) -> tuple[Array, Any, int]:
+    """Where blocks of entries are fetched from.
+
+    Returns:
+      A stack [layers, B, E, C] of numbers or, as unsigned integers, their bits; the layer there; entries of a block.
+    """
+    stored = entries.rows.arrays[0]
+    count = entries.count
+    direct = entries.table is None and entries.rows.kind == "plain" and entries.rows.dtype == dtype
+    if direct and count >= LANES and count % SUBLANES == 0:
+        return stored, entries.layer, min(ENTRIES, count // LANES * LANES)
+    block = min(ENTRIES, _up(count, LANES))
+    copy = jnp.pad(entries.block(0, count), ((0, 0), (0, _up(count, block) - count), (0, 0)))
+    return copy.astype(dtype)[None], 0, block
+
+
+def _bounds(low: Array, high: Array, tile: int, tiles: int, block: int) -> Array:
+    """Blocks of entries that tiles see [B, tiles, 4]: the first, one past the last; the same of those seen whole."""
+    padding = tiles * tile - low.shape[1]
+
+    def by_tile(x: Array, mode: str) -> Array:
+        return jnp.pad(x, ((0, 0), (0, padding)), mode=mode).reshape(x.shape[0], tiles, tile)
+
+    low, high = by_tile(low, "edge"), by_tile(high, "edge")
+    some = high > low
+    first = jnp.min(jnp.where(some, low, jnp.iinfo(jnp.int32).max), axis=2) // block
+    last = (jnp.max(jnp.where(some, high, 0), axis=2) + block - 1) // block
+    whole_first = (jnp.max(low, axis=2) + block - 1) // block
+    whole_last = jnp.min(high, axis=2) // block
+    return jnp.stack([jnp.minimum(first, last), last, whole_first, whole_last], axis=-1)
+
+
+def _kernel(*refs: Any, heads: int, tiles: int, room: int, block: int, scale: float) -> None:
+    """A grid step: one tile of each of `step` batch rows.
+
+    Refs: [layer, bounds,] ranges [step, tile, 4], queries [step, rows, C], [keys [step, length, C],] [entries
+    [layers, B, E, C],] maximum and total [step, tile, heads], weighted [step, rows, C]; scratch: largest and sums
+    [rows, 128] [, blocks of two batch rows, two each; their semaphores].
+    """
+    left = list(refs)
+    layer: Any = left.pop(0) if block else None
+    bounds: Any = left.pop(0) if block else None
+    ranges, queries = left.pop(0), left.pop(0)
+    keys: Any = left.pop(0) if room else None
+    stack: Any = left.pop(0) if block else None
+    maximum, total, weighted, largest, sums, *buffers = left
+    blocks: Any = buffers[0] if block else None
+    arrived: Any = buffers[1] if block else None
+    (step, tile, _), size, dtype = ranges.shape, queries.shape[2], queries.dtype
+    tokens = next(n for n in range(max(1, CHUNK // heads), 0, -1) if tile % n == 0)  # of a chunk
+    chunk, chunks = tokens * heads, tile // tokens
+    group, here = pl.program_id(0), pl.program_id(1)
+    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+    def dot(a: Array, b: Array, axis: int) -> Array:
+        dimensions = (((1,), (axis,)), ((), ()))
+        return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+    def attend(
+        row: Any, keys: Array, number: Any, columns: tuple[int, int] | None, wanted: Any = 0, *, fresh: bool
+    ) -> None:
+        """Joins keys from `number` on.
+
+        Of those from `wanted` on each query sees a range, which is in two columns of `ranges`; None: all.
+        """
+        count = keys.shape[0]
+
+        def score(c: int) -> Array:
+            return dot(queries[row, c * chunk : (c + 1) * chunk, :], keys, 1)
+
+        ahead = score(0)
+        for c in range(chunks):
+            logits, rows = ahead * scale, slice(c * chunk, (c + 1) * chunk)
+            if c + 1 < chunks:
+                ahead = score(c + 1)
+            if columns is not None:
+                low, high = (ranges[row, c * tokens : (c + 1) * tokens, x : x + 1] for x in columns)
+                place = number + jax.lax.broadcasted_iota(jnp.int32, (tokens, count), 1)
+                seen = (place >= jnp.maximum(low, wanted)) & (place < high)
+                hidden = jnp.where(seen, 0.0, HIDDEN)
+                logits = (logits.reshape(tokens, heads, count) + hidden[:, None, :]).reshape(chunk, count)
+            most = jnp.max(_by_lane(logits, jnp.maximum), axis=1, keepdims=True)
+            before = jnp.full((chunk, LANES), MASKED * _LOG2E, jnp.float32) if fresh else largest[rows, :]
+            now = jnp.maximum(before, most)
+            shares = jnp.exp2(logits - _repeated(now, count))
+            amount = _by_lane(shares, jnp.add)
+            values = dot(shares.astype(dtype), keys, 0)
+            if not fresh:
+                rescale = jnp.exp2(before - now)
+                amount += sums[rows, :] * rescale
+                values += weighted[row, rows, :] * _repeated(rescale, size)
+            largest[rows, :], sums[rows, :], weighted[row, rows, :] = now, amount, values
+
+    def bound(row: Any, which: int) -> Any:
+        return bounds[(((group * step + row) * tiles) + here) * 4 + which]
+
+    def begin(j: Any) -> Any:  # the last block may reach back over the one before
+        return pl.multiple_of(jnp.minimum(j * block, stack.shape[2] - block), SUBLANES)
+
+    def transfer(row: Any, j: Any, slot: Any) -> Any:
+        there = stack.at[layer[0], group * step + row, pl.ds(begin(j), block), :]
+        return pltpu.make_async_copy(there, blocks.at[row & 1, slot], arrived.at[row & 1, slot])
+
+    def ask(row: Any, j: Any, slot: Any) -> None:
+        @pl.when(j < bound(row, 1))
+        def _() -> None:
+            transfer(row, j, slot).start()
+
+    def each_row(row: Any, carry: None) -> None:
+        if block:
+
+            @pl.when(row + 1 < step)
+            def _() -> None:
+                ask(row + 1, bound(jnp.minimum(row + 1, step - 1), 0), 0)
+
+        if room:
+            start = 0 if tiles == 1 else pl.multiple_of(here * tile // SUBLANES * SUBLANES, SUBLANES)
+            attend(row, keys[row, pl.ds(start, room), :], start, (0, 1), fresh=True)
+        else:
+            largest[...] = jnp.full(largest.shape, MASKED * _LOG2E, jnp.float32)
+            sums[...] = jnp.zeros(sums.shape, jnp.float32)
+            weighted[row] = jnp.zeros(weighted.shape[1:], jnp.float32)
+
+        def entries(slot: Any) -> Array:
+            found = blocks[row & 1, slot]
+            return found if found.dtype == dtype else pltpu.bitcast(found, dtype)
+
+        def each_block(j: Any, carry: None) -> None:
+            slot = (j - bound(row, 0)) & 1
+            ask(row, j + 1, 1 - slot)
+            transfer(row, j, slot).wait()
+            whole = (j >= bound(row, 2)) & (j < bound(row, 3))
+
+            @pl.when(whole)
+            def _() -> None:
+                attend(row, entries(slot), begin(j), None, fresh=False)
+
+            @pl.when(~whole)
+            def _() -> None:
+                attend(row, entries(slot), begin(j), (2, 3), j * block, fresh=False)
+
+            return carry
+
+        if block:
+            jax.lax.fori_loop(bound(row, 0), bound(row, 1), each_block, None)
+        amount = jnp.sum(sums[...], axis=1, keepdims=True)
+        maximum[row] = _across(largest[...] * (1 / _LOG2E), heads)
+        total[row] = _across(jnp.broadcast_to(amount, largest.shape), heads)
+        return carry
+
+    if block:
+        ask(0, bound(0, 0), 0)
+    jax.lax.fori_loop(0, step, each_row, None)
+
+
+def _by_lane(x: Array, join: Any) -> Array:
+    """[N, n * 128] -> [N, 128]."""
+    return functools.reduce(join, (x[:, i : i + LANES] for i in range(0, x.shape[1], LANES)))
+
+
+def _repeated(x: Array, count: int) -> Array:
+    """[N, 128] with the same in all lanes -> [N, count]."""
+    return jnp.concatenate([x] * (count // LANES), axis=1)
+
+
+def _across(x: Array, heads: int) -> Array:
+    """[tile * heads, 128] with the same in all lanes -> [tile, heads]."""
+    shape = (x.shape[0] // heads, heads, LANES)
+    own = jax.lax.broadcasted_iota(jnp.int32, shape, 1) == jax.lax.broadcasted_iota(jnp.int32, shape, 2)
+    return jnp.sum(jnp.where(own, x.reshape(shape), 0.0), axis=1)[:, :heads]

@@ -1,0 +1,51 @@
+"""Attention over a sliding window and, where all of them are visible, compressed entries, in one softmax."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from v4_jax.cache.entries import Entries
+from v4_jax.kernels import choose
+from v4_jax.layers.entry_attention import attend_range
+from v4_jax.layers.partial_softmax import Partial, attend, merge, nothing
+from v4_jax.layers.visible import Visible
+
+
+def attend_window(
+    queries: Array,
+    keys: Array | None,
+    oldest: Array | None,
+    entries: Entries | None = None,
+    visible: Visible | None = None,
+) -> Partial:
+    """Attention of a block of queries over its window, or all visible entries, or both.
+
+    Args:
+      queries: [B, Q, H, C].
+      keys: [B, past + Q, C] of the window: query q sees at most those from q to q + past. None: no window.
+      oldest: [B, Q] int32 the first of the keys that a query's document has, see `QueryBlock`.
+      entries: the entries, of which those that lie here are attended. None: no entries.
+      visible: which of them the queries see.
+    """
+    with jax.named_scope("attention.window" if entries is None else "attention.hca"):
+        return Partial(*choose.window_attention(attend_in_parts, queries, keys, oldest, entries, visible))
+
+
+def attend_in_parts(
+    queries: Array, keys: Array | None, oldest: Array | None, entries: Entries | None, visible: Visible | None
+) -> tuple[Array, Array, Array]:
+    """The same by plain JAX: the window, and entries block by block. The parts of a `Partial`."""
+    partial = None
+    if keys is not None and oldest is not None:
+        number, own = jnp.arange(keys.shape[1]), jnp.arange(queries.shape[1])[:, None]
+        first = jnp.maximum(oldest[..., None], own)
+        with jax.named_scope("attention.window"):
+            partial = attend(queries, keys, (number >= first) & (number <= own + keys.shape[1] - queries.shape[1]))
+    if entries is not None and visible is not None:
+        distant = attend_range(queries, entries, visible)
+        partial = distant if partial is None else merge(partial, distant)
+    if partial is None:
+        partial = nothing(queries)
+    return partial.maximum, partial.total, partial.weighted
