@@ -2,10 +2,10 @@
 
 The server runs as a process of its own with the embedded model; clients come at random times (Poisson), each with a
 text of its own, and stream what is answered. First twice as many clients as there are slots, without a pause, show how
-much the server can do; then clients come at fractions of that rate. Once for each depth of drafts, at the same rates.
+much the server can do; then clients come at fractions of that rate. Once for each way to draft, at the same rates.
 Last, one client asks one question after another about the same long text, with and without a prefix cache.
 
-    python benchmarks/serving.py [--requests 60] [--drafts 0 2]
+    python benchmarks/serving.py [--requests 60] [--drafts none mtp:2]
 
 Writes benchmarks/results/serving.json and serving.png, and prints a table. Everything shares this machine's cores, the
 clients too: what can be compared is what stands in one table.
@@ -142,7 +142,7 @@ async def shared(address: str) -> dict[str, Any]:
     return {"first token": first, "found": float(np.mean([one.cached for one in seen]))}
 
 
-def picture(found: dict[int, list[dict[str, Any]]], prefixes: dict[str, dict[str, Any]], path: Path) -> None:
+def picture(found: dict[str, list[dict[str, Any]]], prefixes: dict[str, dict[str, Any]], path: Path) -> None:
     """Throughput and time to the first token against the load, and time to the first token against what is kept."""
     import matplotlib
 
@@ -169,9 +169,9 @@ def picture(found: dict[int, list[dict[str, Any]]], prefixes: dict[str, dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=60, help="of each load")
-    parser.add_argument("--drafts", type=int, nargs="+", default=[0, 2])
+    parser.add_argument("--drafts", nargs="+", default=["none", "mtp:2"])
     given = parser.parse_args()
-    found: dict[int, list[dict[str, Any]]] = {}
+    found: dict[str, list[dict[str, Any]]] = {}
     rates: list[float] = []
     for draft in given.drafts:
         with server("--context", "2K", "--prefix-memory", 0, "--draft", draft) as address:
@@ -194,7 +194,7 @@ def main() -> None:
         for row in rows:
             first, between = row["first token"], row["between tokens"]
             table.add_row(
-                str(draft),
+                draft,
                 f"{most['most requests a second']:.2f}",
                 f"{row['requests a second']:.2f}",
                 f"{row['tokens a second']:.0f}",

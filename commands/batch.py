@@ -17,7 +17,7 @@ from v4_jax.commands.shared.contexts import DEFAULT_MAX_TOKENS, check_length, ch
 from v4_jax.commands.shared.devices import join
 from v4_jax.commands.shared.engines import EngineOptions, describe_drafts
 from v4_jax.commands.shared.models import ModelDirectory
-from v4_jax.commands.shared.options import Count, Flag, Int, Model, OptionalSize, OptionalText
+from v4_jax.commands.shared.options import Count, Flag, Int, Model, OptionalSize, OptionalText, Profile
 from v4_jax.commands.shared.sampling import SamplingOptions
 from v4_jax.infer.prompts import Mode
 
@@ -31,6 +31,7 @@ def batch(
     output: OutputFile,
     *,
     mode: Mode = "non-think",
+    effort_profile: Profile = "auto",
     raw: Flag = False,
     max_tokens: Count = DEFAULT_MAX_TOKENS,
     context: OptionalSize = None,
@@ -60,7 +61,10 @@ def batch(
       model: A directory with a released model, or one made by convert.
       input: The requests.
       output: The answers.
-      mode: How a chat is answered whose body does not say: at once, after reasoning, or after the most reasoning.
+      mode: How a chat is answered whose body does not say: at once, or after reasoning with little, high or the most
+        effort.
+      effort_profile: What the model takes its reasoning efforts for: preview, official (Flash-0731, Pro-0813), or auto,
+        which its own encoding says.
       raw: A line that is a string is a text to continue, not a question.
       max_tokens: Most tokens of an answer whose request does not say.
       context: Most tokens of a prompt and its answer; longer requests become errors. Default: what the longest needs.
@@ -82,6 +86,7 @@ def batch(
     directory = ModelDirectory.open(model)
     engine.check(directory)
     config, tokenizer, release = directory.config, directory.tokenizer(), directory.generation_defaults()
+    profile = directory.effort_profile(effort_profile)
     longest = config.max_position_embeddings if context is None else check_length(config, context)
     with bad_input():
         chosen = sampling.over(release, seed)
@@ -99,6 +104,7 @@ def batch(
         "model": directory.path.name,
         "options": {
             "mode": mode,
+            "effort_profile": profile,
             "raw": raw,
             "max_tokens": max_tokens,
             "context": context,
@@ -126,7 +132,7 @@ def batch(
             with bad_input(f"{output}: {len(done) - 1} of {len(mine)} answers are kept, to go on from: "):
                 journal.add(one)
 
-    defaults = Defaults(chosen, release.stop_ids, max_tokens, mode)
+    defaults = Defaults(chosen, release.stop_ids, max_tokens, mode, profile)
     asked = Asked(directory.path.name, config, tokenizer, defaults, longest)
 
     def prepare(number: int) -> PreparedLine:
@@ -141,7 +147,7 @@ def batch(
             needed = survey([number for number in mine if number not in done], prepare, lines, record)
         if needed.numbers:
             length = room(needed.length, config.max_position_embeddings) if context is None else context
-            check_mode(mode, length)
+            check_mode(mode, length, profile)
             server = engine.build(directory, length, needed.samples)
             started = time.perf_counter()
             with progress_bar("answering", "requests") as report:

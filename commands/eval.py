@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from v4_jax.chat import EffortProfile
 from v4_jax.commands.eval_report import PICTURE, RESULTS, check_directory, draw, scores_table, write_results
 from v4_jax.commands.shared.console import (
     CommandError,
@@ -38,6 +39,7 @@ from v4_jax.commands.shared.options import (
     OptionalFractions,
     OptionalSize,
     OptionalSizes,
+    Profile,
 )
 from v4_jax.commands.shared.sampling import SamplingOptions
 from v4_jax.commands.shared.sizes import format_size
@@ -71,6 +73,7 @@ def eval(
     raw: Flag = False,
     no_bos: Flag = False,
     mode: Mode = "non-think",
+    effort_profile: Profile = "auto",
     max_tokens: OptionalSize = None,
     context: OptionalSize = None,
     temperature: OptionalFloat = None,
@@ -107,7 +110,9 @@ def eval(
       raw: Continue plain text instead of answering a chat: for base models. Needles are then those that the embedded
         model was trained on.
       no_bos: With --raw, put no begin-of-sentence token in front: for models trained without, as the embedded one.
-      mode: How a chat is answered: at once, after reasoning, or after the most reasoning.
+      mode: How a chat is answered: at once, or after reasoning with little, high or the most effort.
+      effort_profile: What the model takes its reasoning efforts for: preview, official (Flash-0731, Pro-0813), or auto,
+        which its own encoding says.
       max_tokens: Most tokens of a reply. Default: twice the set's longest answer and 32 more; with reasoning, 32K more.
       context: Most tokens of prompt and reply together. Longer questions are skipped. Default: the model's longest.
       temperature: Sample with this temperature. Default: the best token each time (0).
@@ -121,7 +126,7 @@ def eval(
     config, tokenizer, defaults = directory.config, directory.tokenizer(), directory.generation_defaults()
     if no_bos and not raw:
         raise CommandError("--no-bos is for --raw; a chat always begins with that token")
-    form = Form(tokenizer, None if raw else mode, bos=not no_bos)
+    form = Form(tokenizer, None if raw else mode, directory.effort_profile(effort_profile, mode), bos=not no_bos)
     if output is not None:
         check_directory(output)
         with needs("eval"):
@@ -139,7 +144,7 @@ def eval(
     with bad_input(f"{name}: "):
         asked, skipped = _fitting(questions, form, longest, max_tokens)
     needed = max(len(one.encoded.ids) + one.encoded.max_tokens for one in asked)
-    check_mode(form.mode, longest)
+    check_mode(form.mode, longest, form.profile)
     server = engine.build(directory, room(needed, longest), len(asked))
     started = time.perf_counter()
     with progress_bar(f"asking {len(asked)} questions", "tokens") as report:
@@ -165,6 +170,7 @@ def eval(
             "task": task,
             **({"data": str(data)} if data else {**_made(task, made), "seed": seed}),
             "mode": form.mode,
+            "effort_profile": form.profile,
             "bos": form.bos,
             "max_tokens": max(one.encoded.max_tokens for one in asked),
             "context": longest,
@@ -192,11 +198,13 @@ class Form(NamedTuple):
     Attributes:
       tokenizer: the model's.
       mode: how a chat is answered; None to continue plain text.
+      profile: what the model takes its reasoning efforts for.
       bos: plain text begins with the begin-of-sentence token.
     """
 
     tokenizer: Tokenizer
     mode: Mode | None
+    profile: EffortProfile
     bos: bool
 
     @property
@@ -215,7 +223,7 @@ class Form(NamedTuple):
             return plain_ids(self.tokenizer, text) if self.bos else self.tokenizer.encode(text)
         if question.text:
             raise ValueError("its questions are texts to continue; expected --raw")
-        return chat_prompt(self.tokenizer, question.messages, self.mode).ids
+        return chat_prompt(self.tokenizer, question.messages, self.mode, profile=self.profile).ids
 
     def answer_tokens(self, question: Question) -> int:
         """Tokens of the longest right answer."""

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from v4_jax.chat import EffortProfile
 from v4_jax.commands.shared.console import CommandError, bad_input, progress_bar, read_json, read_text, say
 from v4_jax.commands.shared.contexts import DEFAULT_MAX_TOKENS, check_length, check_mode, room
 from v4_jax.commands.shared.devices import join, place
@@ -19,6 +20,7 @@ from v4_jax.commands.shared.options import (
     CacheFormat,
     ChatFile,
     Count,
+    Draft,
     Dtype,
     Flag,
     Int,
@@ -27,6 +29,7 @@ from v4_jax.commands.shared.options import (
     OptionalSize,
     OptionalText,
     Preset,
+    Profile,
     Texts,
 )
 from v4_jax.commands.shared.reply import Writer
@@ -34,7 +37,7 @@ from v4_jax.commands.shared.sampling import SamplingOptions
 from v4_jax.config import Config
 from v4_jax.infer.checks import check_ids, check_precision
 from v4_jax.infer.chunks import chunk_size
-from v4_jax.infer.engine.drafters import check_depth
+from v4_jax.infer.engine.drafters import choose_drafter
 from v4_jax.infer.engine.requests import Request
 from v4_jax.infer.engine.sampling import Sampling
 from v4_jax.infer.engine.scheduler import Engine
@@ -54,6 +57,7 @@ def generate(
     tokens: OptionalText = None,
     raw: Flag = False,
     mode: Mode = "non-think",
+    effort_profile: Profile = "auto",
     max_tokens: OptionalSize = None,
     context: OptionalSize = None,
     sampling: SamplingOptions = SamplingOptions(),  # noqa: B008 (frozen)
@@ -63,7 +67,7 @@ def generate(
     policy: PolicyName = "bfloat16",
     cache_dtype: CacheFormat = "auto",
     prefill_chunk: Count = 512,
-    draft: Int = 0,
+    draft: Draft = "none",
     mesh: OptionalText = None,
     preset: Preset = "long-context",
     distributed: Flag = False,
@@ -91,8 +95,10 @@ def generate(
         "tools" and "response_format"; - is stdin.
       tokens: Token ids to continue just as they are, such as "0, 17, 42".
       raw: Continue the prompt itself, after a begin-of-sentence token, without the chat format.
-      mode: How a chat is answered: at once, after reasoning, or after the most reasoning (which wants a context of
-        384K or more).
+      mode: How a chat is answered: at once, or after reasoning with little, high or the most effort (which wants a
+        context of 384K or more).
+      effort_profile: What the model takes its reasoning efforts for: preview, official (Flash-0731, Pro-0813), or auto,
+        which its own encoding says.
       max_tokens: Most tokens to generate. Default: what --context leaves, or 512 without it.
       context: Most tokens of prompt and reply together, such as 131072, 128K or 1M. Default: both fit.
       sampling: How tokens are chosen.
@@ -102,8 +108,8 @@ def generate(
       policy: Precision of the computation; released is bfloat16 with the release's rounding of keys and values.
       cache_dtype: Number format of the cache; auto is the policy's.
       prefill_chunk: Prompt tokens read at once; with a mesh, rounded up to what splits evenly.
-      draft: Tokens that the multi-token-prediction block guesses ahead in every step, up to 4; the reply is that of 0,
-        sooner.
+      draft: What guesses tokens ahead in every step: none; mtp:N, N tokens, up to 4, by the multi-token-prediction
+        block; dspark; or auto, what the model has. The reply is that of none, sooner.
       mesh: How to spread the model over all devices: sizes of data, seq, expert and tensor, such as
         seq=4,expert=2. Default: one device.
       preset: Which mesh axes split what; long-context splits long prompts over all axes but data.
@@ -114,15 +120,15 @@ def generate(
     join(distributed)
     directory = ModelDirectory.open(model)
     config, tokenizer, defaults = directory.config, directory.tokenizer(), directory.generation_defaults()
-    cache = cache_format(cache_dtype, policy)
+    cache, profile = cache_format(cache_dtype, policy), directory.effort_profile(effort_profile, mode)
     with bad_input():
         chosen = sampling.over(defaults, seed)
         check_precision(config, policy, cache)
-        check_depth(draft, config)
-        encoded = _encode_prompt(tokenizer, config, prompt, chat_file, tokens, raw, mode)
+        choose_drafter(config, draft)
+        encoded = _encode_prompt(tokenizer, config, prompt, chat_file, tokens, raw, mode, profile)
         limits = Limits.of(len(encoded.ids), max_tokens, context, config)
         reply = Reply(tokenizer, stop, encoded.thinking_mode)
-    check_mode(mode if encoded.thinking_mode else None, limits.context)
+    check_mode(mode if encoded.thinking_mode else None, limits.context, profile)
     where = place(config, mesh, preset, batch=1, native=dtype == "native")
     params = directory.load(dtype, where)
     with bad_input():
@@ -274,6 +280,7 @@ def _encode_prompt(
     tokens: str | None,
     raw: bool,
     mode: Mode,
+    profile: EffortProfile,
 ) -> Prompt:
     """The prompt from whichever option gives it, or from stdin."""
     sources = {"--prompt": prompt, "--chat": chat_file, "--tokens": tokens}
@@ -287,7 +294,7 @@ def _encode_prompt(
     if chat_file is not None:
         messages, options = _read_chat(chat_file)
         with bad_input(f"{chat_file}: "):
-            return chat_prompt(tokenizer, messages, mode, **options)
+            return chat_prompt(tokenizer, messages, mode, profile=profile, **options)
     if prompt is None:
         if sys.stdin.isatty():
             say("reading the prompt from the terminal; end it with Ctrl-D")
@@ -296,7 +303,7 @@ def _encode_prompt(
         raise CommandError("the prompt is empty; expected some text (--prompt, --chat, --tokens or stdin)")
     if raw:
         return Prompt(plain_ids(tokenizer, prompt))
-    return chat_prompt(tokenizer, [{"role": "user", "content": prompt}], mode)
+    return chat_prompt(tokenizer, [{"role": "user", "content": prompt}], mode, profile=profile)
 
 
 def _token_ids(text: str, config: Config) -> list[int]:

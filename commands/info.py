@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from v4_jax.chat import EffortProfile, read_profile
 from v4_jax.checkpoint import run_of
 from v4_jax.commands import info_report as card
 from v4_jax.commands.shared.console import CommandError, bad_input, show
@@ -16,7 +17,15 @@ from v4_jax.commands.shared.options import JsonFlag, OptionalSize
 from v4_jax.commands.shared.sizes import parse_size
 from v4_jax.config import Config
 
-PRESETS = {"flash": Config.flash, "pro": Config.pro, "tiny": Config.tiny}
+PRESETS = {
+    "flash": Config.flash,
+    "pro": Config.pro,
+    "flash-0731": Config.flash_0731,
+    "pro-0813": Config.pro_0813,
+    "tiny": Config.tiny,
+}
+
+OFFICIAL = ("flash-0731", "pro-0813")  # of the presets, those whose efforts are the official ones
 
 _DEFAULT_CONTEXT = parse_size("1M")
 
@@ -26,14 +35,14 @@ Subject = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL", he
 def info(model: Subject, *, context: OptionalSize = None, as_json: JsonFlag = False) -> None:
     """Prints a model's card: layers, parameters, FLOPs per token and cache, and how they compare with DeepSeek-V3.2.
 
-    Nothing but config.json is read.
+    Nothing but config.json is read, and the encoding's text, which tells what the reasoning efforts mean.
 
     Examples:
       v4-jax info flash --context 1M
       v4-jax info DeepSeek-V4-Pro --json
 
     Args:
-      model: A directory with a config.json, or flash, pro or tiny.
+      model: A directory with a config.json, or flash, pro, flash-0731, pro-0813 or tiny.
       context: Tokens in the sequence, such as 131072, 128K or 1M. Default: 1M, or the model's most if that is less.
       as_json: Write the numbers as one JSON object.
     """
@@ -41,10 +50,11 @@ def info(model: Subject, *, context: OptionalSize = None, as_json: JsonFlag = Fa
     longest = config.max_position_embeddings
     context = min(_DEFAULT_CONTEXT, longest) if context is None else context
     check_length(config, context)
+    profile = profile_of(model)
     if as_json:
-        print(json.dumps(card.as_json(config, context), indent=2))
+        print(json.dumps(card.as_json(config, context, profile), indent=2))
     else:
-        show(card.render(config, context))
+        show(card.render(config, context, profile))
 
 
 def config_of(model: str) -> Config:
@@ -64,3 +74,16 @@ def config_of(model: str) -> Config:
     raise CommandError(
         f"there is no directory {model}, nor a preset of that name; the presets are {', '.join(PRESETS)}"
     )
+
+
+def profile_of(model: str) -> EffortProfile | None:
+    """What a directory or a preset takes its reasoning efforts for; None if nothing says so.
+
+    Raises:
+      CommandError: the directory's encoding cannot be read.
+    """
+    path = run_of(model) or Path(model)
+    if path.is_dir():
+        with bad_input():
+            return read_profile(path)
+    return "official" if model in OFFICIAL else "preview"

@@ -10,16 +10,19 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from v4_jax import costs
+from v4_jax.chat import PROFILES, EffortProfile, effort_prefix
 from v4_jax.commands.shared.sizes import format_size
 from v4_jax.config import Config
+from v4_jax.infer.prompts import MODES, Mode
 
 
-def as_json(config: Config, context: int) -> dict[str, Any]:
+def as_json(config: Config, context: int, profile: EffortProfile | None = None) -> dict[str, Any]:
     """The model card as plain numbers: counts of parameters, FLOPs per token and bytes.
 
     Args:
       config: the architecture.
       context: tokens in the sequence, for FLOPs and cache.
+      profile: what the model takes its reasoning efforts for; None if nothing says so.
 
     Raises:
       ValueError: a context that no cache can hold.
@@ -41,7 +44,7 @@ def as_json(config: Config, context: int) -> dict[str, Any]:
         },
         "parameters": {**counts._asdict(), "checkpoint": counts.checkpoint},
         "bytes": {
-            dtype: {"total": size.total, "mtp": size.mtp, "by_format": size.by_format}
+            dtype: {"total": size.total, "draft": size.draft, "by_format": size.by_format}
             for dtype, size in (("native", costs.parameter_bytes(config)), ("bfloat16", _bfloat16(config)))
         },
         "flops_per_token": {
@@ -54,6 +57,7 @@ def as_json(config: Config, context: int) -> dict[str, Any]:
             }
             for phase, flops in _flops(config, context).items()
         },
+        "flops_per_draft": costs.draft_flops(config),
         "cache_bytes": {
             "dtype": cache.dtype,
             "by_role": cache.by_role,
@@ -67,10 +71,16 @@ def as_json(config: Config, context: int) -> dict[str, Any]:
             "cache_ratio": against.cache_ratio,
             "gqa_ratio": against.gqa_ratio,
         },
+        "efforts": {
+            "profile": profile,
+            "instruction_bytes": {
+                one: {mode: len(_instruction(mode, one).encode()) for mode in MODES} for one in PROFILES
+            },
+        },
     }
 
 
-def render(config: Config, context: int) -> RenderableType:
+def render(config: Config, context: int, profile: EffortProfile | None = None) -> RenderableType:
     """The model card as tables; see `as_json`."""
     cache = _cache(config, context)
     tables = (
@@ -79,6 +89,7 @@ def render(config: Config, context: int) -> RenderableType:
         _flops_table(config, context),
         _cache_table(cache, context),
         _comparison_table(costs.compare(config, context, cache.dtype)),
+        _effort_table(profile),
     )
     return Group(*tables)
 
@@ -97,9 +108,10 @@ def _layer_table(config: Config) -> Table:
         for role in dict.fromkeys(getattr(layer, kind) for layer in layers):
             which = [i for i, layer in enumerate(layers) if getattr(layer, kind) == role]
             table.add_row(f"{kind.replace('_', '-')}: {role}", str(len(which)), _ranges(which))
-    if config.num_nextn_predict_layers:
-        block = config.mtp_layer
-        table.add_row(f"MTP block: {block.attention}, {block.feed_forward}", "1", str(len(layers)))
+    if config.draft_blocks:
+        block, first = config.draft_layer, len(layers)
+        numbers = _ranges(list(range(first, first + config.draft_blocks)))
+        table.add_row(f"{_drafts(config)}: {block.attention}, {block.feed_forward}", str(config.draft_blocks), numbers)
     return table
 
 
@@ -107,10 +119,11 @@ def _parameter_table(config: Config) -> Table:
     counts, native, plain = costs.parameter_counts(config), costs.parameter_bytes(config), _bfloat16(config)
     table = make_table("Parameters", "", "count", "as released", "bfloat16")
     table.add_row(
-        "trunk", _count(counts.total), bytes_text(native.total - native.mtp), bytes_text(plain.total - plain.mtp)
+        "trunk", _count(counts.total), bytes_text(native.total - native.draft), bytes_text(plain.total - plain.draft)
     )
     table.add_row("  active per token", _count(counts.active), "", "")
-    table.add_row("MTP block", _count(counts.mtp), bytes_text(native.mtp), bytes_text(plain.mtp), end_section=True)
+    drafts = _count(counts.draft), bytes_text(native.draft), bytes_text(plain.draft)
+    table.add_row(_drafts(config), *drafts, end_section=True)
     table.add_row("checkpoint", _count(counts.checkpoint), bytes_text(native.total), bytes_text(plain.total))
     for name, _ in _largest_first(plain.by_format | native.by_format):
         held = [bytes_text(sizes[name]) if name in sizes else "" for sizes in (native.by_format, plain.by_format)]
@@ -133,7 +146,16 @@ def _flops_table(config: Config, context: int) -> Table:
     table.add_row("index scores", operations_text(decode.index), operations_text(prefill.index), end_section=True)
     table.add_row("total", operations_text(decode.total), operations_text(prefill.total))
     table.add_row("FP8 equivalent", operations_text(decode.equivalent_fp8), operations_text(prefill.equivalent_fp8))
+    if config.draft_blocks:
+        drafts = f"{config.dspark_block_size} tokens" if config.dspark_stages else "1 token"
+        table.add_section()
+        table.add_row(f"drafting {drafts}", operations_text(costs.draft_flops(config)), "")
     return table
+
+
+def _drafts(config: Config) -> str:
+    """What drafts, by name."""
+    return "DSpark stages" if config.dspark_stages else "MTP block"
 
 
 def _cache_table(cache: costs.CacheBytes, context: int) -> Table:
@@ -151,7 +173,7 @@ def _comparison_table(against: costs.Comparison) -> Table:
     table = make_table(
         f"Against others at {format_size(against.context)} tokens",
         *("", "FLOPs per token", "V4 needs", "cache per row", "V4 needs"),
-        caption="FLOPs of decoding one token, FP8 equivalent; cache without the MTP block's and without padding",
+        caption="FLOPs of decoding one token, FP8 equivalent; cache without that of drafts and without padding",
     )
     table.add_row("V4, this configuration", operations_text(against.flops), "", bytes_text(against.cache), "")
     shares = f"{against.flops_ratio:.1%}", f"{against.cache_ratio:.1%}"
@@ -161,6 +183,23 @@ def _comparison_table(against: costs.Comparison) -> Table:
     table.add_row("  by active parameters in whole billions", "", f"{against.headline_ratio:.1%}", "", "")
     table.add_row("8 KV heads x 128, bfloat16", "", "", bytes_text(against.cache_gqa), f"{against.gqa_ratio:.1%}")
     return table
+
+
+def _effort_table(profile: EffortProfile | None) -> Table:
+    says = "nothing in the directory says which of the two it is" if profile is None else f"this model is of {profile}"
+    table = make_table("Modes of answering a chat", "mode", *PROFILES, caption=f"by effort profile; {says}")
+    for mode, how in MODES.items():
+        if how.thinking_mode == "chat":
+            table.add_row(mode, *["no reasoning"] * len(PROFILES))
+            continue
+        said = [len(_instruction(mode, one).encode()) for one in PROFILES]
+        table.add_row(mode, *(f"reasoning, {size} bytes of instruction" if size else "reasoning" for size in said))
+    return table
+
+
+def _instruction(mode: Mode, profile: EffortProfile) -> str:
+    """What stands in front of a chat."""
+    return effort_prefix(MODES[mode].reasoning_effort, profile)
 
 
 def make_table(title: str, *columns: str, caption: str | None = None) -> Table:

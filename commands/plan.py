@@ -9,15 +9,26 @@ from typing import Annotated, Any, Literal
 import jax
 import tyro
 
+from v4_jax import costs
 from v4_jax.commands import plan_report as card
 from v4_jax.commands.info import config_of
+from v4_jax.commands.info_report import bytes_text, operations_text
 from v4_jax.commands.shared.console import CommandError, bad_input, say, show, working
 from v4_jax.commands.shared.contexts import check_length
 from v4_jax.commands.shared.options import Count, JsonFlag, OptionalSize, OptionalText
 from v4_jax.commands.shared.sizes import format_size
+from v4_jax.config import Config
 from v4_jax.on_mesh import UNIT
-from v4_jax.placement import alternatives, check_mesh
-from v4_jax.planning.compile import Compiled, MissingCompiler, PlanError, Workload, compile_for_tpu, without_mtp
+from v4_jax.placement import alternatives, bytes_per_device, check_mesh
+from v4_jax.planning.compile import (
+    Compiled,
+    MissingCompiler,
+    PlanError,
+    Workload,
+    abstract_params,
+    compile_for_tpu,
+    without_mtp,
+)
 from v4_jax.planning.estimates import PRESETS_OF_TASK, Estimate, candidates, estimate
 from v4_jax.sharding.axes import PRESETS as SHARDING_PRESETS
 from v4_jax.sharding.axes import ShardingError
@@ -57,7 +68,7 @@ def plan(
       v4-jax plan --model flash --task train --context 16K --batch 128 --topology v5p:4x4x8
 
     Args:
-      model: A directory with a config.json, or flash, pro or tiny.
+      model: A directory with a config.json, or flash, pro, flash-0731, pro-0813 or tiny.
       task: decode: one token of each row; prefill: a chunk of each row; train: a step of whole rows, MTP included.
       topology: The chips: v4, v5e, v5p, v6e or tpu7x and the slice's shape, such as v6e:2x4 or v5p:2x2x2.
       context: Tokens of each row after the call, such as 128K or 1M. Default: 1M, or 16K in training, or the model's
@@ -75,7 +86,8 @@ def plan(
         raise CommandError(f"no preset {preset!r}; expected one of {', '.join(SHARDING_PRESETS)}")
     with bad_input("--"):
         chips = Topology.parse(topology)
-    config = config_of(model) if task == "train" else without_mtp(config_of(model))
+    whole = config_of(model)
+    config = whole if task == "train" else without_mtp(whole)
     longest = config.max_position_embeddings
     context = min(_ROW if task == "train" else 1024**2, longest) if context is None else context
     check_length(config, context)
@@ -102,6 +114,8 @@ def plan(
         print(json.dumps(card.as_json(attempts, estimates), indent=2))
     else:
         show(card.render(attempts, estimates))
+    if whole != config:
+        say(_drafts(whole, attempts[-1].workload))
     return 0 if attempts[-1].fits else 1
 
 
@@ -137,6 +151,21 @@ def _best(workload: Workload, preset: str | None) -> list[Estimate]:
             f"expected another --batch, a --chunk that is a multiple of {UNIT} per device, or another --topology"
         )
     return found
+
+
+def _drafts(config: Config, workload: Workload) -> str:
+    """What drafting adds to a plan of the trunk, in one sentence."""
+    mesh = abstract_mesh(workload.mesh)
+    whole, trunk = (
+        bytes_per_device(abstract_params(one, mesh, workload.preset, workload.dtype))
+        for one in (config, workload.config)
+    )
+    cache = costs.cache_bytes(config, 1, workload.cache_dtype).by_role["draft"]
+    return (
+        f"not in the plan: {'DSpark stages' if config.dspark_stages else 'the MTP block'} for drafts, which take "
+        f"{bytes_text(whole - trunk)} of each device, {bytes_text(cache)} of cache for each row, and "
+        f"{operations_text(config.draft_flops())} FLOPs each time that a row drafts"
+    )
 
 
 def _attempt(workload: Workload) -> card.Attempt:

@@ -10,7 +10,7 @@ from v4_jax.commands.shared.console import CommandError, bad_input, needs, read_
 from v4_jax.commands.shared.contexts import DEFAULT_MAX_TOKENS, check_length, check_mode
 from v4_jax.commands.shared.engines import EngineOptions, PrefixOptions
 from v4_jax.commands.shared.models import ModelDirectory
-from v4_jax.commands.shared.options import Count, Model, OptionalCount, OptionalFile, OptionalText, Size
+from v4_jax.commands.shared.options import Count, Model, OptionalCount, OptionalFile, OptionalText, Profile, Size
 from v4_jax.commands.shared.sampling import SamplingOptions
 from v4_jax.infer.prompts import Mode
 
@@ -27,6 +27,7 @@ def serve(
     context: Size = DEFAULT_CONTEXT,
     max_tokens: Count = DEFAULT_MAX_TOKENS,
     mode: Mode = "non-think",
+    effort_profile: Profile = "auto",
     sampling: SamplingOptions = SamplingOptions(),  # noqa: B008 (frozen)
     keys: OptionalFile = None,
     requests: OptionalCount = None,
@@ -37,8 +38,8 @@ def serve(
     """Serves a model over HTTP in the form of OpenAI's API: chat completions, completions, models; streamed or whole.
 
     Reasoning comes apart from the answer, as reasoning_content, and may be asked for by reasoning_effort ("none",
-    "high", "max") or by DeepSeek's "thinking". /metrics is for Prometheus, /health for load balancers, /openapi.json
-    says what is understood.
+    "low", "high", "max") or by DeepSeek's "thinking". /metrics is for Prometheus, /health for load balancers,
+    /openapi.json says what is understood.
 
     On SIGTERM or Ctrl-C it drains, answering the requests that it has, and exits; a second one ends it at once.
 
@@ -54,7 +55,10 @@ def serve(
       name: What clients call the model. Default: the directory's name.
       context: Most tokens of a prompt and its answer.
       max_tokens: Most tokens of an answer whose request does not say.
-      mode: How a chat is answered whose request does not say: at once, after reasoning, or after the most reasoning.
+      mode: How a chat is answered whose request does not say: at once, or after reasoning with little, high or the most
+        effort.
+      effort_profile: What the model takes its reasoning efforts for: preview, official (Flash-0731, Pro-0813), or auto,
+        which its own encoding says.
       sampling: How tokens are chosen, where the request does not say.
       keys: A file with the keys that let clients in, one a line; they send one as Authorization: Bearer KEY. Default:
         the one in V4_JAX_API_KEY, or else everybody is let in.
@@ -78,13 +82,14 @@ def serve(
     if context == DEFAULT_CONTEXT:
         context = min(context, config.max_position_embeddings)
     check_length(config, context)
-    check_mode(mode, context)
+    profile = directory.effort_profile(effort_profile)
+    check_mode(mode, context, profile)
     with bad_input():
         chosen = sampling.over(release, seed=0)
     legal = _keys(keys)
     listening = _listen(host, port)
     server = engine.build(directory, context, most=1 << 30)
-    defaults = Defaults(chosen, release.stop_ids, max_tokens, mode)
+    defaults = Defaults(chosen, release.stop_ids, max_tokens, mode, profile)
     served = Served(name or directory.path.name, config, tokenizer, defaults, context)
     app = make_app(
         Service(server, requests or 4 * server.slots), served, keys=legal, limits=Limits(max_body, float(timeout))

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from v4_jax import chat
 from v4_jax.tokenizer import Tokenizer
 
-Mode = Literal["non-think", "high", "max"]
+Mode = Literal["non-think", "low", "high", "max"]
 
 
 class ChatMode(NamedTuple):
@@ -26,6 +26,7 @@ class ChatMode(NamedTuple):
 # How the release answers a chat.
 MODES: dict[Mode, ChatMode] = {
     "non-think": ChatMode("chat", None),
+    "low": ChatMode("thinking", "low"),
     "high": ChatMode("thinking", "high"),
     "max": ChatMode("thinking", "max"),
 }
@@ -56,6 +57,7 @@ def chat_prompt(
     messages: Sequence[Mapping[str, Any]],
     mode: Mode,
     *,
+    profile: chat.EffortProfile = "preview",
     opening: Sequence[int] = (),
     **options: Any,
 ) -> Prompt:
@@ -65,6 +67,7 @@ def chat_prompt(
       tokenizer: the model's.
       messages: the last one is to be answered.
       mode: how.
+      profile: what the model takes its efforts for.
       opening: tokens that the answer begins with, after any reasoning.
       options: "tools" and "response_format", as in `v4_jax.chat.encode`.
 
@@ -72,5 +75,6 @@ def chat_prompt(
       ValueError: the chat format cannot express a message.
     """
     thinking_mode, effort = MODES[mode]
-    text = chat.encode(messages, thinking_mode=thinking_mode, reasoning_effort=effort, **options)
+    how = {"thinking_mode": thinking_mode, "reasoning_effort": effort, "effort_profile": profile}
+    text = chat.encode(messages, **how, **options)  # type: ignore[arg-type]
     return Prompt(tokenizer.encode(text), thinking_mode, opening)

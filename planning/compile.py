@@ -212,8 +212,7 @@ class Compiled:
 
 def without_mtp(config: Config) -> Config:
     """The trunk alone."""
-    layers = config.num_hidden_layers
-    return dataclasses.replace(config, num_nextn_predict_layers=0, compress_ratios=config.compress_ratios[:layers])
+    return config.trunk()
 
 
 def abstract_params(config: Config, mesh: Mesh | AbstractMesh, rules: Any, dtype: WeightFormat) -> Any:

@@ -28,7 +28,7 @@ gc.set_threshold(100_000, 50, 100)
 DATA = Path(__file__).parent / "data"
 
 # Small random checkpoints in the released layout, each with the outputs that independent implementations agree on.
-CHECKPOINTS = ("flash-tiny", "pro-tiny", "flash-base-tiny", "released-tiny")
+CHECKPOINTS = ("flash-tiny", "pro-tiny", "flash-base-tiny", "released-tiny", "dspark-tiny")
 
 
 def tpu_devices(topology: str) -> list:

@@ -5,6 +5,7 @@ them, and so do runs. A test that needs another model says why.
 
     six()     every role, and a period (hca, csa) that repeats: for what scans over layers
     three()   one layer of each role, and an MTP block: for everything else
+    drafts()  as three(), with two DSpark stages in place of the MTP block
     two()     bytes for tokens, a sliding and a CSA layer: for the command line and the server; trained() for training
 """
 
@@ -38,7 +39,7 @@ def jitted(model: Transformer):
     def run(params, *inputs, **arguments):
         return model.apply({"params": params}, *inputs, **arguments)
 
-    return jax.jit(run, static_argnames=("logits", "method", "return_routing"))
+    return jax.jit(run, static_argnames=("logits", "method", "return_routing", "return_taps"))
 
 
 class Tiny(NamedTuple):
@@ -77,6 +78,14 @@ class Tiny(NamedTuple):
 
 THREE = dict(
     num_hidden_layers=3, compress_ratios=(0, 4, 128, 0), num_hash_layers=1, n_routed_experts=8, index_n_heads=16
+)
+DSPARK = dict(
+    num_nextn_predict_layers=0,
+    compress_ratios=(0, 4, 128, 0, 0),
+    dspark_block_size=5,
+    dspark_noise_token_id=63,
+    dspark_target_layer_ids=(1, 2),
+    dspark_markov_rank=8,
 )
 TWO = dict(num_hidden_layers=2, compress_ratios=(0, 4, 0), num_hash_layers=1, vocab_size=320)
 
@@ -129,6 +138,12 @@ def six() -> Tiny:
 def three() -> Tiny:
     """One layer of each role and an MTP block; experts enough for eight devices."""
     return make(**THREE)
+
+
+@functools.cache
+def drafts() -> Tiny:
+    """One layer of each role and two DSpark stages that draft five tokens at once."""
+    return make(**THREE | DSPARK)
 
 
 @functools.cache

@@ -36,7 +36,7 @@ def as_transformers(config: Config) -> dict:
     }
 
 
-@pytest.mark.parametrize("config", [Config.flash(), Config.pro(), Config.tiny()])
+@pytest.mark.parametrize("config", [Config.flash(), Config.pro_0813(), Config.tiny()])
 def test_round_trip(config):
     assert Config.from_hf(config.to_hf()) == config
     assert Config.from_hf(json.loads(json.dumps(config.to_hf()))) == config
@@ -75,8 +75,29 @@ def test_no_period_means_every_layer_stands_alone():
 
 def test_draft_entries_are_trimmed():
     ratios = [*Config.flash().compress_ratios, 0, 0]
-    content = released(compress_ratios=ratios, dspark_block_size=5, dspark_markov_rank=256)
-    assert Config.from_hf(content) == Config.flash()
+    assert Config.from_hf(released(compress_ratios=ratios)) == Config.flash()
+
+
+def test_dspark_stages():
+    """Official configurations say 1 next-token block and have three more ratios than layers."""
+    official = Config.flash_0731()
+    content = official.to_hf()
+    assert content["num_nextn_predict_layers"] == 1 and content["dspark_target_layer_ids"] == [40, 41, 42]
+    assert content["compress_ratios"] == [*Config.flash().compress_ratios, 0, 0]
+    assert (official.dspark_stages, official.num_nextn_predict_layers) == (3, 0)
+    assert official.trunk() == Config.flash().trunk()
+    assert not [key for key in Config.flash().to_hf() if key.startswith("dspark")]
+    for changes, said in (
+        ({"dspark_markov_rank": None}, "missing configuration keys .'dspark_markov_rank'."),
+        ({"dspark_target_layer_ids": [42, 41]}, "expected rising numbers of layers below 43"),
+        ({"dspark_target_layer_ids": [42, 43]}, "expected rising numbers of layers below 43"),
+        ({"dspark_target_layer_ids": 3}, "expected a list"),
+        ({"dspark_noise_token_id": 129280}, "expected one below 129280"),
+        ({"compress_ratios": content["compress_ratios"][:43]}, "no entries for DSpark's stages"),
+    ):
+        changed = {key: value for key, value in (content | changes).items() if value is not None}
+        with pytest.raises(ConfigError, match=said):
+            Config.from_hf(changed)
 
 
 REFUSED = {

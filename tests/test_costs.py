@@ -27,7 +27,7 @@ def test_flash_has_its_published_parameters():
     counts = FLASH.parameter_counts()
     assert billions(counts.total) == "284.33"
     assert billions(counts.active) == "13.27"
-    assert billions(counts.mtp) == "6.61"
+    assert billions(counts.draft) == "6.61"
     assert billions(counts.checkpoint) == "290.94"
 
 
@@ -35,8 +35,26 @@ def test_pro_has_its_published_parameters():
     counts = PRO.parameter_counts()
     assert billions(counts.total, 1) == "1573.0"
     assert billions(counts.active) == "48.85"
-    assert billions(counts.mtp) == "25.84"
+    assert billions(counts.draft) == "25.84"
     assert billions(counts.checkpoint) == "1598.84"
+
+
+def test_the_official_releases_draft_with_their_published_parameters():
+    for config, preview, published in ((Config.flash_0731(), FLASH, "19.8"), (Config.pro_0813(), PRO, "77.5")):
+        counts = config.parameter_counts()
+        assert counts._replace(draft=0) == preview.parameter_counts()._replace(draft=0)
+        assert billions(counts.draft, 1) == published
+
+
+def test_drafting_costs_what_its_parameters_say():
+    """Of a block of one draft, each parameter counts once, but for a token's key besides the draft's."""
+    one = dataclasses.replace(Config.flash_0731(), dspark_block_size=1)
+    counts, d, size = one.parameter_counts(), one.hidden_size, one.head_dim
+    experts = 3 * 3 * d * one.moe_intermediate_size * (one.n_routed_experts - one.num_experts_per_tok)
+    multiplied = counts.draft - experts - one.vocab_size * one.dspark_markov_rank
+    linear = 2 * (multiplied + one.vocab_size * d + 3 * size * d)
+    assert one.draft_flops() == linear + 3 * 4 * (128 + 1) * one.num_attention_heads * size
+    assert NO_MTP.draft_flops() == 0 < TINY.draft_flops() < TINY.flops_per_token(1).total
 
 
 def test_a_further_expert_per_token_activates_one_expert_per_layer():
@@ -52,16 +70,16 @@ def test_a_further_token_id_activates_its_head_row_alone():
     before, after = costs.parameter_counts(TINY), costs.parameter_counts(wider)
     assert after.active - before.active == TINY.hidden_size
     assert after.total - before.total == 2 * TINY.hidden_size
-    assert after.mtp == before.mtp
+    assert after.draft == before.draft
 
 
 def test_the_mtp_block_is_counted_apart():
     counts = costs.parameter_counts(TINY)
-    assert costs.parameter_counts(NO_MTP) == counts._replace(mtp=0)
+    assert costs.parameter_counts(NO_MTP) == counts._replace(draft=0)
     for dtype in ("native", "bfloat16", "float32"):
         whole, trunk = costs.parameter_bytes(TINY, dtype), costs.parameter_bytes(NO_MTP, dtype)
-        assert whole.mtp > 0 == trunk.mtp
-        assert whole.total - whole.mtp == trunk.total
+        assert whole.draft > 0 == trunk.draft
+        assert whole.total - whole.draft == trunk.total
 
 
 @pytest.mark.parametrize(
@@ -79,7 +97,7 @@ def test_native_bytes_are_the_published_checkpoint_sizes(config, published):
 
 def test_flash_takes_568_gigabytes_in_bfloat16():
     size = costs.parameter_bytes(FLASH, "bfloat16")
-    assert (size.total - size.mtp) // 10**9 == 568
+    assert (size.total - size.draft) // 10**9 == 568
     assert set(size.by_format) == {"bfloat16", "float32", "int32"}
 
 
@@ -173,7 +191,7 @@ def test_cache_bytes_are_those_of_a_real_cache(config, context, dtype):
     assert {role: rows * size for role, size in predicted.by_role.items()} == real.nbytes()
     leaves = [leaf for leaf in jax.tree.leaves(real) if leaf.dtype != np.int32]  # lengths are no keys
     assert rows * predicted.total == sum(bytes_of(leaf) for leaf in leaves)
-    assert predicted.trunk == predicted.total - predicted.by_role.get("mtp", 0)
+    assert predicted.trunk == predicted.total - predicted.by_role.get("draft", 0)
 
 
 def test_a_million_tokens_of_flash_cache():
@@ -187,7 +205,7 @@ def test_a_million_tokens_of_flash_cache():
         "hca": 20 * MILLION // 128 * entry,
         "index": 21 * MILLION // 4 * key,
         "open blocks": 4 * (21 * (8 + 8) * 2 * (1024 + 256) + 20 * (128 + 8) * 1024),
-        "mtp": (128 + 8) * entry,
+        "draft": (128 + 8) * entry,
     }
     shapes = jax.eval_shape(functools.partial(init_cache, FLASH, 1, MILLION, dtype="bfloat16"))
     assert costs.cache_bytes(FLASH, MILLION, "bfloat16").by_role == shapes.nbytes()

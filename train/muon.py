@@ -70,6 +70,17 @@ def muon(
     )
 
 
+def groups(config: Architecture) -> Any:
+    """Who updates each parameter: its declared group, but nobody DSpark's stages.
+
+    No loss here trains them, and decay alone would wear them away.
+    """
+    found = jax.tree.map(lambda p: p.group, declarations(config), is_leaf=is_parameter)
+    if config.dspark_stages:
+        found["dspark"] = jax.tree.map(lambda _: "frozen", found["dspark"])
+    return found
+
+
 def newton_schulz(x: Array, dtype: Any = jnp.float32) -> Array:
     """The semi-orthogonal matrices nearest to `x` [..., m, n], in its dtype; a matrix of zeros stays so.
 
@@ -116,7 +127,8 @@ def orthogonalise(
       ShardingError: independent matrices of one weight that do not lie whole on the devices.
     """
     leaves = jax.tree.leaves(declarations(config), is_leaf=is_parameter)
-    declared = [leaf for leaf in leaves if leaf.group == "muon"]
+    updated = jax.tree.leaves(groups(config))
+    declared = [leaf for leaf, group in zip(leaves, updated, strict=True) if group == "muon"]
     assignments = [Assignment.of(leaf, mesh, resolve(rules)) for leaf in declared]
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:

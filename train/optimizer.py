@@ -14,7 +14,7 @@ from v4_jax.architecture import Architecture
 from v4_jax.parameter_tree import declarations, placements
 from v4_jax.parameters import Loss, is_parameter
 from v4_jax.sharding.axes import Rules
-from v4_jax.train.muon import RMS, muon
+from v4_jax.train.muon import RMS, groups, muon
 
 BALANCE_SPEED = 0.001  # technical report, section 4.2.2
 
@@ -54,6 +54,8 @@ def optimizer(
       rules: which mesh axes split which logical axes.
       loss: whose parameters are trained; those of the other loss are left alone. None trains both.
 
+    DSpark's stages stay as they are.
+
     Raises:
       ValueError: `matrices` is neither.
     """
@@ -72,7 +74,7 @@ def optimizer(
     )
     rule = {"muon": orthogonal if matrices == "muon" else adamw, "adamw": adamw}
     rule |= {"bias": balance(balance_speed), "frozen": optax.set_to_zero()}
-    whole = optax.partition(rule, jax.tree.map(lambda p: p.group, declarations(config), is_leaf=is_parameter))
+    whole = optax.partition(rule, groups(config))
     return whole if loss is None else only(config, loss, whole)
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from v4_jax.checkpoint import CheckpointError, load
     from v4_jax.config import Config
     from v4_jax.number_formats import BlockScaled
-    from v4_jax.outputs import Output, Routing
+    from v4_jax.outputs import Draft, Output, Routing
     from v4_jax.parameter_tree import declarations, init
     from v4_jax.policy import Policy
     from v4_jax.transformer import Transformer
@@ -31,6 +31,7 @@ __all__ = [
     "CheckpointError",
     "Config",
     "ConfigError",
+    "Draft",
     "Output",
     "Policy",
     "Routing",
@@ -52,6 +53,7 @@ _HOME = {
     "CheckpointError": "checkpoint",
     "Config": "config",
     "ConfigError": "architecture",
+    "Draft": "outputs",
     "Output": "outputs",
     "Policy": "policy",
     "Routing": "outputs",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 AttentionRole = Literal["sliding", "csa", "hca"]
 FeedForwardRole = Literal["hash", "routed"]
@@ -61,7 +61,10 @@ class Yarn:
 class Architecture:
     """DeepSeek-V4's architecture. Field names are those of the released `config.json`; all sizes count elements.
 
-    `compress_ratios` has one entry per layer and one for each multi-token-prediction block after them.
+    `compress_ratios` has one entry per layer and one for each block that drafts after them: a multi-token-prediction
+    block, or the stages of DSpark (arXiv 2607.05147), which a model has if its `dspark_block_size`, the tokens that are
+    drafted at once, is not 0. `num_nextn_predict_layers` counts the former alone, where the released `config.json` says
+    1 for either.
     """
 
     vocab_size: int
@@ -83,6 +86,10 @@ class Architecture:
     compress_ratios: tuple[int, ...]
     num_hash_layers: int = 3
     num_nextn_predict_layers: int = 1
+    dspark_block_size: int = 0
+    dspark_noise_token_id: int = 0
+    dspark_target_layer_ids: tuple[int, ...] = ()
+    dspark_markov_rank: int = 0
     sliding_window: int = 128
     swiglu_limit: float = 10.0
     hc_mult: int = 4
@@ -112,9 +119,26 @@ class Architecture:
         )
 
     @property
-    def mtp_layer(self) -> Layer:
-        """Roles of the multi-token-prediction block."""
+    def draft_layer(self) -> Layer:
+        """Roles of the multi-token-prediction block, and of DSpark's stages."""
         return Layer("sliding", "routed")
+
+    @property
+    def draft_blocks(self) -> int:
+        """Blocks after the trunk's layers, of one kind or the other."""
+        return len(self.compress_ratios) - self.num_hidden_layers
+
+    @property
+    def dspark_stages(self) -> int:
+        """Blocks of DSpark, which run one after another; 0 without it."""
+        return self.draft_blocks if self.dspark_block_size else 0
+
+    def trunk(self) -> Self:
+        """The same model without what drafts."""
+        fields = dataclasses.fields(self)
+        none: dict[str, Any] = {field.name: field.default for field in fields if field.name.startswith("dspark_")}
+        layers = self.compress_ratios[: self.num_hidden_layers]
+        return dataclasses.replace(self, num_nextn_predict_layers=0, compress_ratios=layers, **none)
 
     @property
     def period(self) -> Period:
@@ -153,9 +177,10 @@ def _mistyped(config: Architecture) -> Iterator[str]:
             yield f"{field.name} is {value!r}, expected a whole number"
         if field.type == "float" and not (whole(value) or isinstance(value, float)):
             yield f"{field.name} is {value!r}, expected a number"
-    for ratio in config.compress_ratios:
-        if not whole(ratio):
-            yield f"compress_ratios contains {ratio!r}, expected whole numbers"
+    for name in ("compress_ratios", "dspark_target_layer_ids"):
+        for value in getattr(config, name):
+            if not whole(value):
+                yield f"{name} contains {value!r}, expected whole numbers"
     for name, value in dataclasses.asdict(config.rope_scaling).items():
         if not (whole(value) or isinstance(value, float)):
             yield f"rope_scaling {name} is {value!r}, expected a number"
@@ -165,21 +190,24 @@ def _problems(config: Architecture) -> Iterator[str]:
     """Yields what is wrong with a configuration, one sentence fragment each."""
     positive = [f.name for f in dataclasses.fields(Architecture) if f.type in ("int", "float")]
     allowed_zero = {"num_hash_layers", "num_nextn_predict_layers", "bos_token_id", "eos_token_id"}
+    allowed_zero |= {name for name in positive if name.startswith("dspark_")}
     for name in positive:
         value = getattr(config, name)
         if value < 0 or (value == 0 and name not in allowed_zero):
             yield f"{name} is {value}, expected a positive number"
             return
-    wanted = config.num_hidden_layers + config.num_nextn_predict_layers
-    if len(config.compress_ratios) != wanted:
+    if config.dspark_block_size:
+        yield from _dspark_problems(config)
+    elif config.draft_blocks != config.num_nextn_predict_layers:
         yield (
-            f"compress_ratios has {len(config.compress_ratios)} entries, expected {wanted} "
-            "(num_hidden_layers + num_nextn_predict_layers)"
+            f"compress_ratios has {len(config.compress_ratios)} entries, expected "
+            f"{config.num_hidden_layers + config.num_nextn_predict_layers} (num_hidden_layers + "
+            "num_nextn_predict_layers)"
         )
     for ratio in sorted(set(config.compress_ratios) - set(ROLE_OF_RATIO)):
         yield f"compress_ratios contains {ratio}, expected one of {sorted(ROLE_OF_RATIO)}"
     if any(config.compress_ratios[config.num_hidden_layers :]):
-        yield "the MTP block's compress_ratios entry is not 0: it is a sliding-window block"
+        yield "a draft block's compress_ratios entry is not 0: it is a sliding-window block"
     if config.num_nextn_predict_layers > 1:
         yield f"num_nextn_predict_layers is {config.num_nextn_predict_layers}, expected 0 or 1"
     if config.sliding_window < 2:
@@ -194,3 +222,21 @@ def _problems(config: Architecture) -> Iterator[str]:
         yield f"num_experts_per_tok {config.num_experts_per_tok} exceeds n_routed_experts {config.n_routed_experts}"
     if config.num_hash_layers > config.num_hidden_layers:
         yield f"num_hash_layers {config.num_hash_layers} exceeds num_hidden_layers {config.num_hidden_layers}"
+
+
+def _dspark_problems(config: Architecture) -> Iterator[str]:
+    """Yields what is wrong with DSpark's fields."""
+    if config.num_nextn_predict_layers:
+        yield "a model has a multi-token-prediction block or DSpark stages, not both"
+    if config.draft_blocks < 1:
+        yield f"compress_ratios has no entries for DSpark's stages after those of {config.num_hidden_layers} layers"
+    if config.dspark_markov_rank < 1:
+        yield f"dspark_markov_rank is {config.dspark_markov_rank}, expected a positive number"
+    if config.dspark_noise_token_id >= config.vocab_size:
+        yield f"dspark_noise_token_id is {config.dspark_noise_token_id}, expected one below {config.vocab_size}"
+    targets = config.dspark_target_layer_ids
+    if not targets or list(targets) != sorted({*targets} & {*range(config.num_hidden_layers)}):
+        yield (
+            f"dspark_target_layer_ids is {list(targets)}, expected rising numbers of layers below "
+            f"{config.num_hidden_layers}"
+        )

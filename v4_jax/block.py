@@ -9,6 +9,8 @@ import functools
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
@@ -16,8 +18,9 @@ from v4_jax.architecture import Architecture, Layer
 from v4_jax.cache.cache import Cache, WindowRole
 from v4_jax.layer_stack import in_stack, role_index
 from v4_jax.layers.attention import Attention
+from v4_jax.layers.draft_attention import DraftAttention, Taps
 from v4_jax.layers.experts import Experts
-from v4_jax.layers.hyper_connections import HyperConnection, leave
+from v4_jax.layers.hyper_connections import HyperConnection, apart, leave
 from v4_jax.layers.mixture_of_experts import MixtureOfExperts
 from v4_jax.layers.stages import SPARSE, Remat, Stage, rematerialised
 from v4_jax.layout import Layout
@@ -28,17 +31,53 @@ from v4_jax.sharding.split import Split
 
 
 class Carry(struct.PyTreeNode):
-    """What one layer hands to the next, and a scan carries: streams [B, S, hc * D], side by side, and the cache."""
+    """What one layer hands to the next, and a scan carries.
+
+    Attributes:
+      streams: [B, S, hc * D], side by side.
+      cache: None without one.
+      taps: [T + 1, B, S, D] the mean over the streams after each of `dspark_target_layer_ids` so far, and a last place
+        for what layers in a scan have that are none of them; None if nobody asks for it.
+    """
 
     streams: Array
     cache: Cache | None
+    taps: Array | None = None
+
+    @classmethod
+    def of(cls, streams: Array, cache: Cache | None, config: Architecture, *, taps: bool) -> Carry:
+        """What the first layer gets."""
+        shape = len(config.dspark_target_layer_ids) + 1, *streams.shape[:2], config.hidden_size
+        return cls(streams, cache, jnp.zeros(shape, streams.dtype) if taps else None)
+
+    def tapped(self, config: Architecture, layer: Any) -> Carry:
+        """The same with the tap of the layer that has just run, if it has one."""
+        if self.taps is None:
+            return self
+        targets = config.dspark_target_layer_ids
+        if isinstance(layer, int):
+            if layer not in targets:
+                return self
+            place: Any = targets.index(layer)
+        else:
+            is_target = jnp.asarray(targets) == layer
+            place = jnp.where(jnp.any(is_target), jnp.argmax(is_target), len(targets))
+        mean = jnp.mean(apart(self.streams, config.hc_mult).astype(jnp.float32), axis=2).astype(self.taps.dtype)
+        return self.replace(taps=jax.lax.dynamic_update_index_in_dim(self.taps, mean, place, 0))
 
 
 class Context(struct.PyTreeNode):
-    """What every layer of one call shares: token ids [B, S] and where they stand."""
+    """What every layer of one call shares.
+
+    Attributes:
+      tokens: [B, S] int32 ids.
+      layout: where they stand.
+      taps: of a chunk of the trunk, where the tokens are a block of drafts behind it.
+    """
 
     tokens: Array
     layout: Layout
+    taps: Taps | None = None
 
 
 class Block(Module):
@@ -71,7 +110,7 @@ class Block(Module):
         """Runs the layer.
 
         Args:
-          carry: streams and cache.
+          carry: what the layer before hands on.
           context: what all layers share.
           layer: the layer's number, which is its place in the window's stack.
           role_index: its number among the layers of its attention role.
@@ -79,12 +118,13 @@ class Block(Module):
           stacked: see `MixtureOfExperts`.
 
         Returns:
-          Streams and cache after the layer, and its decisions without the layer axis.
+          What the next layer gets, and this one's decisions without the layer axis.
         """
         c = self.config
         site = HyperConnection(config=c, prefix=self.prefix + "hc_attn_", split=self.split, name="hc_attn")
         streams, y, mix = site(carry.streams, self.norm("attn_norm", c.hidden_size))
-        attention = Attention(
+        make = functools.partial(
+            Attention if context.taps is None else DraftAttention,
             config=c,
             policy=self.policy,
             roles=self.roles,
@@ -94,7 +134,11 @@ class Block(Module):
             split=self.split,
             name="attn",
         )
-        z, cache, picked, loss = attention(y, context.layout, carry.cache, layer, role_index, replay.entries)
+        picked = loss = None
+        if context.taps is None:
+            z, cache, picked, loss = make()(y, context.layout, carry.cache, layer, role_index, replay.entries)
+        else:
+            z, cache = make()(y, context.layout, carry.cache, layer, context.taps)
 
         site = HyperConnection(config=c, prefix=self.prefix + "hc_ffn_", split=self.split, name="hc_ffn")
         streams, y, mix = site(streams, self.norm("ffn_norm", c.hidden_size), (z, mix))
@@ -108,7 +152,7 @@ class Block(Module):
         )
         z, decided = ffn(y, context.tokens, context.layout.valid, stacked, replay.experts)
         decided = Decided(decided.routing.replace(entries=picked), decided.statistics.replace(indexer_loss=loss))
-        return Carry(leave(streams, z, mix, c), cache), decided
+        return carry.replace(streams=leave(streams, z, mix, c), cache=cache), decided
 
 
 class PeriodBlocks(nn.Module):
@@ -156,5 +200,6 @@ class PeriodBlocks(nn.Module):
             )
             number = layer + repeat * period.length
             carry, one = block(carry, context, number, first + repeat * per_repeat, replay[place], stacked)
+            carry = carry.tapped(self.config, number)
             decided.append(one)
         return carry, decided

@@ -58,6 +58,28 @@ class Config(Architecture):
         )
 
     @classmethod
+    def flash_0731(cls) -> Config:
+        """DeepSeek-V4-Flash-0731, the official release: Flash with DSpark stages in place of the MTP block."""
+        return cls.flash()._with_dspark(rank=256)
+
+    @classmethod
+    def pro_0813(cls) -> Config:
+        """DeepSeek-V4-Pro-0813, the official release: Pro with DSpark stages in place of the MTP block."""
+        return cls.pro()._with_dspark(rank=512)
+
+    def _with_dspark(self, rank: int) -> Config:
+        """Three stages on the last three layers, as in the official releases."""
+        layers, trunk = self.num_hidden_layers, self.trunk()
+        return dataclasses.replace(
+            trunk,
+            compress_ratios=(*trunk.compress_ratios, *(0,) * _RELEASED_STAGES),
+            dspark_block_size=5,
+            dspark_noise_token_id=128799,
+            dspark_target_layer_ids=tuple(range(layers - 3, layers)),
+            dspark_markov_rank=rank,
+        )
+
+    @classmethod
     def tiny(cls) -> Config:
         """Every role, both feed-forward kinds and the MTP block, in about 2M parameters."""
         return cls(
@@ -91,6 +113,10 @@ class Config(Architecture):
         """See `v4_jax.costs.flops_per_token`."""
         return costs.flops_per_token(self, context)
 
+    def draft_flops(self) -> int:
+        """See `v4_jax.costs.draft_flops`."""
+        return costs.draft_flops(self)
+
     def cache_bytes(self, context: int, dtype: str = "released") -> costs.CacheBytes:
         """See `v4_jax.costs.cache_bytes`."""
         return costs.cache_bytes(self, context, dtype)
@@ -114,6 +140,11 @@ class Config(Architecture):
         """The released `config.json` as a dictionary; `Config.from_hf(config.to_hf()) == config`."""
         fields = dataclasses.asdict(self)
         fields["compress_ratios"] = list(self.compress_ratios)
+        fields["dspark_target_layer_ids"] = list(self.dspark_target_layer_ids)
+        if self.dspark_stages:
+            fields["num_nextn_predict_layers"] = 1
+        else:
+            fields = {key: value for key, value in fields.items() if key not in _DSPARK}
         fields["rope_scaling"] = {"type": "yarn", **fields["rope_scaling"]}
         return {
             "architectures": ["DeepseekV4ForCausalLM"],
@@ -147,7 +178,7 @@ _FIXED: dict[str, Any] = {
 }
 
 # Keys that say nothing about the forward pass: provenance, storage, library bookkeeping, training-only or decoding
-# defaults. The DSpark draft's keys belong to a module that loading skips by rule.
+# defaults.
 _INERT = frozenset(
     (
         *("architectures", "model_type", "auto_map", "_name_or_path", "name_or_path", "transformers_version"),
@@ -155,9 +186,12 @@ _INERT = frozenset(
         *("id2label", "label2id", "problem_type", "is_encoder_decoder", "pad_token_id"),
         *("return_dict", "output_attentions", "output_hidden_states", "output_router_logits"),
         *("router_aux_loss_coef", "router_jitter_noise"),
-        *("dspark_block_size", "dspark_noise_token_id", "dspark_target_layer_ids", "dspark_markov_rank"),
     )
 )
+
+# Given all together, or not at all.
+_DSPARK = ("dspark_block_size", "dspark_noise_token_id", "dspark_target_layer_ids", "dspark_markov_rank")
+_RELEASED_STAGES = 3  # for which `config.json` has no key but the trailing entries of compress_ratios
 
 _LAYER_TYPES = {"sliding_attention": 0, "compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
 
@@ -187,7 +221,8 @@ def _fields_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
         if value != legal:
             raise ConfigError(f"{key} is {value!r}, expected {legal!r}: no other value is implemented")
 
-    fields: dict[str, Any] = {**_rope_fields(hf), **_layer_fields(hf), **_rotary_width(hf)}
+    fields: dict[str, Any] = {**_rope_fields(hf), **_dspark_fields(hf), **_rotary_width(hf)}
+    fields |= _layer_fields(hf, bool(fields.get("dspark_block_size")))
     quantization = hf.get("quantization_config") or {}
     block = quantization.get("weight_block_size", [128, 128])
     if list(block) != [128, 128]:
@@ -277,8 +312,20 @@ def _yarn(values: dict[str, Any]) -> Yarn:
     return Yarn(**values)
 
 
-def _layer_fields(hf: dict[str, Any]) -> dict[str, Any]:
-    """Layer roles from `compress_ratios` or from transformers' `layer_types`; trailing draft entries are trimmed."""
+def _dspark_fields(hf: dict[str, Any]) -> dict[str, Any]:
+    """What describes DSpark's stages; empty without them."""
+    fields = {key: hf.pop(key) for key in _DSPARK if key in hf}
+    if not fields.get("dspark_block_size"):
+        return {}
+    if missing := [key for key in _DSPARK if key not in fields]:
+        raise ConfigError(f"missing configuration keys {missing}, which a model with DSpark stages has")
+    if not isinstance(fields["dspark_target_layer_ids"], list | tuple):
+        raise ConfigError(f"dspark_target_layer_ids is {fields['dspark_target_layer_ids']!r}, expected a list")
+    return fields | {"dspark_target_layer_ids": tuple(fields["dspark_target_layer_ids"])}
+
+
+def _layer_fields(hf: dict[str, Any], dspark: bool) -> dict[str, Any]:
+    """Layer roles from `compress_ratios` or from transformers' `layer_types`; surplus draft entries are trimmed."""
     if "num_hidden_layers" not in hf:
         raise ConfigError("missing configuration keys ['num_hidden_layers']")
     count, mtp = hf["num_hidden_layers"], hf.get("num_nextn_predict_layers", 0)
@@ -299,9 +346,10 @@ def _layer_fields(hf: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError("missing configuration keys ['compress_ratios']")
         if unknown := sorted(set(types) - set(_LAYER_TYPES)):
             raise ConfigError(f"unknown layer_types {unknown}, expected {sorted(_LAYER_TYPES)}")
-        ratios = [_LAYER_TYPES[kind] for kind in types] + [0] * mtp
-    fields: dict[str, Any] = {"compress_ratios": tuple(ratios[: count + mtp]), "num_nextn_predict_layers": mtp}
-    if any(ratios[count + mtp :]):
+        ratios = [_LAYER_TYPES[kind] for kind in types] + [0] * (_RELEASED_STAGES if dspark else mtp)
+    mtp, blocks = (0, len(ratios) - count) if dspark else (mtp, mtp)
+    fields: dict[str, Any] = {"compress_ratios": tuple(ratios[: count + blocks]), "num_nextn_predict_layers": mtp}
+    if any(ratios[count + blocks :]):
         raise ConfigError(f"compress_ratios has {len(ratios)} entries for {count} layers and {mtp} MTP blocks")
     if kinds is not None:
         hashed = sum(kind == "hash_moe" for kind in kinds)

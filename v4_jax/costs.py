@@ -38,20 +38,20 @@ class ParameterCounts(NamedTuple):
     """Numbers of parameters.
 
     Attributes:
-      total: the trunk's: everything but the MTP block.
+      total: the trunk's: everything but what drafts.
       active: of those, the ones that one token multiplies: `num_experts_per_tok` of the routed experts, and all else
         but the input embedding, of which a token reads a row and multiplies nothing.
-      mtp: the MTP block's own; it shares embedding and head with the trunk.
+      draft: of the MTP block or DSpark's stages; they share embedding and head with the trunk.
     """
 
     total: int
     active: int
-    mtp: int
+    draft: int
 
     @property
     def checkpoint(self) -> int:
-        """Parameters of the released checkpoint: trunk and MTP block."""
-        return self.total + self.mtp
+        """Parameters of the released checkpoint: trunk and what drafts."""
+        return self.total + self.draft
 
 
 def parameter_counts(config: Architecture) -> ParameterCounts:
@@ -60,14 +60,14 @@ def parameter_counts(config: Architecture) -> ParameterCounts:
     Every floating-point tensor counts, the router's bias included. The hash layers' table from token ids to experts
     does not: it holds integers and nothing of it is learned. (Flash: 284.33B, 13.27B active, 6.61B in the MTP block.)
     """
-    total = active = mtp = 0
+    total = active = draft = 0
     for path, parameter in _parameters(config):
-        if _in_mtp(path):
-            mtp += _elements(parameter)
+        if _in_draft(path):
+            draft += _elements(parameter)
         else:
             total += _elements(parameter)
             active += _active_elements(config, path, parameter)
-    return ParameterCounts(total, active, mtp)
+    return ParameterCounts(total, active, draft)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +76,11 @@ class ParameterBytes:
 
     Attributes:
       by_format: bytes by dtype name; a quantised weight's codes and scales count apart, each under their own.
-      mtp: the MTP block's share.
+      draft: the share of the MTP block or DSpark's stages.
     """
 
     by_format: dict[str, int]
-    mtp: int
+    draft: int
 
     @property
     def total(self) -> int:
@@ -89,7 +89,7 @@ class ParameterBytes:
 
 
 def parameter_bytes(config: Architecture, dtype: WeightDtype = "native") -> ParameterBytes:
-    """Bytes that the parameters take, MTP block included.
+    """Bytes that the parameters take, those of what drafts included.
 
     Args:
       config: the architecture.
@@ -102,12 +102,12 @@ def parameter_bytes(config: Architecture, dtype: WeightDtype = "native") -> Para
     if dtype not in ("native", "bfloat16", "float32"):
         raise ValueError(f"unknown weight dtype {dtype!r}, expected 'native', 'bfloat16' or 'float32'")
     by_format: Counter[str] = Counter()
-    mtp = 0
+    draft = 0
     for path, parameter in _parameters(config):
         for array in _arrays(config, parameter, dtype):
             by_format[jnp.dtype(array.dtype).name] += bytes_of(array)
-            mtp += bytes_of(array) if _in_mtp(path) else 0
-    return ParameterBytes(dict(by_format), mtp)
+            draft += bytes_of(array) if _in_draft(path) else 0
+    return ParameterBytes(dict(by_format), draft)
 
 
 def _arrays(config: Architecture, parameter: Parameter, dtype: WeightDtype) -> Iterator[jax.ShapeDtypeStruct]:
@@ -136,8 +136,8 @@ def _parameters(config: Architecture) -> list[tuple[tuple[str, ...], Parameter]]
     return [(tuple(key.key for key in path), parameter) for path, parameter in leaves]
 
 
-def _in_mtp(path: tuple[str, ...]) -> bool:
-    return path[0] == "mtp"
+def _in_draft(path: tuple[str, ...]) -> bool:
+    return path[0] in ("mtp", "dspark")
 
 
 def _elements(parameter: Parameter) -> int:
@@ -218,7 +218,7 @@ def flops_per_token(config: Architecture, context: int, *, phase: Literal["decod
         raise ValueError(f"unknown phase {phase!r}, expected 'decode' or 'prefill'")
     linear: Counter[str] = Counter()
     for path, parameter in _parameters(config):
-        if not _in_mtp(path) and (active := _active_elements(config, path, parameter)):
+        if not _in_draft(path) and (active := _active_elements(config, path, parameter)):
             linear[next(role for name, role in _LINEAR_ROLES.items() if name in path)] += 2 * active
 
     def keys(ratio: int, limit: int) -> float:
@@ -238,11 +238,32 @@ def flops_per_token(config: Architecture, context: int, *, phase: Literal["decod
     return Flops(dict(linear), {role: round(value) for role, value in attention.items()}, round(index))
 
 
+def draft_flops(config: Architecture) -> int:
+    """FLOPs of drafting once behind a token that the trunk has read; 0 for a model that does not draft.
+
+    The MTP block makes one draft, DSpark a whole block of them, and both need the trunk's head for each.
+    """
+    rows = config.dspark_block_size or config.num_nextn_predict_layers
+    total = 2 * rows * config.vocab_size * config.hidden_size if rows else 0
+    for path, parameter in _parameters(config):
+        if not _in_draft(path) or path[-1] == "markov_w1":  # of which a draft reads a row
+            continue
+        active = 2 * _active_elements(config, path, parameter)
+        if path[-1] == "main_proj":
+            total += active  # of the token that was read
+        else:
+            total += rows * active
+            total += active if config.dspark_stages and path[-1] == "wkv" else 0  # the token's key, besides the block's
+    per_key = 4 * config.num_attention_heads * config.head_dim
+    seen = config.sliding_window + config.dspark_block_size
+    return total + rows * config.draft_blocks * seen * per_key
+
+
 def training_flops(config: Architecture, length: int) -> int:
     """FLOPs per token of a training step on rows of `length` tokens, as the model needs them.
 
     Three times the trunk's forward pass, the mean over a row's positions: what is computed again in the backward pass
-    does not count, nor does the MTP block.
+    does not count, nor does what drafts.
     """
     return 3 * flops_per_token(config, length, phase="prefill").total
 
@@ -267,10 +288,10 @@ class CacheBytes:
 
     Attributes:
       dtype: the format that keys are kept in.
-      by_role: "window", "csa", "hca", "index", "open blocks" (the compressors' state) and "mtp", where the model has
+      by_role: "window", "csa", "hca", "index", "open blocks" (the compressors' state) and "draft", where the model has
         them.
       per_token: bytes per further token by role, those that grow; all others are constant.
-      padding: how many of all bytes fill rows up to whole memory tiles, outside of the MTP block.
+      padding: how many of all bytes fill rows up to whole memory tiles, outside of "draft".
     """
 
     dtype: str
@@ -285,8 +306,8 @@ class CacheBytes:
 
     @property
     def trunk(self) -> int:
-        """What a row takes without the MTP block's window."""
-        return self.total - self.by_role.get("mtp", 0)
+        """What a row takes without the windows of what drafts."""
+        return self.total - self.by_role.get("draft", 0)
 
 
 def cache_bytes(config: Architecture, context: int, dtype: str = "released") -> CacheBytes:
@@ -394,7 +415,7 @@ class Comparison(NamedTuple):
       flops_v32: the same of DeepSeek-V3.2.
       headline_ratio: FLOPs as a share of DeepSeek-V3.2's when both models' active parameters are first rounded to whole
         billions, as headlines count them; below a billion they are not rounded.
-      cache: bytes of cache per row, without the MTP block's and without padding.
+      cache: bytes of cache per row, without those of what drafts and without padding.
       cache_v32: the same of DeepSeek-V3.2.
       cache_gqa: the same of as many layers of grouped-query attention: 8 heads of 128 channels in bfloat16.
     """

@@ -35,7 +35,7 @@ class MultiTokenPrediction(Module):
         self.block = rematerialised(Block, self.remat, in_scan=False)(
             config=c,
             policy=self.policy,
-            roles=c.mtp_layer,
+            roles=c.draft_layer,
             window="draft",
             prefix=self.prefix,
             split=self.split,

@@ -50,7 +50,12 @@ def check_rows(mesh: Mesh | AbstractMesh, rules: Rules, batch: int) -> None:
 
 
 def on_mesh(
-    model: MeshModel, call: Callable[..., Output], arguments: dict[str, Any], logits: Logits, returns_routing: bool
+    model: MeshModel,
+    call: Callable[..., Output],
+    arguments: dict[str, Any],
+    logits: Logits,
+    returns_routing: bool,
+    returns_taps: bool = False,
 ) -> Output:
     """Runs `call(model, **arguments)` on every device of the model's mesh with that device's shards.
 
@@ -60,6 +65,7 @@ def on_mesh(
       arguments: arrays of the whole mesh, by name; None is left out.
       logits: which logits the call returns.
       returns_routing: whether it returns routing decisions.
+      returns_taps: whether it returns taps.
 
     Raises:
       ShardingError: something does not split evenly over the mesh.
@@ -80,8 +86,34 @@ def on_mesh(
         streams=tokens,  # type: ignore[arg-type]
         routing=Routing(decisions, decisions) if returns_routing else None,  # type: ignore[arg-type]
         statistics=RoutingStatistics(decisions, P(), P(None, batch), decisions) if returns_routing else None,  # type: ignore[arg-type]
+        taps=tokens if returns_taps else None,  # type: ignore[arg-type]
     )
     return on.run(call, given, {name: specs[name] for name in given}, output)
+
+
+def drafting_on_mesh(
+    model: MeshModel, call: Callable[..., dict[str, Any]], arguments: dict[str, Any], names: tuple[str, ...]
+) -> dict[str, Any]:
+    """Runs `call(model, **arguments)`, of what `Transformer.dspark` does, on every device, as `on_mesh` does.
+
+    Args:
+      model: a bound model with a mesh.
+      call: one of its methods.
+      arguments: arrays of the whole mesh, by name; None is left out.
+      names: what the call returns.
+
+    Raises:
+      ShardingError: something does not split evenly over the mesh.
+    """
+    given = {name: value for name, value in arguments.items() if value is not None}
+    on = _OnMesh.of(model, *(given["taps"].shape[:2] if "taps" in given else (len(given["previous"]), 1)))
+    batch, sequence = (tuple(axes) or None for axes in (on.split.axes("batch"), on.split.sequence))
+    vocab = on.split.short.shared("vocab") or None  # the drafts' tokens are few: on all devices of a row
+    specs: dict[str, Any] = dict.fromkeys(("anchor", "lengths", "previous", "hidden", "confidence"), P(batch))
+    specs |= {"taps": P(batch, sequence), "logits": P(batch, None, vocab), "bias": P(batch, vocab)}
+    if "cache" in given:
+        specs["cache"] = cache_specs(given["cache"], on.rules, on.mesh)
+    return on.run(call, given, {name: specs[name] for name in given}, {name: specs[name] for name in names})
 
 
 def loss_on_mesh(model: MeshModel, call: Callable[..., Array], **arguments: Array) -> Array:

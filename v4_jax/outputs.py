@@ -59,6 +59,8 @@ class Output(struct.PyTreeNode):
       streams: [B, S, hc, D] after the last block, before the final collapse.
       routing: the decisions taken, when asked for.
       statistics: of these decisions, when asked for.
+      taps: [B, S, T * D] the mean over the streams after each of the T layers `dspark_target_layer_ids`, when asked
+        for: what `Transformer.dspark` drafts from.
     """
 
     logits: Array | None
@@ -66,3 +68,20 @@ class Output(struct.PyTreeNode):
     streams: Array
     routing: Routing | None = None
     statistics: RoutingStatistics | None = None
+    taps: Array | None = None
+
+
+class Draft(struct.PyTreeNode):
+    """A block of Q drafts of the tokens that follow an anchor (DSpark).
+
+    Attributes:
+      tokens: [B, Q] int32.
+      logits: [B, Q, V] float32 that each was chosen from.
+      confidence: [B, Q] float32, whose sigmoid estimates that a draft is right if those before it are.
+      cache: the cache after the context, which holds nothing of the block; None without one.
+    """
+
+    tokens: Array
+    logits: Array
+    confidence: Array
+    cache: Cache | None = None

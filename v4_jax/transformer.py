@@ -1,4 +1,4 @@
-"""The whole model: embedding into streams, blocks, final collapse and head, and the multi-token-prediction block.
+"""The whole model: embedding into streams, blocks, final collapse and head, and what drafts: the MTP block or DSpark.
 
 Technical report, section 2. Unrepeated layers run one by one; the repeating period of roles runs as one `nn.scan`,
 with the cache in its carry.
@@ -7,6 +7,7 @@ with the cache in its carry.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -18,6 +19,7 @@ from jax.sharding import Mesh
 from v4_jax.architecture import Architecture
 from v4_jax.block import Block, Carry, Context, PeriodBlocks
 from v4_jax.cache.cache import Cache
+from v4_jax.dspark import DSpark
 from v4_jax.layer_stack import replayed, role_index, stacked, unrolled
 from v4_jax.layers.head import cross_entropy
 from v4_jax.layers.hyper_connections import StreamCollapse, apart, expand, joined
@@ -26,12 +28,13 @@ from v4_jax.layers.norm import rms_norm
 from v4_jax.layers.stages import SPARSE, Remat, Stage, recompute, rematerialised
 from v4_jax.layout import Layout
 from v4_jax.multi_token_prediction import MultiTokenPrediction
-from v4_jax.on_mesh import loss_on_mesh, on_mesh
-from v4_jax.outputs import Decided, Logits, Output, Routing
+from v4_jax.on_mesh import drafting_on_mesh, loss_on_mesh, on_mesh
+from v4_jax.outputs import Decided, Draft, Logits, Output, Routing
 from v4_jax.parameters import LAYERS, Module, normal
 from v4_jax.policy import Policy
 from v4_jax.sharding import collectives
 from v4_jax.sharding.axes import Rules, ShardingError
+from v4_jax.sharding.split import Split
 
 
 class Transformer(Module):
@@ -100,6 +103,8 @@ class Transformer(Module):
             self.mtp_block = MultiTokenPrediction(
                 config=c, policy=precision, remat=self.remat, prefix="mtp.0.", split=self.split, name="mtp"
             )
+        if c.dspark_stages:
+            self.stages = DSpark(config=c, policy=precision, split=self.split.short, name="dspark")
 
     def __call__(
         self,
@@ -113,6 +118,7 @@ class Transformer(Module):
         logits: Logits = "all",
         routing: Routing | None = None,
         return_routing: bool = False,
+        return_taps: bool = False,
     ) -> Output:
         """Runs a chunk of tokens through the trunk.
 
@@ -128,9 +134,10 @@ class Transformer(Module):
           logits: which logits to compute: "all" [B, S, V], "last" [B, 1, V] at each row's last valid token, or "none".
           routing: decisions to replay instead of taking them anew; each field may be None.
           return_routing: whether to return the decisions taken.
+          return_taps: whether to return what DSpark's stages draft from.
 
         Raises:
-          ValueError: arguments that contradict each other or have the wrong shape.
+          ValueError: arguments that contradict each other or have the wrong shape, or taps of a model without stages.
         """
         if tokens.ndim != 2 or not tokens.size:
             raise ValueError(
@@ -139,24 +146,40 @@ class Transformer(Module):
         self._check_cache(cache, tokens)
         if cache is not None and self.stage.indexer_loss:
             raise ValueError("the indexer's loss is computed over whole rows: expected a call without a cache")
+        if return_taps:
+            self._check_stages()
         if self.mesh is not None and not self.is_initializing():
             arguments: dict[str, Any] = dict(
                 tokens=tokens, positions=positions, segment_ids=segment_ids, lengths=lengths
             )
             arguments |= dict(cache=cache, routing=routing, sealed=sealed)
-            call = functools.partial(Transformer.__call__, logits=logits, return_routing=return_routing)
-            return on_mesh(self, call, arguments, logits, return_routing)
+            call = functools.partial(
+                Transformer.__call__, logits=logits, return_routing=return_routing, return_taps=return_taps
+            )
+            return on_mesh(self, call, arguments, logits, return_routing, return_taps)
         start = None if cache is None else cache.lengths
         layout = self._layout(tokens, start, lengths, segment_ids, positions, sealed)
         streams = expand(self._embed(tokens), self.config.hc_mult)
-        carry, decided = self._layers(Carry(streams, cache), Context(tokens, layout), routing)
+        carry = Carry.of(streams, cache, self.config, taps=return_taps or self._initializes_stages)
+        carry, decided = self._layers(carry, Context(tokens, layout), routing)
         streams, cache = carry.streams, carry.cache
         if cache is not None:
             cache = cache.replace(lengths=cache.lengths + layout.total)
         if self.is_initializing() and self.config.num_nextn_predict_layers:
             self.mtp(apart(streams, self.config.hc_mult), tokens, logits="none")
+        taps = None if carry.taps is None else carry.taps[:-1]
+        if taps is not None:
+            taps = jnp.moveaxis(taps, 0, 2).reshape(*tokens.shape, -1)
+        if self._initializes_stages:
+            assert taps is not None
+            self._draft_block(taps, tokens[:, 0])
         output = self._logits(streams, layout, logits, self.collapse, self.norm_weight)
-        return _output(output, cache, apart(streams, self.config.hc_mult), decided, return_routing)
+        streams = apart(streams, self.config.hc_mult)
+        return _output(output, cache, streams, decided, return_routing).replace(taps=taps)
+
+    @property
+    def _initializes_stages(self) -> bool:
+        return self.is_initializing() and bool(self.config.dspark_stages)
 
     def mtp(
         self,
@@ -211,6 +234,100 @@ class Transformer(Module):
             cache = cache.replace(draft_lengths=cache.draft_lengths + layout.total)
         output = self._logits(streams, layout, logits, self.mtp_block.collapse, self.mtp_block.norm_weight)
         return _output(output, cache, apart(streams, self.config.hc_mult), [decided], return_routing)
+
+    def dspark(
+        self,
+        taps: Array,
+        anchor: Array,
+        *,
+        lengths: Array | None = None,
+        cache: Cache | None = None,
+        choose: Callable[[Array, Array], Array] | None = None,
+    ) -> Draft:
+        """Drafts the tokens that follow a context and one token more (DSpark, arXiv 2607.05147).
+
+        Args:
+          taps: [B, S, T * D] the trunk's `Output.taps` of the context; with a cache, of its newest part.
+          anchor: [B] int32 the token after the context.
+          lengths: [B] int32 how many of the taps are each row's, the first ones; a row of none drafts nothing of use.
+          cache: the trunk's cache, of which only the stages' part is read and advanced. A row of it holds what this
+            method or `dspark_read` has read of the context before.
+          choose: from logits [B, V] float32 and the draft's number in the block, [] int32, to tokens [B] int32; by
+            default the best ones.
+
+        Raises:
+          ValueError: the model has no stages, or arguments of the wrong shape.
+        """
+        self._check_taps(taps, anchor.shape)
+        choose = choose or (lambda logits, _: jnp.argmax(logits, axis=-1).astype(jnp.int32))
+        block = self._draft_block(taps, anchor, lengths, cache)
+
+        def draft(previous: Array, x: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
+            hidden, logits, number = x
+            head = self._markov(previous, hidden)
+            logits = logits + head["bias"]
+            token = choose(logits, number)
+            return token, (token, logits, head["confidence"])
+
+        numbers = jnp.arange(self.config.dspark_block_size, dtype=jnp.int32)
+        places = *(jnp.moveaxis(block[name], 1, 0) for name in ("hidden", "logits")), numbers
+        _, drafts = jax.lax.scan(draft, anchor.astype(jnp.int32), places)
+        tokens, logits, confidence = (jnp.moveaxis(x, 0, 1) for x in drafts)
+        return Draft(tokens, logits, confidence, block.get("cache"))
+
+    def dspark_read(self, taps: Array, *, lengths: Array | None = None, cache: Cache) -> Cache:
+        """Reads a part of the context into the stages' rings. Arguments are as for `dspark`.
+
+        Returns:
+          The cache after it.
+        """
+        self._check_taps(taps, taps.shape[:1])
+        # Nobody looks at the block, so that the compiler leaves it out: keys depend on the taps alone.
+        return self._draft_block(taps, jnp.zeros(taps.shape[:1], jnp.int32), lengths, cache)["cache"]
+
+    def _draft_block(
+        self, taps: Array, anchor: Array, lengths: Array | None = None, cache: Cache | None = None
+    ) -> dict[str, Any]:
+        """A block's "hidden" states [B, Q, D] and "logits" [B, Q, V] without the Markov bias, and the "cache"."""
+        if self.mesh is not None and not self.is_initializing():
+            arguments = dict(taps=taps, anchor=anchor, lengths=lengths, cache=cache)
+            names = ("hidden", "logits") if cache is None else ("hidden", "logits", "cache")
+            return drafting_on_mesh(self, Transformer._draft_block, arguments, names)
+        c, short = self.config, self.split.short
+        start = None if cache is None else cache.draft_lengths
+        chunk = self._layout(taps[..., 0], start, lengths, None, None)
+        total = chunk.total
+        noise = jnp.full((len(anchor), c.dspark_block_size - 1), c.dspark_noise_token_id, jnp.int32)
+        ids = jnp.concatenate([anchor[:, None].astype(jnp.int32), noise], axis=1)
+        first = total if start is None else start + total
+        layout = Layout.of(
+            ids.shape,
+            positions=first[:, None] + jnp.arange(ids.shape[1], dtype=jnp.int32),
+            lengths=jnp.where(total > 0, ids.shape[1], 0),
+        )
+        embedded = self._lookup(self._embeddings, ids, short).astype(self.precision.compute_dtype)
+        hidden, cache = self.stages(taps, chunk, self.split.sequence, embedded, Context(ids, layout), cache)
+        x = rms_norm(hidden, self.stages.norm_weight, c.rms_norm_eps)
+        found = {"hidden": hidden, "logits": self._head(x, short)}
+        return found if cache is None else found | {"cache": cache.replace(draft_lengths=cache.draft_lengths + total)}
+
+    def _markov(self, previous: Array, hidden: Array) -> dict[str, Array]:
+        """The "bias" [B, V] that a token [B] puts on the next logits, and the "confidence" [B] of the draft there."""
+        if self.mesh is not None:
+            arguments = dict(previous=previous, hidden=hidden)
+            return drafting_on_mesh(self, Transformer._markov, arguments, ("bias", "confidence"))
+        embedded = self._lookup(self.stages.markov_w1_weight, previous[:, None], self.split.short)[:, 0]
+        return {"bias": self.stages.bias(embedded), "confidence": self.stages.confidence(hidden, embedded)}
+
+    def _check_stages(self) -> None:
+        if not self.config.dspark_stages:
+            raise ValueError("this model has no DSpark stages (dspark_block_size is 0)")
+
+    def _check_taps(self, taps: Array, rows: tuple[int, ...]) -> None:
+        self._check_stages()
+        width = len(self.config.dspark_target_layer_ids) * self.config.hidden_size
+        if taps.ndim != 3 or taps.shape[-1] != width or taps.shape[:1] != rows:
+            raise ValueError(f"taps of {taps.shape} for anchors of {rows}: expected [B, S, {width}] and [B]")
 
     def cross_entropy(self, streams: Array, targets: Array, weights: Array, *, mtp: bool = False) -> Array:
         """Weighted sum of the negative log-probabilities of given tokens, without an array of [tokens, vocabulary].
@@ -271,16 +388,24 @@ class Transformer(Module):
 
         The vocabulary stays where it is: devices that split it each look up the ids they have, also each other's.
         """
-        table = self.split.gather(self.embed_weight, (None, "embed"))
-        axes = self.split.axes("vocab")
-        away = tuple(axis for axis in axes if axis in self.split.sequence)
-        if batched := set(axes) & set(self.split.axes("batch")):
+        return self._lookup(self._embeddings, tokens, self.split).astype(self.precision.compute_dtype)
+
+    @property
+    def _embeddings(self) -> Array:
+        """[V, D], of which a device has a part of the vocabulary."""
+        return self.split.gather(self.embed_weight, (None, "embed"))
+
+    def _lookup(self, table: Array, ids: Array, split: Split) -> Array:
+        """Rows [B, S, n] of a table whose vocabulary lies where it is stored, for ids [B, S] split as `split` says."""
+        axes = split.axes("vocab")
+        away = tuple(axis for axis in axes if axis in split.sequence)
+        if batched := set(axes) & set(split.axes("batch")):
             raise ShardingError(
                 f"'vocab' is split over {sorted(batched)}, which also split the batch: place it on other axes"
             )
-        ids = collectives.all_gather(jnp.clip(tokens, 0, self.config.vocab_size - 1), away, 1)
+        ids = collectives.all_gather(jnp.clip(ids, 0, self.config.vocab_size - 1), away, 1)
         ids = ids - collectives.index(axes) * table.shape[0]
-        rows = jnp.take(table, ids, axis=0, mode="clip").astype(self.precision.compute_dtype)
+        rows = jnp.take(table, ids, axis=0, mode="clip")
         if not axes:
             return rows
         rows = jnp.where(((ids >= 0) & (ids < table.shape[0]))[..., None], rows, 0)
@@ -297,6 +422,10 @@ class Transformer(Module):
         x = rms_norm(collapse(streams), norm, self.config.rms_norm_eps)
         if which == "none":
             return None
+        return self._head(x, split)
+
+    def _head(self, x: Array, split: Split) -> Array:
+        """Float32 logits [B, S, V] of normed [B, S, D]."""
         head = split.gather(self.head_weight, ("vocab", "embed"))
         return linear(x, head, jnp.float32)
 
@@ -310,7 +439,7 @@ class Transformer(Module):
             replay = jax.tree.map(lambda x: x[0], replayed(c, routing, [i]))
             carry, one = block(carry, context, i, role_index(c, i), replay)
             decided.append(one)
-            return carry
+            return carry.tapped(c, i)
 
         for i in range(min(period.start, c.num_hidden_layers)):
             carry = run(i, carry)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from v4_jax.chat import EffortProfile, effort_prefix
 from v4_jax.commands.shared.console import CommandError, say
 from v4_jax.commands.shared.sizes import format_size
 from v4_jax.config import Config
-from v4_jax.infer.prompts import Mode
+from v4_jax.infer.prompts import MODES, Mode
 
 DEFAULT_MAX_TOKENS = 512  # of a reply, where nothing says how long it may get
 THINK_MAX_CONTEXT = 384 * 1024  # what the release advises for Think Max
@@ -25,13 +26,14 @@ def check_length(config: Config, length: int, option: str = "--context") -> int:
     return length
 
 
-def check_mode(mode: Mode | None, context: int) -> None:
-    """Warns of a context that is too short for all the reasoning that a mode asks for."""
-    if mode == "max" and context < THINK_MAX_CONTEXT:
-        say(
-            f"warning: Think Max wants a context of at least {format_size(THINK_MAX_CONTEXT)} tokens, this one has "
-            f"{format_size(context)}; reasoning may be cut short"
-        )
+def check_mode(mode: Mode | None, context: int, profile: EffortProfile = "preview") -> None:
+    """Warns of a context that is too short for all the reasoning that a mode's instruction asks for."""
+    if mode is None or context >= THINK_MAX_CONTEXT or not effort_prefix(MODES[mode].reasoning_effort, profile):
+        return
+    say(
+        f"warning: Think {mode.capitalize()} wants a context of at least {format_size(THINK_MAX_CONTEXT)} tokens, this "
+        f"one has {format_size(context)}; reasoning may be cut short"
+    )
 
 
 def room(length: int, longest: int) -> int:

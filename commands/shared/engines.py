@@ -15,8 +15,9 @@ from v4_jax.commands.shared.models import ModelDirectory, cache_format
 from v4_jax.commands.shared.options import (
     CacheFormat,
     Count,
+    Draft,
     Dtype,
-    Int,
+    Flag,
     OptionalCount,
     OptionalFile,
     OptionalSize,
@@ -28,7 +29,7 @@ from v4_jax.commands.shared.options import (
 )
 from v4_jax.commands.shared.sizes import format_size
 from v4_jax.infer.checks import check_precision
-from v4_jax.infer.engine.drafters import check_depth
+from v4_jax.infer.engine.drafters import choose_drafter
 from v4_jax.infer.engine.page_table import pages_within
 from v4_jax.infer.engine.scheduler import Engine
 from v4_jax.infer.engine.speculative import Acceptance
@@ -85,8 +86,10 @@ class EngineOptions:
       policy: Precision of the computation; released is bfloat16 with the release's rounding of keys and values.
       cache_dtype: Number format of the cache; auto is the policy's.
       prefill_chunk: Prompt tokens read between two steps of generation; with a mesh, rounded up to what splits evenly.
-      draft: Tokens that the multi-token-prediction block guesses ahead in every step, up to 4; the answers are those of
-        0, sooner.
+      draft: What guesses tokens ahead in every step: none; mtp:N, N tokens, up to 4, by the multi-token-prediction
+        block; dspark; or auto, what the model has. The answers are those of none, sooner.
+      verify_all: Check every draft of dspark. Otherwise, while several answers are under way, only those are checked
+        that are worth their place by its own confidence, and the last bits of an answer depend on its company.
       prefix: What is kept of prompts and answers.
       mesh: How to spread the model over all devices: sizes of data, seq, expert and tensor, such as seq=4,expert=2.
         Default: one device.
@@ -99,7 +102,8 @@ class EngineOptions:
     policy: PolicyName = "bfloat16"
     cache_dtype: CacheFormat = "auto"
     prefill_chunk: Count = 512
-    draft: Int = 0
+    draft: Draft = "none"
+    verify_all: Flag = False
     prefix: PrefixOptions = PrefixOptions()
     mesh: OptionalText = None
     preset: Preset = "long-context"
@@ -113,7 +117,7 @@ class EngineOptions:
         self.prefix.resolve()
         with bad_input():
             check_precision(directory.config, self.policy, cache_format(self.cache_dtype, self.policy))
-            check_depth(self.draft, directory.config)
+            choose_drafter(directory.config, self.draft)
 
     def build(self, directory: ModelDirectory, length: int, most: int) -> Engine:
         """Settles mesh and slots, says what the cache takes, reads the weights and compiles.
@@ -149,6 +153,7 @@ class EngineOptions:
                 cache_dtype=cache,
                 prefill_chunk=self.prefill_chunk,
                 draft=self.draft,
+                verify_all=self.verify_all,
                 prefix_cache=self.prefix.resolve(),
                 place=spot,
             )

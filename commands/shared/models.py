@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from v4_jax.cache.cache import CacheDtype
+from v4_jax.chat import PROFILES, EffortProfile, effort_prefix, read_profile
+from v4_jax.chat.efforts import ENCODING
 from v4_jax.checkpoint import Checkpoint, load, open_checkpoint, run_of
 from v4_jax.commands.shared.console import CommandError, bad_input, read_json, say, watched
-from v4_jax.commands.shared.options import CacheFormat, Dtype
+from v4_jax.commands.shared.options import CacheFormat, Dtype, Profile
 from v4_jax.config import Config
+from v4_jax.infer.prompts import MODES, Mode
 from v4_jax.placement import Place
 from v4_jax.policy import PolicyName
 from v4_jax.tokenizer import Tokenizer, load_tokenizer
@@ -61,6 +64,29 @@ class ModelDirectory:
         """
         with bad_input():
             return load_tokenizer(self.path, self.config.vocab_size)
+
+    def effort_profile(self, chosen: Profile = "auto", mode: Mode | None = None) -> EffortProfile:
+        """What the model takes its reasoning efforts for: as chosen, or for "auto" as its own encoding says.
+
+        Args:
+          chosen: the option.
+          mode: the only one that chats are answered in; None if requests may ask for others.
+
+        Raises:
+          CommandError: the encoding cannot be read.
+        """
+        if chosen != "auto":
+            return chosen
+        with bad_input():
+            found = read_profile(self.path)
+        effort = "max" if mode is None else MODES[mode].reasoning_effort
+        matters = len({effort_prefix(effort, profile) for profile in PROFILES}) > 1
+        if found is None and self.config.dspark_stages and matters:
+            say(
+                f"note: {self.path} has no {ENCODING}, and a model with DSpark stages may be of either generation: its "
+                "reasoning efforts are taken for those of the preview; --effort-profile official says otherwise"
+            )
+        return found or "preview"
 
     def generation_defaults(self) -> GenerationDefaults:
         """What `generation_config.json` says; the release's defaults without one.

@@ -85,6 +85,8 @@ JsonFlag = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(name="jso
 Directory = Annotated[Path, tyro.conf.Positional, _plain]
 Model = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL", help_behavior_hint="")]
 
+Draft = Annotated[str, _reader(str, "none|mtp:N|dspark|auto")]
 Preset = Literal["decode", "prefill", "long-context", "train"]
 Dtype = Literal["native", "bfloat16", "float32"]
+Profile = Literal["auto", "preview", "official"]
 CacheFormat = Literal["auto", "float32", "bfloat16", "released"]

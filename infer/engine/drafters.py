@@ -28,7 +28,7 @@ from v4_jax.outputs import Output
 from v4_jax.placement import Place
 
 # `Transformer.apply` with the parameters bound: calls the trunk, or the method that `method` names.
-Apply = Callable[..., Output]
+Apply = Callable[..., Any]
 
 
 class Drafts(NamedTuple):
@@ -36,7 +36,8 @@ class Drafts(NamedTuple):
 
     Attributes:
       ids: [B, depth] int32.
-      confidence: [B, depth] float32 the drafter's own estimate that each is right; None if it makes none.
+      confidence: [B, depth] float32 the drafter's own estimate, before a sigmoid, that each is right if those before it
+        are; None if it makes none.
     """
 
     ids: Array
@@ -53,6 +54,10 @@ class Drafter(Protocol):
     @property
     def depth(self) -> int:
         """Tokens that it guesses in every step."""
+
+    @property
+    def confident(self) -> bool:
+        """Whether it estimates how far its drafts are right (`Drafts.confidence`)."""
 
     @property
     def trunk_options(self) -> Mapping[str, Any]:
@@ -109,6 +114,7 @@ class PlainDecoding:
 
     kind: ClassVar[str] = "none"
     depth: ClassVar[int] = 0
+    confident: ClassVar[bool] = False
     trunk_options: ClassVar[Mapping[str, Any]] = {}
     reach: ClassVar[int] = 0
 
@@ -149,6 +155,7 @@ class MtpDrafter:
     DEEPEST: ClassVar[int] = 4  # it was trained to look one token ahead, and gets worse with every further one
 
     kind: ClassVar[str] = "mtp"
+    confident: ClassVar[bool] = False
     trunk_options: ClassVar[Mapping[str, Any]] = {}
 
     depth: int
@@ -206,28 +213,97 @@ class MtpDrafter:
         return pages.tokens_to_refill(config, draft=True)
 
 
-assert MtpDrafter.DEEPEST < MOST_ROLLED_BACK
+@dataclasses.dataclass(frozen=True)
+class DSparkDrafter:
+    """DSpark's stages (arXiv 2607.05147): a whole block at once. Arguments are as in `Drafter`.
+
+    The stages read what the trunk taps of every token, which fills their windows. Of the block that they draft they
+    keep nothing, so that there is nothing to take back.
+
+    Attributes:
+      depth: tokens that they guess: the block that they were trained for.
+    """
+
+    kind: ClassVar[str] = "dspark"
+    confident: ClassVar[bool] = True
+    trunk_options: ClassVar[Mapping[str, Any]] = {"return_taps": True}
+
+    depth: int
+
+    @property
+    def reach(self) -> int:
+        """The tokens of a step that were accepted."""
+        return 1 + self.depth
+
+    def prefill(self, apply: Apply, output: Output, tokens: Array, lengths: Array, cache: Cache) -> Cache:
+        """Reads the chunk's taps."""
+        return apply(output.taps, lengths=lengths, cache=cache, method="dspark_read")
+
+    def draft(
+        self, apply: Apply, output: Output, step: StepOutput, sampling: SamplingBatch, cache: Cache, place: Place
+    ) -> tuple[Drafts, Cache]:
+        """Reads the taps of what was accepted but the newest token, with which the block begins."""
+        newest = jnp.take_along_axis(step.ids, jnp.maximum(step.counts - 1, 0)[:, None], axis=1)[:, 0]
+
+        def choose(logits: Array, number: Array) -> Array:
+            ids, _ = sample(*place.keep((logits, sampling, cache.lengths + 1 + number)))
+            return ids
+
+        draft = apply(output.taps, newest, lengths=step.counts, cache=cache, choose=choose, method="dspark")
+        return Drafts(draft.tokens, draft.confidence), draft.cache
+
+    def at(self, cache: Cache, lengths: Array) -> Cache:
+        """Sets the counts of tokens that the stages have read."""
+        return cache.rolled_back(draft_lengths=lengths)
+
+    def tail_sizes(self, cache: Cache, config: Config) -> dict[RingRole, int]:
+        """Those of the trunk, and the stages' windows."""
+        return pages.tail_sizes(cache, config, draft=True)
+
+    def tokens_to_refill(self, config: Config) -> int:
+        """A window for each of the trunk's layers, and one for the stages, which all read the same."""
+        return pages.tokens_to_refill(config, draft=True)
 
 
-def check_depth(depth: int, config: Config) -> None:
-    """Checks that a model can draft so many tokens.
+DEEPEST = MOST_ROLLED_BACK - 1  # drafts of a step that the cache can take back
+assert MtpDrafter.DEEPEST <= DEEPEST
+
+LEGAL = f"none, mtp:1 to mtp:{MtpDrafter.DEEPEST}, dspark or auto"
+
+
+def choose_drafter(config: Config, draft: str) -> Drafter:
+    """What drafts with a model.
+
+    Args:
+      config: the architecture.
+      draft: "none"; "mtp:N", N tokens a step by the multi-token-prediction block; "dspark"; or "auto", what the model
+        has: DSpark, or one token by the multi-token-prediction block.
 
     Raises:
-      ValueError: it cannot.
+      ValueError: no such drafter, or one that the model lacks.
     """
-    if not 0 <= depth <= MtpDrafter.DEEPEST:
-        raise ValueError(f"draft is {depth}, expected 0 (plain decoding) to {MtpDrafter.DEEPEST} tokens")
-    if depth and not config.num_nextn_predict_layers:
+    if draft == "auto":
+        draft = "dspark" if config.dspark_stages else "mtp:1" if config.num_nextn_predict_layers else "none"
+    name, _, depth = draft.partition(":")
+    if draft == "none":
+        return PlainDecoding()
+    if draft == "dspark":
+        if not config.dspark_stages:
+            raise ValueError(f"draft is 'dspark', but this model has no DSpark stages; expected {_legal(config)}")
+        if config.dspark_block_size > DEEPEST:
+            raise ValueError(f"this model drafts {config.dspark_block_size} tokens at once, expected at most {DEEPEST}")
+        return DSparkDrafter(config.dspark_block_size)
+    if name != "mtp" or depth not in map(str, range(1, MtpDrafter.DEEPEST + 1)):
+        raise ValueError(f"draft is {draft!r}, expected {LEGAL}")
+    if not config.num_nextn_predict_layers:
         raise ValueError(
-            f"draft is {depth}, but this model has no multi-token-prediction block to draft with; expected 0"
+            f"draft is {draft!r}, but this model has no multi-token-prediction block; expected {_legal(config)}"
         )
+    return MtpDrafter(int(depth))
 
 
-def choose_drafter(config: Config, depth: int) -> Drafter:
-    """What drafts `depth` tokens a step with a model.
-
-    Raises:
-      ValueError: it cannot.
-    """
-    check_depth(depth, config)
-    return MtpDrafter(depth) if depth else PlainDecoding()
+def _legal(config: Config) -> str:
+    """What a model can be asked for."""
+    if config.dspark_stages:
+        return "none, dspark or auto"
+    return f"none, mtp:1 to mtp:{MtpDrafter.DEEPEST} or auto" if config.num_nextn_predict_layers else "none or auto"

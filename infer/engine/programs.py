@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,22 +11,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.experimental import multihost_utils
 
 from v4_jax.cache.cache import Cache
 from v4_jax.cache.entries import PAGE
 from v4_jax.cache.pages import entry_numbers, page_sizes, put, take
 from v4_jax.infer.engine.drafters import Apply, Drafter
+from v4_jax.infer.engine.guide import NO_TOKEN
 from v4_jax.infer.engine.history import History
 from v4_jax.infer.engine.sampling import ALL, GREEDY, SamplingBatch
 from v4_jax.infer.engine.speculative import SamplingInputs, StepOutput, verify
 from v4_jax.infer.engine.state import State
+from v4_jax.infer.engine.verification_width import best_width, expected_tokens, step_widths
 from v4_jax.infer.prefix_cache.pager import PageCopies, Pager
 from v4_jax.kernels.compiler_options import compiler_options
+from v4_jax.outputs import Output
 from v4_jax.placement import Place
 from v4_jax.transformer import Transformer
 
 # In place of a prompt token to feed: the row's newest one and its drafts; the newest one alone; none.
 DRAFTED, NEWEST, AT_REST = -1, -2, -3
+
+MEASURED = 3  # steps of each width that are timed at the start, of which the shortest counts
 
 
 class PrefillInputs(NamedTuple):
@@ -72,9 +80,11 @@ class Programs:
       chunk: prompt tokens that it reads at once.
       pager: what copies pages to and from a prefix cache; None without one.
       place: where it runs.
+      verify_all: whether every step verifies all drafts, whatever they are worth.
 
     Attributes:
       count: programs compiled so far.
+      widths: tokens of a row that steps may feed; see `verification_width`.
       all_allowed: [B, ceil(V / 32)] uint32 masks that allow every token.
       prefill: as `_prefill`, jitted, and likewise `step` and `copy`; after `compile`.
     """
@@ -92,11 +102,13 @@ class Programs:
         chunk: int,
         pager: Pager | None,
         place: Place,
+        verify_all: bool = False,
     ) -> None:
         self._model, self._cache = model, cache
         self._drafter, self._chunk, self._pager, self._place = drafter, chunk, pager, place
         self._slots = cache.lengths.shape[0]
         self.count = 0
+        self.widths = step_widths(drafter.depth, self._slots, drafter.confident and not verify_all)
         self.all_allowed = np.full((self._slots, -(-model.config.vocab_size // 32)), ALL)
 
     def compile(self, params: Any) -> None:
@@ -106,7 +118,8 @@ class Programs:
         def integers(*shape: int) -> Any:  # shapes, where the programs' inputs are arrays
             return place.shape(shape, jnp.int32)
 
-        state = State(self._cache, place.shapes(self._empty_history))
+        confidence = place.shape((slots, self._drafter.depth), jnp.float32) if self._drafter.confident else None
+        state = State(self._cache, place.shapes(self._empty_history), confidence)  # type: ignore[arg-type]
         places = None if place.mesh is None else jax.tree.map(lambda x: x.sharding, state)
         whole = place.replicated
         options = compiler_options("engine", place.platform)
@@ -125,7 +138,8 @@ class Programs:
         inputs = StepInputs(row, row, row, flag)
         sampling = place.shapes(lambda: SamplingBatch.of([GREEDY] * slots))
         allowed = place.shapes(lambda: self.all_allowed)
-        step.lower(params, state, next_tokens, inputs, sampling, allowed).compile()
+        seconds = place.shape((len(self.widths),), jnp.float32)
+        step.lower(params, state, next_tokens, inputs, sampling, allowed, seconds).compile()
         self.count += 1
         tokens, reader = integers(readers, self._chunk + 1), integers(readers)
         chunk = PrefillInputs(tokens, reader, reader, reader, reader)
@@ -141,7 +155,9 @@ class Programs:
     def begin(self, cache: Cache) -> tuple[State, Array]:
         """What the slots hold before any request: with an empty cache, and each row's newest token and its drafts."""
         next_tokens = np.zeros((self._slots, 1 + self._drafter.depth), np.int32)
-        return State(cache, self._place.put(self._empty_history())), self._place.put(next_tokens)
+        confidence = np.zeros((self._slots, self._drafter.depth), np.float32) if self._drafter.confident else None
+        history, confidence = self._place.put((self._empty_history(), confidence))
+        return State(cache, history, confidence), self._place.put(next_tokens)
 
     def _empty_history(self) -> History:
         return History.empty(self._slots, self._model.config.vocab_size)
@@ -174,7 +190,8 @@ class Programs:
                 rows, copies = self._pager.copy_chunk(rows, inputs.begin)
         with jax.named_scope("engine.history"):
             history = state.history.read(inputs.slots, tokens, inputs.counts, inputs.begin)
-        return State(state.cache.put_rows(inputs.slots, rows), history), copies, rows.lengths
+        state = state._replace(cache=state.cache.put_rows(inputs.slots, rows), history=history)
+        return state, copies, rows.lengths
 
     def _step(
         self,
@@ -184,6 +201,7 @@ class Programs:
         inputs: StepInputs,
         sampling: SamplingBatch,
         allowed: Array,
+        seconds: Array,
     ) -> tuple[State, Array, StepOutput]:
         """A token further, or several, for rows that are not left alone.
 
@@ -194,6 +212,7 @@ class Programs:
           inputs: what the host says.
           sampling: how each row is sampled.
           allowed: [B, ceil(V / 32)] uint32 masks of tokens that rows may get; see `sampling.sample`.
+          seconds: [widths] float32 what a step of each of `widths` takes.
 
         Returns:
           The state, each row's next tokens, and what was sampled.
@@ -203,27 +222,79 @@ class Programs:
         going = prompt | ((inputs.tokens != AT_REST) & (newest != inputs.unless))
         tokens = next_tokens.at[:, 0].set(jnp.where(prompt, inputs.tokens, newest))
         offered = jnp.where(inputs.tokens == DRAFTED, drafter.depth, 0)
-        with jax.named_scope("engine.trunk"):
-            output = apply(
-                tokens,
-                lengths=jnp.where(going, 1 + offered, 0),
-                cache=state.cache,
-                logits="all",
-                **drafter.trunk_options,
-            )
-        assert output.cache is not None
-        logits, before = self._place.keep((output.logits, state.cache.lengths))
+        before = self._place.keep(state.cache.lengths)
         with jax.named_scope("engine.history"):
             history = state.history.prompt(inputs.tokens, prompt)
-        with jax.named_scope("engine.verify"):
-            how = SamplingInputs(sampling, allowed, inputs.forced, inputs.wants_alternatives)
-            step, history = verify(logits, tokens, going, offered, how, before, history)
+        how = SamplingInputs(sampling, allowed, inputs.forced, inputs.wants_alternatives)
+
+        def advance(width: int) -> Callable[..., tuple[Output, StepOutput, History]]:
+            """A step that feeds `width` tokens of each row at most."""
+
+            def run(cache: Cache, history: History) -> tuple[Output, StepOutput, History]:
+                fed = jnp.minimum(offered, width - 1)
+                with jax.named_scope("engine.trunk"):
+                    lengths = jnp.where(going, 1 + fed, 0)
+                    options = {"logits": "all", **drafter.trunk_options}
+                    output = apply(tokens[:, :width], lengths=lengths, cache=cache, **options)
+                with jax.named_scope("engine.verify"):
+                    logits = self._place.keep(output.logits)
+                    step, history = verify(logits, tokens[:, :width], going, fed, how, before, history)
+                widen = functools.partial(_widened, width=1 + drafter.depth)
+                streams, taps = jax.tree.map(widen, (output.streams, output.taps))
+                wide = step._replace(ids=widen(step.ids), logprobs=widen(step.logprobs))
+                wide = wide._replace(alternatives=jax.tree.map(widen, step.alternatives))
+                return output.replace(logits=None, streams=streams, taps=taps), wide, history
+
+            return run
+
+        if len(self.widths) == 1:
+            output, step, history = advance(self.widths[0])(state.cache, history)
+        else:
+            assert state.confidence is not None
+            everyone = self._place.keep((state.confidence, going, offered))
+            chosen = best_width(expected_tokens(*everyone, self.widths), seconds, everyone[1])
+            output, step, history = jax.lax.switch(chosen, [advance(w) for w in self.widths], state.cache, history)
+        assert output.cache is not None
         cache = output.cache.rolled_back(lengths=before + step.counts)
         last = jnp.take_along_axis(step.ids, jnp.maximum(step.counts - 1, 0)[:, None], axis=1)
         with jax.named_scope("engine.draft"):
             drafts, cache = drafter.draft(apply, output, step, sampling, cache, self._place)
         following = jnp.concatenate([last, drafts.ids], axis=1)
-        return State(cache, history), jnp.where(going[:, None], following, next_tokens), step
+        confidence = state.confidence
+        if confidence is not None:
+            assert drafts.confidence is not None
+            confidence = jnp.where(going[:, None], drafts.confidence, confidence)
+        return State(cache, history, confidence), jnp.where(going[:, None], following, next_tokens), step
+
+    def measure(self, params: Any, state: State, next_tokens: Array, allowed: Array) -> tuple[State, Array, Array]:
+        """What a step of each width takes, with all rows taking part; there must be several widths.
+
+        Args:
+          params: the model's.
+          state: of slots that nobody uses; their rows are of no use to anybody afterwards either.
+          next_tokens: [B, 1 + depth] int32.
+          allowed: masks that allow every token.
+
+        Returns:
+          State and next tokens after it, and [widths] float32 seconds, the same in all processes.
+        """
+        place, slots = self._place, self._slots
+        row = np.full(slots, NO_TOKEN, np.int32)
+        host: Any = StepInputs(np.full(slots, DRAFTED, np.int32), row, row, np.bool_(False))  # type: ignore[arg-type]
+        inputs, sampling = place.put((host, SamplingBatch.of([GREEDY] * slots)))
+        found = np.zeros(len(self.widths), np.float32)
+        for number in range(len(self.widths)):
+            only = np.where(np.arange(len(self.widths)) == number, 1, 1e30).astype(np.float32)  # the others never pay
+            seconds, times = place.put(only), []
+            for _ in range(1 + MEASURED):
+                started = time.perf_counter()
+                state, next_tokens, output = self.step(params, state, next_tokens, inputs, sampling, allowed, seconds)
+                jax.block_until_ready(output)
+                times.append(time.perf_counter() - started)
+            found[number] = min(times[1:])
+        if jax.process_count() > 1:
+            found = np.asarray(multihost_utils.broadcast_one_to_all(found))
+        return state, next_tokens, place.put(found)
 
     @jax.named_scope("engine.copy")
     def _copy(self, state: State, source: Array, target: Array, first: Array, count: Array) -> State:
@@ -235,4 +306,9 @@ class Programs:
         pages = take(cache, "entries", source[None], of_source, self._place)
         page = {role: tuple(array[:, 0] for array in arrays) for role, arrays in pages.items()}
         cache = put(cache, "entries", target, index, page, self._place)
-        return State(cache, state.history.copy(source[None], target[None]))
+        return state._replace(cache=cache, history=state.history.copy(source[None], target[None]))
+
+
+def _widened(x: Array, width: int) -> Array:
+    """[B, n, ...] with zeros up to [B, width, ...]."""
+    return jnp.pad(x, [(0, 0), (0, width - x.shape[1])] + [(0, 0)] * (x.ndim - 2))

@@ -11,6 +11,7 @@ from v4_jax.infer.checks import check_ids, check_vocabulary
 from v4_jax.infer.engine.grammar import Grammar
 from v4_jax.infer.engine.guide import Guide
 from v4_jax.infer.engine.sampling import MOST_ALTERNATIVES, Sampling
+from v4_jax.infer.engine.speculative import Acceptance
 
 Finish = Literal["stop", "length"]
 
@@ -109,6 +110,7 @@ class Event(NamedTuple):
       finish: "stop" or "length" with the sample's last token, else None.
       alternatives: the most probable tokens and their log-probabilities, best first, as many as were asked for.
       cached: tokens of the prompt that were not read for this request, as they were in the prefix cache.
+      drafts: how often drafts of the sample's tokens were right so far, by depth.
     """
 
     request: int
@@ -118,3 +120,4 @@ class Event(NamedTuple):
     finish: Finish | None
     alternatives: tuple[tuple[int, float], ...] = ()
     cached: int = 0
+    drafts: tuple[Acceptance, ...] = ()

@@ -37,7 +37,7 @@ from v4_jax.infer.engine.programs import PrefillInputs, Programs, StepInputs
 from v4_jax.infer.engine.requests import Event, Request
 from v4_jax.infer.engine.sampling import GREEDY, SamplingBatch
 from v4_jax.infer.engine.sequences import PrefillState, SequenceState
-from v4_jax.infer.engine.speculative import Acceptance, StepOutput
+from v4_jax.infer.engine.speculative import Acceptance, DraftCounts, StepOutput
 from v4_jax.infer.engine.state import State
 from v4_jax.infer.engine.steps import (
     InFlightStep,
@@ -68,9 +68,10 @@ class Engine:
       cache_dtype: number format of the cache; see `v4_jax.init_cache`.
       prefill_chunk: prompt tokens that are read between two steps of generation; on a mesh that splits the sequence it
         is rounded up to what splits evenly, with a prefix cache to a multiple of 128.
-      draft: tokens that are guessed ahead in every step, up to 4, by the multi-token-prediction block; 0 is plain
-        decoding. Requests get the same tokens, but for what rounding does: a step of several tokens adds in another
-        order.
+      draft: what guesses tokens ahead in every step: "none", "mtp:N", "dspark" or "auto"; see `choose_drafter`.
+        Requests get the same tokens, but for what rounding does: a step of several tokens adds in another order.
+      verify_all: verify all drafts of every step, also where many rows run and their drafter is not confident of them
+        (see `verification_width`). Answers then do not depend on their company to the last bit.
       prefix_cache: what to keep of texts for those that begin alike; None keeps nothing.
       place: the mesh that `params` lie on, with its rules.
 
@@ -78,7 +79,7 @@ class Engine:
       slots: as given.
       max_length: as given.
       pages: pages of the cache.
-      draft: as given.
+      draft_depth: tokens that are guessed in every step.
       tokens_read: prompt tokens so far, of all requests, that were read or found in the prefix cache.
 
     Raises:
@@ -98,7 +99,8 @@ class Engine:
         policy: str | Policy = "bfloat16",
         cache_dtype: CacheDtype = "bfloat16",
         prefill_chunk: int = 512,
-        draft: int = 0,
+        draft: str = "none",
+        verify_all: bool = False,
         prefix_cache: PrefixCacheOptions | None = None,
         place: Place = Place(),  # noqa: B008 (frozen)
     ) -> None:
@@ -111,7 +113,8 @@ class Engine:
         check_precision(config, policy, cache_dtype)
         drafter = choose_drafter(config, draft)
         place.check(slots)
-        self.config, self.slots, self.max_length, self.pages, self.draft = config, slots, max_length, pages, draft
+        self.config, self.slots, self.max_length, self.pages = config, slots, max_length, pages
+        self.draft_depth = drafter.depth
         self._params, self._place, self._cache_dtype = params, place, cache_dtype
         self._chunk = place.chunk(prefill_chunk if prefix_cache is None else -(-prefill_chunk // PAGE) * PAGE)
         self._readers = place.row_shards  # prompts that one call reads, one of each shard of rows
@@ -131,7 +134,15 @@ class Engine:
                 place=place,
             )
         model = Transformer(config, policy=policy, mesh=place.mesh, rules=place.rules)
-        self._programs = Programs(model, shapes, drafter=drafter, chunk=self._chunk, pager=self._pager, place=place)
+        self._programs = Programs(
+            model,
+            shapes,
+            drafter=drafter,
+            chunk=self._chunk,
+            pager=self._pager,
+            place=place,
+            verify_all=verify_all,
+        )
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
         self._prefills: list[PrefillState] = []
         self._occupied: list[SequenceState | None] = [None] * slots  # by slot: who generates or waits for its prompt
@@ -139,7 +150,7 @@ class Engine:
         self._in_flight: InFlightStep | None = None
         self._events: collections.deque[Event] = collections.deque()  # of a round, not yet yielded by `run`
         self.tokens_read = 0
-        self._drafts_offered, self._drafts_accepted = 0, np.zeros(draft, int)
+        self._drafts = DraftCounts(drafter.depth)
         self._submitted = 0
         self._compiled = False
         self._last_chunk: Array | None = None  # something that the last chunk's program returned
@@ -148,8 +159,9 @@ class Engine:
 
     # What is on the devices, from `compile` on.
     _state: State
-    _next_tokens: Array  # [B, 1 + draft] each row's newest token, and guesses of those that follow it
+    _next_tokens: Array  # [B, 1 + draft_depth] each row's newest token, and guesses of those that follow it
     _unrestricted: Array  # masks of rows without constraints
+    _seconds: Array  # [widths] what a step of each width takes
 
     @property
     def programs(self) -> int:
@@ -177,7 +189,7 @@ class Engine:
 
         A step yields 1 token, and 1 more for each that was accepted.
         """
-        return [Acceptance(self._drafts_offered, accepted) for accepted in self._drafts_accepted.tolist()]
+        return list(self._drafts.by_depth)
 
     def compile(self) -> None:
         """Compiles the programs and makes the cache, unless that was done before."""
@@ -188,6 +200,10 @@ class Engine:
         cache = jax.jit(lambda: self._place.cache(*arguments, pages=self.pages))()
         self._state, self._next_tokens = self._programs.begin(cache)
         self._unrestricted = self._place.put(self._programs.all_allowed)
+        self._seconds = self._place.put(np.ones(len(self._programs.widths), np.float32))
+        if len(self._programs.widths) > 1:
+            idle = self._params, self._state, self._next_tokens, self._unrestricted
+            self._state, self._next_tokens, self._seconds = self._programs.measure(*idle)
         self._compiled = True
 
     def submit(self, request: Request) -> int:
@@ -279,7 +295,7 @@ class Engine:
             self._table.allocate(slots, each, shared)
             sequences = []
             for sample, slot in enumerate(slots):
-                sequence = SequenceState.of(request, number, sample, slot, self.config)
+                sequence = SequenceState.of(request, number, sample, slot, self.config, self.draft_depth)
                 self._occupied[slot] = sequence
                 sequences.append(sequence)
             self._prefills.append(PrefillState(request.prompt, sequences))
@@ -386,7 +402,7 @@ class Engine:
         instructions = next_instructions(self._generating, self._in_flight)
         if not instructions:
             return None
-        drafted = [sequence for sequence in instructions if self.draft and sequence.takes_drafts]
+        drafted = [sequence for sequence in instructions if self.draft_depth and sequence.takes_drafts]
         host = step_inputs(instructions, self.slots)
         inputs = self._sent_inputs.put([x.tobytes() for x in host], lambda: host)
         samplings = [GREEDY] * self.slots
@@ -396,7 +412,7 @@ class Engine:
         masks = allowed_tokens(instructions, self._programs.all_allowed)
         allowed = self._unrestricted if masks is None else self._place.put(masks)
         self._state, self._next_tokens, output = self._programs.step(
-            self._params, self._state, self._next_tokens, inputs, sampling, allowed
+            self._params, self._state, self._next_tokens, inputs, sampling, allowed, self._seconds
         )
         if not host.wants_alternatives:
             output = output._replace(alternatives=None)  # so that they are not read
@@ -415,8 +431,9 @@ class Engine:
         output: StepOutput = jax.device_get(step.output)
         for sequence in step.drafted:
             if sequence.tokens_left:
-                self._drafts_offered += 1
-                self._drafts_accepted[: output.counts[sequence.slot] - 1] += 1
+                offered, accepted = int(output.offered[sequence.slot]), int(output.counts[sequence.slot]) - 1
+                self._drafts.add(offered, accepted)
+                sequence.drafts.add(offered, accepted)
         events, paged = [], []  # those that completed a page
         for sequence in step.instructions:
             for index in range(output.counts[sequence.slot]):

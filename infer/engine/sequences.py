@@ -9,7 +9,7 @@ from v4_jax.config import Config
 from v4_jax.infer.engine.guide import Guide
 from v4_jax.infer.engine.requests import Event, Finish, Request
 from v4_jax.infer.engine.sampling import Sampling
-from v4_jax.infer.engine.speculative import StepOutput
+from v4_jax.infer.engine.speculative import DraftCounts, StepOutput
 from v4_jax.infer.prefix_cache.hashes import BlockHashes
 
 
@@ -30,6 +30,7 @@ class SequenceState:
       newest_token: the token that its next step takes, as far as the host knows.
       hashes: of the tokens before the newest one; None without a prefix cache.
       cached_tokens: tokens of its prompt that were in the prefix cache.
+      drafts: how often drafts of its tokens were right.
     """
 
     request: int
@@ -44,9 +45,10 @@ class SequenceState:
     newest_token: int
     hashes: BlockHashes | None = None
     cached_tokens: int = 0
+    drafts: DraftCounts = dataclasses.field(default_factory=DraftCounts)
 
     @classmethod
-    def of(cls, request: Request, number: int, sample: int, slot: int, config: Config) -> SequenceState:
+    def of(cls, request: Request, number: int, sample: int, slot: int, config: Config, depth: int = 0) -> SequenceState:
         """A sample of a request that is admitted to a slot.
 
         Args:
@@ -55,6 +57,7 @@ class SequenceState:
           sample: which of its samples it is.
           slot: where it goes.
           config: the architecture.
+          depth: drafts of a step.
         """
         seed = (request.sampling.seed + sample) % 2**32
         return cls(
@@ -68,6 +71,7 @@ class SequenceState:
             tokens_left=request.max_tokens,
             last_prompt_token=request.prompt[-1],
             newest_token=request.prompt[-1],
+            drafts=DraftCounts(depth),
         )
 
     @property
@@ -101,7 +105,8 @@ class SequenceState:
         """
         at = self.slot, index
         token, logprob = int(output.ids[at]), float(output.logprobs[at])
-        event = Event(self.request, self.sample, token, logprob, finish, cached=self.cached_tokens)
+        said = {"cached": self.cached_tokens, "drafts": self.drafts.by_depth}
+        event = Event(self.request, self.sample, token, logprob, finish, **said)  # type: ignore[arg-type]
         if not self.top_logprobs:
             return event
         assert output.alternatives is not None

@@ -31,6 +31,7 @@ class StepOutput(NamedTuple):
       ids: [B, 1 + k] int32 tokens sampled after each token that was fed.
       logprobs: [B, 1 + k] float32 their log-probabilities.
       counts: [B] int32 how many of them, the first ones, continue the row.
+      offered: [B] int32 drafts that were fed.
       alternatives: ids and log-probabilities [B, 1 + k, K] of the most probable tokens in their places, see
         `v4_jax.infer.engine.sampling.best`; zeros if nobody asked, None if they are not to be read.
     """
@@ -38,6 +39,7 @@ class StepOutput(NamedTuple):
     ids: Array
     logprobs: Array
     counts: Array
+    offered: Array
     alternatives: tuple[Array, Array] | None
 
 
@@ -67,6 +69,27 @@ class Acceptance(NamedTuple):
 
     offered: int
     accepted: int
+
+
+class DraftCounts:
+    """How often drafts were right so far, by depth.
+
+    Args:
+      depth: drafts of a step.
+
+    Attributes:
+      by_depth: of the first guess of each step, the second, and so on.
+    """
+
+    def __init__(self, depth: int = 0) -> None:
+        self.by_depth: tuple[Acceptance, ...] = (Acceptance(0, 0),) * depth
+
+    def add(self, offered: int, accepted: int) -> None:
+        """Counts a step of a row: drafts that were fed, and how many of them, the first ones, were right."""
+        self.by_depth = tuple(
+            Acceptance(one.offered + (depth < offered), one.accepted + (depth < accepted))
+            for depth, one in enumerate(self.by_depth)
+        )
 
 
 def verify(
@@ -115,4 +138,5 @@ def verify(
     (history, _), (ids, logprobs, accepted, others) = jax.lax.scan(check, (history, going), by_position)
     best_ids, best_logprobs = (jnp.moveaxis(x, 0, 1) for x in others)
     counts = jnp.sum(accepted, axis=0, dtype=jnp.int32)
-    return StepOutput(ids.T, logprobs.T, counts, (best_ids, best_logprobs)), history
+    fed = jnp.where(going, offered, 0)
+    return StepOutput(ids.T, logprobs.T, counts, fed, (best_ids, best_logprobs)), history

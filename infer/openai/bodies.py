@@ -1,7 +1,8 @@
 """Bodies of requests in OpenAI's form, checked: what may be asked of a model, field by field.
 
 Fields that are not known, and values that this package does not honour, are refused: nothing is silently left out of a
-request. Beyond OpenAI's fields, `top_k`, `min_p` and `repetition_penalty` are understood, and DeepSeek's `thinking`.
+request. Beyond OpenAI's fields, `top_k`, `min_p` and `repetition_penalty` are understood, DeepSeek's `thinking`, and
+`effort_profile`, which overrides what the model's directory says about its reasoning efforts.
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
+from v4_jax.chat import EffortProfile
 from v4_jax.infer.engine.sampling import MOST_ALTERNATIVES, MOST_BIASES
 from v4_jax.infer.prompts import Mode
 
-# The model was trained for three efforts; OpenAI's others mean the nearest one.
+# The model was trained for three efforts; OpenAI's others mean the nearest one below, as other servers have it.
 EFFORTS: dict[str, Mode] = {
     "none": "non-think",
-    "minimal": "high",
-    "low": "high",
-    "medium": "high",
+    "minimal": "low",
+    "low": "low",
+    "medium": "low",
     "high": "high",
     "xhigh": "max",
     "max": "max",
@@ -167,6 +169,7 @@ class ChatBody(Body):
     response_format: Format | None = None
     reasoning_effort: Effort | None = None
     thinking: Thinking | None = None
+    effort_profile: EffortProfile | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
 
@@ -207,7 +210,7 @@ class ChatBody(Body):
             return "non-think"
         if self.reasoning_effort is not None:
             return EFFORTS[self.reasoning_effort]
-        return "high" if self.thinking is not None and default == "non-think" else default
+        return "low" if self.thinking is not None and default == "non-think" else default  # which is to say nothing
 
 
 def read_body(content: Any, *, chat: bool | None = None) -> ChatBody | CompletionBody:

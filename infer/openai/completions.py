@@ -17,6 +17,7 @@ from v4_jax.infer.checks import check_ids
 from v4_jax.infer.engine.grammar import Grammar, Grammars
 from v4_jax.infer.engine.requests import Event, Request
 from v4_jax.infer.engine.sampling import Sampling
+from v4_jax.infer.engine.speculative import Acceptance
 from v4_jax.infer.openai.bodies import Body, BodyError, ChatBody, CompletionBody, SchemaFormat
 from v4_jax.infer.prompts import Mode, Prompt, chat_prompt, plain_ids
 from v4_jax.infer.text import Piece, Reply, Sample
@@ -33,12 +34,14 @@ class Defaults(NamedTuple):
       stop_ids: tokens that end an answer.
       max_tokens: most tokens to generate.
       mode: how a chat is answered.
+      profile: what the model takes its reasoning efforts for.
     """
 
     sampling: Sampling
     stop_ids: tuple[int, ...]
     max_tokens: int
     mode: Mode = "non-think"
+    profile: chat.EffortProfile = "preview"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +118,7 @@ class Completion:
         written = functools.partial(Reply, model.tokenizer, body.stops, prompt.thinking_mode)
         self.choices = [Sample(written(), stops) for _ in range(self.request.n)]
         self.cached = 0
+        self._drafts: dict[int, tuple[Acceptance, ...]] = {}  # by choice
         self._created = int(time.time())
 
     @property
@@ -130,6 +134,7 @@ class Completion:
     def push(self, event: Event) -> tuple[Sample, list[Piece]]:
         """Takes a token; returns the choice that it continues, and the text that it makes certain."""
         choice, self.cached = self.choices[event.sample], event.cached
+        self._drafts[event.sample] = event.drafts
         return choice, choice.push(event)
 
     # ---- the answer --------------------------------------------------------------------------------------------------
@@ -170,8 +175,10 @@ class Completion:
         return {"id": name, "object": kind, "created": self._created, "model": self._model.name}
 
     def usage(self) -> dict[str, Any]:
-        """Tokens read and generated; what of the prompt was cached as DeepSeek and OpenAI say it."""
-        prompt = len(self.request.prompt)
+        """Tokens read and generated; what of the prompt was cached, as DeepSeek and OpenAI say it; how drafts fared."""
+        prompt, places = len(self.request.prompt), list(zip(*self._drafts.values(), strict=True))
+        offered = [sum(one.offered for one in place) for place in places]
+        accepted = [sum(one.accepted for one in place) for place in places]
         return {
             "prompt_tokens": prompt,
             "completion_tokens": self.new_tokens,
@@ -179,6 +186,11 @@ class Completion:
             "prompt_cache_hit_tokens": self.cached,
             "prompt_cache_miss_tokens": prompt - self.cached,
             "prompt_tokens_details": {"cached_tokens": self.cached},
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": sum(accepted),
+                "rejected_prediction_tokens": sum(offered) - sum(accepted),
+                "drafts_by_position": [{"offered": a, "accepted": b} for a, b in zip(offered, accepted, strict=True)],
+            },
         }
 
     def _answer(self, index: int, choice: Sample) -> dict[str, Any]:
@@ -240,6 +252,7 @@ def _encode_chat(body: ChatBody, model: Model) -> Prompt:
         model.tokenizer,
         body.messages,
         body.mode(model.defaults.mode),
+        profile=body.effort_profile or model.defaults.profile,
         opening=opening,
         tools=None if body.tool_choice == "none" else body.tools,
         response_format=format.json_schema.schema_ if isinstance(format, SchemaFormat) else None,

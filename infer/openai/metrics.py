@@ -44,7 +44,7 @@ class Metrics:
         ):
             Gauge(name, text, **own).set_function(value)
         drafts = Gauge("drafts", "Drafts so far, by depth, and whether they were right", ["depth", "outcome"], **own)
-        for depth in range(service.engine.draft):
+        for depth in range(service.engine.draft_depth):
             offered, accepted = drafts.labels(depth + 1, "offered"), drafts.labels(depth + 1, "accepted")
             offered.set_function(lambda depth=depth: service.engine.acceptance[depth].offered)
             accepted.set_function(lambda depth=depth: service.engine.acceptance[depth].accepted)

@@ -219,7 +219,7 @@ class Pager:
         index = entry_numbers(first, self._pages_of_chunk, self._pages, count)
         cache = put(state.cache, "entries", slot, index, pages, self._place)
         history = state.history.read(slot[None], tokens[None], PAGE * count[None], PAGE * first[None])
-        return State(cache, history)
+        return state._replace(cache=cache, history=history)
 
     @jax.named_scope("engine.load_tail")
     def _put_tail(self, state: State, slot: Array, end: Array, tail: Parts) -> State:

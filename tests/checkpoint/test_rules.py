@@ -1,9 +1,7 @@
 """What loading leaves out, by rule, and says so."""
 
-import dataclasses
 import logging
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -18,15 +16,10 @@ def trunk(tensors):
     return {name: array for name, array in tensors.items() if not name.startswith("mtp.")}
 
 
-def without_mtp(config):
-    layers = config.num_hidden_layers
-    return dataclasses.replace(config, num_nextn_predict_layers=0, compress_ratios=config.compress_ratios[:layers])
-
-
 def expected_trunk():
     config, params = load(SOURCE)
     params.pop("mtp")
-    return without_mtp(config), params
+    return config.trunk(), params
 
 
 def test_duplicate_embedding_and_head_are_ignored(tmp_path, caplog):
@@ -50,64 +43,85 @@ def test_the_rule_takes_nothing_else(tmp_path):
         load(path)
 
 
-def draft_release(tmp_path):
-    """A release whose MTP block is replaced by a three-stage DSpark draft."""
-    tensors, config = read_directory(SOURCE), config_of(SOURCE)
-    dim, bfloat16 = config["hidden_size"], ml_dtypes.bfloat16
-    draft = {
-        "mtp.0.main_proj.weight": np.zeros((dim, 3 * dim), ml_dtypes.float8_e4m3fn),
-        "mtp.0.main_proj.scale": np.ones((2, 5), ml_dtypes.float8_e8m0fnu),
-        "mtp.0.main_norm.weight": np.ones(dim, bfloat16),
-        "mtp.2.norm.weight": np.ones(dim, bfloat16),
-        "mtp.2.markov_head.markov_w1.weight": np.ones((config["vocab_size"], 16), bfloat16),
-        "mtp.2.confidence_head.proj.weight": np.ones((1, dim + 16), bfloat16),
-    }
-    blocks = {
-        name.replace("mtp.0.", f"mtp.{stage}."): array
-        for name, array in tensors.items()
-        for stage in range(3)
-        if name.startswith(("mtp.0.attn", "mtp.0.ffn", "mtp.0.hc_attn", "mtp.0.hc_ffn"))
-    }
-    config.update(
-        compress_ratios=[*config["compress_ratios"], 0, 0],
-        dspark_block_size=5,
-        dspark_noise_token_id=7,
-        dspark_target_layer_ids=[2, 3, 4],
-        dspark_markov_rank=16,
-    )
-    path = write_directory(tmp_path / "draft", config, {**trunk(tensors), **draft, **blocks})
-    return path, [*draft, *blocks]
+DSPARK = DATA / "dspark-tiny"
 
 
-def test_dspark_draft_is_ignored(tmp_path, caplog):
-    path, names = draft_release(tmp_path)
+def undescribed(tmp_path):
+    """A release with DSpark stages whose `config.json` does not describe them."""
+    config = {key: value for key, value in config_of(DSPARK).items() if not key.startswith("dspark_")}
+    tensors = read_directory(DSPARK)
+    return write_directory(tmp_path / "draft", config, tensors), [name for name in tensors if name.startswith("mtp.")]
+
+
+def trunk_of_dspark():
+    config, params = load(DSPARK)
+    params.pop("dspark")
+    return config.trunk(), params
+
+
+def test_stages_that_nothing_describes_are_ignored(tmp_path, caplog):
+    path, names = undescribed(tmp_path)
     with open_checkpoint(path) as checkpoint:
         assert set(checkpoint.ignored["DSpark draft"]) == set(names)
     with caplog.at_level(logging.WARNING):
         config, params = load(path)
-    assert f"{len(names)} tensors of a DSpark draft are ignored" in caplog.text
-    expected_config, expected = expected_trunk()
+    assert f"{len(names)} tensors of a DSpark draft are ignored: config.json lacks" in caplog.text
+    expected_config, expected = trunk_of_dspark()
     assert config == expected_config
     assert_same_tree(params, expected)
 
 
-def test_dspark_draft_through_conversion_and_export(tmp_path):
-    path, names = draft_release(tmp_path)
+def test_ignored_stages_through_conversion_and_export(tmp_path):
+    path, names = undescribed(tmp_path)
     convert(path, tmp_path / "orbax")
     export(tmp_path / "orbax", tmp_path / "out")
     for directory in ("orbax", "out"):
         config, params = load(tmp_path / directory)
-        expected_config, expected = expected_trunk()
+        expected_config, expected = trunk_of_dspark()
         assert config == expected_config
         assert_same_tree(params, expected)
         written = config_of(tmp_path / directory)
         assert written["num_nextn_predict_layers"] == 0
         assert len(written["compress_ratios"]) == written["num_hidden_layers"]
-        assert not [key for key in written if key.startswith("dspark")]
         comparison = verify(path, tmp_path / directory)
         assert comparison.equal
         assert comparison.ignored["a"] == {"DSpark draft": len(names)}
         assert comparison.ignored["b"] == {}
+
+
+def test_the_tensors_say_how_many_stages_there_are(tmp_path):
+    """transformers' layout does not; neither does one whose ratios were cut to the MTP block's."""
+    config = config_of(DSPARK)
+    config["compress_ratios"] = config["compress_ratios"][:-2]
+    path = write_directory(tmp_path / "cut", config, read_directory(DSPARK))
+    (found, params), (expected_config, expected) = load(path), load(DSPARK)
+    assert found == expected_config
+    assert_same_tree(params, expected)
+
+
+def test_stages_that_are_absent_or_another_block(tmp_path, caplog):
+    path = write_directory(tmp_path / "trunk", config_of(DSPARK), trunk(read_directory(DSPARK)))
+    with caplog.at_level(logging.WARNING):
+        config, params = load(path)
+    assert "announces DSpark stages that the checkpoint lacks: loaded without" in caplog.text
+    expected_config, expected = trunk_of_dspark()
+    assert config == expected_config
+    assert_same_tree(params, expected)
+    other = {key: value for key, value in config_of(DSPARK).items() if key.startswith("dspark_")}
+    other |= {"dspark_noise_token_id": 7}
+    path = write_directory(tmp_path / "mtp", config_of(SOURCE) | other, read_directory(SOURCE))
+    with pytest.raises(
+        CheckpointError, match="announces DSpark stages, but the checkpoint has a multi-token-prediction"
+    ):
+        load(path)
+
+
+def test_an_incomplete_stage(tmp_path):
+    tensors = read_directory(DSPARK)
+    del tensors["mtp.2.confidence_head.proj.weight"]
+    path = write_directory(tmp_path / "model", config_of(DSPARK), tensors)
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensor: mtp\.2\.confidence_head\.proj\.weight"):
+        load(path)
 
 
 @pytest.mark.parametrize("copies", [False, True])

@@ -24,10 +24,11 @@ def read(path):
 
 
 def comparable(records):
-    """Without the time, and with log-probabilities as far as programs of different sizes agree."""
+    """Without the time and the count of drafts, and with log-probabilities as far as programs of other sizes agree."""
     for one in records:
         if one["response"]:
             del one["response"]["body"]["created"]
+            one["response"]["body"]["usage"].pop("completion_tokens_details", None)
             for choice in one["response"]["body"]["choices"]:
                 for entry in (choice["logprobs"] or {}).get("content", ()):
                     entry["logprob"] = pytest.approx(entry["logprob"], abs=1e-4)
@@ -89,9 +90,17 @@ def test_the_number_of_slots_changes_no_answer(run, model, questions, tmp_path, 
 
 def test_drafts_change_no_answer(run, model, questions, tmp_path, answers):
     output = tmp_path / "out.jsonl"
-    result = run("batch", model, questions, output, *OPTIONS, "--slots", 3, "--draft", 2)
+    result = run("batch", model, questions, output, *OPTIONS, "--slots", 3, "--draft", "mtp:2")
     assert result.code == 0 and "drafts accepted by depth: " in result.err
-    assert comparable(read(output)) == answers["whole"]
+    records = read(output)
+    counts = [one["response"]["body"]["usage"]["completion_tokens_details"] for one in records if one["response"]]
+    for one in counts:
+        first, second = one["drafts_by_position"]
+        assert first["offered"] == second["offered"] and first["accepted"] >= second["accepted"]
+        assert one["accepted_prediction_tokens"] == first["accepted"] + second["accepted"]
+        assert one["rejected_prediction_tokens"] == 2 * first["offered"] - one["accepted_prediction_tokens"]
+    assert sum(one["rejected_prediction_tokens"] for one in counts) > 0
+    assert comparable(records) == answers["whole"]
 
 
 def test_parts_make_one_output(run, model, questions, tmp_path, answers):
@@ -164,7 +173,7 @@ def test_another_job_does_not_go_on_from_a_journal(run, model, questions, tmp_pa
         (("--context", "2M"), "--context 2M is more than the model's"),
         (("--greedy", "--temperature", "1"), "--greedy means --temperature 0"),
         (("--mesh", "seq=64"), "--mesh seq=64: "),
-        (("--draft", 5), "draft is 5, expected 0 (plain decoding) to 4 tokens"),
+        (("--draft", "mtp:5"), "draft is 'mtp:5', expected none, mtp:1 to mtp:4, dspark or auto"),
     ],
 )
 def test_options_that_do_not_fit(run, model, questions, tmp_path, options, sentence):

@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
 
+from tests.conftest import DATA
 from v4_jax import chat
+from v4_jax.commands.shared.models import ModelDirectory
 from v4_jax.infer.engine.sampling import Sampling
 from v4_jax.tokenizer import load_tokenizer
 
@@ -47,13 +50,16 @@ def test_seeds(reply):
 
 def test_drafts(run, model, reply):
     """The same tokens, in fewer steps; both outputs say how many guesses were right."""
-    plain, drafted = reply("--tokens", "5", "--greedy"), reply("--tokens", "5", "--greedy", "--draft", 2)
+    plain, drafted = reply("--tokens", "5", "--greedy"), reply("--tokens", "5", "--greedy", "--draft", "mtp:2")
     assert drafted["tokens"] == plain["tokens"] and plain["speed"]["drafts"] == []
     first, second = drafted["speed"]["drafts"]
     assert first["offered"] == second["offered"] > 0 and first["offered"] >= first["accepted"] >= second["accepted"]
-    said = run("generate", model, "--tokens", "5", "--draft", 1, *FAST).err
+    said = run("generate", model, "--tokens", "5", "--draft", "mtp:1", *FAST).err
     assert "ended by token limit, drafts accepted by depth: " in said
-    assert "draft is 5, expected 0 (plain decoding) to 4" in run("generate", model, "--tokens", "5", "--draft", 5).err
+    assert (
+        "draft is 'mtp:5', expected none, mtp:1 to mtp:4, "
+        in run("generate", model, "--tokens", "5", "--draft", "mtp:5").err
+    )
 
 
 class Prompted(Exception):
@@ -84,6 +90,8 @@ def test_prompts(run, model, monkeypatch, tokenizer, tmp_path):
     assert given("--prompt", "Hi", "--mode", "high") == prompt(single, thinking_mode="thinking")
     longest = prompt(single, thinking_mode="thinking", reasoning_effort="max")
     assert given("--prompt", "Hi", "--mode", "max") == longest != prompt(single, thinking_mode="thinking")
+    official = given("--prompt", "Hi", "--mode", "high", "--effort-profile", "official")
+    assert official == longest and given("--prompt", "Hi", "--mode", "low") == prompt(single, thinking_mode="thinking")
     assert given(stdin="Hi\n") == prompt(single)
     assert given("--chat", file) == prompt(messages)
     assert given("--chat", "-", stdin=file.read_text()) == prompt(messages)
@@ -91,6 +99,31 @@ def test_prompts(run, model, monkeypatch, tokenizer, tmp_path):
     assert given("--raw", "--prompt", "Hi") == [0, *tokenizer.encode("Hi")]
     assert given("--raw", "--prompt", chat.BOS + "Hi") == [0, *tokenizer.encode("Hi")]
     assert given("--raw", stdin="Hi\n\n") == [0, *tokenizer.encode("Hi\n")]
+
+
+def test_the_directory_says_what_efforts_mean(run, model, monkeypatch, tokenizer, tmp_path):
+    """By its own encoding, unless an option says otherwise."""
+    copy = shutil.copytree(model, tmp_path / "official")
+    (copy / "encoding").mkdir()
+    (copy / "encoding" / "encoding_dsv4.py").write_text("REASONING_EFFORT_PROMPTS = {}\n")
+
+    def stop_there(engine, request, *_):
+        raise Prompted(request.prompt)
+
+    monkeypatch.setattr("v4_jax.commands.generate.stream", stop_there)
+    for options, profile in (((), "official"), (("--effort-profile", "preview"), "preview")):
+        with pytest.raises(Prompted) as stopped:
+            run("generate", copy, "--prompt", "Hi", "--mode", "max", *options)
+        how = dict(thinking_mode="thinking", reasoning_effort="max", effort_profile=profile)
+        assert stopped.value.args[0] == tokenizer.encode(chat.encode([{"role": "user", "content": "Hi"}], **how))
+    card = json.loads(run("info", copy, "--json").out)["efforts"]
+    assert card["profile"] == "official" and json.loads(run("info", model, "--json").out)["efforts"]["profile"] is None
+    assert card["instruction_bytes"] == {
+        "preview": {"non-think": 0, "low": 0, "high": 0, "max": 476},
+        "official": {"non-think": 0, "low": 0, "high": 476, "max": 528},
+    }
+    assert "this model is of official" in run("info", copy).out
+    assert "'hihg'" in run("generate", copy, "--prompt", "Hi", "--mode", "hihg").err
 
 
 def test_text_goes_to_stdout_and_speed_to_stderr(run, model, reply, tokenizer):
@@ -236,3 +269,14 @@ def test_bad_directories(run, tmp_path):
     assert (result.code, result.out) == (2, "") and result.err.startswith("v4-jax: there is no directory")
     result = run("generate", tmp_path, "--prompt", "a")
     assert (result.code, result.out, result.err.count("\n")) == (2, "", 1) and "config.json" in result.err
+
+
+@pytest.mark.parametrize(
+    ("chosen", "mode", "said"),
+    [("auto", "max", True), ("auto", None, True), ("auto", "low", False), ("official", "max", False)],
+)
+def test_a_directory_that_may_be_of_either_generation(capsys, chosen, mode, said):
+    """DSpark stages alone do not tell, which is said where it matters."""
+    profile = ModelDirectory.open(DATA / "dspark-tiny").effort_profile(chosen, mode)
+    assert profile == ("official" if chosen == "official" else "preview")
+    assert ("may be of either generation" in capsys.readouterr().err) == said

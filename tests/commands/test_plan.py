@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 from rich.console import Console
@@ -189,6 +190,16 @@ def test_the_report_for_people(run, compiler):
         assert said in result.out, said
 
 
+def test_what_drafts_is_named_beside_the_plan(run, compiler):
+    """The trunk is planned; a device's share of the stages' weights, and what else they take, is said."""
+    compiler(compiled())
+    result = run("plan", "--model", "flash-0731", "--task", "decode", "--topology", "v6e:2x4", "--mesh", "tensor=8")
+    whole, trunk = (parameter_bytes(config).total for config in (Config.flash_0731(), Config.flash_0731().trunk()))
+    said = re.search(r"not in the plan: DSpark stages for drafts, which take ([0-9.]+) GB of each device", result.err)
+    assert (whole - trunk) / 8e9 < float(said[1]) < (whole - trunk) / 7e9  # norms and the like are on every device
+    assert "417.79 kB of cache for each row" in result.err and "FLOPs each time that a row drafts" in result.err
+
+
 def test_what_does_not_fit_ends_with_code_1(run, compiler):
     jobs = compiler(*3 * [PlanError("the compiler crashed: no window")])
     result = run("plan", "--model", "flash", "--task", "prefill", "--topology", "v5p:2x2x2")
@@ -209,7 +220,7 @@ def test_what_does_not_fit_ends_with_code_1(run, compiler):
         (("--preset", "fast"), "expected one of decode, prefill, long-context, train"),
         (("--context", "2M"), "more than the model's 1M tokens"),
         (("--chunk", "8"), "--chunk is for prefill"),
-        (("--model", "nowhere"), "the presets are flash, pro, tiny"),
+        (("--model", "nowhere"), "the presets are flash, pro, flash-0731, pro-0813, tiny"),
     ],
 )
 def test_bad_input(run, arguments, said):

@@ -53,7 +53,7 @@ def assert_same_predictions(found: np.ndarray, golden: np.ndarray) -> None:
     np.testing.assert_array_equal(found.argmax(-1)[clear], golden.argmax(-1)[clear])
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("name", [name for name in CHECKPOINTS if name != "dspark-tiny"])
 def test_float32(cases, name):
     case = cases[name]
     logits, draft, streams = map(np.asarray, run(case, "float32"))
@@ -61,6 +61,33 @@ def test_float32(cases, name):
     assert_same_predictions(draft, case.golden["mtp_logits"])
     rows, positions = case.golden["streams_out"].shape[:2]
     np.testing.assert_allclose(streams[:rows, :positions], case.golden["streams_out"], atol=TOLERANCE, rtol=0)
+
+
+def test_dspark(cases):
+    """Taps of a pass over the whole text; drafts, their logits and confidences behind several of its positions.
+
+    The stages are given the golden taps, and for drafts and logits also those of the pass. (Confidences are as large
+    as 45, and some move by 2e-4 with the last digits of the taps.)
+    """
+    config, params, golden = cases["dspark-tiny"]
+    model, tokens = Transformer(config, policy="float32"), jnp.asarray(golden["tokens"])
+    last = golden["anchors"]  # of which the taps are known; the token after it begins the block
+
+    trunk = jax.jit(lambda params: model.apply({"params": params}, tokens, return_taps=True))(params)
+    assert_same_predictions(trunk.logits, golden["logits"])
+    np.testing.assert_allclose(trunk.taps, golden["taps"], atol=TOLERANCE, rtol=0)
+
+    @jax.jit
+    def drafts(params, taps):
+        taps = jnp.broadcast_to(taps, (len(last), *taps.shape[1:]))
+        return model.apply({"params": params}, taps, tokens[0, last + 1], lengths=last + 1, method="dspark")
+
+    for taps in (golden["taps"], trunk.taps):
+        draft = drafts(params, jnp.asarray(taps))
+        np.testing.assert_array_equal(draft.tokens, golden["drafts"])
+        np.testing.assert_allclose(draft.logits, golden["draft_logits"], atol=TOLERANCE, rtol=0)
+        if taps is golden["taps"]:
+            np.testing.assert_allclose(draft.confidence, golden["confidence"], atol=TOLERANCE, rtol=0)
 
 
 def divergence(golden: np.ndarray, found: jax.Array) -> float:

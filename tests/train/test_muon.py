@@ -11,7 +11,7 @@ import optax
 import optax.contrib
 import pytest
 
-from tests.models import three
+from tests.models import drafts, three
 from v4_jax import Config, declarations
 from v4_jax.parameter_tree import placements
 from v4_jax.parameters import is_parameter
@@ -218,3 +218,13 @@ def test_muon_alone_is_an_optax_transformation(tiny):
     transform = optax.masked(muon(tiny.config, RATE, dtype=jnp.float32), masked)
     updates, _ = transform.update(gradients(tiny.params), transform.init(tiny.params), tiny.params)
     assert jax.tree.structure(updates) == jax.tree.structure(tiny.params)
+
+
+def test_stages_of_dspark_stay_as_they_are():
+    """Nothing here trains them, and decay alone would wear them away."""
+    tiny = drafts()
+    transform = optimizer(tiny.config, 0.1)
+    grads = jax.tree.map(jnp.ones_like, tiny.params)
+    updates, _ = jax.jit(transform.update)(grads, transform.init(tiny.params), tiny.params)
+    assert not any(np.asarray(x).any() for x in jax.tree.leaves(updates["dspark"]))
+    assert np.asarray(updates["layer_0"]["attn"]["wq_a"]).all() and np.asarray(updates["embed"]).all()

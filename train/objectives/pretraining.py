@@ -179,7 +179,7 @@ def _passes(model: Transformer, params: Any, batch: Batch) -> tuple[Callable[...
 
 def balanced_layers(config: Architecture) -> int:
     """Layers that choose their experts, the MTP block's included: those that the balance is summed over."""
-    layers = [*config.layers, *([config.mtp_layer] if config.num_nextn_predict_layers else [])]
+    layers = [*config.layers, *([config.draft_layer] if config.num_nextn_predict_layers else [])]
     return sum(layer.feed_forward == "routed" for layer in layers)
 
 

@@ -38,7 +38,7 @@ class Cache(struct.PyTreeNode):
 
     Attributes:
       lengths: [B] int32 tokens seen by the trunk.
-      draft_lengths: [B] int32 tokens seen by the drafter, which is the MTP block.
+      draft_lengths: [B] int32 tokens seen by what drafts: the MTP block, or DSpark's stages.
       entries: compressed entries by role, stacked over its layers: "csa" and "hca" [layers, B, max_length / ratio,
         head_dim], "index", the index keys, [CSA layers, B, max_length / 4, index_head_dim]; in a paged cache [layers,
         shards of B, pages of a shard x entries of a page, channels].
@@ -139,10 +139,10 @@ class Cache(struct.PyTreeNode):
         )
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes held: of the entries by role, "window", "mtp" (the drafter's), and all "open blocks" together."""
+        """Bytes held: of the entries by role, "window", "draft" (the drafter's), and all "open blocks" together."""
         sizes: dict[str, int] = {role: rows.nbytes for role, rows in self.entries.items()}
         for role, rows in self.rings.items():
-            name = {"window": "window", "draft": "mtp"}.get(role, "open blocks")
+            name = role if role in ("window", "draft") else "open blocks"
             sizes[name] = sizes.get(name, 0) + rows.nbytes
         return sizes
 
@@ -279,8 +279,8 @@ def _empty(
         ratio = ENTRY_RATIOS["hca"]
         entries["hca"] = StoredRows.empty(entries_shape(layers, ratio), config.head_dim, **key_form)
         rings["hca"] = open_blocks(layers, ratio, config.head_dim)
-    if config.num_nextn_predict_layers:
-        rings["draft"] = window(config.num_nextn_predict_layers)
+    if config.draft_blocks:
+        rings["draft"] = window(config.draft_blocks)
     # Two arrays, not one used twice: a donated cache may not hold a buffer in two places.
     lengths, draft_lengths = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), jnp.int32)
     table = None if pages is None else jnp.full((batch, -(-max_length // (PAGE * spread))), -1, jnp.int32)

@@ -62,9 +62,10 @@ def tail_sizes(cache: Cache, config: Config, *, draft: bool) -> dict[RingRole, i
 def tokens_to_refill(config: Config, *, draft: bool) -> int:
     """How many tokens to read again until every window is what it was, whatever it held before, a multiple of `PAGE`.
 
-    Each layer's keys are right one window later than those of the layer before it.
+    Each layer's keys are right one window later than those of the layer before it. What drafts counts as one: several
+    stages all make their keys from what the trunk returns.
     """
-    layers = config.num_hidden_layers + (config.num_nextn_predict_layers if draft else 0)
+    layers = config.num_hidden_layers + (1 if draft else 0)
     return -(-config.sliding_window * layers // PAGE) * PAGE
 
 

@@ -53,19 +53,21 @@ class Ring(struct.PyTreeNode):
         if not split.sequence and tokens.shape[1] + past <= self.rows.shape[2]:
             # Nothing that is read gets overwritten: storing first lets the compiler update the stack in place, where
             # reading first would make it copy all layers' rows in every layer.
-            stored = self.replace(rows=self._append(tokens, layout, ()))
-            return lambda: stored._history(past), stored.rows
-        before = halo(tokens, self._history(past), split)
-        return lambda: before, self._append(tokens, layout, split.sequence)
+            stored = self.replace(rows=self.append(tokens, layout, ()))
+            return lambda: stored.history(past), stored.rows
+        before = halo(tokens, self.history(past), split)
+        return lambda: before, self.append(tokens, layout, split.sequence)
 
-    def _history(self, count: int) -> Array:
+    def history(self, count: int) -> Array:
+        """The last `count` tokens [B, count, C], oldest first, zeros before a row's first token."""
         positions = self.start[:, None] - count + jnp.arange(count)
         places = remainder(positions + self.rows.shape[2], self.rows.shape[2])  # none is further back than that
         rows = self.rows.read(self.layer, batch_rows(self.start, 1), places, self.dtype)
         # A place may still hold an earlier row's token: it must not matter, not even if it is NaN.
         return jnp.where(positions[..., None] >= 0, rows, 0)
 
-    def _append(self, tokens: Array, layout: Layout, axes: Axes) -> StoredRows:
+    def append(self, tokens: Array, layout: Layout, axes: Axes) -> StoredRows:
+        """The role's rows with a chunk stored; `axes` split its sequence."""
         size, chunk, total = self.rows.shape[2], tokens.shape[1], layout.total[:, None]
         if chunk <= size and not axes:
             index = jnp.broadcast_to(jnp.arange(chunk), tokens.shape[:2])

@@ -4,24 +4,29 @@
 `StreamSplitter` sorts a reply into reasoning, content and tool calls while it is still being generated, leniently.
 """
 
+from v4_jax.chat.efforts import PROFILES, REASONING_EFFORTS, EffortProfile, effort_prefix, read_profile
 from v4_jax.chat.encoding import EncodeError, begin_tool_call, encode
 from v4_jax.chat.parsing import ParseError, StreamSplitter, parse, parse_tool_calls
-from v4_jax.chat.protocol import BOS, EOS, REASONING_EFFORTS, TASK_TOKENS, THINK_CLOSE, THINKING_MODES
+from v4_jax.chat.protocol import BOS, EOS, TASK_TOKENS, THINK_CLOSE, THINKING_MODES
 
 TASKS = tuple(TASK_TOKENS)
 
 __all__ = [
     "BOS",
     "EOS",
+    "PROFILES",
     "REASONING_EFFORTS",
     "TASKS",
     "THINKING_MODES",
     "THINK_CLOSE",
+    "EffortProfile",
     "EncodeError",
     "ParseError",
     "StreamSplitter",
     "begin_tool_call",
+    "effort_prefix",
     "encode",
     "parse",
     "parse_tool_calls",
+    "read_profile",
 ]

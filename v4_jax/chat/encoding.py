@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from v4_jax.chat import protocol
+from v4_jax.chat.efforts import EffortProfile, effort_prefix
 from v4_jax.chat.protocol import legal
 
 Message = Mapping[str, Any]
@@ -32,6 +33,7 @@ def encode(
     thinking_mode: str = "chat",
     reasoning_effort: str | None = None,
     drop_thinking: bool = True,
+    effort_profile: EffortProfile = "preview",
     context: Sequence[Message] | None = None,
     add_bos: bool = True,
     tools: Sequence[Mapping[str, Any]] | None = None,
@@ -45,10 +47,11 @@ def encode(
             continued); a tool message has `tool_call_id`; system and developer messages may have `tools` and
             `response_format`; `task` on a user, developer or assistant message asks for a quick instruction.
         thinking_mode: "chat" answers at once, "thinking" reasons first.
-        reasoning_effort: None and "high" are the same; "max" puts an instruction in front of everything, in
-            thinking mode only.
+        reasoning_effort: None, "low", "high" or "max": in thinking mode, perhaps an instruction in front of everything.
         drop_thinking: In thinking mode, forget the reasoning given before the last question (and earlier developer
             messages). Ignored if any message declares tools: then all reasoning is kept.
+        effort_profile: What the efforts mean: "preview" has an instruction for "max" alone, "official" (Flash-0731,
+            Pro-0813) for "high" and "max"; see `v4_jax.chat.read_profile`.
         context: Messages that were encoded before, whose text (and BOS) the result continues.
         add_bos: Whether a text without context starts with BOS.
         tools: Tool schemas in OpenAI form, put onto the first system message (an empty one is added if needed). With
@@ -62,10 +65,10 @@ def encode(
         ValueError: A message (`EncodeError`) or an option is not legal; the sentence says which, and what would be.
     """
     protocol.check_thinking_mode(thinking_mode)
-    if reasoning_effort not in protocol.REASONING_EFFORTS:
-        raise EncodeError(
-            f"unknown reasoning_effort {reasoning_effort!r}; legal efforts are {legal(protocol.REASONING_EFFORTS)}"
-        )
+    try:
+        prefix = effort_prefix(reasoning_effort, effort_profile)
+    except ValueError as error:
+        raise EncodeError(str(error)) from None
     if not messages:
         raise EncodeError("there are no messages to encode; at least one is needed")
 
@@ -85,7 +88,7 @@ def encode(
     pieces = []
     if not has_context:
         pieces.append(protocol.BOS if add_bos else "")
-        pieces.append(protocol.REASONING_EFFORT_MAX if thinking and reasoning_effort == "max" else "")
+        pieces.append(prefix if thinking else "")
     last_prompt = _last_prompt(turns)
     for i, turn in enumerate(turns):
         if turn.is_new:

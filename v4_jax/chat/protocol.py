@@ -28,13 +28,13 @@ SPECIAL_TOKENS: tuple[str, ...] = (
 )  # fmt: skip
 
 REASONING_EFFORT_MAX: str = _STRINGS["reasoning_effort_max"]
+REASONING_EFFORT_OFFICIAL_MAX: str = _STRINGS["reasoning_effort_official_max"]
 RESPONSE_FORMAT: str = _STRINGS["response_format"]  # {schema}
 TOOL_RESULT: str = _STRINGS["tool_result"]  # {content}
 UNSUPPORTED_PART: str = _STRINGS["unsupported_part"]  # {type}
 SEPARATOR: str = _STRINGS["separator"]  # the blank line between the parts of one turn
 
 THINKING_MODES = ("chat", "thinking")
-REASONING_EFFORTS = (None, "high", "max")
 
 
 def _fill(template: str, **values: str) -> str:

@@ -100,7 +100,7 @@ def entries(config: Config, formats: Formats) -> Mapping[str, Entry]:
 def part_names(config: Config) -> list[str]:
     """Parts of a checkpoint in the release's order; each is one shard there."""
     layers = [f"layers.{n}" for n in range(config.num_hidden_layers)]
-    return ["embed", *layers, "head", *(f"mtp.{n}" for n in range(config.num_nextn_predict_layers))]
+    return ["embed", *layers, "head", *(f"mtp.{n}" for n in range(config.draft_blocks))]
 
 
 def _part(name: str) -> str:
@@ -140,32 +140,49 @@ class Selection(NamedTuple):
 def select(config: Config, hf_config: dict[str, Any], names: Sequence[str]) -> Selection:
     """Applies the rules on what is left out; they concern the blocks after the last layer.
 
-    The MTP block shares the trunk's embedding and head, so copies of them are ignored. Later releases replace the block
-    by a DSpark draft of several stages (recognised by `mtp.0.main_proj` in place of `mtp.0.e_proj`), which this model
-    does not implement; their trunk is the same. And a checkpoint may come without the block that its configuration
-    still announces.
+    Draft blocks share the trunk's embedding and head, so copies of them are ignored. Whether they are an MTP block or
+    DSpark's stages, and how many, the tensors tell (`mtp.0.main_proj` in place of `mtp.0.e_proj`); what the stages
+    compute, only `config.json` does. And a checkpoint may come without the blocks that its configuration still
+    announces.
     """
     extra = [name for name in names if re.match(r"mtp\.\d+\.", name)]
     ignored: dict[str, tuple[str, ...]] = {}
     notes: list[str] = []
-    if "mtp.0.main_proj.weight" in extra and "mtp.0.e_proj.weight" not in extra:
+    dspark = "mtp.0.main_proj.weight" in extra and "mtp.0.e_proj.weight" not in extra
+    if dspark and not config.dspark_stages:
         ignored[DRAFT_RULE] = tuple(extra)
-        notes.append(f"{len(extra)} tensors of a DSpark draft are ignored: the trunk is loaded without it")
-    else:
-        copies = tuple(name for name in extra if re.match(r"mtp\.0\.(emb\w*|head)\.", name))
-        if copies:
-            ignored[DUPLICATE_RULE] = copies
-            notes.append(f"{len(copies)} tensors are ignored: {DUPLICATE_RULE} ({names_in(copies)})")
-        if len(copies) < len(extra) or config.num_nextn_predict_layers == 0:
-            return Selection(config, hf_config, ignored, notes)
-        notes.append("config.json announces a multi-token-prediction block that the checkpoint lacks: loaded without")
-    layers = config.num_hidden_layers
-    config = dataclasses.replace(config, num_nextn_predict_layers=0, compress_ratios=config.compress_ratios[:layers])
-    hf_config = {key: value for key, value in hf_config.items() if not key.startswith("dspark_")}
+        notes.append(
+            f"{len(extra)} tensors of a DSpark draft are ignored: config.json lacks the dspark_* keys that describe it"
+        )
+        return _without_drafts(Selection(config, hf_config, ignored, notes))
+    copies = tuple(name for name in extra if re.match(r"mtp\.0\.(emb\w*|head)\.", name))
+    if copies:
+        ignored[DUPLICATE_RULE] = copies
+        notes.append(f"{len(copies)} tensors are ignored: {DUPLICATE_RULE} ({names_in(copies)})")
+    if dspark:
+        stages = {int(name.split(".")[1]) for name in extra}
+        config = dataclasses.replace(config, compress_ratios=(*config.trunk().compress_ratios, *(0,) * len(stages)))
+        return Selection(config, hf_config, ignored, notes)
+    if len(copies) < len(extra) and config.dspark_stages:
+        raise CheckpointError(
+            "config.json announces DSpark stages, but the checkpoint has a multi-token-prediction block (no "
+            "mtp.0.main_proj.weight): expected a configuration without dspark_* keys"
+        )
+    if len(copies) < len(extra) or not config.draft_blocks:
+        return Selection(config, hf_config, ignored, notes)
+    announced = "DSpark stages" if config.dspark_stages else "a multi-token-prediction block"
+    notes.append(f"config.json announces {announced} that the checkpoint lacks: loaded without")
+    return _without_drafts(Selection(config, hf_config, ignored, notes))
+
+
+def _without_drafts(selection: Selection) -> Selection:
+    """The same of the trunk alone."""
+    config = selection.config.trunk()
+    hf_config = {key: value for key, value in selection.hf_config.items() if not key.startswith("dspark_")}
     hf_config["num_nextn_predict_layers"] = 0
     if "compress_ratios" in hf_config:
         hf_config["compress_ratios"] = list(config.compress_ratios)
-    return Selection(config, hf_config, ignored, notes)
+    return selection._replace(config=config, hf_config=hf_config)
 
 
 # ---- strict accounting ----------------------------------------------------------------------------------------------

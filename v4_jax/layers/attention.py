@@ -24,7 +24,7 @@ from v4_jax.layers.indexer_loss import Attended, Scored, indexer_loss
 from v4_jax.layers.lightning_indexer import LightningIndexer, index_queries, select
 from v4_jax.layers.linear import grouped_linear, linear, linears
 from v4_jax.layers.norm import rms_norm
-from v4_jax.layers.partial_softmax import finish, log_denominator, merge, merge_devices
+from v4_jax.layers.partial_softmax import Partial, finish, log_denominator, merge, merge_devices
 from v4_jax.layers.query_blocks import Queries, QueryBlock, by_query_blocks
 from v4_jax.layers.rotary import inverse_frequencies, rotate
 from v4_jax.layers.stages import SPARSE, Stage, keep
@@ -51,6 +51,30 @@ class Index(NamedTuple):
     keys: Entries
     weights: Array
     queries: Callable[[Queries], Array]
+
+
+class AttentionWeights(NamedTuple):
+    """What every role has; shapes are those that a device works with.
+
+    Attributes:
+      wq_a: [q_lora_rank, D].
+      wq_b: [H * C, q_lora_rank].
+      wkv: [C, D].
+      wo_a: [groups * o_lora_rank, H * C / groups].
+      wo_b: [D, groups * o_lora_rank].
+      q_norm: [q_lora_rank].
+      kv_norm: [C].
+      sink: [H].
+    """
+
+    wq_a: Any
+    wq_b: Any
+    wkv: Any
+    wo_a: Any
+    wo_b: Any
+    q_norm: Array
+    kv_norm: Array
+    sink: Array
 
 
 class Attention(Module):
@@ -91,36 +115,12 @@ class Attention(Module):
         c, dtype = self.config, self.policy.compute_dtype
         split, heads, size = self.split, c.num_attention_heads, c.head_dim
         frequencies = inverse_frequencies(c, self.roles)
-        wq_a = self.linear("wq_a", (c.q_lora_rank, c.hidden_size), ("q_lora", "embed"), config=c)
-        wq_b = self.linear("wq_b", (heads * size, c.q_lora_rank), ("heads", "latent"), config=c)
-        wkv = self.linear("wkv", (size, c.hidden_size), ("head_dim", "embed"), config=c)
-        wo_a = self.linear(
-            "wo_a",
-            (c.o_groups * c.o_lora_rank, heads * size // c.o_groups),
-            ("o_groups", "group_input"),
-            config=c,
-            matrices=c.o_groups,
-        )
-        wo_b = self.linear("wo_b", (c.hidden_size, c.o_groups * c.o_lora_rank), ("embed", "o_groups"), config=c)
-        q_norm = self.norm("q_norm", c.q_lora_rank)
-        kv_norm = self.norm("kv_norm", size)
-        sink = self.declare(
-            "attn_sink",
-            (heads,),
-            ("sinks",),
-            released="attn_sink",
-            storage="f32",
-            group="adamw",
-            init=nn.initializers.zeros,
-        )
+        wq_a, wq_b, wkv, wo_a, wo_b, q_norm, kv_norm, sink = self.weights()
 
         with jax.named_scope("attention.project"):
             latent, keys = linears(y, [wq_a, wkv], dtype)
             latent = rms_norm(latent, q_norm, c.rms_norm_eps)
-            keys = rms_norm(keys, kv_norm, c.rms_norm_eps)
-            keys = rotate(keys, layout.positions, frequencies)
-            if self.policy.fake_quant:
-                keys = fake_quant_kv(keys, c.qk_rope_head_dim)
+            keys = self.keys(keys, kv_norm, layout.positions, frequencies)
 
         past = c.sliding_window - 1
         with jax.named_scope("attention.window_cache"):
@@ -132,7 +132,6 @@ class Attention(Module):
                 before, rows = window.advance(keys, layout, past, split)
                 tail, cache = before(), cache.with_ring(self.window, rows)
 
-        groups = split.share("o_groups", c.o_groups)
         entries, index, cache = self._compress(y, layout, cache, role_index, frequencies)
         ratio = self.roles.ratio
         low, high = layout.visible(ratio) if ratio else (layout.first, layout.first)
@@ -142,9 +141,7 @@ class Attention(Module):
 
         def block(x: QueryBlock) -> tuple[Array, Array | None, Array | None]:
             with jax.named_scope("attention.queries"):
-                queries = linear(x.queries.latent, wq_b, dtype).reshape(*x.queries.latent.shape[:2], -1, size)
-                queries = rms_norm(queries, None, c.rms_norm_eps)
-                queries = rotate(queries, x.queries.positions, frequencies)
+                queries = self.queries(x.queries.latent, wq_b, x.queries.positions, frequencies)
             picked = loss = scored = None
             if index is not None and x.queries.index_weights is not None:
                 scored = Scored(index.queries(x.queries), x.queries.index_weights, index.keys)
@@ -168,9 +165,7 @@ class Attention(Module):
                 attended = Attended(queries, log_denominator(partial, sink), entries)
                 loss = indexer_loss(attended, scored, picked, x.visible, shared)
             with jax.named_scope("attention.output"):
-                output = rotate(finish(partial, sink).astype(dtype), x.queries.positions, frequencies, inverse=True)
-                output = grouped_linear(output.reshape(*output.shape[:2], groups, -1), wo_a, dtype)
-                output = linear(output.reshape(*output.shape[:2], -1), wo_b, dtype)
+                output = self.output(partial, sink, x.queries.positions, frequencies, wo_a, wo_b)
             return output, picked, loss
 
         queries = Queries(
@@ -186,6 +181,59 @@ class Attention(Module):
         wide = cache is not None and platform_of_mesh() == "tpu"  # gradients take the forms that hold logits
         output, picked, loss = by_query_blocks(block, tail, keys, queries, heads, wide=wide)
         return keep(psum(output, split.shared("o_groups")), "attention"), cache, picked, loss
+
+    # Parts of a sublayer that stages have too, not wrapped: profiles name them by the scopes that callers open.
+
+    @nn.nowrap
+    def weights(self) -> AttentionWeights:
+        """Declares what every role has."""
+        c = self.config
+        heads, size = c.num_attention_heads, c.head_dim
+        wq_a = self.linear("wq_a", (c.q_lora_rank, c.hidden_size), ("q_lora", "embed"), config=c)
+        wq_b = self.linear("wq_b", (heads * size, c.q_lora_rank), ("heads", "latent"), config=c)
+        wkv = self.linear("wkv", (size, c.hidden_size), ("head_dim", "embed"), config=c)
+        wo_a = self.linear(
+            "wo_a",
+            (c.o_groups * c.o_lora_rank, heads * size // c.o_groups),
+            ("o_groups", "group_input"),
+            config=c,
+            matrices=c.o_groups,
+        )
+        wo_b = self.linear("wo_b", (c.hidden_size, c.o_groups * c.o_lora_rank), ("embed", "o_groups"), config=c)
+        q_norm = self.norm("q_norm", c.q_lora_rank)
+        kv_norm = self.norm("kv_norm", size)
+        sink = self.declare(
+            "attn_sink",
+            (heads,),
+            ("sinks",),
+            released="attn_sink",
+            storage="f32",
+            group="adamw",
+            init=nn.initializers.zeros,
+        )
+        return AttentionWeights(wq_a, wq_b, wkv, wo_a, wo_b, q_norm, kv_norm, sink)
+
+    @nn.nowrap
+    def keys(self, projected: Array, kv_norm: Array, positions: Array, frequencies: Any) -> Array:
+        """Keys, which are the values too, [B, S, C] from what `wkv` projects, at `positions` [B, S]."""
+        c = self.config
+        keys = rotate(rms_norm(projected, kv_norm, c.rms_norm_eps), positions, frequencies)
+        return fake_quant_kv(keys, c.qk_rope_head_dim) if self.policy.fake_quant else keys
+
+    @nn.nowrap
+    def queries(self, latent: Array, wq_b: Any, positions: Array, frequencies: Any) -> Array:
+        """[B, Q, H, C] queries from their latents [B, Q, q_lora_rank]."""
+        c = self.config
+        queries = linear(latent, wq_b, self.policy.compute_dtype).reshape(*latent.shape[:2], -1, c.head_dim)
+        return rotate(rms_norm(queries, None, c.rms_norm_eps), positions, frequencies)
+
+    @nn.nowrap
+    def output(self, partial: Partial, sink: Array, positions: Array, frequencies: Any, wo_a: Any, wo_b: Any) -> Array:
+        """[B, Q, D] from what the queries attended, of this device's groups."""
+        dtype, groups = self.policy.compute_dtype, self.split.share("o_groups", self.config.o_groups)
+        output = rotate(finish(partial, sink).astype(dtype), positions, frequencies, inverse=True)
+        output = grouped_linear(output.reshape(*output.shape[:2], groups, -1), wo_a, dtype)
+        return linear(output.reshape(*output.shape[:2], -1), wo_b, dtype)
 
     def _compress(
         self, y: Array, layout: Layout, cache: Cache | None, role_index: Any, frequencies: Any

@@ -8,8 +8,9 @@ import pytest
 
 from tests.infer.engine.test_scheduler import served
 from tests.infer.engine.test_speculative import assert_same, guessable, make_engine, requests
+from tests.models import drafts, trained
 from v4_jax.cache import pages
-from v4_jax.infer.engine.drafters import Drafts, MtpDrafter, PlainDecoding, check_depth, choose_drafter
+from v4_jax.infer.engine.drafters import Drafts, DSparkDrafter, MtpDrafter, PlainDecoding, choose_drafter
 from v4_jax.infer.prefix_cache.cache import PrefixCacheOptions
 
 
@@ -19,6 +20,7 @@ class Repeating:
 
     depth: int
     kind = "repeating"
+    confident = False
     trunk_options = {}
     reach = 0
 
@@ -48,18 +50,28 @@ def model():
 def test_another_drafter(model, monkeypatch):
     """The same tokens, with a prefix cache too; its guesses are right now and then."""
     expected = served(make_engine(model, 0), requests())
-    monkeypatch.setattr("v4_jax.infer.engine.scheduler.choose_drafter", lambda config, depth: Repeating(depth))
+    monkeypatch.setattr("v4_jax.infer.engine.scheduler.choose_drafter", lambda *_: Repeating(3))
     engine = make_engine(model, 3, prefix_cache=PrefixCacheOptions(1 << 30))
     assert_same(served(engine, requests()), expected)
     assert_same(served(engine, requests()), expected)
     assert 0 < engine.acceptance[0].accepted < engine.acceptance[0].offered
 
 
-def test_the_drafter_of_a_depth(model):
-    assert choose_drafter(model.config, 0) == PlainDecoding() and choose_drafter(model.config, 3) == MtpDrafter(3)
-    for depth in (-1, MtpDrafter.DEEPEST + 1):
-        with pytest.raises(ValueError, match=f"draft is {depth}, expected 0"):
-            check_depth(depth, model.config)
+def test_the_drafter_of_a_name(model):
+    stages = drafts().config
+    for config, draft, drafter in (
+        (model.config, "none", PlainDecoding()),
+        (model.config, "mtp:3", MtpDrafter(3)),
+        (model.config, "auto", MtpDrafter(1)),
+        (stages, "dspark", DSparkDrafter(5)),
+        (stages, "auto", DSparkDrafter(5)),
+        (trained().config, "auto", PlainDecoding()),
+    ):
+        assert choose_drafter(config, draft) == drafter
+    with pytest.raises(ValueError, match="no multi-token-prediction block; expected none, dspark or auto"):
+        choose_drafter(stages, "mtp:1")
+    with pytest.raises(ValueError, match="drafts 9 tokens at once, expected at most 8"):
+        choose_drafter(dataclasses.replace(stages, dspark_block_size=9), "dspark")
 
 
 def test_profiles_tell_the_parts_of_programs_apart(model, monkeypatch):

@@ -36,15 +36,27 @@ CONFIG = dataclasses.replace(
 )
 
 
-def test_pages_stay_where_they_are(monkeypatch):
+DSPARK = dataclasses.replace(
+    CONFIG,
+    num_nextn_predict_layers=0,
+    compress_ratios=(*CONFIG.compress_ratios, 0),
+    dspark_block_size=5,
+    dspark_noise_token_id=1023,
+    dspark_target_layer_ids=(4, 5),
+    dspark_markov_rank=128,
+)
+
+
+@pytest.mark.parametrize(("config", "draft"), [(CONFIG, "mtp:2"), (DSPARK, "dspark")])
+def test_pages_stay_where_they_are(monkeypatch, config, draft):
     """With drafts and a prefix cache: the temporaries of no program have room for a copy of a role's pages."""
     place = Place(make_mesh("data=2,seq=2", tpu_devices("v5p:2x2x1")), "long-context")
     chunk = place.chunk(256)
-    cache = place.cache_shapes(CONFIG, SLOTS, LENGTH, "bfloat16", pages=MANY * SLOTS * LENGTH // place.page)
-    arguments = dict(drafter=choose_drafter(CONFIG, 2), chunk=chunk, place=place)
-    params = abstract_params(CONFIG, place.mesh, place.rules, "native")
-    pager = Pager(PrefixCacheOptions(1), CONFIG, params, cache, **arguments, policy="bfloat16", cache_dtype="bfloat16")
-    model = Transformer(CONFIG, mesh=place.mesh, rules=place.rules)
+    cache = place.cache_shapes(config, SLOTS, LENGTH, "bfloat16", pages=MANY * SLOTS * LENGTH // place.page)
+    arguments = dict(drafter=choose_drafter(config, draft), chunk=chunk, place=place)
+    params = abstract_params(config, place.mesh, place.rules, "native")
+    pager = Pager(PrefixCacheOptions(1), config, params, cache, **arguments, policy="bfloat16", cache_dtype="bfloat16")
+    model = Transformer(config, mesh=place.mesh, rules=place.rules)
     programs = Programs(model, cache, **arguments, pager=pager)
 
     found, compile_ = [], jax.stages.Lowered.compile

@@ -39,6 +39,7 @@ def guessable(weight: float, context: float):
 
 def make_engine(model, draft, slots=3, **arguments):
     arguments = dict(max_length=LENGTH, prefill_chunk=CHUNK, policy="float32", cache_dtype="float32") | arguments
+    draft = draft if isinstance(draft, str) else f"mtp:{draft}" if draft else "none"
     return Engine(model.config, model.params, slots=slots, draft=draft, **arguments)
 
 
@@ -303,9 +304,11 @@ def test_sampled_tokens_are_distributed_as_the_model_says(model, engine):
 
 
 def test_refusals(model):
-    for depth in (-1, 5):
-        with pytest.raises(ValueError, match=rf"draft is {depth}, expected 0 \(plain decoding\) to 4 tokens"):
-            make_engine(model, depth)
+    for draft in ("", "mtp", "mtp:0", "mtp:5", "mtp:x", "none:1", "dspark:5", "2"):
+        with pytest.raises(ValueError, match=f"draft is '{draft}', expected none, mtp:1 to mtp:4, dspark or auto"):
+            make_engine(model, draft)
+    with pytest.raises(ValueError, match="no DSpark stages; expected none, mtp:1 to mtp:4 or auto"):
+        make_engine(model, "dspark")
     config = dataclasses.replace(model.config, num_nextn_predict_layers=0, compress_ratios=(0, 4, 128))
-    with pytest.raises(ValueError, match="draft is 1, but this model has no multi-token-prediction block"):
-        Engine(config, {}, slots=1, max_length=8, draft=1)
+    with pytest.raises(ValueError, match="draft is 'mtp:1', but this model has no multi-token-prediction block"):
+        Engine(config, {}, slots=1, max_length=8, draft="mtp:1")

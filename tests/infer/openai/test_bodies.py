@@ -2,7 +2,12 @@
 
 import pytest
 
+from tests.models import two
+from v4_jax import chat
+from v4_jax.infer.engine.sampling import Sampling
 from v4_jax.infer.openai.bodies import BodyError, ChatBody, CompletionBody, read_body
+from v4_jax.infer.openai.completions import Completion, Defaults, Model
+from v4_jax.tokenizer import ByteTokenizer
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -19,10 +24,12 @@ def test_the_kind_is_told_by_what_a_body_holds():
         ({}, "non-think", "non-think"),
         ({}, "max", "max"),
         ({"reasoning_effort": "none"}, "max", "non-think"),
-        ({"reasoning_effort": "low"}, "non-think", "high"),
+        ({"reasoning_effort": "low"}, "max", "low"),
+        ({"reasoning_effort": "minimal"}, "non-think", "low"),
+        ({"reasoning_effort": "medium"}, "non-think", "low"),
         ({"reasoning_effort": "high"}, "non-think", "high"),
         ({"reasoning_effort": "xhigh"}, "non-think", "max"),
-        ({"thinking": {"type": "enabled"}}, "non-think", "high"),
+        ({"thinking": {"type": "enabled"}}, "non-think", "low"),
         ({"thinking": {"type": "enabled"}}, "max", "max"),
         ({"thinking": {"type": "enabled"}, "reasoning_effort": "max"}, "non-think", "max"),
         ({"thinking": {"type": "disabled"}, "reasoning_effort": "max"}, "high", "non-think"),
@@ -73,3 +80,25 @@ def test_what_is_wrong_is_said_in_a_sentence(content, sentence, param):
 def test_the_kind_may_be_given():
     with pytest.raises(BodyError, match="messages is missing"):
         read_body({"prompt": "x"}, chat=True)
+
+
+@pytest.mark.parametrize("default", ["preview", "official"])
+def test_the_profile_of_efforts_is_the_models_or_the_bodys(default):
+    tokenizer, config = ByteTokenizer(320), two().config
+    model = Model("tiny", config, tokenizer, Defaults(Sampling(), (1,), 8, "high", default), 2048)
+
+    def prompt(**fields):
+        return Completion(read_body({"messages": HELLO, **fields}), model, 0).request.prompt
+
+    def encoded(effort, profile):
+        how = dict(thinking_mode="thinking", reasoning_effort=effort, effort_profile=profile)
+        return tokenizer.encode(chat.encode(HELLO, **how))
+
+    assert prompt() == encoded("high", default)
+    assert prompt(thinking={"type": "enabled"}, reasoning_effort="max") == encoded("max", default)
+    for profile in ("preview", "official"):
+        assert prompt(effort_profile=profile) == encoded("high", profile)
+    with pytest.raises(BodyError, match="effort_profile is 'new': input should be 'preview' or 'official'"):
+        prompt(effort_profile="new")
+    with pytest.raises(BodyError, match="reasoning_effort is 'some': input should be 'none', 'minimal', 'low'"):
+        prompt(reasoning_effort="some")

@@ -328,7 +328,7 @@ def test_a_broken_engine_is_said(parts):
     """Requests that are there fail with 503, later ones too, and so does /health."""
 
     class Broken:
-        idle, slots, waiting, draft, max_length = False, 2, 0, 0, LENGTH
+        idle, slots, waiting, draft_depth, max_length = False, 2, 0, 0, LENGTH
 
         def submit(self, request):
             return 0
