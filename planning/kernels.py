@@ -1,12 +1,14 @@
 """Cycles of a program's Pallas kernels by the compiler's estimate, each compiled alone.
 
 The compiler writes cycles beside its own operations, and those of kernels only into a folder of profiles, if it is told
-to before it starts. In that state it can crash on a kernel that it otherwise compiles. So kernels go to a process of
-their own, one after another, and one that crashes it stays without an estimate.
+to before it starts. It then takes several times as long for everything that it compiles, and can crash on a kernel that
+it otherwise compiles. So kernels go to a process of their own, one after another, and one that crashes it, or whose
+analysis does not end, stays without an estimate.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -23,6 +25,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from v4_jax.planning.hlo import Computation, Instruction, Program
+
+PATIENCE = 300  # seconds until a process is taken to be lost in the analysis of a kernel: a few take hours
+
+# Without the first, the analysis refuses bitcasts between 16-bit types that the compiler itself takes.
+_OPTIONS = "--xla_tpu_check_llo_types=false --xla_jf_dump_static_llo_profile_to="
 
 # What a kernel is known by: its name, and its operands and results as the compiler writes them, without layouts.
 Likeness = tuple[str, ...]
@@ -48,16 +55,17 @@ def cycles(closed: Any, topology: str, mesh: Mesh) -> dict[Likeness, int]:
             Path(folder, f"{number}.kernel").write_bytes(_exported(equation, mesh))
         found = {}
         while list(Path(folder).glob("*.kernel")):
-            options = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} --xla_jf_dump_static_llo_profile_to={folder}"
-            run = subprocess.run(
-                [sys.executable, "-m", __name__, folder, topology],
-                env=os.environ | {"LIBTPU_INIT_ARGS": options},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                check=False,
-            )
-            for line in run.stdout.splitlines():
+            options = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {_OPTIONS}{folder}"
+            with open(Path(folder, "cycles"), "w+") as answers, contextlib.suppress(subprocess.TimeoutExpired):
+                subprocess.run(
+                    [sys.executable, "-m", __name__, folder, topology],
+                    env=os.environ | {"LIBTPU_INIT_ARGS": options},
+                    stdout=answers,
+                    stderr=subprocess.DEVNULL,
+                    check=False,
+                    timeout=PATIENCE,
+                )
+            for line in Path(folder, "cycles").read_text().splitlines():
                 if line.startswith("{"):
                     one = json.loads(line)
                     found[tuple(one["likeness"])] = one["cycles"]

@@ -5,6 +5,7 @@ Technical report, section 2.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -13,12 +14,11 @@ from jax import Array
 
 from v4_jax.architecture import Architecture, Layer
 from v4_jax.cache.cache import Cache, WindowRole
-from v4_jax.layer_stack import role_index
+from v4_jax.layer_stack import in_stack, role_index
 from v4_jax.layers.attention import Attention
 from v4_jax.layers.experts import Experts
-from v4_jax.layers.hyper_connections import HyperConnection, write_back
+from v4_jax.layers.hyper_connections import HyperConnection, leave
 from v4_jax.layers.mixture_of_experts import MixtureOfExperts
-from v4_jax.layers.norm import rms_norm
 from v4_jax.layers.stages import SPARSE, Remat, Stage, rematerialised
 from v4_jax.layout import Layout
 from v4_jax.outputs import Decided, Routing
@@ -28,7 +28,7 @@ from v4_jax.sharding.split import Split
 
 
 class Carry(struct.PyTreeNode):
-    """What one layer hands to the next, and a scan carries."""
+    """What one layer hands to the next, and a scan carries: streams [B, S, hc * D], side by side, and the cache."""
 
     streams: Array
     cache: Cache | None
@@ -71,7 +71,7 @@ class Block(Module):
         """Runs the layer.
 
         Args:
-          carry: streams [B, S, hc, D] and cache.
+          carry: streams and cache.
           context: what all layers share.
           layer: the layer's number, which is its place in the window's stack.
           role_index: its number among the layers of its attention role.
@@ -83,8 +83,7 @@ class Block(Module):
         """
         c = self.config
         site = HyperConnection(config=c, prefix=self.prefix + "hc_attn_", split=self.split, name="hc_attn")
-        y, mix = site(carry.streams)
-        y = rms_norm(y, self.norm("attn_norm", c.hidden_size), c.rms_norm_eps)
+        streams, y, mix = site(carry.streams, self.norm("attn_norm", c.hidden_size))
         attention = Attention(
             config=c,
             policy=self.policy,
@@ -96,11 +95,9 @@ class Block(Module):
             name="attn",
         )
         z, cache, picked, loss = attention(y, context.layout, carry.cache, layer, role_index, replay.entries)
-        streams = write_back(carry.streams, z, mix)
 
         site = HyperConnection(config=c, prefix=self.prefix + "hc_ffn_", split=self.split, name="hc_ffn")
-        y, mix = site(streams)
-        y = rms_norm(y, self.norm("ffn_norm", c.hidden_size), c.rms_norm_eps)
+        streams, y, mix = site(streams, self.norm("ffn_norm", c.hidden_size), (z, mix))
         ffn = MixtureOfExperts(
             config=c,
             policy=self.policy,
@@ -111,7 +108,7 @@ class Block(Module):
         )
         z, decided = ffn(y, context.tokens, context.layout.valid, stacked, replay.experts)
         decided = Decided(decided.routing.replace(entries=picked), decided.statistics.replace(indexer_loss=loss))
-        return Carry(write_back(streams, z, mix), cache), decided
+        return Carry(leave(streams, z, mix, c), cache), decided
 
 
 class PeriodBlocks(nn.Module):
@@ -125,14 +122,27 @@ class PeriodBlocks(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: Carry, x: tuple[Any, list[Routing]], context: Context, stacks: list[Experts] | None
+        self, carry: Carry, x: tuple[Any, list[Routing]], context: Context, stacks: Any
     ) -> tuple[Carry, list[Decided]]:
-        """Runs the layers of repeat `x[0]` with the decisions `x[1]` to replay; see `Block`."""
+        """Runs the layers of repeat `x[0]` with the decisions `x[1]` to replay; see `Block`.
+
+        `stacks` are the parameters of all repeats, by the name of their block, from which kernels then read their
+        repeat's; None to use what the scan cuts out.
+        """
         repeat, replay = x
         period, decided = self.config.period, []
         roles = [roles.attention for roles in self.config.layers]
-        make = rematerialised(Block, self.remat, in_scan=True)
+        # Experts whose axes are split otherwise are gathered first, a layer's at a time.
+        whole = not (self.split.axes("expert_embed") or self.split.axes("expert_hidden"))
         for place, layer in enumerate(period.layers(0)):
+            make, stacked = rematerialised(Block, self.remat, in_scan=True), None
+            if stacks is not None:
+                stack = stacks[f"block_{place}"]
+                make = nn.map_variables(
+                    make, "params", functools.partial(in_stack, stacks={"params": stack}, layer=repeat)
+                )
+                ffn = stack["ffn"]
+                stacked = (Experts(ffn["w1"], ffn["w2"], ffn["w3"]), repeat) if whole else None
             first = role_index(self.config, layer)
             per_repeat = roles[period.start : period.start + period.length].count(roles[layer])
             block = make(
@@ -144,7 +154,6 @@ class PeriodBlocks(nn.Module):
                 split=self.split,
                 name=f"block_{place}",
             )
-            stacked = None if stacks is None else (stacks[place], repeat)
             number = layer + repeat * period.length
             carry, one = block(carry, context, number, first + repeat * per_repeat, replay[place], stacked)
             decided.append(one)

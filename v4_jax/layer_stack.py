@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from v4_jax.architecture import Architecture
+from v4_jax.number_formats import BlockScaled, Stack
 from v4_jax.outputs import Decided, Routing
 
 
@@ -45,6 +46,23 @@ def stacked(decided: Sequence[Decided]) -> Decided:
         return jnp.stack(present) if present else None
 
     return jax.tree.map(stack, *decided, is_leaf=lambda node: node is None)
+
+
+def in_stack(values: Any, stacks: Any, layer: Any) -> Any:
+    """A layer's parameters, the block-scaled matrices among them knowing where in the stacks of all layers they lie.
+
+    Args:
+      values: tree of the layer's parameters, as cut out of the stacks.
+      stacks: the same tree with a layer axis in front.
+      layer: int32 number of the layer in the stacks.
+    """
+
+    def place(value: Any, stack: Any) -> Any:
+        if not isinstance(value, BlockScaled) or value.ndim != 2:
+            return value
+        return value.replace(stack=Stack(stack.codes, stack.scales, layer))
+
+    return jax.tree.map(place, values, stacks, is_leaf=lambda node: isinstance(node, BlockScaled))
 
 
 def by_layer(config: Architecture, values: Any) -> list[tuple[tuple[str, ...], Any]]:

@@ -7,7 +7,7 @@ from jax import Array
 from v4_jax.architecture import Architecture
 from v4_jax.block import Block, Carry, Context
 from v4_jax.cache.cache import Cache
-from v4_jax.layers.hyper_connections import StreamCollapse
+from v4_jax.layers.hyper_connections import StreamCollapse, joined
 from v4_jax.layers.linear import linear
 from v4_jax.layers.norm import rms_norm
 from v4_jax.layers.stages import Remat, rematerialised
@@ -45,9 +45,10 @@ class MultiTokenPrediction(Module):
     def __call__(
         self, streams: Array, embedded: Array, context: Context, cache: Cache | None, replay: Routing
     ) -> tuple[Array, Cache | None, Decided]:
-        """Streams [B, S, hc, D], embedded next tokens [B, S, D] -> the block's streams, cache after them, decisions."""
+        """Streams [B, S, hc, D], embedded next tokens [B, S, D] -> the block's streams [B, S, hc * D], side by side,
+        cache after them, decisions."""
         dtype, eps = self.policy.compute_dtype, self.config.rms_norm_eps
         z = linear(rms_norm(embedded, self.enorm, eps), self.e_proj, dtype)
         streams = linear(rms_norm(streams.astype(dtype), self.hnorm, eps), self.h_proj, dtype) + z[:, :, None]
-        carry, decided = self.block(Carry(streams, cache), context, 0, 0, replay)
+        carry, decided = self.block(Carry(joined(streams), cache), context, 0, 0, replay)
         return carry.streams, carry.cache, decided

@@ -31,6 +31,20 @@ _INDEX_AMAX_FLOOR = 6.0 * 2.0**-126
 _LARGEST_FLOAT = {jnp.dtype(E4M3): E4M3_MAX, jnp.dtype(E2M1): E2M1_MAX}
 
 
+class Stack(struct.PyTreeNode):
+    """Where a layer's weight was cut from: a kernel reads it there, so that no copy of it is made.
+
+    Attributes:
+      codes: [layers, ...] those of all layers.
+      scales: [layers, ...] likewise.
+      layer: int32 number of the layer among them.
+    """
+
+    codes: Any
+    scales: Any
+    layer: Any
+
+
 class BlockScaled(struct.PyTreeNode):
     """A weight in low precision with one scale per block: `value = codes * scale of its block`.
 
@@ -40,11 +54,13 @@ class BlockScaled(struct.PyTreeNode):
       codes: [..., out, in] E4M3 or E2M1.
       scales: [..., ceil(out / block[0]), ceil(in / block[1])] E8M0, or float32 in the Base checkpoints.
       block: elements of (out, in) under one scale.
+      stack: the weights of all layers, of which it is one; None where they are not known.
     """
 
     codes: Any
     scales: Any
     block: tuple[int, int] = struct.field(pytree_node=False)
+    stack: Stack | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

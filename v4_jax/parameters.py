@@ -181,7 +181,11 @@ class Module(nn.Module, kw_only=True):
             raise ValueError(
                 f"{self.prefix}{released}: the given value has shape {tuple(value.shape)}, expected {stored}"
             )
-        return self.split.gather(value, axes) if gather else value
+        if not gather:
+            return value
+        if isinstance(value, BlockScaled) and self.split.used(shape, axes) != stored:
+            value = value.replace(stack=None)  # gathered, it lies elsewhere
+        return self.split.gather(value, axes)
 
     def linear(
         self,

@@ -19,9 +19,9 @@ from v4_jax.architecture import Architecture
 from v4_jax.block import Block, Carry, Context, PeriodBlocks
 from v4_jax.cache.cache import Cache
 from v4_jax.layer_stack import replayed, role_index, stacked, unrolled
-from v4_jax.layers.experts import Experts
 from v4_jax.layers.head import cross_entropy
-from v4_jax.layers.hyper_connections import StreamCollapse, expand
+from v4_jax.layers.hyper_connections import StreamCollapse, apart, expand, joined
+from v4_jax.layers.linear import linear
 from v4_jax.layers.norm import rms_norm
 from v4_jax.layers.stages import SPARSE, Remat, Stage, recompute, rematerialised
 from v4_jax.layout import Layout
@@ -29,7 +29,7 @@ from v4_jax.multi_token_prediction import MultiTokenPrediction
 from v4_jax.on_mesh import loss_on_mesh, on_mesh
 from v4_jax.outputs import Decided, Logits, Output, Routing
 from v4_jax.parameters import LAYERS, Module, normal
-from v4_jax.policy import Policy, einsum
+from v4_jax.policy import Policy
 from v4_jax.sharding import collectives
 from v4_jax.sharding.axes import Rules, ShardingError
 
@@ -154,9 +154,9 @@ class Transformer(Module):
         if cache is not None:
             cache = cache.replace(lengths=cache.lengths + layout.total)
         if self.is_initializing() and self.config.num_nextn_predict_layers:
-            self.mtp(streams, tokens, logits="none")
+            self.mtp(apart(streams, self.config.hc_mult), tokens, logits="none")
         output = self._logits(streams, layout, logits, self.collapse, self.norm_weight)
-        return _output(output, cache, streams, decided, return_routing)
+        return _output(output, cache, apart(streams, self.config.hc_mult), decided, return_routing)
 
     def mtp(
         self,
@@ -210,7 +210,7 @@ class Transformer(Module):
         if cache is not None:
             cache = cache.replace(draft_lengths=cache.draft_lengths + layout.total)
         output = self._logits(streams, layout, logits, self.mtp_block.collapse, self.mtp_block.norm_weight)
-        return _output(output, cache, streams, [decided], return_routing)
+        return _output(output, cache, apart(streams, self.config.hc_mult), [decided], return_routing)
 
     def cross_entropy(self, streams: Array, targets: Array, weights: Array, *, mtp: bool = False) -> Array:
         """Weighted sum of the negative log-probabilities of given tokens, without an array of [tokens, vocabulary].
@@ -233,7 +233,7 @@ class Transformer(Module):
         axes = self.split.shared("vocab")
         tokens = jnp.clip(targets, 0, self.config.vocab_size - 1) - collectives.index(axes) * head.shape[0]
 
-        hidden = recompute(lambda streams: rms_norm(collapse(streams), norm, self.config.rms_norm_eps))(streams)
+        hidden = recompute(lambda streams: rms_norm(collapse(streams), norm, self.config.rms_norm_eps))(joined(streams))
         flat = hidden.reshape(-1, self.config.hidden_size)
         loss = cross_entropy(flat, head, tokens.reshape(-1), weights.reshape(-1), axes)
         return collectives.psum(loss, (*self.split.axes("batch"), *self.split.sequence))
@@ -298,7 +298,7 @@ class Transformer(Module):
         if which == "none":
             return None
         head = split.gather(self.head_weight, ("vocab", "embed"))
-        return einsum("bsd,vd->bsv", x, head, dtype=jnp.float32)
+        return linear(x, head, jnp.float32)
 
     def _layers(self, carry: Carry, context: Context, routing: Routing | None) -> tuple[Carry, list[Decided]]:
         """All layers, in order: those before the period, the scan over it, those after."""
@@ -315,9 +315,10 @@ class Transformer(Module):
         for i in range(min(period.start, c.num_hidden_layers)):
             carry = run(i, carry)
         if period.repeats:
-            # Inference reads experts straight from the stack; training slices them, so that gradients are sliced too.
-            whole = not (self.split.axes("expert_embed") or self.split.axes("expert_hidden"))
-            stacks = self._expert_stacks() if carry.cache is not None and whole and not self.is_initializing() else None
+            # Inference reads weights straight from the stacks; training slices them, so that gradients are sliced too.
+            stacks = None
+            if carry.cache is not None and not self.is_initializing():
+                stacks = nn.meta.unbox(self.get_variable("params", "period"))
             replays = [
                 replayed(c, routing, range(period.start + place, period.stop, period.length))
                 for place in range(period.length)
@@ -328,12 +329,6 @@ class Transformer(Module):
         for i in range(period.stop, c.num_hidden_layers):
             carry = run(i, carry)
         return carry, decided
-
-    def _expert_stacks(self) -> list[Experts]:
-        """The period's expert weights as stacked, by place."""
-        params = nn.meta.unbox(self.get_variable("params", "period"))
-        ffns = (params[f"block_{place}"]["ffn"] for place in range(self.config.period.length))
-        return [Experts(ffn["w1"], ffn["w2"], ffn["w3"]) for ffn in ffns]
 
 
 def _output(

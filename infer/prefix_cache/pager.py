@@ -27,7 +27,7 @@ from v4_jax.infer.prefix_cache.store import Item
 from v4_jax.placement import Place
 from v4_jax.policy import Policy
 
-_FORMAT = 2  # of pages and tails in a directory: those of another are not found
+_FORMAT = 3  # of pages and tails in a directory: those of another are not found
 
 
 class PageCopies(NamedTuple):
@@ -327,7 +327,7 @@ class Pager:
 
 def _zeros(held: StoredRows, size: int) -> tuple[np.ndarray, ...]:
     """Arrays [layers, size, channels] like those of a role in one row."""
-    return tuple(np.zeros((array.shape[0], size, array.shape[3]), array.dtype) for array in held.arrays)
+    return tuple(np.zeros((array.shape[0], size, *array.shape[3:]), array.dtype) for array in held.arrays)
 
 
 def _item(copies: Parts, sizes: Mapping[Any, int], row: int, number: int) -> Item:

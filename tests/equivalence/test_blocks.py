@@ -10,7 +10,8 @@ import pytest
 from tests.models import TOLERANCE, make
 from v4_jax import Routing, Transformer
 from v4_jax.kernels.grouped_matmul import groups
-from v4_jax.layers import entry_attention, indexer_loss, lightning_indexer, query_blocks
+from v4_jax.kernels.indexer import selection
+from v4_jax.layers import entry_attention, indexer_loss, query_blocks
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def test_small_blocks(tiny, tokens, whole, monkeypatch, cached, together):
     monkeypatch.setattr(query_blocks, "TOGETHER", together)
     monkeypatch.setattr(entry_attention, "ENTRY_BLOCK", 2)
     monkeypatch.setattr(indexer_loss, "ENTRY_BLOCK", 2)
-    monkeypatch.setattr(lightning_indexer, "ENTRY_BLOCK", 20)
+    monkeypatch.setattr(selection, "ENTRY_BLOCK", 20)
     monkeypatch.setattr(groups, "TILE", 8)
     arguments = {"cache": tiny.cache(2, 700)} if cached else {}
     small = jax.jit(lambda p, t: tiny.model.apply({"params": p}, t, **arguments).logits)
@@ -43,7 +44,7 @@ def test_blocks_side_by_side_skip_what_nobody_sees(three, tokens, monkeypatch):
         def chunk(tokens, cache):
             return three.model.apply({"params": three.params}, tokens, cache=cache).logits
 
-        room = 128 * (lightning_indexer.ENTRY_BLOCK + entry_attention.ENTRY_BLOCK)  # several blocks of either kind
+        room = 128 * (selection.ENTRY_BLOCK + entry_attention.ENTRY_BLOCK)  # several blocks of either kind
         return str(jax.make_jaxpr(chunk)(tokens[:, :64], three.cache(2, room))).count("cond[")
 
     together = branches()

@@ -15,10 +15,15 @@ from v4_jax import Config
 from v4_jax.cache.entries import Entries
 from v4_jax.cache.rows import StoredRows
 from v4_jax.kernels.grouped_matmul.tpu import grouped_matmul
+from v4_jax.kernels.linear.tpu import matmul
+from v4_jax.layers.entry_attention import attend_picked
+from v4_jax.layers.lightning_indexer import select
+from v4_jax.layers.linear import grouped_linear, linears
 from v4_jax.layers.mixture_of_experts import Experts, dispatch
+from v4_jax.layers.partial_softmax import finish
 from v4_jax.layers.visible import Visible
 from v4_jax.layers.window_attention import attend_window
-from v4_jax.number_formats import E2M1, E4M3, E8M0, FP4_BLOCK, FP8_BLOCK, BlockScaled, scale_shape
+from v4_jax.number_formats import E2M1, E4M3, E8M0, FP4_BLOCK, FP8_BLOCK, BlockScaled, Stack, scale_shape
 from v4_jax.sharding.split import UNSPLIT
 
 pytest.importorskip("libtpu")
@@ -139,3 +144,87 @@ def test_window_attention(place, rows, queries, heads, past, entries, dtype):
     window = 0 if keys is None else (past + queries + 128) * size
     copied_first = rows * entries * size if entries % 16 else 0
     assert compiled.memory_analysis().temp_size_in_bytes < SPARE + 4 * (rows * window + copied_first)
+
+
+@pytest.mark.parametrize(
+    ("rows", "groups", "depth", "widths"),
+    [
+        (1, 1, 4096, (1024, 512)),  # Flash wq_a and wkv: one token
+        (128, 1, 1024, (32768,)),  # wq_b
+        (5, 8, 4096, (8192,)),  # wo_a
+        (2048, 1, 8192, (4096,)),  # wo_b: prefill
+        (700, 8, 4096, (8192,)),  # wo_a, the last tile of rows cut off
+        (16, 1, 4096, (2048, 2048)),  # shared w1 and w3
+        (64, 1, 4096, (256, 256)),  # the same on 8 devices
+        (1, 1, 1536, (65536,)),  # Pro wq_b
+        (600, 1, 16384, (7168,)),  # Pro wo_b
+    ],
+)
+def test_products_with_e4m3(place, rows, groups, depth, widths):
+    weights = [weight("e4m3", width, depth) for width in widths]
+    arguments = place((shape(jnp.bfloat16, rows, groups * depth), weights))
+    compiled = jax.jit(lambda x, weights: matmul(x, weights, groups=groups)).lower(*arguments).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < SPARE
+    assert copied(compiled) <= SPARE
+    assert compiled.cost_analysis()["flops"] >= 2 * rows * depth * sum(widths)
+
+
+@pytest.mark.parametrize("rows", [3, 600])
+def test_weights_of_a_scan_over_layers(place, rows):
+    """Layers take the kernel in a program for TPUs, and it reads its layer's weights out of the stack."""
+    layers, d = 3, 2048
+    stacks = [weight("e4m3", layers, d, d) for _ in range(3)]
+
+    def run(x, stacks):
+        def layer(x, item):
+            number, cut = item
+            first, second, grouped = (
+                one.replace(stack=Stack(stack.codes, stack.scales, number))
+                for one, stack in zip(cut, stacks, strict=True)
+            )
+            y, z = linears(x, [first, second], jnp.bfloat16)
+            both = jnp.stack([y, z], axis=1).reshape(rows, 2, d)
+            return x + grouped_linear(both, grouped, jnp.bfloat16).reshape(rows, d), None
+
+        return jax.lax.scan(layer, x, (jnp.arange(layers), stacks))[0]
+
+    compiled = jax.jit(run).lower(*place((shape(jnp.bfloat16, rows, d), stacks))).compile()
+    assert compiled.as_text().count("block_scaled_matmul") >= 2
+    assert compiled.memory_analysis().temp_size_in_bytes < SPARE + 8 * rows * d
+    assert not re.search(rf"f8e4m3fn\[(1,)?{d},{d}\]\S* (copy|dynamic-slice|fusion)", compiled.as_text())
+
+
+@pytest.mark.parametrize(("model", "queries", "paged"), [("flash", 1, True), ("flash", 32, False), ("pro", 3, True)])
+def test_picked_entries_of_a_scan_over_layers(place, model, queries, paged):
+    """1M tokens: entries are chosen and attended by kernels that read the cache where it lies."""
+    config = getattr(Config, model)()
+    layers, count, page = 2, config.max_position_embeddings // 4, 32
+    heads, size = config.index_n_heads, config.index_head_dim
+
+    def run(index_queries, weights, queries, keys, rows, table, high):
+        visible = Visible(jnp.zeros_like(high), high, jnp.min(high), jnp.max(high))
+
+        def layer(total, number):
+            index = Entries(keys, number, jnp.bfloat16, table=table, page=page)
+            picked = select(index_queries, weights, index, visible, config.index_topk)
+            partial = attend_picked(queries, dataclasses.replace(index, rows=rows), picked)
+            return total + finish(partial, jnp.zeros(queries.shape[2])), None
+
+        return jax.lax.scan(layer, jnp.zeros(queries.shape), jnp.arange(layers))[0]
+
+    def rows(channels, **form):
+        return jax.eval_shape(lambda: StoredRows.empty((layers, 1, count), channels, **form))
+
+    arguments = (
+        shape(jnp.bfloat16, 1, queries, heads, size),
+        shape(jnp.float32, 1, queries, heads),
+        shape(jnp.bfloat16, 1, queries, config.num_attention_heads, config.head_dim),
+        rows(size, dtype=jnp.dtype("bfloat16")),
+        rows(config.head_dim, kind="words"),
+        shape(jnp.int32, 1, count // page) if paged else None,
+        shape(jnp.int32, 1, queries),
+    )
+    compiled = jax.jit(run).lower(*place(arguments)).compile()
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
+    partials = 4 * 4 * queries * config.num_attention_heads * config.head_dim
+    assert compiled.memory_analysis().temp_size_in_bytes < SPARE + partials < 2 * count * size

@@ -10,7 +10,7 @@ import pytest
 from v4_jax.kernels import choose
 from v4_jax.kernels.grouped_matmul import reference
 from v4_jax.kernels.grouped_matmul.groups import map_groups
-from v4_jax.kernels.grouped_matmul.tpu import grouped_matmul, supports
+from v4_jax.kernels.grouped_matmul.tpu import E4M3_RANGE, grouped_matmul, supports
 from v4_jax.layers.experts import Experts, expert_ffn
 from v4_jax.layers.linear import linear
 from v4_jax.number_formats import E2M1, E4M3, E8M0, FP4_BLOCK, BlockScaled, dequantise, quantise
@@ -136,6 +136,26 @@ def test_every_code_and_scale_decodes_exactly(product):
     np.testing.assert_array_equal(np.asarray(out, np.float32), expected)
 
 
+@pytest.mark.parametrize("depth", [128, 4096])  # scales across the lanes, and along them
+@pytest.mark.parametrize("binades", [E4M3_RANGE, E4M3_RANGE + 1])
+def test_scales_as_far_apart_as_e4m3_allows_and_farther(binades, depth):
+    """Every code under every scale, exactly, of scales within E4M3's range of one another, and of more."""
+    size = 128
+    exponents = np.arange(size * depth // 32).reshape(size, depth // 32) % (binades + 1) - 20
+    codes = (np.arange(depth) + np.arange(size)[:, None]) % 16
+    weight = BlockScaled(
+        jax.lax.bitcast_convert_type(jnp.asarray(codes.astype(np.uint8)).astype(jnp.uint4), E2M1)[None],
+        jnp.asarray(np.ldexp(np.float32(1), exponents)).astype(E8M0)[None],
+        FP4_BLOCK,
+    )
+    expected = np.asarray(dequantise(weight, jnp.float32))[0].T
+    assert len(np.unique(abs(expected))) >= binades + 4
+    first = 0 if depth == size else depth // 2
+    rows = jnp.eye(depth, dtype=jnp.bfloat16)[first : first + size]
+    found = run(rows, weight, jnp.array([size]))
+    np.testing.assert_array_equal(np.asarray(found, np.float32), expected[first : first + size])
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_experts_as_in_the_loop_over_groups(form):
     """The whole feed-forward, within a step of bfloat16 at the largest output: XLA:CPU leaves out roundings between."""
@@ -146,10 +166,10 @@ def test_experts_as_in_the_loop_over_groups(form):
     def one(rows, group):
         return expert_ffn(rows[0], group, rows[1], 10.0, jnp.bfloat16)
 
-    def product(x, weight, dtype):
-        return run(x.astype(dtype), weight, sizes)
+    def products(x, weights, dtype):
+        return [run(x.astype(dtype), weight, sizes) for weight in weights]
 
-    found = expert_ffn(rows[0], experts, rows[1], 10.0, jnp.bfloat16, product)
+    found = expert_ffn(rows[0], experts, rows[1], 10.0, jnp.bfloat16, products)
     expected = map_groups(one, rows, experts, sizes, width=128)
     np.testing.assert_allclose(found, expected, rtol=0, atol=2.0**-7 * float(abs(expected).max()))
 

@@ -14,8 +14,7 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 from tests.oracle import hf
 from v4_jax import Config
 from v4_jax.architecture import Layer
-from v4_jax.layers.hyper_connections import HyperConnection, write_back
-from v4_jax.layers.norm import rms_norm
+from v4_jax.layers.hyper_connections import HyperConnection, apart, joined, leave
 from v4_jax.layers.rotary import inverse_frequencies, rotate
 
 
@@ -45,20 +44,20 @@ def test_residual_mixing_has_the_right_direction(pair):
     state = hf.state_of(block)
 
     def run(transpose: bool):
-        x, asymmetry = jnp.asarray(streams), 0.0
+        x, asymmetry, hc = joined(jnp.asarray(streams)), 0.0, pair.config.hc_mult
         for site, norm, sublayer in (
             ("attn_hc", "input_layernorm", lambda y: 2 * y),
             ("ffn_hc", "post_attention_layernorm", lambda y: y[..., ::-1]),
         ):
             params = {name: state[f"{site}.{name}"] for name in ("fn", "base", "scale")}
-            y, mix = HyperConnection(config=pair.config).apply({"params": params}, x)
-            residual = mix.residual
+            norm = state[f"{norm}.weight"]
+            x, y, mix = HyperConnection(config=pair.config).apply({"params": params}, x, norm)
+            residual = mix[hc:].reshape(hc, hc, *mix.shape[1:])
             asymmetry = max(asymmetry, float(jnp.abs(residual - residual.swapaxes(0, 1)).max()))
             if transpose:
-                mix = mix._replace(residual=residual.swapaxes(0, 1))
-            z = sublayer(rms_norm(y, state[f"{norm}.weight"], pair.config.rms_norm_eps))
-            x = write_back(x, z, mix)
-        return x, asymmetry
+                mix = jnp.concatenate([mix[:hc], residual.swapaxes(0, 1).reshape(hc * hc, *mix.shape[1:])])
+            x = leave(x, sublayer(y), mix, pair.config)
+        return apart(x, hc), asymmetry
 
     ours, asymmetry = run(transpose=False)
     np.testing.assert_allclose(ours, expected, atol=1e-5, rtol=0)

@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from v4_jax.architecture import Architecture
 from v4_jax.cache.entries import ENTRY_RATIOS, PAGE, Entries, EntryRole, projection_width, span
 from v4_jax.cache.ring import SPARE, Ring
-from v4_jax.cache.rows import StoredRows
+from v4_jax.cache.rows import WORD_CHANNELS, StoredRows
 from v4_jax.number_formats import INDEX_BLOCK, KV_BLOCK
 from v4_jax.sharding.axes import Rules, axes_of, resolve, sharding, shards_of
 from v4_jax.sharding.collectives import Axes
@@ -253,6 +253,7 @@ def _empty(
     plain = {"kind": "plain", "dtype": jnp.dtype("bfloat16" if released else dtype)}
     key_form = {"kind": "kv", "rotary": config.qk_rope_head_dim} if released else plain
     index_form = {"kind": "index"} if released else plain
+    picked_form = {"kind": "words"} if dtype == "bfloat16" and config.head_dim % WORD_CHANNELS == 0 else key_form
 
     def entries_shape(layers: int, ratio: int) -> tuple[int, int, int]:
         if pages is not None:
@@ -270,7 +271,7 @@ def _empty(
     rings: dict[RingRole, StoredRows] = {"window": window(len(attention))}
     if layers := attention.count("csa"):
         ratio = ENTRY_RATIOS["csa"]
-        entries["csa"] = StoredRows.empty(entries_shape(layers, ratio), config.head_dim, **key_form)
+        entries["csa"] = StoredRows.empty(entries_shape(layers, ratio), config.head_dim, **picked_form)
         entries["index"] = StoredRows.empty(entries_shape(layers, ratio), config.index_head_dim, **index_form)
         rings["csa"] = open_blocks(layers, ratio, config.head_dim)
         rings["index"] = open_blocks(layers, ratio, config.index_head_dim)

@@ -13,6 +13,7 @@ from jax import Array
 from v4_jax.number_formats import E2M1, E4M3, E8M0, INDEX_BLOCK, KV_BLOCK, bytes_of, decode_rows, encode_rows
 
 LANES = 128  # elements in a row of a TPU's memory tile
+WORD_CHANNELS = 2 * LANES  # channels of such a row of words
 
 
 class StoredRows(struct.PyTreeNode):
@@ -24,16 +25,20 @@ class StoredRows(struct.PyTreeNode):
     A "kv" row is one run of bytes: codes, scales, rotary channels, and zeros up to a multiple of 128, the width of a
     TPU's memory tile. Rows of any other width would be laid out across, and copied around every gather.
 
+    A "words" row is bfloat16, channels c and c + C / 2 as the lower and upper half of a word, in [C / 256, 128] words:
+    a run of memory of its own on a TPU, which interleaves neighbouring rows of 16-bit numbers.
+
     Attributes:
       arrays: the stored parts: one array; for "index" codes and scales.
-      kind: "plain"; "kv", the first channels in E4M3 and the rotary rest in bfloat16; or "index", E2M1.
+      kind: "plain"; "words", bfloat16 in multiples of 256 channels, for rows that are read one by one; "kv", the first
+        channels in E4M3 and the rotary rest in bfloat16; or "index", E2M1.
       dtype: number format of plain rows.
       channels: channels of a row.
       rotary: how many of a "kv" row's, the last ones, are kept in bfloat16.
     """
 
     arrays: tuple[Array, ...]
-    kind: Literal["plain", "kv", "index"] = struct.field(pytree_node=False, default="plain")
+    kind: Literal["plain", "words", "kv", "index"] = struct.field(pytree_node=False, default="plain")
     dtype: Any = struct.field(pytree_node=False, default=jnp.float32)
     channels: int = struct.field(pytree_node=False, default=0)
     rotary: int = struct.field(pytree_node=False, default=0)
@@ -72,6 +77,10 @@ class StoredRows(struct.PyTreeNode):
         """[..., C] rows as this format's parts."""
         if self.kind == "plain":
             return (_bits(rows.astype(self.dtype)),)
+        if self.kind == "words":
+            low, high = jnp.split(_bits(rows.astype(jnp.bfloat16)).astype(jnp.uint32), 2, axis=-1)
+            words = jax.lax.bitcast_convert_type(low | (high << 16), jnp.int32)
+            return (words.reshape(*rows.shape[:-1], -1, LANES),)
         if self.kind == "index":
             codes, scales = encode_rows(rows, E2M1, INDEX_BLOCK)
             return _bits(codes), _bits(scales)
@@ -86,6 +95,10 @@ class StoredRows(struct.PyTreeNode):
         """Inverse of `encode`: [..., C] of `dtype`."""
         if self.kind == "plain":
             return _float(parts[0], self.dtype).astype(dtype)
+        if self.kind == "words":
+            words = parts[0].reshape(*parts[0].shape[:-2], -1)
+            halves = (jax.lax.bitcast_convert_type(x, jnp.float32) for x in (words << 16, words & -(1 << 16)))
+            return jnp.concatenate([half.astype(dtype) for half in halves], axis=-1)
         if self.kind == "index":
             return decode_rows(_float(parts[0], E2M1), _float(parts[1], E8M0), dtype)
         codes, scales, rotary, _ = jnp.split(parts[0], self._ends, axis=-1)

@@ -7,29 +7,45 @@ Pallas kernel, or `cpu.py`, written so that XLA:CPU makes quick code of it. Laye
     products, weighted       einsum                         keys' gradients as sums, of few heads     reference
     window_attention         caller's, part by part         reference                                 kernel
     index_scores             einsum                         head by head                              reference
-    matmul                   einsum                         weights' gradients with a second axis     reference
+    enter_site, leave_site,  formulas of the report         reference                                 one kernel
+    cross_sites
+    matmul                   einsum                         weights' gradients with a second axis     one row as two
+    products_with,           products with `dequantise`     reference                                 kernel, of E4M3
+    grouped_product
+    best_entries             running top-k over blocks      reference                                 kernel
+    attend_picked            caller's, over a gathered copy reference                                 kernel
     map_groups               tiles of each group in turn    reference                                 caller's kernel
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from v4_jax.cache.entries import Entries
 from v4_jax.kernels.attention import cpu as attention_cpu
 from v4_jax.kernels.attention import reference as attention
 from v4_jax.kernels.attention import tpu as attention_tpu
+from v4_jax.kernels.csa import tpu as csa_tpu
 from v4_jax.kernels.grouped_matmul import groups
+from v4_jax.kernels.hyper_connections import reference as hyper_connections
+from v4_jax.kernels.hyper_connections import tpu as hyper_connections_tpu
+from v4_jax.kernels.hyper_connections.reference import Numbers, Site
 from v4_jax.kernels.indexer import cpu as indexer_cpu
 from v4_jax.kernels.indexer import reference as indexer
+from v4_jax.kernels.indexer import selection
+from v4_jax.kernels.indexer import tpu as indexer_tpu
 from v4_jax.kernels.linear import cpu as linear_cpu
 from v4_jax.kernels.linear import reference as linear
+from v4_jax.kernels.linear import tpu as linear_tpu
 from v4_jax.layers.visible import Visible
+from v4_jax.number_formats import BlockScaled, Weight, dequantise
 from v4_jax.sharding.platform import by_platform, interpreting
 
 Form = Callable[..., Any]
@@ -80,12 +96,106 @@ def index_scores(queries: Array, weights: Array, keys: Array) -> Array:
     return _with_gradients(scores, default=_pull(indexer.index_scores), cpu=_pull(by_heads))(queries, weights, keys)
 
 
+def best_entries(
+    queries: Array, weights: Array, keys: Entries, visible: Visible, *, top: int, scored: bool
+) -> tuple[Array | None, Array]:
+    """See `indexer.selection.best_entries`. It has no gradients."""
+    plain = functools.partial(selection.best_entries, index_scores, top=top, scored=scored)
+    if not indexer_tpu.supports(queries, keys, top):
+        return plain(queries, weights, keys, visible)
+    kernel = functools.partial(indexer_tpu.best_entries, top=top, scored=scored, interpret=interpreting())
+    return by_platform(queries, weights, keys, visible, default=plain, tpu=kernel)
+
+
+def attend_picked(plain: Form, queries: Array, entries: Entries, local: Array) -> tuple[Array, ...]:
+    """Attention of each query over its own entries.
+
+    Args:
+      plain: has the results of `csa.tpu.attend_picked`, which takes its place in programs for TPUs, but where gradients
+        are asked for.
+      queries: [B, Q, H, C].
+      entries: the entries.
+      local: [B, Q, K] int32 local numbers of those to attend, -1 for none.
+    """
+
+    def copying(*operands: Any) -> tuple[Array, ...]:
+        return tuple(plain(*operands))
+
+    if not csa_tpu.supports(queries, entries):
+        return copying(queries, entries, local)
+    kernel = functools.partial(csa_tpu.attend_picked, interpret=interpreting())
+    return _without_gradients(copying, tpu=kernel)(queries, entries, local)
+
+
 def matmul(x: Array, weight: Array, dtype: Any) -> Array:
     """See `linear.reference.matmul`."""
     plain = functools.partial(linear.matmul, dtype=dtype)
+    if x.size == x.shape[-1]:
+        return _without_gradients(plain, tpu=functools.partial(linear_tpu.one_row, dtype=dtype))(x, weight)
     if x.ndim != 2:
         return plain(x, weight)
     return _with_gradients(plain, cpu=functools.partial(linear_cpu.matmul_gradients, dtype=dtype))(x, weight)
+
+
+def enter_site(streams: Array, site: Site, numbers: Numbers) -> tuple[Array, Array]:
+    """See `hyper_connections.reference.enter`."""
+    return _boundary("enter", streams, numbers)(streams, site)
+
+
+def leave_site(streams: Array, output: Array, mix: Array, numbers: Numbers) -> Array:
+    """See `hyper_connections.reference.leave`."""
+    return _boundary("leave", streams, numbers)(streams, output, mix)
+
+
+def cross_sites(streams: Array, output: Array, mix: Array, site: Site, numbers: Numbers) -> tuple[Array, Array, Array]:
+    """See `hyper_connections.reference.cross`."""
+    return _boundary("cross", streams, numbers)(streams, output, mix, site)
+
+
+def _boundary(name: str, streams: Array, numbers: Numbers) -> Form:
+    default = functools.partial(getattr(hyper_connections, name), numbers=numbers)
+    if not hyper_connections_tpu.supports(streams, numbers):
+        return default
+    kernel = functools.partial(getattr(hyper_connections_tpu, name), numbers=numbers, interpret=interpreting())
+    return _without_gradients(default, tpu=kernel)
+
+
+def products_with(x: Array, weights: Sequence[Weight], dtype: Any) -> list[Array]:
+    """[..., in] times each of several [out, in] weights that may be block-scaled: [..., out] of `dtype` each.
+
+    In programs for TPUs all block-scaled ones go in one call of the kernel.
+    """
+
+    def plain(x: Array, weights: Sequence[Weight]) -> list[Array]:
+        return [matmul(x, _expanded(weight, dtype), dtype) for weight in weights]
+
+    def kernel(x: Array, weights: Sequence[Any]) -> list[Array]:
+        out = linear_tpu.matmul(x.astype(dtype).reshape(-1, x.shape[-1]), weights, interpret=interpreting())
+        ends = itertools.accumulate(weight.shape[0] for weight in weights)
+        parts = jnp.split(out, list(ends)[:-1], axis=1)
+        return [part.reshape(*x.shape[:-1], -1) for part in parts]
+
+    if not all(linear_tpu.supports(weight, dtype) for weight in weights):
+        return plain(x, weights)
+    return _without_gradients(plain, tpu=kernel)(x, list(weights))
+
+
+def grouped_product(x: Array, weight: Weight, dtype: Any) -> Array:
+    """See `linear.reference.grouped`; the weight may be block-scaled."""
+
+    def plain(x: Array, weight: Weight) -> Array:
+        return linear.grouped(x, _expanded(weight, dtype), dtype)
+
+    def kernel(x: Array, weight: Any) -> Array:
+        *leading, groups, size = x.shape
+        out = linear_tpu.matmul(
+            x.astype(dtype).reshape(-1, groups * size), [weight], groups=groups, interpret=interpreting()
+        )
+        return out.reshape(*leading, groups, -1)
+
+    if not linear_tpu.supports(weight, dtype, x.shape[-2]):
+        return plain(x, weight)
+    return _without_gradients(plain, tpu=kernel)(x, weight)
 
 
 def map_groups(
@@ -113,6 +223,11 @@ def map_groups(
     if layer is not None:
         return by_platform(rows, weights, sizes, layer, default=plain, tpu=kernel)
     return _without_gradients(plain, tpu=kernel)(rows, weights, sizes, None)
+
+
+def _expanded(weight: Weight, dtype: Any) -> Array:
+    """A plain weight as it is: the product casts it, or need not."""
+    return dequantise(weight, dtype) if isinstance(weight, BlockScaled) else weight
 
 
 def _with_gradients(function: Form, *, default: Form | None = None, **forms: Form) -> Form:

@@ -22,7 +22,7 @@ from v4_jax.layers.compressor import Compressor
 from v4_jax.layers.entry_attention import attend_picked
 from v4_jax.layers.indexer_loss import Attended, Scored, indexer_loss
 from v4_jax.layers.lightning_indexer import LightningIndexer, index_queries, select
-from v4_jax.layers.linear import linear
+from v4_jax.layers.linear import grouped_linear, linear, linears
 from v4_jax.layers.norm import rms_norm
 from v4_jax.layers.partial_softmax import finish, log_denominator, merge, merge_devices
 from v4_jax.layers.query_blocks import Queries, QueryBlock, by_query_blocks
@@ -30,9 +30,9 @@ from v4_jax.layers.rotary import inverse_frequencies, rotate
 from v4_jax.layers.stages import SPARSE, Stage, keep
 from v4_jax.layers.window_attention import attend_window
 from v4_jax.layout import Blocks, Layout
-from v4_jax.number_formats import BlockScaled, dequantise, fake_quant_kv
+from v4_jax.number_formats import fake_quant_kv
 from v4_jax.parameters import Module
-from v4_jax.policy import Policy, einsum
+from v4_jax.policy import Policy
 from v4_jax.sharding.collectives import all_gather, psum
 from v4_jax.sharding.platform import platform_of_mesh
 
@@ -115,8 +115,9 @@ class Attention(Module):
         )
 
         with jax.named_scope("attention.project"):
-            latent = rms_norm(linear(y, wq_a, dtype), q_norm, c.rms_norm_eps)
-            keys = rms_norm(linear(y, wkv, dtype), kv_norm, c.rms_norm_eps)
+            latent, keys = linears(y, [wq_a, wkv], dtype)
+            latent = rms_norm(latent, q_norm, c.rms_norm_eps)
+            keys = rms_norm(keys, kv_norm, c.rms_norm_eps)
             keys = rotate(keys, layout.positions, frequencies)
             if self.policy.fake_quant:
                 keys = fake_quant_kv(keys, c.qk_rope_head_dim)
@@ -131,12 +132,7 @@ class Attention(Module):
                 before, rows = window.advance(keys, layout, past, split)
                 tail, cache = before(), cache.with_ring(self.window, rows)
 
-        # Expanded once for all query blocks; only this layer's matrices exist in the compute dtype at a time. Plain
-        # ones are cast by each block, so that their gradients add up over the blocks in their own dtype.
-        wq_b, wo_a, wo_b = (
-            dequantise(weight, dtype) if isinstance(weight, BlockScaled) else weight for weight in (wq_b, wo_a, wo_b)
-        )
-        wo_a = wo_a.reshape(split.share("o_groups", c.o_groups), c.o_lora_rank, -1)
+        groups = split.share("o_groups", c.o_groups)
         entries, index, cache = self._compress(y, layout, cache, role_index, frequencies)
         ratio = self.roles.ratio
         low, high = layout.visible(ratio) if ratio else (layout.first, layout.first)
@@ -173,8 +169,7 @@ class Attention(Module):
                 loss = indexer_loss(attended, scored, picked, x.visible, shared)
             with jax.named_scope("attention.output"):
                 output = rotate(finish(partial, sink).astype(dtype), x.queries.positions, frequencies, inverse=True)
-                output = output.reshape(*output.shape[:2], wo_a.shape[0], -1)
-                output = einsum("bqgi,goi->bqgo", output, wo_a, dtype=dtype)
+                output = grouped_linear(output.reshape(*output.shape[:2], groups, -1), wo_a, dtype)
                 output = linear(output.reshape(*output.shape[:2], -1), wo_b, dtype)
             return output, picked, loss
 

@@ -17,12 +17,13 @@ from v4_jax.architecture import Architecture
 from v4_jax.cache.entries import span
 from v4_jax.cache.ring import Ring, halo
 from v4_jax.cache.rows import StoredRows
+from v4_jax.layers.linear import linears
 from v4_jax.layers.norm import rms_norm
 from v4_jax.layers.rotary import rotate
 from v4_jax.layout import Blocks, Layout
 from v4_jax.number_formats import fake_quant_index, fake_quant_kv
 from v4_jax.parameters import Module
-from v4_jax.policy import Policy, einsum
+from v4_jax.policy import Policy
 
 
 class Compressor(Module):
@@ -77,9 +78,8 @@ class Compressor(Module):
         norm = self.norm("norm", width)
 
         with jax.named_scope("compressor.project"):
-            values = einsum("bsd,cd->bsc", y, wkv, dtype=jnp.float32)
-            gates = einsum("bsd,cd->bsc", y, wgate, dtype=jnp.float32) + ape[layout.phase % ratio]
-            projections = jnp.concatenate([values, gates], axis=-1)
+            values, gates = linears(y, [wkv, wgate], jnp.float32)
+            projections = jnp.concatenate([values, gates + ape[layout.phase % ratio]], axis=-1)
 
         blocks, before, after, past = layout.blocks(ratio), None, None, span(ratio) - 1
         if open_blocks is not None:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from v4_jax.cache.entries import Entries
+from v4_jax.kernels import choose
 from v4_jax.layers.partial_softmax import Partial, attend, merge, nothing
 from v4_jax.layers.visible import Visible
 from v4_jax.sharding import collectives
@@ -17,7 +18,11 @@ ENTRY_BLOCK = 128  # entries that HCA attends at once
 @jax.named_scope("attention.csa")
 def attend_picked(queries: Array, entries: Entries, picked: Array) -> Partial:
     """Attention of each query over its own entries `picked` [B, Q, K] (-1 for none), as far as they lie here."""
-    local = entries.local(picked)
+    return Partial(*choose.attend_picked(attend_copies, queries, entries, entries.local(picked)))
+
+
+def attend_copies(queries: Array, entries: Entries, local: Array) -> Partial:
+    """The same, of local numbers, over gathered copies of the entries."""
     devices, count = collectives.size(entries.axes), local.shape[-1]
     if devices == 1:
         return attend(queries, entries.gather(local), local >= 0)

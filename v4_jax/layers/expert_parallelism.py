@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from v4_jax.kernels.grouped_matmul.tpu import grouped_matmul, supports
 from v4_jax.layers.experts import Experts, expert_ffn
 from v4_jax.sharding import collectives
 from v4_jax.sharding.dispatch import Choices, visit
+from v4_jax.sharding.platform import interpreting
 from v4_jax.sharding.split import Split
 
 FEW_TOKENS = 1024  # up to so many, every device sees all tokens and computes its experts' share of them
@@ -67,7 +69,8 @@ def dispatch(
 
     def work(rows: Array, extra: tuple[Array, Array], weights: tuple[Experts, Any]) -> Array:
         number, weight = extra  # counted from 1, so that places without a row have none
-        return local(rows, jnp.where(number > 0, number - 1, own)[:, None], weight[:, None], *weights)
+        total = local(rows, jnp.where(number > 0, number - 1, own)[:, None], weight[:, None], *weights)
+        return total.astype(dtype)  # exact: the result of one expert, which was rounded so
 
     places = dict(
         zip(owners, jnp.unravel_index(assigned // own, [split.count((axis,)) for axis in owners]), strict=True)
@@ -111,14 +114,17 @@ def local_experts(
         return expert_ffn(rows[0], group, rows[1], limit, x.dtype)
 
     def run_all(rows: tuple[Array, Array], experts: Experts, sizes: Array, layer: Any) -> Array:
-        def product(x: Array, weight: Any, dtype: Any) -> Array:
-            return grouped_matmul(x.astype(dtype), weight, sizes, layer=layer)
+        def products(x: Array, weights: Sequence[Any], dtype: Any) -> list[Array]:
+            return [
+                grouped_matmul(x.astype(dtype), weight, sizes, layer=layer, interpret=interpreting())
+                for weight in weights
+            ]
 
-        return expert_ffn(rows[0], experts, rows[1], limit, x.dtype, product)
+        return expert_ffn(rows[0], experts, rows[1], limit, x.dtype, products)
 
     kernel = run_all if all(supports(weight, x.dtype) for weight in experts) else None
     with jax.named_scope("experts.ffn"):
         out = map_groups(run, rows, experts, sizes, layer=layer, width=x.shape[-1], kernel=kernel)
     with jax.named_scope("experts.combine"):
         back = jnp.argsort(order)
-        return jnp.sum(out[back].reshape(tokens, top, -1), axis=1)
+        return jnp.sum(out[back].reshape(tokens, top, -1), axis=1, dtype=jnp.float32)

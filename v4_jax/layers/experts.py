@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from v4_jax.layers.linear import linear
+from v4_jax.layers.linear import linears
 
 
 class Experts(NamedTuple):
@@ -28,13 +28,13 @@ def swiglu(gate: Array, up: Array, limit: float) -> Array:
 
 
 def expert_ffn(
-    x: Array, weights: Experts, scale: Array | None, limit: float, dtype: Any, product: Any = linear
+    x: Array, weights: Experts, scale: Array | None, limit: float, dtype: Any, products: Any = linears
 ) -> Array:
-    """One expert on rows [T, D]: [T, D] float32. `scale` [T] multiplies the hidden activation before its rounding.
+    """One expert on rows [T, D]: [T, D] of `dtype`. `scale` [T] multiplies the hidden activation before its rounding.
 
-    Or each row's own expert, when `product` (of rows, weights and dtype) is a grouped one.
+    Or each row's own expert, when `products` (of rows, weights and dtype) are grouped ones.
     """
-    hidden = swiglu(product(x, weights.w1, dtype), product(x, weights.w3, dtype), limit)
+    hidden = swiglu(*products(x, [weights.w1, weights.w3], dtype), limit)
     if scale is not None:
         hidden = hidden * scale[:, None]
-    return product(hidden.astype(dtype), weights.w2, dtype).astype(jnp.float32)
+    return products(hidden.astype(dtype), [weights.w2], dtype)[0]

@@ -1,7 +1,6 @@
 """The lightning indexer: cheap multi-head scores over all compressed entries, of which each query keeps the best.
 
-Technical report, section 2.3.1. Scoring goes by blocks of entries with a running top-k, so that neither a
-[queries, entries] array nor work beyond the visible entries exists at any length.
+Technical report, section 2.3.1.
 """
 
 from __future__ import annotations
@@ -17,20 +16,18 @@ from v4_jax.architecture import RATIO_OF_ROLE, Architecture
 from v4_jax.cache.entries import Entries
 from v4_jax.cache.ring import Ring
 from v4_jax.cache.rows import StoredRows
-from v4_jax.kernels.choose import index_scores
+from v4_jax.kernels.choose import best_entries
 from v4_jax.layers.compressor import Compressor
 from v4_jax.layers.linear import linear
 from v4_jax.layers.rotary import rotate
 from v4_jax.layers.visible import Visible
 from v4_jax.layout import Blocks, Layout
-from v4_jax.number_formats import dequantise, fake_quant_index
+from v4_jax.number_formats import Weight, fake_quant_index
 from v4_jax.parameters import Module
-from v4_jax.policy import Policy, einsum
+from v4_jax.policy import Policy
 from v4_jax.sharding.collectives import all_gather
 from v4_jax.sharding.split import Split
 from v4_jax.sharding.top_k import distributed_top_k
-
-ENTRY_BLOCK = 2048  # entries scored at once
 
 
 class LightningIndexer(Module):
@@ -43,7 +40,7 @@ class LightningIndexer(Module):
     @nn.compact
     def __call__(
         self, y: Array, layout: Layout, open_blocks: Ring | None
-    ) -> tuple[Array, Blocks, StoredRows | None, Array, Array]:
+    ) -> tuple[Array, Blocks, StoredRows | None, Array, Weight]:
         """Prepares what the per-block selection needs.
 
         Args:
@@ -74,14 +71,14 @@ class LightningIndexer(Module):
             loss=self.loss,
             name="compressor",
         )(y, layout, open_blocks)
-        weights = einsum("bsd,hd->bsh", y, project, dtype=self.policy.compute_dtype).astype(jnp.float32)
+        weights = linear(y, project, self.policy.compute_dtype).astype(jnp.float32)
         weights = all_gather(weights, self.split.shared("index_heads"), -1)
-        return keys, blocks, after, weights * (size * heads) ** -0.5, dequantise(wq_b, self.policy.compute_dtype)
+        return keys, blocks, after, weights * (size * heads) ** -0.5, wq_b
 
 
 @jax.named_scope("indexer.queries")
 def index_queries(
-    latent: Array, wq_b: Array, positions: Array, frequencies: Any, config: Architecture, policy: Policy, split: Split
+    latent: Array, wq_b: Weight, positions: Array, frequencies: Any, config: Architecture, policy: Policy, split: Split
 ) -> Array:
     """Index queries [B, Q, heads, index_head_dim] of a query block from its normed latent [B, Q, q_lora].
 
@@ -107,36 +104,9 @@ def select(queries: Array, weights: Array, keys: Entries, visible: Visible, top:
       top: how many to keep.
 
     Returns:
-      [B, Q, min(top, entries)] int32 entry numbers by falling score, -1 where fewer are visible. Equal scores keep the
-      earlier entry.
+      [B, Q, min(top, entries)] int32 entry numbers in no particular order, -1 after the last where fewer are visible.
+      Of equal scores the earlier entries are kept.
     """
-    scores, local = _best_here(queries, weights, keys, visible.here(keys), min(top, keys.count))
-    if not keys.axes:
-        return local
-    return distributed_top_k(scores, keys.numbers(local), top, keys.axes)
-
-
-def _best_here(queries: Array, weights: Array, keys: Entries, visible: Visible, top: int) -> tuple[Array, Array]:
-    """Scores and local numbers [B, Q, top] of the best visible entries of this device."""
-    size = min(ENTRY_BLOCK, keys.count)
-    queries, weights = jax.lax.stop_gradient((queries, weights))
-    shape = (*visible.low.shape, top)
-    best = (jnp.full(shape, -jnp.inf), jnp.full(shape, -1, jnp.int32))
-
-    def update(best: tuple[Array, Array], wanted: Array) -> tuple[Array, Array]:
-        first = jnp.minimum(wanted, keys.count - size)  # the last block may reach back over the one before
-        scores = index_scores(queries, weights, jax.lax.stop_gradient(keys.block(first, size)))
-        mask = visible.mask(first, size, wanted)
-        scores = jnp.concatenate([best[0], jnp.where(mask, scores, -jnp.inf)], axis=-1)
-        number = first + jnp.arange(size, dtype=jnp.int32)
-        numbers = jnp.concatenate([best[1], jnp.broadcast_to(number, mask.shape)], axis=-1)
-        scores, order = jax.lax.top_k(scores, top)
-        return scores, jnp.where(scores > -jnp.inf, jnp.take_along_axis(numbers, order, axis=-1), -1)
-
-    if size == keys.count:
-        return update(best, jnp.int32(0))
-
-    def step(best: tuple[Array, Array], wanted: Array) -> tuple[tuple[Array, Array], None]:
-        return jax.lax.cond(visible.any(wanted, size), update, lambda best, _: best, best, wanted), None
-
-    return jax.lax.scan(step, best, jnp.arange(0, keys.count, size, dtype=jnp.int32))[0]
+    operands = jax.lax.stop_gradient((queries, weights, keys))
+    scores, local = best_entries(*operands, visible.here(keys), top=min(top, keys.count), scored=bool(keys.axes))
+    return local if scores is None else distributed_top_k(scores, keys.numbers(local), top, keys.axes)

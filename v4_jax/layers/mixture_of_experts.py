@@ -17,10 +17,11 @@ from jax import Array
 from v4_jax.architecture import Architecture, FeedForwardRole
 from v4_jax.layers.expert_parallelism import dispatch
 from v4_jax.layers.experts import Experts, expert_ffn
+from v4_jax.layers.linear import linear
 from v4_jax.layers.stages import keep
 from v4_jax.outputs import Decided, Routing, RoutingStatistics
 from v4_jax.parameters import EXPERTS, Initializer, Module, normal
-from v4_jax.policy import Policy, einsum
+from v4_jax.policy import Policy
 from v4_jax.sharding import collectives
 
 
@@ -69,7 +70,7 @@ class MixtureOfExperts(Module):
         routed = dispatch(flat, assigned, weights, experts, layer, c, self.policy.compute_dtype, self.split)
         with jax.named_scope("experts.shared"):
             everyone = expert_ffn(flat, shared, None, c.swiglu_limit, self.policy.compute_dtype)
-            output = routed + collectives.psum(everyone, self.split.shared("mlp"))
+            output = routed + collectives.psum(everyone.astype(jnp.float32), self.split.shared("mlp"))
         load = jnp.bincount(assigned.reshape(-1), length=c.n_routed_experts).astype(jnp.int32)
         load = collectives.psum(load, self.split.tokens)
         output = keep(output.astype(y.dtype).reshape(y.shape), "feed_forward")
@@ -102,7 +103,7 @@ class MixtureOfExperts(Module):
             group="muon",
             init=normal(c),
         )
-        logits = einsum("bsd,ed->bse", y, gate, dtype=jnp.float32)
+        logits = linear(y, gate, jnp.float32)
         # The smallest normal number keeps the root's slope and the weights' sum finite where softplus underflows.
         affinities = jnp.sqrt(jnp.maximum(jax.nn.softplus(logits), jnp.finfo(jnp.float32).tiny))
         if self.role == "hash":

@@ -13,12 +13,15 @@ the sizes and prefetched as scalars, and its length is the grid's, so empty grou
 weight tile spans all of K: successive visits by one group find it already there, and every chosen expert's weights
 cross from HBM once per call, however its rows fall into tiles.
 
-Decoding E2M1 is what bounds a step with few rows, so it works on two codes at a time, as integers.
+Decoding bounds a step with few rows. E4M3 goes to the matrix unit as it is, as in `linear.tpu`. E2M1 becomes E4M3, by
+integers and four codes at a time, which is exact where the scales of a weight tile lie within a factor of 2^11 of one
+another; where they do not, it becomes bfloat16, two codes at a time.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,13 +31,15 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from v4_jax.kernels.block_scales import LANES, block_lines, by_scaled_rows, product, repeat_lanes
 from v4_jax.number_formats import E2M1, E4M3, FP4_BLOCK, FP8_BLOCK, BlockScaled, Weight, bytes_of
 
-LANES, SUBLANES = 128, 8  # of a vector register
 COLUMNS = 512  # outputs of a weight tile: 1 MiB of E2M1 codes at K = 4,096, long enough to hide a grid step's overhead
 STRIP = 256  # outputs at a time within it: the widest matrix unit
 CHUNKS = (1024, 512, 256, 128)  # inputs at a time, the largest that divides K
 ROWS = (128, 256)  # rows of a tile: when groups are small, and when they are several tiles each
+E4M3_RANGE = 11  # binades from the lowest to the highest scale that E2M1 can have in normal E4M3 numbers
+E4M3_SHIFT = 6  # what E2M1 gains in E4M3 under the highest scale, in binades
 VMEM_BYTES = 48 << 20  # of the 64 MiB or more that every generation from v5e on has
 
 _FORMATS = {jnp.dtype(E2M1): FP4_BLOCK, jnp.dtype(E4M3): FP8_BLOCK}
@@ -192,30 +197,95 @@ def _kernel(
     row = (base[own] + visit) * count + jax.lax.broadcasted_iota(jnp.int32, (count, strip), 0)
     mine = (first[own] <= row) & (row < last[own])
 
-    def each_strip(i: Any, carry: None) -> None:
-        start = pl.multiple_of(i * strip, strip)
-        here = pl.ds(start, strip)
-        if block == FP4_BLOCK:
-            wide = scales[0][:, here].astype(jnp.float32).T if across else scales[0][here, :].astype(jnp.float32)
-            exponents = _pair_exponents(wide)
-        elif block == FP8_BLOCK:
-            lines = _block_lines(scales[0][...], n * columns + start, strip)
+    def each_strip(result: Callable[[Any, Any], Array]) -> None:
+        """Stores the `result` of each strip: of its place among the columns, and the number of its first."""
+
+        def store(i: Any, carry: None) -> None:
+            start = pl.multiple_of(i * strip, strip)
+            here = pl.ds(start, strip)
+            out[:, here] = jnp.where(mine, result(here, start).astype(out.dtype), out[:, here])
+            return carry
+
+        jax.lax.fori_loop(0, columns // strip, store, None)
+
+    def sums(expanded: Callable[[int], Array]) -> Array:
+        """Sums over all inputs of rows times weights, of which `expanded` gives those of the chunk from an input on."""
         total = jnp.zeros((count, strip), jnp.float32)
         for k in range(0, depth, chunk):
-            stored = codes[here, k : k + chunk]
-            if block == FP4_BLOCK:
-                expanded = _decode_e2m1(stored, _repeat_lanes(exponents, FP4_BLOCK[1], k, chunk))
-            elif block == FP8_BLOCK:
-                expanded = _scale_blocks(stored, _repeat_lanes(lines, FP8_BLOCK[1], k, chunk))
-            else:
-                expanded = stored
-            total += jax.lax.dot_general(
-                rows[:, k : k + chunk], expanded, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-            )
-        out[:, here] = jnp.where(mine, total.astype(out.dtype), out[:, here])
-        return carry
+            total += product(rows[:, k : k + chunk], expanded(k))
+        return total
 
-    jax.lax.fori_loop(0, columns // strip, each_strip, None)
+    if block is None:
+        each_strip(lambda here, start: sums(lambda k: codes[here, k : k + chunk]))
+    elif block == FP8_BLOCK:
+
+        def scaled(here: Any, start: Any) -> Array:
+            return by_scaled_rows(rows, codes, here, block_lines(scales[0][...], n * columns + start, strip))
+
+        each_strip(scaled)
+    else:
+
+        def scales_of(here: Any) -> Array:
+            wide = scales[0][:, here] if across else scales[0][here, :]
+            return wide.astype(jnp.float32)
+
+        def in_order(here: Any) -> Array:
+            return scales_of(here).T if across else scales_of(here)
+
+        def as_e4m3(here: Any, start: Any) -> Array:
+            del start
+            exponents = _quad_exponents(in_order(here), highest)
+            total = sums(
+                lambda k: _as_e4m3(codes[here, k : k + chunk], repeat_lanes(exponents, FP4_BLOCK[1], k, chunk))
+            )
+            return total * (highest * 2.0**-E4M3_SHIFT)
+
+        def as_bfloat16(here: Any, start: Any) -> Array:
+            del start
+            exponents = _pair_exponents(in_order(here))
+            return sums(
+                lambda k: _as_bfloat16(codes[here, k : k + chunk], repeat_lanes(exponents, FP4_BLOCK[1], k, chunk))
+            )
+
+        everything = scales_of(slice(None))
+        highest, lowest = jnp.max(everything), jnp.min(everything)
+        near = (lowest * 2.0**E4M3_RANGE >= highest) & (highest >= 2.0**-100) & (highest <= 2.0**100)
+        pl.when(near)(lambda: each_strip(as_e4m3))
+        pl.when(jnp.logical_not(near))(lambda: each_strip(as_bfloat16))
+
+
+def _quad_exponents(scales: Array, highest: Any) -> Array:
+    """Scales [R, K / 32] float32 to [R / 4, K / 32] int32: those of rows 4r to 4r + 3 as the bytes of a word.
+
+    They come as exponents of E4M3 at bit 3, 12 for the highest scale, less what `_as_e4m3` is to add to its codes.
+    """
+    steps = pltpu.bitcast(scales, jnp.int32) - pltpu.bitcast(jnp.full(scales.shape, highest), jnp.int32)
+    return pltpu.bitcast(((steps >> 20) + (12 * 8 - 4)).astype(jnp.int8), jnp.int32)
+
+
+def _as_e4m3(codes: Array, exponents: Array) -> Array:
+    """E2M1 codes [R, C] times two to their exponents [R / 4, C], see `_quad_exponents`: [R, C] E4M3, exactly.
+
+    Four codes at a time. With magnitude bits a = e e m (value 0, .5, 1, 1.5, 2, 3, 4, 6) where E4M3 keeps the low
+    exponent bits and the first of the fraction, a is right from 1 on up to a constant; .5 lies one step of a too high,
+    and 0 is no power of two.
+    """
+    quad = pltpu.bitcast(pltpu.bitcast(codes, jnp.int4).astype(jnp.int8), jnp.int32)  # with its sign in bits 3 to 7
+    magnitude = (quad << 2) & _each(7 << 2)
+    from_one = _shift_right((magnitude + _each(0x80 - (2 << 2))) & _each(0x80), 5)
+    from_half = (magnitude + _each(0x80 - (1 << 2))) & _each(0x80)
+    keep = from_half - _shift_right(from_half, 7)
+    value = (magnitude + from_one + exponents) & keep
+    return pltpu.bitcast(value | (quad & _each(0x80)), E4M3)
+
+
+def _each(bits: int) -> int:
+    """The same 8 bits in all bytes of a word, as a signed integer."""
+    return int(np.uint32(bits * 0x01010101).astype(np.int32))
+
+
+def _shift_right(words: Array, bits: int) -> Array:
+    return jax.lax.shift_right_logical(words, jnp.full_like(words, bits))
 
 
 def _both(bits: int) -> int:
@@ -226,13 +296,13 @@ def _both(bits: int) -> int:
 def _pair_exponents(scales: Array) -> Array:
     """Scales [R, K / 32] float32 to [R / 2, K / 32] int32: those of rows 2r and 2r + 1 as the halves of a word.
 
-    A power of two in bfloat16 is its exponent at bit 7. They come less what `_decode_e2m1` is to add to its codes.
+    A power of two in bfloat16 is its exponent at bit 7. They come less what `_as_bfloat16` is to add to its codes.
     """
     scales = jnp.clip(scales, 2.0**-125, 2.0**125)  # beyond, bfloat16 could not hold the products
     return pltpu.bitcast(scales.astype(jnp.bfloat16), jnp.int32) - _both(3 << 6)
 
 
-def _decode_e2m1(codes: Array, exponents: Array) -> Array:
+def _as_bfloat16(codes: Array, exponents: Array) -> Array:
     """E2M1 codes [R, C] times two to their exponents [R / 2, C], see `_pair_exponents`: [R, C] bfloat16, exactly.
 
     Two thirds of the instructions of float32 arithmetic, and the same on all generations, with or without bfloat16
@@ -245,42 +315,6 @@ def _decode_e2m1(codes: Array, exponents: Array) -> Array:
     magnitude = (pair & _both(7)) << 6
     from_two = ((magnitude + _both(6 << 6)) & _both(8 << 6)) >> 3
     from_one = (magnitude + _both(0x7FC0)) & _both(0x8000)
-    keep = from_one - jax.lax.shift_right_logical(from_one, jnp.full_like(from_one, 15))
+    keep = from_one - _shift_right(from_one, 15)
     value = (magnitude + from_two + exponents) & keep
     return pltpu.bitcast(value | ((pair & _both(8)) << 12), jnp.bfloat16)
-
-
-def _block_lines(scales: Array, start: Any, count: int) -> Array:
-    """Scales of 128 x 128 blocks [N / 128, K / 128] for `count` outputs from `start` on: [count / 16, K / 128] float32.
-
-    Each block's scales come eight times, once for every row of a register. By a product with ones and zeros, exact for
-    powers of two, because registers cannot be cut at a row known only at run time.
-    """
-    shape = (count // FP8_BLOCK[0] * SUBLANES, scales.shape[0])
-    # Shifts, since the sign that a division looks at lowers differently by chip, which a CPU host cannot tell.
-    line = (start >> 7) + (jax.lax.broadcasted_iota(jnp.int32, shape, 0) >> 3)
-    mine = (line == jax.lax.broadcasted_iota(jnp.int32, shape, 1)).astype(jnp.bfloat16)
-    return jnp.dot(mine, scales.astype(jnp.float32).astype(jnp.bfloat16), preferred_element_type=jnp.float32)
-
-
-def _scale_blocks(codes: Array, lines: Array) -> Array:
-    """E4M3 codes [R, C] times scales [R / 16, C] as from `_block_lines`: [R, C] bfloat16."""
-    count, width = codes.shape
-    wide = codes.astype(jnp.float32).reshape(-1, FP8_BLOCK[0] // SUBLANES, SUBLANES, width)
-    return (wide * lines.reshape(-1, 1, SUBLANES, width)).astype(jnp.bfloat16).reshape(count, width)
-
-
-def _repeat_lanes(scales: Array, block: int, start: int, count: int) -> Array:
-    """Repeats 32-bit scales [R, K / block] over the `count` inputs from `start` on: [R, count].
-
-    A gather within 128 lanes at a time; `jnp.repeat` compiles to five times the instructions of all the rest.
-    """
-    lane = jax.lax.broadcasted_iota(jnp.int32, (scales.shape[0], LANES), 1)
-    parts = []
-    for k in range(start, start + count, LANES):
-        base = k // block // LANES * LANES
-        window = scales[:, base : base + LANES]
-        window = jnp.pad(window, ((0, 0), (0, LANES - window.shape[1])))
-        index = (lane >> (block.bit_length() - 1)) + (k // block - base)
-        parts.append(jnp.take_along_axis(window, index, axis=1, mode="promise_in_bounds"))
-    return jnp.concatenate(parts, axis=1)

@@ -1,0 +1,95 @@
+"""A whole model with the TPUs' kernels, interpreted, is the model without them: in one shot, in chunks, on a mesh."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.models import TOLERANCE, Tiny, make
+from v4_jax import Transformer, init_cache
+from v4_jax.kernels.csa import tpu as csa
+from v4_jax.kernels.hyper_connections import tpu as hyper_connections
+from v4_jax.kernels.indexer import tpu as indexer
+from v4_jax.parameter_tree import placements
+from v4_jax.sharding.mesh import make_mesh
+from v4_jax.sharding.platform import interpreted
+
+# The kernels want the real models' widths, of which these are the least: a sliding and a CSA layer.
+WIDE = dict(
+    num_hidden_layers=2,
+    compress_ratios=(0, 4),
+    num_nextn_predict_layers=0,
+    num_attention_heads=16,
+    head_dim=256,
+    index_n_heads=16,
+    index_head_dim=128,
+)
+CHUNKS = ((0, 100), (100, 101))
+DIVERGENCE = 1e-5  # mean KL; bfloat16 itself has 1e-3 and more from float32
+
+
+@pytest.fixture(scope="module")
+def wide() -> Tiny:
+    return make(**WIDE)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return jax.random.randint(jax.random.key(3), (1, CHUNKS[-1][1]), 0, 64)
+
+
+@pytest.fixture
+def interpreted_calls(monkeypatch):
+    """Names of the kernels that are interpreted, as they are traced."""
+    calls = []
+
+    def spy(kernel):
+        def call(*operands, interpret, **options):
+            calls.extend([kernel.__name__] * interpret)
+            return kernel(*operands, interpret=interpret, **options)
+
+        return call
+
+    for module, name in ((csa, "attend_picked"), (indexer, "best_entries"), (hyper_connections, "cross")):
+        monkeypatch.setattr(module, name, spy(getattr(module, name)))
+    return calls
+
+
+def test_float32(wide, tokens, interpreted_calls):
+    """Entries are chosen by the kernel."""
+
+    def logits():
+        return jax.jit(lambda params: wide.model.apply({"params": params}, tokens).logits)(wide.params)
+
+    plain = logits()
+    assert not interpreted_calls
+    with interpreted():
+        kernels = logits()
+    assert interpreted_calls == ["best_entries"]
+    np.testing.assert_allclose(kernels, plain, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("mesh", [None, "seq=2"])
+def test_bfloat16(wide, tokens, mesh, interpreted_calls):
+    """They are attended by one, too: in the same arithmetic, so that sums' order alone differs."""
+    place = {} if mesh is None else dict(mesh=make_mesh(mesh, jax.devices()[:2]), rules="long-context")
+    model = Transformer(wide.config, policy="bfloat16", **place)
+    params = wide.params if mesh is None else jax.device_put(wide.params, placements(wide.config, *place.values()))
+
+    def logits():
+        step = jax.jit(lambda params, tokens, cache: model.apply({"params": params}, tokens, cache=cache))
+        found, cache = [], init_cache(wide.config, 1, 256, dtype="bfloat16", **place)
+        for first, last in CHUNKS:
+            output = step(params, tokens[:, first:last], cache)
+            found.append(output.logits)
+            cache = output.cache
+        return np.concatenate(found, axis=1)
+
+    plain = logits()
+    with interpreted():
+        kernels = logits()
+    assert interpreted_calls == len(CHUNKS) * ["best_entries", "attend_picked"]
+    a, b = jax.nn.log_softmax(plain), jax.nn.log_softmax(kernels)
+    assert float(jnp.mean(jnp.sum(jnp.exp(a) * (a - b), axis=-1))) < DIVERGENCE

@@ -1,0 +1,175 @@
+"""Products with E4M3 weights: the TPU kernel, interpreted, and its reference, against float64."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from v4_jax.kernels import choose
+from v4_jax.kernels.linear import reference
+from v4_jax.kernels.linear.tpu import MANY, ROWS, matmul, one_row, supports
+from v4_jax.layers.linear import grouped_linear, linear, linears
+from v4_jax.number_formats import E2M1, E4M3, E8M0, FP8_BLOCK, BlockScaled, Stack, dequantise, quantise
+
+
+def random(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def weight_of(*shape, seed=0):
+    """Neighbouring blocks differ in scale by up to 2^8."""
+    rows, columns = (-(-size // 128) for size in shape[-2:])
+    blocks = 2.0 ** jax.random.randint(jax.random.key(seed + 100), (*shape[:-2], rows, columns), -12, -4)
+    spread = jnp.repeat(jnp.repeat(blocks, 128, axis=-2), 128, axis=-1)
+    return quantise(random(seed, *shape) * spread[..., : shape[-2], : shape[-1]], E4M3)
+
+
+def rows_of(*shape, seed=1):
+    return random(seed, *shape).astype(jnp.bfloat16)
+
+
+@functools.partial(jax.jit, static_argnames="groups")
+def kernel(x, weights, groups=1):
+    return matmul(x, weights, groups=groups, interpret=True)
+
+
+@functools.partial(jax.jit, static_argnames="groups")
+def plain(x, weights, groups=1):
+    if groups == 1:
+        return jnp.concatenate([reference.matmul(x, dequantise(w, x.dtype), x.dtype) for w in weights], axis=-1)
+    x = x.reshape(x.shape[0], groups, -1)
+    return reference.grouped(x, dequantise(weights[0], x.dtype), x.dtype).reshape(x.shape[0], -1)
+
+
+BOTH = pytest.mark.parametrize("product", [kernel, plain], ids=["kernel", "reference"])
+
+
+def check(out, x, weights, groups=1):
+    """Within what bfloat16 output and float32 sums allow.
+
+    Half a step of bfloat16 is 2^-8 of the value; K float32 additions err by at most K 2^-24 of the sum of magnitudes.
+    """
+    x = np.asarray(x, np.float64).reshape(x.shape[0], groups, -1)
+    expected, sums = [], []
+    for weight in weights:
+        w = np.asarray(dequantise(weight, jnp.float32), np.float64)
+        w = w.reshape(groups, -1, w.shape[-1])
+        expected.append(np.einsum("mgi,goi->mgo", x, w).reshape(x.shape[0], -1))
+        sums.append(np.einsum("mgi,goi->mgo", abs(x), abs(w)).reshape(x.shape[0], -1))
+    expected, sums = np.concatenate(expected, axis=1), np.concatenate(sums, axis=1)
+    assert out.dtype == jnp.bfloat16 and out.shape == expected.shape
+    bound = 2.0**-8 * abs(expected) + (1 + 2.0**-8) * x.shape[-1] * 2.0**-24 * sums
+    assert (abs(np.asarray(out, np.float64) - expected) <= bound).all()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 17, 128, ROWS + 44, MANY, MANY + 1, 2 * MANY + 100])
+@BOTH
+def test_any_rows(rows, product):
+    """One tile of rows or several, the last of them cut off; few, and so many that weights are expanded."""
+    x, weight = rows_of(rows, 256), weight_of(384, 256)
+    check(product(x, [weight]), x, [weight])
+
+
+@pytest.mark.parametrize("rows", [5, MANY + 1])
+@pytest.mark.parametrize(
+    ("width", "depth"), [(128, 128), (640, 128), (1024, 384), (256, 1152), (128, 4608), (2048, 512)]
+)
+def test_any_width_and_depth(width, depth, rows):
+    x, weight = rows_of(rows, depth), weight_of(width, depth)
+    check(kernel(x, [weight]), x, [weight])
+
+
+@pytest.mark.parametrize("rows", [5, MANY + 1])
+@pytest.mark.parametrize("widths", [(256, 128), (128, 512, 384)])
+@BOTH
+def test_several_weights_of_the_same_rows(widths, rows, product):
+    x = rows_of(rows, 256)
+    weights = [weight_of(width, 256, seed=i) for i, width in enumerate(widths)]
+    check(product(x, weights), x, weights)
+
+
+@pytest.mark.parametrize("rows", [5, MANY + 1])
+@pytest.mark.parametrize(("groups", "width", "depth"), [(2, 128, 256), (4, 384, 128), (8, 1024, 128)])
+@BOTH
+def test_groups_meet_their_own_matrices(groups, width, depth, rows, product):
+    x, weight = rows_of(rows, groups * depth), weight_of(groups * width, depth)
+    check(product(x, [weight], groups=groups), x, [weight], groups)
+
+
+def in_stack(stack, layer):
+    cut = jax.tree.map(lambda x: x[layer], stack)
+    return cut, cut.replace(codes=jnp.zeros_like(cut.codes), stack=Stack(stack.codes, stack.scales, jnp.int32(layer)))
+
+
+@pytest.mark.parametrize("rows", [5, MANY + 1])
+def test_layers_are_read_in_their_stacks(rows):
+    """Not where they were cut out: the kernel is given nothing there. One that stands alone may be among them."""
+    x = rows_of(rows, 128)
+    stacks, alone = [weight_of(3, 256, 128), weight_of(3, 128, 128, seed=1)], weight_of(128, 128, seed=2)
+    for layer in range(3):
+        cuts, known = zip(*(in_stack(stack, layer) for stack in stacks), strict=True)
+        check(kernel(x, list(known)), x, cuts)
+        check(kernel(x, [alone, known[1]]), x, [alone, cuts[1]])
+
+
+@pytest.mark.parametrize("scales", [E8M0, jnp.float32])
+@pytest.mark.parametrize("rows", [128, MANY + 128])
+@BOTH
+def test_every_code_and_scale_is_exact(scales, rows, product):
+    """Rows of the identity read the weight itself, any scale of which bfloat16 can hold the products with all codes."""
+    exponents = np.array([-117, -60, -7, -1, 0, 1, 7, 60, 118])
+    codes = np.arange(128 * 128, dtype=np.uint32).reshape(128, 128) % 256
+    codes = np.where(codes & 0x7F == 0x7F, 0, codes).astype(np.uint8)  # not a number: never released
+    weight = BlockScaled(
+        jax.lax.bitcast_convert_type(jnp.tile(jnp.asarray(codes), (len(exponents), 1)), E4M3),
+        jnp.asarray(np.ldexp(1.0, exponents)[:, None].astype(np.float32)).astype(scales),
+        FP8_BLOCK,
+    )
+    x = jnp.tile(jnp.eye(128, dtype=jnp.bfloat16), (rows // 128, 1))
+    found = np.asarray(product(x, [weight]), np.float32)
+    expected = np.asarray(dequantise(weight, jnp.float32)).T
+    assert len(np.unique(abs(expected))) > 700
+    np.testing.assert_array_equal(found, np.tile(expected, (rows // 128, 1)))
+
+
+def test_unsupported_is_refused_by_name():
+    good = weight_of(128, 128)
+    assert supports(good, jnp.bfloat16) and not supports(good, jnp.float32)
+    assert not supports(random(0, 128, 128).astype(jnp.bfloat16), jnp.bfloat16)
+    assert not supports(quantise(random(0, 128, 128), E2M1), jnp.bfloat16)
+    assert not supports(good, jnp.bfloat16, groups=2)
+    with pytest.raises(NotImplementedError, match="multiples of 128"):
+        matmul(rows_of(4, 192), [weight_of(128, 192)])
+    with pytest.raises(ValueError, match="does not fit"):
+        matmul(rows_of(4, 256), [good])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("size", [128, 96])  # the second is not for the kernel
+def test_layers_take_any_weight(dtype, size):
+    """What layers call, in the program of this platform, with gradients; plain weights beside block-scaled ones."""
+    x, weight, other = random(1, 2, 3, size), weight_of(2 * size, size), random(2, size, size)
+    found = linears(x, [weight, other], dtype)
+    for one, w in zip(found, [dequantise(weight, dtype), other], strict=True):
+        np.testing.assert_array_equal(one, reference.matmul(x, w, dtype))
+        assert one.dtype == dtype and one.shape == (2, 3, w.shape[0])
+    np.testing.assert_array_equal(linear(x, weight, dtype), found[0])
+    of_x = jax.grad(lambda x: jnp.sum(linear(x, weight, dtype).astype(jnp.float32)))(x)
+    expected = jnp.broadcast_to(jnp.sum(dequantise(weight, jnp.float32), axis=0), x.shape)
+    np.testing.assert_allclose(of_x, expected, rtol=2e-2 if dtype == jnp.bfloat16 else 1e-5, atol=1e-4)
+    grouped = grouped_linear(x.reshape(3, 2, size), weight, dtype)
+    assert grouped.shape == (3, 2, size) and grouped.dtype == dtype
+
+
+def test_one_row_as_two():
+    x, weight = random(0, 1, 1, 96), random(1, 64, 96)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        out = one_row(x, weight, dtype)
+        assert out.dtype == dtype and out.shape == (1, 1, 64)
+        np.testing.assert_allclose(out, reference.matmul(x, weight, dtype), rtol=2.0**-7, atol=1e-5)
+    pull = jax.vjp(lambda x, w: choose.matmul(x, w, jnp.float32), x, weight)[1]
+    np.testing.assert_allclose(pull(jnp.ones((1, 1, 64)))[0][0, 0], jnp.sum(weight, axis=0), atol=1e-5)

@@ -1,0 +1,87 @@
+"""Scales of blocks inside TPU kernels: spread over the elements that they belong to, in few instructions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+
+from v4_jax.number_formats import FP8_BLOCK
+
+LANES, SUBLANES = 128, 8  # of a vector register
+CHUNKS = (512, 256, 128)  # inputs at a time, the largest that divides K
+
+
+def product(rows: Array, weight: Array) -> Array:
+    """[M, K] times [N, K]: [M, N] float32. The matrix unit takes E4M3 weights as they are."""
+    return jax.lax.dot_general(rows, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def by_scaled_rows(rows: Any, codes: Any, here: Any, lines: Array) -> Array:
+    """Rows times a strip of an E4M3 weight: each block of 128 outputs with rows that are scaled for it.
+
+    Args:
+      rows: reference of [M, K] bfloat16.
+      codes: reference of [N, K] E4M3.
+      here: `pl.ds` of the strip's outputs in `codes`, a multiple of 128.
+      lines: [outputs / 16, K / 128] their scales, see `block_lines`.
+
+    Returns:
+      [M, outputs] float32.
+    """
+    depth, columns = rows.shape[1], here.size
+    chunk = next(size for size in CHUNKS if depth % size == 0)
+    repeated = [repeat_lanes(lines, LANES, k, chunk).astype(jnp.bfloat16) for k in range(0, depth, chunk)]
+    totals = []
+    for i in range(columns // LANES):
+        block = pl.ds(here.start + i * LANES, LANES)
+        total = jnp.zeros((rows.shape[0], LANES), jnp.float32)
+        for j, line in enumerate(repeated):
+            inputs = slice(j * chunk, (j + 1) * chunk)
+            scaled = rows[:, inputs] * line[i * SUBLANES : i * SUBLANES + 1]
+            total += product(scaled, codes[block, inputs])
+        totals.append(total)
+    return jnp.concatenate(totals, axis=1)
+
+
+def block_lines(scales: Array, start: Any, count: int, across: bool = False) -> Array:
+    """Scales of 128 x 128 blocks [N / 128, K / 128] for `count` outputs from `start` on: [count / 16, K / 128] float32.
+
+    Each block's scales come eight times, once for every row of a register. By a product with ones and zeros, exact for
+    powers of two, because registers cannot be cut at a row known only at run time. With `across`, the scales lie the
+    other way round, [K / 128, N / 128].
+    """
+    shape = (count // FP8_BLOCK[0] * SUBLANES, scales.shape[1 if across else 0])
+    # Shifts, since the sign that a division looks at lowers differently by chip, which a CPU host cannot tell.
+    line = (start >> 7) + (jax.lax.broadcasted_iota(jnp.int32, shape, 0) >> 3)
+    mine = (line == jax.lax.broadcasted_iota(jnp.int32, shape, 1)).astype(jnp.bfloat16)
+    scales = scales.astype(jnp.float32).astype(jnp.bfloat16)
+    if across:
+        return product(mine, scales)
+    return jnp.dot(mine, scales, preferred_element_type=jnp.float32)
+
+
+def scale_blocks(codes: Array, lines: Array) -> Array:
+    """E4M3 codes [R, C] times scales [R / 16, C] as from `block_lines`: [R, C] bfloat16."""
+    count, width = codes.shape
+    wide = codes.astype(jnp.float32).reshape(-1, FP8_BLOCK[0] // SUBLANES, SUBLANES, width)
+    return (wide * lines.reshape(-1, 1, SUBLANES, width)).astype(jnp.bfloat16).reshape(count, width)
+
+
+def repeat_lanes(scales: Array, block: int, start: int, count: int) -> Array:
+    """Repeats 32-bit scales [R, K / block] over the `count` inputs from `start` on: [R, count].
+
+    A gather within 128 lanes at a time; `jnp.repeat` compiles to five times the instructions of all the rest.
+    """
+    lane = jax.lax.broadcasted_iota(jnp.int32, (scales.shape[0], LANES), 1)
+    parts = []
+    for k in range(start, start + count, LANES):
+        base = k // block // LANES * LANES
+        window = scales[:, base : base + LANES]
+        window = jnp.pad(window, ((0, 0), (0, LANES - window.shape[1])))
+        index = (lane >> (block.bit_length() - 1)) + (k // block - base)
+        parts.append(jnp.take_along_axis(window, index, axis=1, mode="promise_in_bounds"))
+    return jnp.concatenate(parts, axis=1)

@@ -1,0 +1,1 @@
+"""Attention of queries over entries of their own."""

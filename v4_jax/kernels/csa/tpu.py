@@ -1,0 +1,249 @@
+"""Attention over entries picked for each query, for TPUs: rows of the cache go straight to VMEM, and no copy to HBM.
+
+While the matrix unit works on some rows of one query, as many rows of the next are asked for: that takes the longest,
+each row being a transfer of its own. A row of the cache (see `StoredRows`, kind "words") is one run of memory in parts
+of 256 channels, two to a 32-bit word, and so are the rows in VMEM: part p of entry e is line `parts * e + p`. Lines are
+never taken apart. Instead every line is multiplied by each part of the query; what belongs together is then added up.
+Products of one part with another are left out, for queries are few and the matrix unit would be as long at it without.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from v4_jax.cache.entries import Entries
+from v4_jax.cache.rows import LANES, WORD_CHANNELS, batch_rows
+from v4_jax.sharding import collectives
+
+QUERIES = 16  # of a block
+ROWS = 128  # of a query that are attended at once
+MASKED = -1e30  # finite, so that a query with nothing to see stays free of NaN
+VMEM_BYTES = 48 << 20
+
+
+def supports(queries: Array, entries: Entries) -> bool:
+    """Whether `attend_picked` takes queries [B, Q, H, C] and such entries."""
+    heads, size = queries.shape[2:]
+    return (
+        entries.rows.kind == "words"
+        and queries.dtype == jnp.bfloat16
+        and heads % 8 == 0
+        and heads <= LANES
+        and size // WORD_CHANNELS in (1, 2)
+    )
+
+
+def attend_picked(
+    queries: Array, entries: Entries, local: Array, *, interpret: bool = False
+) -> tuple[Array, Array, Array]:
+    """Attention of each query over its own entries.
+
+    Args:
+      queries: [B, Q, H, C] bfloat16.
+      entries: the entries, of kind "words".
+      local: [B, Q, K] int32 local numbers of those to attend, -1 for none.
+      interpret: run in interpret mode, on any platform.
+
+    Returns:
+      Largest logit [B, Q, H], sum of exp(logit - largest) [B, Q, H], and sum of exp(logit - largest) * entry
+      [B, Q, H, C], all float32; `MASKED`, 0 and 0 for a query without entries.
+
+    Raises:
+      NotImplementedError: `supports` says no.
+    """
+    if not supports(queries, entries):
+        raise NotImplementedError(
+            f"queries {queries.shape} of {queries.dtype} over entries of kind {entries.rows.kind!r}: expected "
+            f"{WORD_CHANNELS} or {2 * WORD_CHANNELS} channels, heads in multiples of 8 up to {LANES}, bfloat16, 'words'"
+        )
+    if collectives.size(entries.axes) > 1:
+        local = -jnp.sort(-local, axis=-1)  # most picks lie elsewhere: those here first, and no work for the rest
+    rows, places = entries.places(batch_rows(local, 2), local)
+    (_, rows_count, places_count), words = entries.rows.shape, entries.rows.arrays[0]
+    place = (entries.layer * rows_count + rows) * places_count + places
+    place = jnp.where((local >= 0) & (places < places_count), place, -1)
+    (batch, count), (heads, size) = local.shape[:2], queries.shape[2:]
+    found = _attend(
+        queries.reshape(batch * count, heads, size),
+        words.reshape(-1, *words.shape[3:]),
+        place.reshape(batch * count, -1),
+        interpret=interpret,
+    )
+    maximum, total, weighted = (x.reshape(batch, count, *x.shape[1:]) for x in found)
+    return maximum, total, weighted
+
+
+@functools.partial(jax.jit, static_argnames="interpret")
+def _attend(queries: Array, words: Array, place: Array, *, interpret: bool) -> tuple[Array, Array, Array]:
+    """The same of queries [N, H, C] over rows `place` [N, K] of words [R, parts, 128]."""
+    (count, heads, size), parts = queries.shape, words.shape[1]
+    block = min(QUERIES, count)
+    padding, room = -count % block, -place.shape[1] % ROWS
+    queries = jnp.pad(queries, ((0, padding), (0, 0), (0, 0)))
+    place = jnp.pad(place, ((0, padding), (0, room)), constant_values=-1)
+    total, slots = place.shape
+    last = jnp.max(jnp.where(place >= 0, jnp.arange(1, slots + 1, dtype=jnp.int32), 0), axis=1)
+    chunks = (last + ROWS - 1) // ROWS
+    seen = jnp.repeat(place >= 0, parts, axis=1).astype(jnp.float32)
+    by_query = jax.ShapeDtypeStruct((total, heads), jnp.float32)
+    found = pl.pallas_call(
+        functools.partial(_kernel, scale=size**-0.5, unroll=1 if interpret else ROWS),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(total // block,),
+            in_specs=[
+                pl.BlockSpec((None, 1, block * slots), lambda i, _: (i, 0, 0), memory_space=pltpu.SMEM),
+                pl.BlockSpec((block, 1, slots * parts), lambda i, _: (i, 0, 0)),
+                pl.BlockSpec((block, heads, size), lambda i, _: (i, 0, 0)),
+                pl.BlockSpec(memory_space=pl.ANY),
+            ],
+            out_specs=[
+                pl.BlockSpec((block, heads), lambda i, _: (i, 0)),
+                pl.BlockSpec((block, heads), lambda i, _: (i, 0)),
+                pl.BlockSpec((block, heads, size), lambda i, _: (i, 0, 0)),
+            ],
+            scratch_shapes=[
+                pltpu.VMEM((2, slots * parts, LANES), jnp.int32),
+                pltpu.SemaphoreType.DMA((2, slots // ROWS)),
+            ],
+        ),
+        out_shape=[by_query, by_query, jax.ShapeDtypeStruct((total, heads, size), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_BYTES, disable_bounds_checks=True
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=4 * count * heads * slots * size,
+            bytes_accessed=2 * count * slots * size + 6 * count * heads * size,
+            transcendentals=count * heads * slots,
+        ),
+        interpret=interpret,
+        name="attend_picked",
+    )(chunks, jnp.maximum(place, 0).reshape(-1, 1, block * slots), seen[:, None], queries, words)
+    return found[0][:count], found[1][:count], found[2][:count]
+
+
+def _kernel(
+    chunks: Any,
+    places: Any,
+    seen: Any,
+    queries: Any,
+    words: Any,
+    maximum: Any,
+    total: Any,
+    weighted: Any,
+    rows: Any,
+    arrived: Any,
+    *,
+    scale: float,
+    unroll: int,
+) -> None:
+    """A block of queries, one after another: `rows` [2, parts * K, 128] has those of this one and of the next."""
+    count, heads, size = queries.shape
+    parts, start = words.shape[1], pl.program_id(0) * count
+    lines, slots = ROWS * parts, rows.shape[1] // parts
+
+    def ask(query: Any, slot: Any, chunk: Any) -> None:
+        first = pl.multiple_of(chunk * lines, lines)
+
+        def row(i: Any, carry: None) -> None:
+            there = rows.at[slot, pl.ds(first + i * parts, parts), :]
+            place = places[0, query * slots + chunk * ROWS + i]
+            pltpu.make_async_copy(words.at[place], there, arrived.at[slot, chunk]).start()
+            return carry
+
+        jax.lax.fori_loop(0, ROWS, row, None, unroll=unroll)
+
+    def own(slot: Any, chunk: Any) -> Any:
+        return rows.at[slot, pl.ds(pl.multiple_of(chunk * lines, lines), lines), :]
+
+    def part_of(query: Any, p: int) -> Array:
+        half = size // 2
+        low, high = (queries[query, :, first + p * LANES : first + (p + 1) * LANES] for first in (0, half))
+        return jnp.concatenate([low, high], axis=1)
+
+    lane = jax.lax.broadcasted_iota(jnp.int32, (heads, lines), 1)
+    odd = (lane & 1) == 1
+
+    def receive(slot: Any, chunk: Any) -> Array:
+        pltpu.make_async_copy(own(slot, chunk), own(slot, chunk), arrived.at[slot, chunk]).wait()
+        return own(slot, chunk)[...]
+
+    def attend(query: Any, chunk: Any, words: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
+        largest, total, *sums = state
+        keys = _unpacked(words)  # [lines, 256]
+        asked = jnp.concatenate([part_of(query, p) for p in range(parts)], axis=0)
+        products = jax.lax.dot_general(asked, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        logits = products[:heads]
+        if parts == 2:  # even lines belong to the first part, odd ones to the second
+            logits = jnp.where(odd, products[heads:], logits)
+            logits += jnp.where(odd, pltpu.roll(logits, 1, 1), pltpu.roll(logits, lines - 1, 1))
+        visible = seen[query, :, pl.ds(pl.multiple_of(chunk * lines, lines), lines)] > 0  # [1, lines]
+        logits = jnp.where(visible, logits * scale, MASKED)
+        most = jnp.maximum(largest, jnp.max(logits, axis=1, keepdims=True))
+        shares = jnp.where(visible, jnp.exp(logits - most), 0.0)
+        by_part = [shares] if parts == 1 else [jnp.where(odd, 0.0, shares), jnp.where(odd, shares, 0.0)]
+        rescale = jnp.exp(largest - most)
+        total = total * rescale + jnp.sum(by_part[0], axis=1, keepdims=True)
+        wide = jnp.concatenate(by_part, axis=0).astype(keys.dtype)
+        values = jnp.dot(wide, keys, preferred_element_type=jnp.float32)
+        sums = [x * rescale + values[p * heads : (p + 1) * heads] for p, x in enumerate(sums)]
+        return most, total, *sums
+
+    def each(query: Any, carry: None) -> None:
+        slot, other = query & 1, 1 - (query & 1)
+        here = chunks[start + query]
+        ahead = jnp.where(query + 1 < count, chunks[start + jnp.minimum(query + 1, count - 1)], 0)
+        both = jnp.minimum(here, ahead)
+
+        def ask_next(chunk: Any, carry: None) -> None:
+            ask(query + 1, other, chunk)
+            return carry
+
+        def attend_alone(chunk: Any, state: tuple[Array, ...]) -> tuple[Array, ...]:
+            return attend(query, chunk, receive(slot, chunk), state)
+
+        def at_once(chunk: Any, state: tuple[Array, ...]) -> tuple[Array, ...]:
+            words = receive(slot, chunk)  # a barrier to the scheduler: what follows runs side by side
+            ask(query + 1, other, chunk)
+            return attend(query, chunk, words, state)
+
+        state = (
+            jnp.full((heads, 1), MASKED),
+            jnp.zeros((heads, 1)),
+            *(jnp.zeros((heads, WORD_CHANNELS)) for _ in range(parts)),
+        )
+        state = jax.lax.fori_loop(0, both, at_once, state)
+        jax.lax.fori_loop(both, ahead, ask_next, None)
+        largest, amount, *sums = jax.lax.fori_loop(both, here, attend_alone, state)
+        maximum[pl.ds(query, 1), :] = _across(largest)
+        total[pl.ds(query, 1), :] = _across(amount)
+        halves = [x[:, half : half + LANES] for half in (0, LANES) for x in sums]
+        weighted[query] = jnp.concatenate(halves, axis=1)
+        return carry
+
+    def ask_first(chunk: Any, carry: None) -> None:
+        ask(0, 0, chunk)
+        return carry
+
+    jax.lax.fori_loop(0, chunks[start], ask_first, None)
+    jax.lax.fori_loop(0, count, each, None)
+
+
+def _unpacked(words: Array) -> Array:
+    """Words [N, 128] to their lower halves, then their upper ones: [N, 256] bfloat16."""
+    low, high = words << 16, words & -65536
+    return jnp.concatenate([pltpu.bitcast(x, jnp.float32).astype(jnp.bfloat16) for x in (low, high)], axis=1)
+
+
+def _across(column: Array) -> Array:
+    """[N, 1] as a row [1, N]."""
+    shape = (column.shape[0], column.shape[0])
+    own = jax.lax.broadcasted_iota(jnp.int32, shape, 0) == jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    return jnp.sum(jnp.where(own, column, 0.0), axis=0, keepdims=True)
