@@ -19,6 +19,7 @@ from v4_jax.sharding.platform import interpreted
 # The kernels want the real models' widths, of which these are the least: a sliding and a CSA layer.
 WIDE = dict(
     num_hidden_layers=2,
+    hidden_size=128,
     compress_ratios=(0, 4),
     num_nextn_predict_layers=0,
     num_attention_heads=16,
@@ -27,7 +28,7 @@ WIDE = dict(
     index_head_dim=128,
 )
 CHUNKS = ((0, 100), (100, 101))
-DIVERGENCE = 1e-5  # mean KL; bfloat16 itself has 1e-3 and more from float32
+DIVERGENCE = 1e-4  # mean KL, of streams that are now and then rounded the other way; bfloat16 itself has 1e-3 and more
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_float32(wide, tokens, interpreted_calls):
 
 @pytest.mark.parametrize("mesh", [None, "seq=2"])
 def test_bfloat16(wide, tokens, mesh, interpreted_calls):
-    """They are attended by one, too: in the same arithmetic, so that sums' order alone differs."""
+    """They are attended by one, too, and sublayers meet in one: in the same arithmetic, so that sums' order differs."""
     place = {} if mesh is None else dict(mesh=make_mesh(mesh, jax.devices()[:2]), rules="long-context")
     model = Transformer(wide.config, policy="bfloat16", **place)
     params = wide.params if mesh is None else jax.device_put(wide.params, placements(wide.config, *place.values()))
@@ -90,6 +91,6 @@ def test_bfloat16(wide, tokens, mesh, interpreted_calls):
     plain = logits()
     with interpreted():
         kernels = logits()
-    assert interpreted_calls == len(CHUNKS) * ["best_entries", "attend_picked"]
+    assert interpreted_calls == len(CHUNKS) * ["cross", "best_entries", "attend_picked", "cross"]
     a, b = jax.nn.log_softmax(plain), jax.nn.log_softmax(kernels)
     assert float(jnp.mean(jnp.sum(jnp.exp(a) * (a - b), axis=-1))) < DIVERGENCE

@@ -114,39 +114,6 @@ def test_experts_of_a_scan_over_layers(place, form):
 
 
 @pytest.mark.parametrize(
-    ("rows", "queries", "heads", "past", "entries", "dtype"),
-    [
-        (1, 512, 64, 127, 8192, "bfloat16"),  # prefill at a million tokens
-        (1, 128, 128, 127, 0, "bfloat16"),  # Pro's window
-        (1, 300, 8, 127, 1024, "bfloat16"),  # heads over eight devices, an uneven chunk
-        (1, 1, 64, 127, 8192, "bfloat16"),  # decode at a million
-        (128, 1, 8, 127, 256, "bfloat16"),  # decode of many rows
-        (8, 1, 64, None, 4096, "bfloat16"),  # entries over devices
-        (4, 4, 128, 127, 100, "bfloat16"),  # drafts; entries that are copied first
-        (1, 64, 64, 127, 1024, "float32"),
-    ],
-)
-def test_window_attention(place, rows, queries, heads, past, entries, dtype):
-    """Entries are read where they lie in the stack of all layers, and nothing as large as logits is in memory."""
-    layers, size, dtype = 3, 512, jnp.dtype(dtype)
-    stack = jax.eval_shape(lambda: StoredRows.empty((layers, rows, max(entries, 1)), size, dtype=dtype))
-    by_query = shape(jnp.int32, rows, queries)
-    keys = None if past is None else shape(dtype, rows, past + queries, size)
-
-    def run(queries, keys, stack, layer, low, high):
-        held = Entries(stack, layer, dtype) if entries else None
-        visible = Visible(low, high, jnp.min(low), jnp.max(high)) if entries else None
-        return attend_window(queries, keys, None if keys is None else low, held, visible)
-
-    arguments = (shape(dtype, rows, queries, heads, size), keys, stack, shape(jnp.int32), by_query, by_query)
-    compiled = jax.jit(run).lower(*place(arguments)).compile()
-    assert "tpu_custom_call" in compiled.as_text()
-    window = 0 if keys is None else (past + queries + 128) * size
-    copied_first = rows * entries * size if entries % 16 else 0
-    assert compiled.memory_analysis().temp_size_in_bytes < SPARE + 4 * (rows * window + copied_first)
-
-
-@pytest.mark.parametrize(
     ("rows", "groups", "depth", "widths"),
     [
         (1, 1, 4096, (1024, 512)),  # Flash wq_a and wkv: one token
@@ -228,3 +195,36 @@ def test_picked_entries_of_a_scan_over_layers(place, model, queries, paged):
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
     partials = 4 * 4 * queries * config.num_attention_heads * config.head_dim
     assert compiled.memory_analysis().temp_size_in_bytes < SPARE + partials < 2 * count * size
+
+
+@pytest.mark.parametrize(
+    ("rows", "queries", "heads", "past", "entries", "dtype"),
+    [
+        (1, 512, 64, 127, 8192, "bfloat16"),  # prefill at a million tokens
+        (1, 128, 128, 127, 0, "bfloat16"),  # Pro's window
+        (1, 300, 8, 127, 1024, "bfloat16"),  # heads over eight devices, an uneven chunk
+        (1, 1, 64, 127, 8192, "bfloat16"),  # decode at a million
+        (128, 1, 8, 127, 256, "bfloat16"),  # decode of many rows
+        (8, 1, 64, None, 4096, "bfloat16"),  # entries over devices
+        (4, 4, 128, 127, 100, "bfloat16"),  # drafts; entries that are copied first
+        (1, 64, 64, 127, 1024, "float32"),
+    ],
+)
+def test_window_attention(place, rows, queries, heads, past, entries, dtype):
+    """Entries are read where they lie in the stack of all layers, and nothing as large as logits is in memory."""
+    layers, size, dtype = 3, 512, jnp.dtype(dtype)
+    stack = jax.eval_shape(lambda: StoredRows.empty((layers, rows, max(entries, 1)), size, dtype=dtype))
+    by_query = shape(jnp.int32, rows, queries)
+    keys = None if past is None else shape(dtype, rows, past + queries, size)
+
+    def run(queries, keys, stack, layer, low, high):
+        held = Entries(stack, layer, dtype) if entries else None
+        visible = Visible(low, high, jnp.min(low), jnp.max(high)) if entries else None
+        return attend_window(queries, keys, None if keys is None else low, held, visible)
+
+    arguments = (shape(dtype, rows, queries, heads, size), keys, stack, shape(jnp.int32), by_query, by_query)
+    compiled = jax.jit(run).lower(*place(arguments)).compile()
+    assert "tpu_custom_call" in compiled.as_text()
+    window = 0 if keys is None else (past + queries + 128) * size
+    copied_first = rows * entries * size if entries % 16 else 0
+    assert compiled.memory_analysis().temp_size_in_bytes < SPARE + 4 * (rows * window + copied_first)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from v4_jax import Config, Transformer, declarations, init_cache
 from v4_jax.kernels import choose
 from v4_jax.kernels.linear import reference
 from v4_jax.kernels.linear.tpu import MANY, ROWS, matmul, one_row, supports
 from v4_jax.layers.linear import grouped_linear, linear, linears
 from v4_jax.number_formats import E2M1, E4M3, E8M0, FP8_BLOCK, BlockScaled, Stack, dequantise, quantise
+from v4_jax.parameters import is_parameter
+from v4_jax.sharding.platform import interpreted
 
 
 def random(seed, *shape):
@@ -173,3 +178,55 @@ def test_one_row_as_two():
         np.testing.assert_allclose(out, reference.matmul(x, weight, dtype), rtol=2.0**-7, atol=1e-5)
     pull = jax.vjp(lambda x, w: choose.matmul(x, w, jnp.float32), x, weight)[1]
     np.testing.assert_allclose(pull(jnp.ones((1, 1, 64)))[0][0, 0], jnp.sum(weight, axis=0), atol=1e-5)
+
+
+# A layer alone and one that repeats, with all sizes multiples of 128.
+CONFIG = dataclasses.replace(
+    Config.tiny(),
+    num_hidden_layers=3,
+    compress_ratios=(0, 0, 0),
+    num_nextn_predict_layers=0,
+    num_hash_layers=1,
+    q_lora_rank=128,
+    o_lora_rank=128,
+    moe_intermediate_size=128,
+    initializer_range=0.1,
+)
+
+
+def test_a_model_reads_every_layer_where_it_lies(monkeypatch):
+    """A chunk and a token of a model in the released formats: as without kernels, but for roundings to bfloat16."""
+    model = Transformer(CONFIG, policy="bfloat16")
+    codes = {"fp8": E4M3, "expert": E2M1}
+    params = jax.tree.map(
+        lambda declared, value: quantise(value, codes[declared.storage]) if declared.storage in codes else value,
+        declarations(CONFIG),
+        nn.meta.unbox(model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]),
+        is_leaf=is_parameter,
+    )
+    tokens = jax.random.randint(jax.random.key(1), (2, 25), 0, CONFIG.vocab_size)
+    given = []
+
+    def spy(x, weights, **options):
+        given.extend(weights)
+        return matmul(x, weights, **options)
+
+    monkeypatch.setattr(choose.linear_tpu, "matmul", spy)
+
+    def run(params, replayed):
+        cache, found = init_cache(CONFIG, 2, 128, dtype="bfloat16"), []
+        for chunk, decisions in zip((tokens[:, :24], tokens[:, 24:]), replayed, strict=True):
+            out = model.apply({"params": params}, chunk, cache=cache, routing=decisions, return_routing=True)
+            cache = out.cache
+            found.append((out.logits, out.routing))
+        return tuple(zip(*found, strict=True))
+
+    program = jax.jit(run, compiler_options={"xla_cpu_use_fusion_emitters": True})  # which can reinterpret E2M1
+    expected, routing = program(params, (None, None))
+    given.clear()  # forms for other platforms are traced, too
+    with interpreted():
+        found, _ = program(params, routing)
+    in_stacks = sum(weight.stack is not None for weight in given)
+    assert len(given) - in_stacks == 2 * 8 <= in_stacks  # chunks, and a layer's weights; a loop's body is traced anew
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=2.0**-5 * float(abs(other).max()))
