@@ -18,7 +18,7 @@ from v4_jax.sharding.platform import interpreted
 NARROW = dict(
     num_hidden_layers=2, compress_ratios=(0, 128), num_nextn_predict_layers=0, num_attention_heads=16, head_dim=128
 )
-SIZES = (256, 1, 3)  # tokens of calls one after another: two entries come with the first
+SIZES = (256, 2)  # tokens of calls one after another: two entries come with the first
 ROOM = 640
 
 

@@ -285,7 +285,8 @@ def _kernel(*refs: Any, heads: int, tiles: int, room: int, block: int, scale: fl
                 ask(row + 1, bound(jnp.minimum(row + 1, step - 1), 0), 0)
 
         if room:
-            start = 0 if tiles == 1 else pl.multiple_of(here * tile // SUBLANES * SUBLANES, SUBLANES)
+            # No division: the sign that it looks at lowers differently by chip, which a CPU host cannot tell.
+            start = 0 if tiles == 1 else pl.multiple_of(here * tile & -SUBLANES, SUBLANES)
             attend(row, keys[row, pl.ds(start, room), :], start, (0, 1), fresh=True)
         else:
             largest[...] = jnp.full(largest.shape, MASKED * _LOG2E, jnp.float32)
