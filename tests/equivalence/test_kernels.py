@@ -9,6 +9,7 @@ import pytest
 
 from tests.models import TOLERANCE, Tiny, make
 from v4_jax import Transformer, init_cache
+from v4_jax.kernels.attention import tpu as attention
 from v4_jax.kernels.csa import tpu as csa
 from v4_jax.kernels.hyper_connections import tpu as hyper_connections
 from v4_jax.kernels.indexer import tpu as indexer
@@ -28,7 +29,8 @@ WIDE = dict(
     index_head_dim=128,
 )
 CHUNKS = ((0, 100), (100, 101))
-DIVERGENCE = 1e-4  # mean KL, of streams that are now and then rounded the other way; bfloat16 itself has 1e-3 and more
+# KL per token. Most differ by roundings; one may choose another expert, which costs what bfloat16 itself costs.
+MEDIAN, MEAN = 1e-4, 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -53,44 +55,52 @@ def interpreted_calls(monkeypatch):
 
         return call
 
-    for module, name in ((csa, "attend_picked"), (indexer, "best_entries"), (hyper_connections, "cross")):
+    kernels = (csa, "attend_picked"), (indexer, "best_entries"), (hyper_connections, "cross")
+    for module, name in (*kernels, (attention, "window_attention")):
         monkeypatch.setattr(module, name, spy(getattr(module, name)))
     return calls
 
 
-def test_float32(wide, tokens, interpreted_calls):
-    """Entries are chosen by the kernel."""
-
-    def logits():
-        return jax.jit(lambda params: wide.model.apply({"params": params}, tokens).logits)(wide.params)
-
-    plain = logits()
-    assert not interpreted_calls
-    with interpreted():
-        kernels = logits()
-    assert interpreted_calls == ["best_entries"]
-    np.testing.assert_allclose(kernels, plain, atol=TOLERANCE, rtol=0)
-
-
-@pytest.mark.parametrize("mesh", [None, "seq=2"])
-def test_bfloat16(wide, tokens, mesh, interpreted_calls):
-    """They are attended by one, too, and sublayers meet in one: in the same arithmetic, so that sums' order differs."""
+def chunked(wide, tokens, policy, mesh):
+    """A function that computes the logits of the chunks anew each time, so that it is traced anew."""
     place = {} if mesh is None else dict(mesh=make_mesh(mesh, jax.devices()[:2]), rules="long-context")
-    model = Transformer(wide.config, policy="bfloat16", **place)
+    model = Transformer(wide.config, policy=policy, **place)
     params = wide.params if mesh is None else jax.device_put(wide.params, placements(wide.config, *place.values()))
 
     def logits():
         step = jax.jit(lambda params, tokens, cache: model.apply({"params": params}, tokens, cache=cache))
-        found, cache = [], init_cache(wide.config, 1, 256, dtype="bfloat16", **place)
+        found, cache = [], init_cache(wide.config, 1, 256, dtype=policy, **place)
         for first, last in CHUNKS:
             output = step(params, tokens[:, first:last], cache)
             found.append(output.logits)
             cache = output.cache
         return np.concatenate(found, axis=1)
 
+    return logits
+
+
+@pytest.mark.parametrize("mesh", [None, "seq=2"])
+def test_float32(wide, tokens, mesh, interpreted_calls):
+    """Entries are chosen by one kernel, the window is attended by another: exactly as without."""
+    logits = chunked(wide, tokens, "float32", mesh)
+    plain = logits()
+    assert not interpreted_calls
+    with interpreted():
+        kernels = logits()
+    assert interpreted_calls == len(CHUNKS) * ["window_attention", "best_entries", "window_attention"]
+    np.testing.assert_allclose(kernels, plain, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("mesh", [None, "seq=2"])
+def test_bfloat16(wide, tokens, mesh, interpreted_calls):
+    """They are attended by one, too, and sublayers meet in one: in the same arithmetic, so that sums' order differs."""
+    logits = chunked(wide, tokens, "bfloat16", mesh)
     plain = logits()
     with interpreted():
         kernels = logits()
-    assert interpreted_calls == len(CHUNKS) * ["cross", "best_entries", "attend_picked", "cross"]
+    assert sorted(interpreted_calls) == sorted(
+        len(CHUNKS) * ["cross", "cross", "best_entries", "attend_picked", "window_attention", "window_attention"]
+    )
     a, b = jax.nn.log_softmax(plain), jax.nn.log_softmax(kernels)
-    assert float(jnp.mean(jnp.sum(jnp.exp(a) * (a - b), axis=-1))) < DIVERGENCE
+    divergence = jnp.sum(jnp.exp(a) * (a - b), axis=-1)
+    assert float(jnp.median(divergence)) < MEDIAN and float(jnp.mean(divergence)) < MEAN
