@@ -92,6 +92,15 @@ def run(plan: tuple) -> dict:
     return as_json([Attempt(workload, outcome)], [estimate(workload)])
 
 
+def estimated(attempt: dict) -> list[str]:
+    """Time, operations, and parts that take longest; dashes for plans compiled before there was an estimate."""
+    if "estimate_s" not in attempt:
+        return ["-"] * 3
+    seconds, longest = attempt["estimate_s"], list(attempt["parts"].items())[:3]
+    parts = ", ".join(f"{part} {time / seconds:.0%}" for part, time in longest)
+    return [f"{1e3 * seconds:,.1f} ms", f"{attempt['operations']:,.0f}", parts]
+
+
 def row(plan: tuple, found: dict) -> str:
     model, task, context, rows, chunk, topology, mesh, _ = plan
     task += f" of {format_size(parse_size(chunk))}" if task == "prefill" else ""

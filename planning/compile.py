@@ -173,6 +173,7 @@ class Compiled:
       estimate_s: seconds of a call by the compiler's estimate, see `v4_jax.planning.cycles`.
       operations: how many it runs, loops multiplied out.
       parts: seconds of that estimate by named scope, the longest first.
+      bounded: Pallas kernels in it that count as FLOPs and bytes alone.
       compiler_flops: FLOPs by the compiler's own count, in which a loop's body counts once.
       compiler_hbm: bytes likewise.
       seconds: time that the compiler took.
@@ -191,6 +192,7 @@ class Compiled:
     estimate_s: float
     operations: float
     parts: dict[str, float]
+    bounded: tuple[str, ...]
     compiler_flops: float
     compiler_hbm: float
     seconds: float
@@ -204,7 +206,8 @@ class Compiled:
     def from_json(cls, values: dict[str, Any]) -> Compiled:
         """Inverse of `dataclasses.asdict`."""
         kinds = tuple(Collectives(**kind) for kind in values["collectives"])
-        return cls(**values | {"collectives": kinds, "heaviest": tuple(map(tuple, values["heaviest"]))})
+        tuples = {"heaviest": tuple(map(tuple, values["heaviest"])), "bounded": tuple(values["bounded"])}
+        return cls(**values | {"collectives": kinds} | tuples)
 
 
 # ---- the program and its arguments -----------------------------------------------------------------------------------
@@ -347,6 +350,7 @@ def compile_here(workload: Workload) -> Compiled:
         estimate_s=timed.seconds,
         operations=timed.operations,
         parts=timed.parts,
+        bounded=timed.bounded,
         compiler_flops=float(analysis.get("flops", 0)),
         compiler_hbm=float(analysis.get("bytes accessed", 0)),
         seconds=seconds,

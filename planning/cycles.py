@@ -36,11 +36,13 @@ class Estimated(NamedTuple):
       seconds: of a call.
       operations: how many it runs, loops multiplied out: all but those that only hand on what is there.
       parts: seconds by named scope, and of collectives, the longest first.
+      bounded: names of Pallas kernels that the compiler gives no estimate of, and that count as FLOPs and bytes alone.
     """
 
     seconds: float
     operations: float
     parts: dict[str, float]
+    bounded: tuple[str, ...]
 
 
 def estimate(program: Program, kernels: Mapping[Likeness, int], chip: Chip, expected: Expected) -> Estimated:
@@ -53,7 +55,7 @@ def estimate(program: Program, kernels: Mapping[Likeness, int], chip: Chip, expe
       expected: how often what depends on the data runs.
     """
     parts: defaultdict[str, float] = defaultdict(float)
-    operations = 0.0
+    operations, bounded = 0.0, set[str]()
     for call in program.calls(expected):
         instruction = call.instruction
         if call.fused or instruction.opcode in FREE or instruction.opcode.endswith(("-done", "-update")):
@@ -61,12 +63,14 @@ def estimate(program: Program, kernels: Mapping[Likeness, int], chip: Chip, expe
         runs = 1.0 if call.runs is None else float(call.runs)
         operations += runs
         kind = instruction.opcode.removesuffix("-start")
+        if instruction.is_kernel and (known := likeness(call.computation, instruction)) not in kernels:
+            bounded.add(known[0])
         if kind in KINDS:
             parts["collectives"] += runs * (COLLECTIVE + as_collective(call, program).sent / chip.ici_bandwidth)
         elif instruction.opcode not in _ASYNC:
             parts[part_of(instruction.op_name)] += runs * _seconds(call, program, kernels, chip, expected)
     longest_first = dict(sorted(((name, time) for name, time in parts.items() if time), key=lambda part: -part[1]))
-    return Estimated(sum(parts.values()), operations, longest_first)
+    return Estimated(sum(parts.values()), operations, longest_first, tuple(sorted(bounded)))
 
 
 def part_of(op_name: str) -> str:

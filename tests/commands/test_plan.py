@@ -35,7 +35,12 @@ def compiled(**changes):
     )
     values |= dict(flops=1e12, hbm=50e9, collectives=(Collectives("all-gather", 43.0, 2e9, 1.75e9),), seconds=61.0)
     values |= dict(heaviest=((40e9, 20.0, "copy", "u8[21,448]", "jit(step)/layers/attn/scatter"),))
-    values |= dict(estimate_s=0.1, operations=4e4, parts={"hyper_connections.sinkhorn": 0.06, "experts.ffn": 0.04})
+    values |= dict(
+        estimate_s=0.1,
+        operations=4e4,
+        bounded=("attend",),
+        parts={"hyper_connections.sinkhorn": 0.06, "experts.ffn": 0.04},
+    )
     return Compiled(**(values | dict(compiler_flops=1e11, compiler_hbm=5e9) | changes))
 
 

@@ -75,7 +75,7 @@ def test_parts_add_up():
     assert next(iter(found.parts)) == "experts.ffn"
     assert found.seconds == pytest.approx(sum(expected.values()))
     # Three, a copy, a collective, the scalar unit's, the kernel, and a quarter of what is behind the condition.
-    assert found.operations == 7.25
+    assert found.operations == 7.25 and not found.bounded
 
 
 def test_a_kernel_takes_at_least_its_bytes():
@@ -88,6 +88,7 @@ def test_a_kernel_takes_at_least_its_bytes():
 def test_an_operation_without_an_estimate_costs_what_the_smallest_do():
     text = TEXT.replace(f', backend_config={{"estimated_cycles":"{3 * ONE_MS}"}}', "")
     found = cycles.estimate(Program(text), {}, CHIP, Expected())
+    assert found.bounded == ("grouped_matmul",)
     assert found.parts["ffn"] == pytest.approx(cycles.OPERATION / CHIP.clock)
 
 
