@@ -253,7 +253,16 @@ class Programs:
             assert state.confidence is not None
             everyone = self._place.keep((state.confidence, going, offered))
             chosen = best_width(expected_tokens(*everyone, self.widths), seconds, everyone[1])
-            output, step, history = jax.lax.switch(chosen, [advance(w) for w in self.widths], state.cache, history)
+            shapes = jax.eval_shape(advance(self.widths[0]), state.cache, history)
+            output, step, _ = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            carry = output.replace(cache=state.cache), step, history
+            for number, width in enumerate(self.widths):
+
+                def run(carry: Any, width: int = width) -> Any:
+                    return advance(width)(carry[0].cache, carry[2])
+
+                carry = _once(chosen == number, run, carry)
+            output, step, history = carry
         assert output.cache is not None
         cache = output.cache.rolled_back(lengths=before + step.counts)
         last = jnp.take_along_axis(step.ids, jnp.maximum(step.counts - 1, 0)[:, None], axis=1)
@@ -307,6 +316,16 @@ class Programs:
         page = {role: tuple(array[:, 0] for array in arrays) for role, arrays in pages.items()}
         cache = put(cache, "entries", target, index, page, self._place)
         return state._replace(cache=cache, history=state.history.copy(source[None], target[None]))
+
+
+def _once(condition: Array, run: Callable[[Any], Any], carry: Any) -> Any:
+    """`run(carry)` if the condition holds, else the carry. As a loop of one turn or none, which updates the cache in
+    place: through a conditional, the TPU compiler would copy it."""
+
+    def turn(state: tuple[Array, Any]) -> tuple[Array, Any]:
+        return jnp.zeros_like(condition), run(state[1])
+
+    return jax.lax.while_loop(lambda state: state[0], turn, (condition, carry))[1]
 
 
 def _widened(x: Array, width: int) -> Array:
