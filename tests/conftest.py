@@ -42,6 +42,22 @@ def tpu_devices(topology: str) -> list:
     return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
 
 
+# A compiled program keeps several pieces of memory mapped, and Linux gives a process 65,530: beyond, it crashes.
+MOST_MAPPED = 20_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Lets go of compiled programs after a module, once there are many; those still needed are read again."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPPED:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
+
+
 @pytest.fixture(params=CHECKPOINTS)
 def released(request) -> Path:
     """Each of the released-layout directories in turn."""
