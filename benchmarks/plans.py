@@ -114,10 +114,7 @@ def row(plan: tuple, found: dict) -> str:
     peak = attempt["live" if task.startswith("train") else "peak"]
     cells += [
         f"{bytes_text(peak)} of {bytes_text(attempt['hbm_capacity'])}",
-        *(f"{1e3 * attempt['estimate_s']:,.1f} ms", f"{attempt['operations']:,.0f}"),
-        ", ".join(
-            f"{part} {seconds / attempt['estimate_s']:.0%}" for part, seconds in list(attempt["parts"].items())[:3]
-        ),
+        *estimated(attempt),
         *(f"{1e3 * floor['seconds']:,.1f} ms", bound, over),
     ]
     return "| " + " | ".join(cells) + " |"

@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 
 from v4_jax.planning.hlo import Computation, Instruction, Program
 
-PATIENCE = 300  # seconds until a process is taken to be lost in the analysis of a kernel: a few take hours
+PATIENCE = 300  # seconds for all kernels that a process is left with; the analysis of some has not been seen to end
 
 # Without the first, the analysis refuses bitcasts between 16-bit types that the compiler itself takes.
 _OPTIONS = "--xla_tpu_check_llo_types=false --xla_jf_dump_static_llo_profile_to="

@@ -11,6 +11,7 @@ independent ones would, because what the noise favours it favours in both: with 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -141,8 +142,30 @@ class PlainDecoding:
         return pages.tokens_to_refill(config, draft=False)
 
 
+class _WithRing:
+    """What drafters with keys of their own in the ring "draft" have in common. Arguments are as in `Drafter`."""
+
+    def at(self, cache: Cache, lengths: Array) -> Cache:
+        """Sets the counts of tokens that were read into the ring."""
+        return cache.rolled_back(draft_lengths=lengths)
+
+    def tail_sizes(self, cache: Cache, config: Config) -> dict[RingRole, int]:
+        """Those of the trunk, and the ring's windows."""
+        return pages.tail_sizes(cache, config, draft=True)
+
+    def tokens_to_refill(self, config: Config) -> int:
+        """A window for each of the trunk's layers, and one for the ring: its layers all read the same."""
+        return pages.tokens_to_refill(config, draft=True)
+
+
+def _sampled(logits: Array, number: Array | int, sampling: SamplingBatch, cache: Cache, place: Place) -> Array:
+    """The draft [B] in place `number`, from its logits [B, V], as the row's own sampling would draw it there."""
+    ids, _ = sample(*place.keep((logits, sampling, cache.lengths + 1 + number)))
+    return ids
+
+
 @dataclasses.dataclass(frozen=True)
-class MtpDrafter:
+class MtpDrafter(_WithRing):
     """The multi-token-prediction block (DeepSeek-V3 technical report, section 5.4.3). Arguments are as in `Drafter`.
 
     The block reads a token together with the trunk's streams of the one before, which warms its window. From the
@@ -183,9 +206,7 @@ class MtpDrafter:
             assert read.logits is not None and read.cache is not None
             return read.streams, read.logits[:, 0], read.cache
 
-        def guess(logits: Array, number: Array | int) -> Array:
-            ids, _ = sample(*place.keep((logits, sampling, cache.lengths + 1 + number)))
-            return ids
+        guess = functools.partial(_sampled, sampling=sampling, cache=cache, place=place)
 
         def further(carry: tuple[Array, Array, Cache], number: Array) -> tuple[tuple[Array, Array, Cache], Array]:
             streams, token, cache = carry
@@ -200,21 +221,9 @@ class MtpDrafter:
         (_, _, after), others = jax.lax.scan(further, start, jnp.arange(1, self.depth, dtype=jnp.int32))
         return Drafts(jnp.concatenate([first[:, None], others.T], axis=1)), self.at(after, read.draft_lengths)
 
-    def at(self, cache: Cache, lengths: Array) -> Cache:
-        """Sets the counts of tokens that the block has read."""
-        return cache.rolled_back(draft_lengths=lengths)
-
-    def tail_sizes(self, cache: Cache, config: Config) -> dict[RingRole, int]:
-        """Those of the trunk, and the block's window."""
-        return pages.tail_sizes(cache, config, draft=True)
-
-    def tokens_to_refill(self, config: Config) -> int:
-        """A window for each of the trunk's layers, and one for the block."""
-        return pages.tokens_to_refill(config, draft=True)
-
 
 @dataclasses.dataclass(frozen=True)
-class DSparkDrafter:
+class DSparkDrafter(_WithRing):
     """DSpark's stages (arXiv 2607.05147): a whole block at once. Arguments are as in `Drafter`.
 
     The stages read what the trunk taps of every token, which fills their windows. Of the block that they draft they
@@ -244,25 +253,9 @@ class DSparkDrafter:
     ) -> tuple[Drafts, Cache]:
         """Reads the taps of what was accepted but the newest token, with which the block begins."""
         newest = jnp.take_along_axis(step.ids, jnp.maximum(step.counts - 1, 0)[:, None], axis=1)[:, 0]
-
-        def choose(logits: Array, number: Array) -> Array:
-            ids, _ = sample(*place.keep((logits, sampling, cache.lengths + 1 + number)))
-            return ids
-
+        choose = functools.partial(_sampled, sampling=sampling, cache=cache, place=place)
         draft = apply(output.taps, newest, lengths=step.counts, cache=cache, choose=choose, method="dspark")
         return Drafts(draft.tokens, draft.confidence), draft.cache
-
-    def at(self, cache: Cache, lengths: Array) -> Cache:
-        """Sets the counts of tokens that the stages have read."""
-        return cache.rolled_back(draft_lengths=lengths)
-
-    def tail_sizes(self, cache: Cache, config: Config) -> dict[RingRole, int]:
-        """Those of the trunk, and the stages' windows."""
-        return pages.tail_sizes(cache, config, draft=True)
-
-    def tokens_to_refill(self, config: Config) -> int:
-        """A window for each of the trunk's layers, and one for the stages, which all read the same."""
-        return pages.tokens_to_refill(config, draft=True)
 
 
 DEEPEST = MOST_ROLLED_BACK - 1  # drafts of a step that the cache can take back

@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from v4_jax.kernels.attention.reference import MASKED
 from v4_jax.kernels.choose import products, weighted
 from v4_jax.sharding import collectives
 from v4_jax.sharding.collectives import Axes, pmax, psum, reduce_scatter
-
-MASKED = -1e30  # finite, so that a query with nothing to see stays free of NaN
 
 
 class Partial(NamedTuple):

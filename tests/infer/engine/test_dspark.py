@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.infer.engine.test_scheduler import served
-from tests.infer.engine.test_speculative import assert_same, make_engine, particular, requests
+from tests.infer.engine.test_speculative import assert_distributed, assert_same, make_engine, particular, requests
 from tests.models import THREE, OnMesh, make
 from v4_jax.infer.engine.requests import Request
 from v4_jax.infer.engine.sampling import GREEDY, Sampling
@@ -168,23 +168,4 @@ def test_a_prefix_that_is_found_refills_the_windows(mode, length=384):
 
 
 def test_sampled_tokens_are_distributed_as_the_model_says(model, engine):
-    """Each of the first three tokens over seeds, of which drafts decide how the last two come: chi-squared tests.
-
-    The probabilities come from the model itself, over all continuations of two tokens.
-    """
-    prompt, slots, rounds = [5, 9, 12], 3, 300
-    drawn = []
-    for i in range(rounds):
-        request = Request(prompt, 3, Sampling(temperature=1.5, seed=1000 * i), stop_ids=(), n=slots)
-        [samples] = served(engine, [request])
-        drawn += [ids for ids, _, _ in samples]
-    pairs = np.stack(np.meshgrid(range(16), range(16), indexing="ij"), axis=-1).reshape(-1, 2)
-    text = jnp.concatenate([jnp.tile(jnp.asarray(prompt), (256, 1)), jnp.asarray(pairs)], axis=1)
-    shares = jax.nn.softmax(model(text).logits[:, len(prompt) - 1 :] / 1.5, axis=-1)
-    first, second = shares[:, 0][np.arange(256), pairs[:, 0]], shares[:, 1][np.arange(256), pairs[:, 1]]
-    joint = np.asarray((first * second)[:, None] * shares[:, 2], np.float64).reshape(16, 16, 16)
-    for axes, column in (((1, 2), 0), ((0, 2), 1), ((0, 1), 2)):
-        wanted = joint.sum(axes) * len(drawn)
-        found = np.bincount([ids[column] for ids in drawn], minlength=16)
-        assert wanted.min() > 5
-        assert ((found - wanted) ** 2 / wanted).sum() < 37.7  # 99.9% of chi-squared with 15 degrees of freedom
+    assert_distributed(model, engine, 1.5)

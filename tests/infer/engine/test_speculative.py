@@ -280,7 +280,7 @@ def test_the_block_sees_all_tokens_and_streams(weight, context, right):
     assert compared > 150 and engine.acceptance[0].accepted >= right
 
 
-def test_sampled_tokens_are_distributed_as_the_model_says(model, engine):
+def assert_distributed(model, engine, temperature):
     """Each of the first three tokens over seeds, of which drafts decide how the last two come: chi-squared tests.
 
     The probabilities come from the model itself, over all continuations of two tokens.
@@ -288,12 +288,12 @@ def test_sampled_tokens_are_distributed_as_the_model_says(model, engine):
     prompt, slots, rounds = [5, 9, 12], 3, 300
     drawn = []
     for i in range(rounds):
-        request = Request(prompt, 3, Sampling(temperature=1.3, seed=1000 * i), stop_ids=(), n=slots)
-        [samples] = served(engine(DEEPEST), [request])
+        request = Request(prompt, 3, Sampling(temperature=temperature, seed=1000 * i), stop_ids=(), n=slots)
+        [samples] = served(engine, [request])
         drawn += [ids for ids, _, _ in samples]
     pairs = np.stack(np.meshgrid(range(16), range(16), indexing="ij"), axis=-1).reshape(-1, 2)
     text = jnp.concatenate([jnp.tile(jnp.asarray(prompt), (256, 1)), jnp.asarray(pairs)], axis=1)
-    shares = jax.nn.softmax(model(text).logits[:, len(prompt) - 1 :] / 1.3, axis=-1)
+    shares = jax.nn.softmax(model(text).logits[:, len(prompt) - 1 :] / temperature, axis=-1)
     first, second = shares[:, 0][np.arange(256), pairs[:, 0]], shares[:, 1][np.arange(256), pairs[:, 1]]
     joint = np.asarray((first * second)[:, None] * shares[:, 2], np.float64).reshape(16, 16, 16)
     for axes, column in (((1, 2), 0), ((0, 2), 1), ((0, 1), 2)):
@@ -301,6 +301,10 @@ def test_sampled_tokens_are_distributed_as_the_model_says(model, engine):
         found = np.bincount([ids[column] for ids in drawn], minlength=16)
         assert wanted.min() > 5
         assert ((found - wanted) ** 2 / wanted).sum() < 37.7  # 99.9% of chi-squared with 15 degrees of freedom
+
+
+def test_sampled_tokens_are_distributed_as_the_model_says(model, engine):
+    assert_distributed(model, engine(DEEPEST), 1.3)
 
 
 def test_refusals(model):

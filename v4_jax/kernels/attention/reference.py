@@ -7,6 +7,8 @@ from jax import Array
 
 from v4_jax.policy import einsum
 
+MASKED = -1e30  # finite, so that a query with nothing to see stays free of NaN
+
 
 def products(queries: Array, keys: Array) -> Array:
     """Float32 products [B, Q, H, K] of queries [B, Q, H, C] with keys: [B, K, C] shared, or [B, Q, K, C] of each."""

@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.cache.entries import Entries
+from v4_jax.kernels.attention.reference import MASKED
 from v4_jax.layers.visible import Visible
 from v4_jax.natural import quotient
 
@@ -32,7 +33,6 @@ ROWS = 1024  # queries times heads of a tile
 CHUNK = 256  # rows of a chunk: the widest matrix unit
 ENTRIES = 512  # of a block
 STEP_ROWS, STEP_BYTES = 8, 4 << 20  # batch rows of a grid step: so many, as long as their windows are no larger
-MASKED = -1e30  # finite, so that a query with nothing to see stays free of NaN
 HIDDEN = -1e32  # added to logits; so far below `MASKED` that their exponentials are zero even where nothing is seen
 VMEM_BYTES = 48 << 20
 

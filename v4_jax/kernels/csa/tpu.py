@@ -20,11 +20,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.cache.entries import Entries
 from v4_jax.cache.rows import LANES, WORD_CHANNELS, batch_rows
+from v4_jax.kernels.attention.reference import MASKED
 from v4_jax.sharding import collectives
 
 QUERIES = 16  # of a block
 ROWS = 128  # of a query that are attended at once
-MASKED = -1e30  # finite, so that a query with nothing to see stays free of NaN
 VMEM_BYTES = 48 << 20
 
 
