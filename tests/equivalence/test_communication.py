@@ -87,7 +87,7 @@ def test_long_chunk(tiny):
         "all-reduce": [
             (c.sliding_window + SPARE, c.head_dim),
             *((span(ratio) + SPARE, widths[role]) for role, (ratio, _) in roles.items()),
-            (c.hc_mult, c.hidden_size),
+            (c.hc_mult * c.hidden_size,),
             (),
         ],
         # rows to their experts and back; expert and weight of each; how many

@@ -70,9 +70,10 @@ def expected(plain):
     return served(plain, requests())
 
 
-def assert_some_were_right(engine):
+def assert_some_were_right(engine, depth=DEPTH):
+    """Right and wrong drafts in the first `depth` places; how many of the others are verified depends on timings."""
     offered, accepted = zip(*engine.acceptance, strict=True)
-    assert len(accepted) == DEPTH and offered[0] > accepted[0] and accepted[-1] > 2
+    assert len(accepted) == DEPTH and offered[0] > accepted[0] and accepted[depth - 1] > 2
     assert sorted(accepted, reverse=True) == list(accepted)
 
 
@@ -107,7 +108,7 @@ def test_on_a_mesh(model, expected, mesh, chunk, every):
     place = Place(spread.mesh, spread.preset)
     engine = make_engine(spread, "dspark", 4, place=place, prefill_chunk=chunk, verify_all=every)
     assert_same(served(engine, requests()), expected)
-    assert_some_were_right(engine)
+    assert_some_were_right(engine, DEPTH if every else 1)
 
 
 def test_equal_predictions_are_always_accepted():
