@@ -14,6 +14,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from v4_jax.architecture import Architecture
+from v4_jax.layers.rotary import Turn, inverse_frequencies, turn
+
 
 class Blocks(struct.PyTreeNode):
     """The compression blocks that end within this chunk, for one ratio; E is their static upper bound per row.
@@ -24,6 +27,7 @@ class Blocks(struct.PyTreeNode):
       has_previous: [B, E] whether a block of the same document precedes it.
       positions: [B, E] rotary position of its first token.
       numbers: [B, E] number of its entry among the row's entries; out of range where there is no such block.
+      turn: by how much `positions` turn; None until the layout is `scheduled`.
       aligned: whether a row's blocks follow each other without gaps from `first_token[:, 0]` on.
     """
 
@@ -33,6 +37,21 @@ class Blocks(struct.PyTreeNode):
     positions: Array
     numbers: Array
     aligned: bool = struct.field(pytree_node=False)
+    turn: Turn | None = None
+
+
+class Schedule(struct.PyTreeNode):
+    """What follows from a layout and is the same in all layers of a role, by tokens per entry (0 for sliding layers).
+
+    Attributes:
+      turns: by how much the tokens' positions turn.
+      blocks: see `Layout.blocks`.
+      visible: see `Layout.visible`.
+    """
+
+    turns: dict[int, Turn]
+    blocks: dict[int, Blocks]
+    visible: dict[int, tuple[Array, Array]]
 
 
 class Layout(struct.PyTreeNode):
@@ -48,6 +67,7 @@ class Layout(struct.PyTreeNode):
       whole: the chunk that this one is a device's shard of; None when the sequence is not split.
       offset: int32 index of its first token in `whole`.
       sealed: [B] int32 tokens whose blocks have their entries already; None is the same as 0.
+      schedule: what layers would otherwise compute anew, each for itself; see `scheduled`.
     """
 
     positions: Array
@@ -58,6 +78,7 @@ class Layout(struct.PyTreeNode):
     whole: Layout | None = None
     offset: Array | int = 0
     sealed: Array | None = None
+    schedule: Schedule | None = None
 
     @classmethod
     def of(
@@ -121,6 +142,21 @@ class Layout(struct.PyTreeNode):
         first = cut(self.first) - offset
         return Layout(cut(self.positions), first, cut(self.valid), start, self.packed, self, offset, sealed=self.sealed)
 
+    def scheduled(self, config: Architecture) -> Layout:
+        """The same with its schedule: what a scan over layers would otherwise compute in each."""
+        ratios = sorted({0, *(layer.ratio for layer in config.layers)})  # what drafts is sliding
+        turns = {ratio: turn(self.positions, inverse_frequencies(config, ratio)) for ratio in ratios}
+        entries = [ratio for ratio in ratios if ratio]
+        blocks = {ratio: self.blocks(ratio) for ratio in entries}
+        for ratio, one in blocks.items():
+            blocks[ratio] = one.replace(turn=turn(one.positions, inverse_frequencies(config, ratio)))
+        return self.replace(schedule=Schedule(turns, blocks, {ratio: self.visible(ratio) for ratio in entries}))
+
+    def turn(self, ratio: int) -> Turn:
+        """By how much the tokens' positions turn in layers of `ratio` tokens per entry; of a layout with a schedule."""
+        assert self.schedule is not None
+        return self.schedule.turns[ratio]
+
     @property
     def size(self) -> int:
         """Tokens of the chunk, padding included."""
@@ -168,6 +204,8 @@ class Layout(struct.PyTreeNode):
 
     def blocks(self, ratio: int) -> Blocks:
         """The compression blocks that end in this chunk (technical report, section 2.3)."""
+        if self.schedule is not None:
+            return self.schedule.blocks[ratio]
         batch = self.positions.shape[0]
         limit = jnp.iinfo(jnp.int32).max
         if self.packed:
@@ -199,6 +237,8 @@ class Layout(struct.PyTreeNode):
 
     def visible(self, ratio: int) -> tuple[Array, Array]:
         """Half-open range [low, high) of entries that each token may see, two [B, S] int32 arrays."""
+        if self.schedule is not None:
+            return self.schedule.visible[ratio]
         done = (self.phase + 1) // ratio
         if not self.packed:
             return jnp.zeros_like(done), done

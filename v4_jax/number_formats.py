@@ -136,24 +136,35 @@ def quantise(weight: Array, codes_dtype: Any, scales_dtype: Any = E8M0) -> Block
 def power_of_two_scale(amax: Array, largest: float, floor: float) -> Array:
     """2^ceil(log2(max(amax, floor) / largest)), computed on the exponent bits: exact, and never off by one."""
     ratio = jnp.maximum(amax.astype(jnp.float32), floor) / largest
-    bits = jax.lax.bitcast_convert_type(ratio, jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(ratio, jnp.int32)
     exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0)
     return jax.lax.bitcast_convert_type(jnp.clip(exponent, 1, 254) << 23, jnp.float32)
 
 
+def round_to(values: Array, dtype: Any) -> Array:
+    """Rounds to nearest, ties to even, clipping to the largest finite value of `dtype`; the result is float32."""
+    largest = _LARGEST_FLOAT[jnp.dtype(dtype)]
+    values = jnp.clip(values.astype(jnp.float32), -largest, largest)
+    exponent = (jax.lax.bitcast_convert_type(values, jnp.int32) >> 23) & 0xFF  # signed: kernels know no other maximum
+    kind = jnp.finfo(dtype)
+    steps = jnp.maximum(exponent, 127 + kind.minexp) - kind.nmant << 23  # spacing of the format's values here
+    step = jax.lax.bitcast_convert_type(steps.astype(jnp.int32), jnp.float32)
+    return jnp.round(values / step) * step
+
+
 def saturate(values: Array, dtype: Any) -> Array:
-    """Rounds to nearest, ties to even, clipping to the largest finite value of `dtype`.
+    """`round_to`, as `dtype`.
 
     The rounding is done in float32, so that the conversion itself is exact: compilers differ in how often they round
     on the way to a format this small.
     """
-    largest = _LARGEST_FLOAT[jnp.dtype(dtype)]
-    values = jnp.clip(values.astype(jnp.float32), -largest, largest)
-    exponent = (jax.lax.bitcast_convert_type(values, jnp.uint32) >> 23) & 0xFF
-    kind = jnp.finfo(dtype)
-    steps = jnp.maximum(exponent, 127 + kind.minexp) - kind.nmant << 23  # spacing of the format's values here
-    step = jax.lax.bitcast_convert_type(steps.astype(jnp.uint32), jnp.float32)
-    return (jnp.round(values / step) * step).astype(dtype)
+    return round_to(values, dtype).astype(dtype)
+
+
+def shared_scale(amax: Array, dtype: Any) -> Array:
+    """Scale of a block of key or index channels, of which `amax` is the largest magnitude."""
+    floor = _KV_AMAX_FLOOR if jnp.dtype(dtype) == E4M3 else _INDEX_AMAX_FLOOR
+    return power_of_two_scale(amax, _LARGEST_FLOAT[jnp.dtype(dtype)], floor)
 
 
 def encode_rows(rows: Array, dtype: Any, block: int) -> tuple[Array, Array]:
@@ -169,9 +180,7 @@ def encode_rows(rows: Array, dtype: Any, block: int) -> tuple[Array, Array]:
     if channels % block:
         raise ValueError(f"{channels} channels cannot be quantised in blocks of {block}: expected a multiple")
     tiles = rows.astype(jnp.float32).reshape(*rows.shape[:-1], channels // block, block)
-    largest = _LARGEST_FLOAT[jnp.dtype(dtype)]
-    floor = _KV_AMAX_FLOOR if jnp.dtype(dtype) == E4M3 else _INDEX_AMAX_FLOOR
-    scales = power_of_two_scale(jnp.max(jnp.abs(tiles), axis=-1), largest, floor)
+    scales = shared_scale(jnp.max(jnp.abs(tiles), axis=-1), dtype)
     codes = saturate(tiles / scales[..., None], dtype).reshape(rows.shape)
     return codes, scales.astype(E8M0)
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 PolicyName = Literal["float32", "bfloat16", "released"]
+Rounding = Literal["none", "keys", "index"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,10 @@ class Policy:
         if policy not in POLICIES:
             raise ValueError(f"unknown precision policy {policy!r}, expected one of {sorted(POLICIES)}")
         return POLICIES[policy]
+
+    def rounding(self, kind: Rounding) -> Rounding:
+        """How rows of a kind are rounded: as the kind is, or not at all."""
+        return kind if self.fake_quant else "none"
 
     def check_cache(self, released: bool) -> None:
         """Checks that a cache's number format fits.

@@ -304,7 +304,7 @@ class Transformer(Module):
             ids.shape,
             positions=first[:, None] + jnp.arange(ids.shape[1], dtype=jnp.int32),
             lengths=jnp.where(total > 0, ids.shape[1], 0),
-        )
+        ).scheduled(c)
         embedded = self._lookup(self._embeddings, ids, short).astype(self.precision.compute_dtype)
         hidden, cache = self.stages(taps, chunk, self.split.sequence, embedded, Context(ids, layout), cache)
         x = rms_norm(hidden, self.stages.norm_weight, c.rms_norm_eps)
@@ -381,7 +381,8 @@ class Transformer(Module):
             positions=positions,
             sealed=sealed,
         )
-        return whole.shard(jnp.int32(size) * collectives.index(axes), size) if axes else whole
+        shard = whole.shard(jnp.int32(size) * collectives.index(axes), size) if axes else whole
+        return shard.scheduled(self.config)
 
     def _embed(self, tokens: Array) -> Array:
         """[B, S] ids -> [B, S, D]; out-of-range ids read the nearest row.

@@ -13,9 +13,9 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 
 from tests.oracle import hf
 from v4_jax import Config
-from v4_jax.architecture import Layer
+from v4_jax.architecture import RATIO_OF_ROLE
 from v4_jax.layers.hyper_connections import HyperConnection, apart, joined, leave
-from v4_jax.layers.rotary import inverse_frequencies, rotate
+from v4_jax.layers.rotary import inverse_frequencies, rotate, turn
 
 
 class Doubled(torch.nn.Module):
@@ -76,17 +76,17 @@ def test_rotary_angles(config, role):
     rotary = modeling.DeepseekV4RotaryEmbedding(DeepseekV4Config(**hf.hf_content(config)))
     with torch.no_grad():
         cos, sin = rotary(torch.zeros(1), torch.from_numpy(POSITIONS)[None], layer_type=kind)
-    frequencies = inverse_frequencies(config, Layer(role, "routed"))
+    frequencies = inverse_frequencies(config, RATIO_OF_ROLE[role])
     theirs = getattr(rotary, kind + "_inv_freq").numpy()
     np.testing.assert_allclose(frequencies, theirs, rtol=3e-7, atol=0)  # a last bit or two: float32 powers
 
     unit = jnp.zeros((len(POSITIONS), config.head_dim)).at[:, ::2].set(1.0)
     # An angle of 65536 is known to a few thousandths in float32, for them as for us: compare on the same table ...
-    turned = np.asarray(rotate(unit, jnp.asarray(POSITIONS), theirs))[:, -config.qk_rope_head_dim :]
+    turned = np.asarray(rotate(unit, turn(jnp.asarray(POSITIONS), theirs)))[:, -config.qk_rope_head_dim :]
     np.testing.assert_allclose(turned[:, ::2], cos[0], atol=1e-6, rtol=0)
     np.testing.assert_allclose(turned[:, 1::2], sin[0], atol=1e-6, rtol=0)
     # ... and on our own within what those last bits of a frequency are worth.
-    turned = np.asarray(rotate(unit, jnp.asarray(POSITIONS), frequencies))[:, -config.qk_rope_head_dim :]
+    turned = np.asarray(rotate(unit, turn(jnp.asarray(POSITIONS), frequencies)))[:, -config.qk_rope_head_dim :]
     slack = 1e-6 + 3e-7 * POSITIONS[:, None] * theirs
     assert np.all(np.abs(turned[:, ::2] - cos[0].numpy()) <= slack)
     assert np.all(np.abs(turned[:, 1::2] - sin[0].numpy()) <= slack)

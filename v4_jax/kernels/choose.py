@@ -14,6 +14,8 @@ Pallas kernel, or `cpu.py`, written so that XLA:CPU makes quick code of it. Laye
     grouped_product
     best_entries             running top-k over blocks      reference                                 kernel
     attend_picked            caller's, over a gathered copy reference                                 kernel
+    norm_rotate              one after the other            reference                                 one kernel
+    attention_output         caller's                       reference                                 one kernel
     map_groups               tiles of each group in turn    reference                                 caller's kernel
 """
 
@@ -44,6 +46,10 @@ from v4_jax.kernels.indexer import tpu as indexer_tpu
 from v4_jax.kernels.linear import cpu as linear_cpu
 from v4_jax.kernels.linear import reference as linear
 from v4_jax.kernels.linear import tpu as linear_tpu
+from v4_jax.kernels.rotary import reference as rotary
+from v4_jax.kernels.rotary import tpu as rotary_tpu
+from v4_jax.kernels.rotary.reference import Steps
+from v4_jax.layers.rotary import Turn
 from v4_jax.layers.visible import Visible
 from v4_jax.number_formats import BlockScaled, Weight, dequantise
 from v4_jax.sharding.platform import by_platform, interpreting
@@ -125,6 +131,31 @@ def attend_picked(plain: Form, queries: Array, entries: Entries, local: Array) -
         return copying(queries, entries, local)
     kernel = functools.partial(csa_tpu.attend_picked, interpret=interpreting())
     return _without_gradients(copying, tpu=kernel)(queries, entries, local)
+
+
+def norm_rotate(x: Array, weight: Array | None, turn: Turn | None, steps: Steps) -> Array:
+    """See `rotary.reference.norm_rotate`."""
+    plain = functools.partial(rotary.norm_rotate, steps=steps)
+    if not rotary_tpu.supports(x.shape, x.dtype, turn):
+        return plain(x, weight, turn)
+    kernel = functools.partial(rotary_tpu.norm_rotate, steps=steps, interpret=interpreting())
+    return _without_gradients(plain, tpu=kernel)(x, weight, turn)
+
+
+def attention_output(plain: Form, partials: Sequence[Any], sink: Array, turn: Turn, dtype: Any) -> Array:
+    """See `layers.window_attention.attention_output` for all arguments but the first.
+
+    Args:
+      plain: the same, in whose place the kernel runs in programs for TPUs, but where gradients are asked for.
+      partials: of disjoint sets of keys.
+      sink: logits of the sink.
+      turn: of the queries' positions.
+      dtype: of the result.
+    """
+    if not rotary_tpu.supports(partials[0].weighted.shape, jnp.dtype(dtype), turn):
+        return plain(partials, sink, turn, dtype)
+    kernel = functools.partial(rotary_tpu.attention_output, dtype=dtype, interpret=interpreting())
+    return _without_gradients(functools.partial(plain, dtype=dtype), tpu=kernel)(list(partials), sink, turn)
 
 
 def matmul(x: Array, weight: Array, dtype: Any) -> Array:

@@ -5,7 +5,8 @@ Technical report, section 2.3. One key/value head serves all query heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -18,19 +19,19 @@ from v4_jax.cache.cache import Cache, WindowRole
 from v4_jax.cache.entries import Entries, EntryRole
 from v4_jax.cache.ring import Ring, halo
 from v4_jax.cache.rows import StoredRows
+from v4_jax.kernels.choose import norm_rotate
+from v4_jax.kernels.rotary.reference import Steps
 from v4_jax.layers.compressor import Compressor
 from v4_jax.layers.entry_attention import attend_picked
 from v4_jax.layers.indexer_loss import Attended, Scored, indexer_loss
 from v4_jax.layers.lightning_indexer import LightningIndexer, index_queries, select
 from v4_jax.layers.linear import grouped_linear, linear, linears
-from v4_jax.layers.norm import rms_norm
-from v4_jax.layers.partial_softmax import Partial, finish, log_denominator, merge, merge_devices
+from v4_jax.layers.partial_softmax import Partial, log_denominator, merge, merge_devices
 from v4_jax.layers.query_blocks import Queries, QueryBlock, by_query_blocks
-from v4_jax.layers.rotary import inverse_frequencies, rotate
+from v4_jax.layers.rotary import Turn
 from v4_jax.layers.stages import SPARSE, Stage, keep
-from v4_jax.layers.window_attention import attend_window
+from v4_jax.layers.window_attention import attend_window, attention_output
 from v4_jax.layout import Blocks, Layout
-from v4_jax.number_formats import fake_quant_kv
 from v4_jax.parameters import Module
 from v4_jax.policy import Policy
 from v4_jax.sharding.collectives import all_gather, psum
@@ -114,13 +115,13 @@ class Attention(Module):
         """
         c, dtype = self.config, self.policy.compute_dtype
         split, heads, size = self.split, c.num_attention_heads, c.head_dim
-        frequencies = inverse_frequencies(c, self.roles)
+        turn = layout.turn(self.roles.ratio)
         wq_a, wq_b, wkv, wo_a, wo_b, q_norm, kv_norm, sink = self.weights()
 
         with jax.named_scope("attention.project"):
             latent, keys = linears(y, [wq_a, wkv], dtype)
-            latent = rms_norm(latent, q_norm, c.rms_norm_eps)
-            keys = self.keys(keys, kv_norm, layout.positions, frequencies)
+            latent = norm_rotate(latent, q_norm, None, Steps(c.rms_norm_eps))
+            keys = self.keys(keys, kv_norm, turn)
 
         past = c.sliding_window - 1
         with jax.named_scope("attention.window_cache"):
@@ -132,7 +133,7 @@ class Attention(Module):
                 before, rows = window.advance(keys, layout, past, split)
                 tail, cache = before(), cache.with_ring(self.window, rows)
 
-        entries, index, cache = self._compress(y, layout, cache, role_index, frequencies)
+        entries, index, cache = self._compress(y, layout, cache, role_index)
         ratio = self.roles.ratio
         low, high = layout.visible(ratio) if ratio else (layout.first, layout.first)
         shared = split.shared("heads")
@@ -141,7 +142,7 @@ class Attention(Module):
 
         def block(x: QueryBlock) -> tuple[Array, Array | None, Array | None]:
             with jax.named_scope("attention.queries"):
-                queries = self.queries(x.queries.latent, wq_b, x.queries.positions, frequencies)
+                queries = self.queries(x.queries.latent, wq_b, x.queries.turn)
             picked = loss = scored = None
             if index is not None and x.queries.index_weights is not None:
                 scored = Scored(index.queries(x.queries), x.queries.index_weights, index.keys)
@@ -151,26 +152,26 @@ class Attention(Module):
                         chosen = select(*scored, x.visible, c.index_topk)
                     picked = keep(chosen, "picked")
             if entries is not None and picked is None and not entry_axes:
-                partial = attend_window(queries, x.keys, x.oldest, entries, x.visible)
+                partials = [attend_window(queries, x.keys, x.oldest, entries, x.visible)]
             else:
-                partial = attend_window(queries, x.keys, x.oldest)
+                partials = [attend_window(queries, x.keys, x.oldest)]
                 if entries is not None:
                     visitors = all_gather(queries, visiting, 2)
                     if picked is None:
                         distant = attend_window(visitors, None, None, entries, x.visible)
                     else:
                         distant = attend_picked(visitors, entries, picked)
-                    partial = merge(partial, merge_devices(distant, entry_axes, visiting))
+                    partials.append(merge_devices(distant, entry_axes, visiting))
             if entries is not None and scored is not None and self.stage.indexer_loss:
-                attended = Attended(queries, log_denominator(partial, sink), entries)
+                attended = Attended(queries, log_denominator(functools.reduce(merge, partials), sink), entries)
                 loss = indexer_loss(attended, scored, picked, x.visible, shared)
             with jax.named_scope("attention.output"):
-                output = self.output(partial, sink, x.queries.positions, frequencies, wo_a, wo_b)
+                output = self.output(partials, sink, x.queries.turn, wo_a, wo_b)
             return output, picked, loss
 
         queries = Queries(
             latent=latent,
-            positions=layout.positions,
+            turn=turn,
             indices=jnp.arange(layout.size)[None],
             first=layout.first,
             low=low,
@@ -214,29 +215,27 @@ class Attention(Module):
         return AttentionWeights(wq_a, wq_b, wkv, wo_a, wo_b, q_norm, kv_norm, sink)
 
     @nn.nowrap
-    def keys(self, projected: Array, kv_norm: Array, positions: Array, frequencies: Any) -> Array:
-        """Keys, which are the values too, [B, S, C] from what `wkv` projects, at `positions` [B, S]."""
-        c = self.config
-        keys = rotate(rms_norm(projected, kv_norm, c.rms_norm_eps), positions, frequencies)
-        return fake_quant_kv(keys, c.qk_rope_head_dim) if self.policy.fake_quant else keys
+    def keys(self, projected: Array, kv_norm: Array, turn: Turn) -> Array:
+        """Keys, which are the values too, [B, S, C] from what `wkv` projects."""
+        return norm_rotate(projected, kv_norm, turn, Steps(self.config.rms_norm_eps, self.policy.rounding("keys")))
 
     @nn.nowrap
-    def queries(self, latent: Array, wq_b: Any, positions: Array, frequencies: Any) -> Array:
+    def queries(self, latent: Array, wq_b: Any, turn: Turn) -> Array:
         """[B, Q, H, C] queries from their latents [B, Q, q_lora_rank]."""
         c = self.config
         queries = linear(latent, wq_b, self.policy.compute_dtype).reshape(*latent.shape[:2], -1, c.head_dim)
-        return rotate(rms_norm(queries, None, c.rms_norm_eps), positions, frequencies)
+        return norm_rotate(queries, None, turn, Steps(c.rms_norm_eps))
 
     @nn.nowrap
-    def output(self, partial: Partial, sink: Array, positions: Array, frequencies: Any, wo_a: Any, wo_b: Any) -> Array:
+    def output(self, partials: Sequence[Partial], sink: Array, turn: Turn, wo_a: Any, wo_b: Any) -> Array:
         """[B, Q, D] from what the queries attended, of this device's groups."""
         dtype, groups = self.policy.compute_dtype, self.split.share("o_groups", self.config.o_groups)
-        output = rotate(finish(partial, sink).astype(dtype), positions, frequencies, inverse=True)
+        output = attention_output(partials, sink, turn, dtype)
         output = grouped_linear(output.reshape(*output.shape[:2], groups, -1), wo_a, dtype)
         return linear(output.reshape(*output.shape[:2], -1), wo_b, dtype)
 
     def _compress(
-        self, y: Array, layout: Layout, cache: Cache | None, role_index: Any, frequencies: Any
+        self, y: Array, layout: Layout, cache: Cache | None, role_index: Any
     ) -> tuple[Entries | None, Index | None, Cache | None]:
         """Runs the layer's compressors.
 
@@ -252,7 +251,6 @@ class Attention(Module):
             prefix=self.prefix + "compressor.",
             ratio=ratio,
             width=c.head_dim,
-            frequencies=frequencies,
             split=self.split,
             name="compressor",
         )
@@ -265,7 +263,6 @@ class Attention(Module):
             config=c,
             policy=self.policy,
             prefix=self.prefix + "indexer.",
-            frequencies=frequencies,
             split=self.split,
             loss="indexer",
             name="indexer",
@@ -274,7 +271,7 @@ class Attention(Module):
         index_keys, cache = self._store(keys, blocks, after, layout, cache, "index", role_index)
 
         def queries(x: Queries) -> Array:
-            return index_queries(x.latent, wq_b, x.positions, frequencies, c, self.policy, self.split)
+            return index_queries(x.latent, wq_b, x.turn, c, self.policy, self.split)
 
         return entries, None if index_keys is None else Index(index_keys, weights, queries), cache
 

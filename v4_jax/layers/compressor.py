@@ -6,8 +6,6 @@ keys; they differ in ratio and width only. Projections and pooling are float32.
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,12 +15,11 @@ from v4_jax.architecture import Architecture
 from v4_jax.cache.entries import span
 from v4_jax.cache.ring import Ring, halo
 from v4_jax.cache.rows import StoredRows
+from v4_jax.kernels.choose import norm_rotate
+from v4_jax.kernels.rotary.reference import Steps
 from v4_jax.layers.linear import linears
-from v4_jax.layers.norm import rms_norm
-from v4_jax.layers.rotary import rotate
 from v4_jax.layout import Blocks, Layout
 from v4_jax.natural import remainder
-from v4_jax.number_formats import fake_quant_index, fake_quant_kv
 from v4_jax.parameters import Module
 from v4_jax.policy import Policy
 
@@ -35,7 +32,6 @@ class Compressor(Module):
       policy: precision.
       ratio: tokens per entry, 4 or 128.
       width: channels of an entry.
-      frequencies: rotary frequencies of a compressed layer.
       index: whether the entries are index keys (which the release rounds to E2M1) or keys/values (E4M3).
     """
 
@@ -43,7 +39,6 @@ class Compressor(Module):
     policy: Policy
     ratio: int
     width: int
-    frequencies: Any
     index: bool = False
 
     @nn.compact
@@ -93,11 +88,8 @@ class Compressor(Module):
         def compress() -> Array:
             own, previous = _gather(projections, before() if before else None, blocks, ratio)
             entries = _pool(own, previous if blocks_per_token == 2 else None, blocks)
-            entries = rms_norm(entries.astype(self.policy.compute_dtype), norm, c.rms_norm_eps)
-            entries = rotate(entries, blocks.positions, self.frequencies)
-            if not self.policy.fake_quant:
-                return entries
-            return fake_quant_index(entries) if self.index else fake_quant_kv(entries, c.qk_rope_head_dim)
+            steps = Steps(c.rms_norm_eps, self.policy.rounding("index" if self.index else "keys"))
+            return norm_rotate(entries.astype(self.policy.compute_dtype), norm, blocks.turn, steps)
 
         if open_blocks is None or y.shape[1] >= ratio:
             return compress(), blocks, after

@@ -12,11 +12,11 @@ from flax import struct
 from jax import Array
 
 from v4_jax.cache.cache import Cache
+from v4_jax.kernels.choose import norm_rotate
+from v4_jax.kernels.rotary.reference import Steps
 from v4_jax.layers.attention import Attention
 from v4_jax.layers.linear import linear, linears
-from v4_jax.layers.norm import rms_norm
 from v4_jax.layers.partial_softmax import attend
-from v4_jax.layers.rotary import inverse_frequencies
 from v4_jax.layout import Layout
 from v4_jax.sharding.collectives import Axes, psum, rows_at
 
@@ -58,14 +58,14 @@ class DraftAttention(Attention):
           Output [B, Q, D], and the cache with the context's keys.
         """
         c, dtype = self.config, self.policy.compute_dtype
-        frequencies = inverse_frequencies(c, self.roles)
+        turn = layout.turn(self.roles.ratio)
         weights, count = self.weights(), c.sliding_window
         with jax.named_scope("attention.project"):
             latent, own = linears(y, [weights.wq_a, weights.wkv], dtype)
-            latent = rms_norm(latent, weights.q_norm, c.rms_norm_eps)
-            own = self.keys(own, weights.kv_norm, layout.positions, frequencies)
+            latent = norm_rotate(latent, weights.q_norm, None, Steps(c.rms_norm_eps))
+            own = self.keys(own, weights.kv_norm, turn)
             context = linear(taps.main, weights.wkv, dtype)
-            context = self.keys(context, weights.kv_norm, taps.layout.positions, frequencies)
+            context = self.keys(context, weights.kv_norm, taps.layout.turn(self.roles.ratio))
         with jax.named_scope("attention.window_cache"):
             last = taps.layout.total[:, None] - count + jnp.arange(count, dtype=jnp.int32)
             if cache is None:
@@ -77,11 +77,11 @@ class DraftAttention(Attention):
                 cache = cache.with_ring(self.window, rows)
                 before = ring.replace(rows=rows, start=ring.start + taps.layout.total).history(count)
         with jax.named_scope("attention.window"):
-            queries = self.queries(latent, weights.wq_b, layout.positions, frequencies)
+            queries = self.queries(latent, weights.wq_b, turn)
             seen = jnp.concatenate([last >= 0, jnp.ones(y.shape[:2], bool)], axis=1)
             keys = jnp.concatenate([before, own], axis=1)
             mask = jnp.broadcast_to(seen[:, None], (*y.shape[:2], keys.shape[1]))
             partial = attend(queries, keys, mask)
         with jax.named_scope("attention.output"):
-            output = self.output(partial, weights.sink, layout.positions, frequencies, weights.wo_a, weights.wo_b)
+            output = self.output([partial], weights.sink, turn, weights.wo_a, weights.wo_b)
         return psum(output, self.split.shared("o_groups")), cache

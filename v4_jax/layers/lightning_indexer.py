@@ -5,8 +5,6 @@ Technical report, section 2.3.1.
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,13 +14,14 @@ from v4_jax.architecture import RATIO_OF_ROLE, Architecture
 from v4_jax.cache.entries import Entries
 from v4_jax.cache.ring import Ring
 from v4_jax.cache.rows import StoredRows
-from v4_jax.kernels.choose import best_entries
+from v4_jax.kernels.choose import best_entries, norm_rotate
+from v4_jax.kernels.rotary.reference import Steps
 from v4_jax.layers.compressor import Compressor
 from v4_jax.layers.linear import linear
-from v4_jax.layers.rotary import rotate
+from v4_jax.layers.rotary import Turn
 from v4_jax.layers.visible import Visible
 from v4_jax.layout import Blocks, Layout
-from v4_jax.number_formats import Weight, fake_quant_index
+from v4_jax.number_formats import Weight
 from v4_jax.parameters import Module
 from v4_jax.policy import Policy
 from v4_jax.sharding.collectives import all_gather
@@ -35,7 +34,6 @@ class LightningIndexer(Module):
 
     config: Architecture
     policy: Policy
-    frequencies: Any
 
     @nn.compact
     def __call__(
@@ -65,7 +63,6 @@ class LightningIndexer(Module):
             prefix=self.prefix + "compressor.",
             ratio=RATIO_OF_ROLE["csa"],
             width=size,
-            frequencies=self.frequencies,
             index=True,
             split=self.split,
             loss=self.loss,
@@ -77,9 +74,7 @@ class LightningIndexer(Module):
 
 
 @jax.named_scope("indexer.queries")
-def index_queries(
-    latent: Array, wq_b: Weight, positions: Array, frequencies: Any, config: Architecture, policy: Policy, split: Split
-) -> Array:
+def index_queries(latent: Array, wq_b: Weight, turn: Turn, config: Architecture, policy: Policy, split: Split) -> Array:
     """Index queries [B, Q, heads, index_head_dim] of a query block from its normed latent [B, Q, q_lora].
 
     No gradient flows back to the latent. Devices that share the heads' work each make some and join them: every entry
@@ -87,8 +82,7 @@ def index_queries(
     """
     queries = linear(jax.lax.stop_gradient(latent), wq_b, policy.compute_dtype)
     queries = queries.reshape(*latent.shape[:2], -1, config.index_head_dim)
-    queries = rotate(queries, positions, frequencies)
-    queries = fake_quant_index(queries) if policy.fake_quant else queries
+    queries = norm_rotate(queries, None, turn, Steps(rounding=policy.rounding("index")))
     return all_gather(queries, split.shared("index_heads"), 2)
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from v4_jax.layers.rotary import Turn
 from v4_jax.layers.stages import recompute
 from v4_jax.layers.visible import Visible
 
@@ -29,7 +30,7 @@ class Queries(NamedTuple):
 
     Attributes:
       latent: [B, S, q_lora_rank] normed, from which they are projected.
-      positions: [B, S] int32 rotary positions.
+      turn: by how much their positions turn.
       indices: [1, S] int32 their numbers in the chunk.
       first: [B, S] int32 chunk index of the first token of their documents.
       low: [B, S] int32 the first entry that they see.
@@ -39,7 +40,7 @@ class Queries(NamedTuple):
     """
 
     latent: Array
-    positions: Array
+    turn: Turn
     indices: Array
     first: Array
     low: Array

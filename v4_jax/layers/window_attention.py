@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -9,7 +13,8 @@ from jax import Array
 from v4_jax.cache.entries import Entries
 from v4_jax.kernels import choose
 from v4_jax.layers.entry_attention import attend_range
-from v4_jax.layers.partial_softmax import Partial, attend, merge, nothing
+from v4_jax.layers.partial_softmax import Partial, attend, finish, merge, nothing
+from v4_jax.layers.rotary import Turn, rotate
 from v4_jax.layers.visible import Visible
 
 
@@ -49,3 +54,22 @@ def attend_in_parts(
     if partial is None:
         partial = nothing(queries)
     return partial.maximum, partial.total, partial.weighted
+
+
+def attention_output(partials: Sequence[Partial], sink: Array, turn: Turn, dtype: Any) -> Array:
+    """What queries attended, rotated back: [B, Q, H * C] of `dtype`.
+
+    Args:
+      partials: of disjoint sets of keys.
+      sink: [H] logits that take part in the denominator alone.
+      turn: by how much the queries' positions turned them.
+      dtype: of the result, and of what is rotated.
+    """
+    return choose.attention_output(output_in_parts, partials, sink, turn, dtype)
+
+
+def output_in_parts(partials: Sequence[Partial], sink: Array, turn: Turn, dtype: Any) -> Array:
+    """The same by plain JAX."""
+    output = finish(functools.reduce(merge, partials), sink).astype(dtype)
+    output = rotate(output, turn, inverse=True)
+    return output.reshape(*output.shape[:2], -1)

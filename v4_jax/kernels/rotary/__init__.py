@@ -1,0 +1,1 @@
+"""What stands between a projection and attention: norm, rotation, rounding; and between attention and its output."""

@@ -1,0 +1,226 @@
+"""Norm, rotation and rounding of projected rows, and the end of attention's softmax, as one TPU operation each.
+
+XLA makes some fifteen operations of a norm, a rotation of interleaved pairs and a rounding in blocks, with a copy where
+heads move from lanes to rows of their own. In one token's step each of them costs more than the work itself, and in a
+chunk each takes its way through memory. Here a block of tokens is read and written once.
+
+Channels lie on lanes. A pair's channels are neighbours, so that a rotation is two turns of the register by one lane;
+blocks that share a scale are parts of a register, of which the largest is found under a mask.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from v4_jax.kernels.rotary.reference import Steps
+from v4_jax.layers.rotary import Turn
+from v4_jax.number_formats import E2M1, E4M3, INDEX_BLOCK, KV_BLOCK, round_to, shared_scale
+
+LANES = 128
+HEADS = 16  # at a time
+BLOCK_BYTES = 4 << 20  # of a block of tokens in float32
+VMEM_BYTES = 48 << 20
+
+
+def supports(shape: tuple[int, ...], dtype: Any, turn: Turn | None) -> bool:
+    """Whether `norm_rotate` takes rows of such a shape [..., C] and dtype."""
+    rotary = 0 if turn is None else turn.channels
+    return bool(math.prod(shape)) and dtype in (jnp.bfloat16, jnp.float32) and not shape[-1] % LANES and rotary <= LANES
+
+
+def norm_rotate(x: Array, weight: Array | None, turn: Turn | None, steps: Steps, *, interpret: bool = False) -> Array:
+    """See `reference.norm_rotate`, for rows that `supports` takes; not differentiable."""
+    (batch, size), channels = x.shape[:2], x.shape[-1]
+    heads = 1 if x.ndim == 3 else x.shape[2]
+    tokens, width = batch * size, heads * channels
+    block = _block(tokens, width)
+
+    def along(*shape: int) -> pl.BlockSpec:
+        return pl.BlockSpec((block, *shape), lambda i: (i, *(0 for _ in shape)))
+
+    operands, specs = [x.reshape(tokens, width)], [along(width)]
+    if weight is not None:
+        operands.append(weight.astype(jnp.float32)[None])
+        specs.append(pl.BlockSpec((1, channels), lambda i: (0, 0)))
+    if turn is not None:
+        operands += [part.reshape(tokens, -1) for part in turn]
+        specs += [along(turn.channels)] * 2
+    out = (width,) if heads == 1 else (heads, channels)
+    found = pl.pallas_call(
+        functools.partial(_norm_rotate, steps=steps, norm=weight is not None, rotary=turn is not None, heads=heads),
+        grid=(pl.cdiv(tokens, block),),
+        in_specs=specs,
+        out_specs=along(*out),
+        out_shape=jax.ShapeDtypeStruct((tokens, *out), x.dtype),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_BYTES),
+        cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=2 * x.nbytes, transcendentals=0),
+        interpret=interpret,
+        name="norm_rotate",
+    )(*operands)
+    return found.reshape(x.shape)
+
+
+def _block(tokens: int, width: int) -> int:
+    """Tokens of a block: all, or a multiple of what a register of 16-bit numbers holds."""
+    return min(tokens, max(16, BLOCK_BYTES // (4 * width) // 16 * 16))
+
+
+def _norm_rotate(*refs: Any, steps: Steps, norm: bool, rotary: bool, heads: int) -> None:
+    given = iter(refs)
+    x = next(given)
+    weight = next(given)[...] if norm else None
+    turn = (next(given)[...], next(given)[...]) if rotary else None
+    out = next(given)
+    channels = x.shape[1] // heads
+    for first in range(0, heads, HEADS):
+        count = min(HEADS, heads - first)
+        rows = x[:, first * channels : (first + count) * channels].astype(jnp.float32)
+        if heads > 1:
+            rows = rows.reshape(x.shape[0], count, channels)
+        rows = settled(rows, weight, turn, steps, out.dtype)
+        if heads > 1:
+            out[:, first : first + count, :] = rows.astype(out.dtype)
+        else:
+            out[...] = rows.astype(out.dtype)
+
+
+def settled(rows: Array, weight: Array | None, turn: tuple[Array, Array] | None, steps: Steps, dtype: Any) -> Array:
+    """`reference.norm_rotate` inside a kernel: rows [N, C] or [N, H, C] float32, with values of `dtype` in and out.
+
+    The norm's `weight` is [1, C], the turn's parts [N, R].
+    """
+
+    def rounded(x: Array) -> Array:
+        return x if dtype == jnp.float32 else x.astype(dtype).astype(jnp.float32)
+
+    if steps.eps is not None:
+        mean = jnp.sum(rows * rows, axis=-1, keepdims=True) * (1 / rows.shape[-1])
+        rows = rows * jax.lax.rsqrt(mean + steps.eps)
+        rows = rounded(rows if weight is None else rows * weight)
+    if turn is not None:
+        rows = rounded(turned(rows, *turn))
+    if steps.rounding == "keys":
+        rotary = 0 if turn is None else turn[0].shape[-1]
+        rows = in_blocks(rows, E4M3, KV_BLOCK, rows.shape[-1] - rotary)
+    if steps.rounding == "index":
+        rows = in_blocks(rounded(_hadamard(rows)), E2M1, INDEX_BLOCK, rows.shape[-1])
+    return rows
+
+
+def turned(rows: Array, cos: Array, sin: Array, inverse: bool = False) -> Array:
+    """Rotates the last channels of rows [N, C] or [N, H, C] float32 by cosines and sines [N, R], see `Turn`."""
+    rest = LANES - cos.shape[-1]
+    if rest:
+        cos = jnp.concatenate([jnp.ones((cos.shape[0], rest), jnp.float32), cos], axis=1)
+        sin = jnp.concatenate([jnp.zeros((sin.shape[0], rest), jnp.float32), sin], axis=1)
+    if rows.ndim == 3:
+        cos, sin = cos[:, None, :], sin[:, None, :]
+    tail, axis = rows[..., -LANES:], rows.ndim - 1
+    lane = jax.lax.broadcasted_iota(jnp.int32, tail.shape, axis)
+    partner = jnp.where((lane & 1) == 0, _rolled(tail, LANES - 1), _rolled(tail, 1))
+    tail = tail * cos - partner * sin if inverse else tail * cos + partner * sin
+    return tail if rows.shape[-1] == LANES else jnp.concatenate([rows[..., :-LANES], tail], axis=axis)
+
+
+def _rolled(x: Array, by: int) -> Array:
+    return pltpu.roll(x, by, x.ndim - 1)
+
+
+def in_blocks(rows: Array, dtype: Any, size: int, channels: int) -> Array:
+    """Rounds the first `channels` of rows [..., C] float32 to `dtype` and back, `size` of them under one scale."""
+    parts = []
+    for start in range(0, rows.shape[-1], LANES):
+        part = rows[..., start : start + LANES]
+        if start < channels:
+            lane = jax.lax.broadcasted_iota(jnp.int32, part.shape, part.ndim - 1)
+            magnitude, largest = jnp.abs(part), jnp.zeros(part.shape, jnp.float32)
+            for first in range(0, min(LANES, channels - start), size):
+                own = (lane >= first) & (lane < first + size)
+                most = jnp.max(jnp.where(own, magnitude, 0.0), axis=-1, keepdims=True)
+                largest = jnp.where(own, most, largest)
+            scale = shared_scale(largest, dtype)
+            rounded = round_to(part / scale, dtype) * scale
+            part = rounded if channels - start >= LANES else jnp.where(lane < channels - start, rounded, part)
+        parts.append(part)
+    return jnp.concatenate(parts, axis=-1)
+
+
+def _hadamard(rows: Array) -> Array:
+    """Rows [N, C] or [N, H, C] times the orthonormal Walsh-Hadamard matrix; the matrix unit takes bfloat16 exactly."""
+    size = rows.shape[-1]
+    own, other = (jax.lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
+    common = own & other
+    for shift in (16, 8, 4, 2, 1):
+        common = common ^ (common >> shift)
+    signs = (1 - 2 * (common & 1)).astype(jnp.float32)
+    flat = jnp.dot(
+        rows.reshape(-1, size), signs, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )
+    return flat.reshape(rows.shape) * np.float32(size**-0.5)
+
+
+def attention_output(
+    parts: Sequence[tuple[Array, Array, Array]], sink: Array, turn: Turn, dtype: Any, *, interpret: bool = False
+) -> Array:
+    """See `reference.attention_output`; not differentiable."""
+    batch, size, heads, channels = parts[0][2].shape
+    tokens, width = batch * size, heads * channels
+    block = _block(tokens, width * len(parts))
+
+    def along(*shape: int) -> pl.BlockSpec:
+        return pl.BlockSpec((block, *shape), lambda i: (i, *(0 for _ in shape)))
+
+    operands, specs = [], []
+    for maximum, total, weighted in parts:
+        operands += [
+            maximum.reshape(tokens, heads),
+            total.reshape(tokens, heads),
+            weighted.reshape(tokens, heads, channels),
+        ]
+        specs += [along(heads), along(heads), along(heads, channels)]
+    operands += [sink.astype(jnp.float32)[None], *(part.reshape(tokens, -1) for part in turn)]
+    specs += [pl.BlockSpec((1, heads), lambda i: (0, 0)), along(turn.channels), along(turn.channels)]
+    found = pl.pallas_call(
+        _attention_output,
+        grid=(pl.cdiv(tokens, block),),
+        in_specs=specs,
+        out_specs=along(width),
+        out_shape=jax.ShapeDtypeStruct((tokens, width), dtype),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_BYTES),
+        cost_estimate=pl.CostEstimate(
+            flops=0, bytes_accessed=sum(x.nbytes for x in operands) + 2 * tokens * width, transcendentals=0
+        ),
+        interpret=interpret,
+        name="attention_output",
+    )(*operands)
+    return found.reshape(batch, size, width)
+
+
+def _attention_output(*refs: Any) -> None:
+    *given, sink, cos, sin, out = refs
+    parts = [given[i : i + 3] for i in range(0, len(given), 3)]
+    heads, channels = parts[0][2].shape[1:]
+    largest = functools.reduce(jnp.maximum, (maximum[...] for maximum, _, _ in parts), sink[...])
+    shares = [jnp.exp(maximum[...] - largest) for maximum, _, _ in parts]
+    amounts = (total[...] * share for (_, total, _), share in zip(parts, shares, strict=True))
+    denominator = functools.reduce(jnp.add, amounts, jnp.exp(sink[...] - largest))
+    for first in range(0, heads, HEADS):
+        count = min(HEADS, heads - first)
+        own = slice(first, first + count)
+        terms = (
+            weighted[:, own, :] * (share / denominator)[:, own][:, :, None]
+            for (_, _, weighted), share in zip(parts, shares, strict=True)
+        )
+        rows = functools.reduce(jnp.add, terms).astype(out.dtype).astype(jnp.float32)
+        rows = turned(rows, cos[...], sin[...], inverse=True).astype(out.dtype)
+        out[:, first * channels : (first + count) * channels] = rows.reshape(rows.shape[0], count * channels)
