@@ -192,7 +192,7 @@ class _Leaf(NamedTuple):
         codes = self.checkpoint.read(name, *_scaled((rows, columns), (height, width), (1, self.form.packing)))
         parts = _scaled((rows, columns), (height, width), self.form.block)
         scales = self.checkpoint.read(scale_name(name), *parts)
-        check_scales(scale_name(name), scales)
+        check_scales(scale_name(name), scales, self.form)
         check_range(name, codes, scales, self.form)
         return codes, scales
 

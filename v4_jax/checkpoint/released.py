@@ -14,6 +14,7 @@ import numpy as np
 from v4_jax.architecture import ConfigError
 from v4_jax.checkpoint.interface import Checkpoint
 from v4_jax.checkpoint.mapping import account, detect_formats, entries, select
+from v4_jax.checkpoint.repackaged import describe, find, present_plain, refuse_gguf, refuse_unreadable
 from v4_jax.checkpoint.safetensors import SafetensorsFile
 from v4_jax.checkpoint.tensors import CheckpointError, TensorInfo, names_in
 from v4_jax.config import Config
@@ -51,12 +52,21 @@ class Released(Checkpoint):
         announced, hf_config = read_config(path)
         with contextlib.ExitStack() as stack:
             self._files = _open_shards(path, stack)
-            found = {name: file for file in self._files for name in file.tensors}
-            self.config, self.hf_config, self.ignored, self.notes = select(announced, hf_config, list(found))
-            dropped = {name for names in self.ignored.values() for name in names}
-            self._file_of = {name: file for name, file in found.items() if name not in dropped}
-            infos = {name: file.tensors[name] for name, file in self._file_of.items()}
-            self.formats = detect_formats(self.config, infos)
+            found = find(self.label, announced, self._files)
+            chosen = select(announced, hf_config, list(found.held))
+            self.ignored = {**found.ignored, **chosen.ignored}
+            dropped = {name for names in chosen.ignored.values() for name in names}
+            held = {name: tensor for name, tensor in found.held.items() if name not in dropped}
+            formats = detect_formats(chosen.config, {name: tensor.info for name, tensor in held.items()})
+            self.config, self.hf_config, self.formats, notes = describe(chosen.config, chosen.hf_config, formats)
+            self.notes = [*chosen.notes, *notes]
+            if found.renamed:
+                self.notes.append(f"{found.renamed} tensors have other names than released")
+            if found.renamed or self.formats.linear == "bf16":
+                held, notes = present_plain(self.config, self.formats, held)
+                self.notes += notes
+            self._held = held
+            infos = {name: tensor.info for name, tensor in held.items()}
             if strict:
                 account(self.label, self.config, self.formats, infos)
             self.tensors = in_release_order(infos, self.config, self.formats)
@@ -66,7 +76,12 @@ class Released(Checkpoint):
 
     def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> np.ndarray:
         """Reads a tensor or a rectangle of it; see `Checkpoint.read`."""
-        return self._count(self._file_of[name].read(name, rows, columns))
+        return self._count(self._held[name].read(rows, columns))
+
+    def unrounded(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> np.ndarray | None:
+        """Reads what is wider in the files than released; see `Checkpoint.unrounded`."""
+        held = self._held[name]
+        return self._count(held.file.read(held.entry, rows, columns)) if held.rounded else None
 
     def close(self) -> None:
         """Closes the shards."""
@@ -88,6 +103,7 @@ def read_config(path: Path) -> tuple[Config, dict[str, Any]]:
     Raises:
       CheckpointError: no such directory, no `config.json`, or one that this model cannot honour.
     """
+    refuse_gguf(path)
     if not path.is_dir():
         unfinished = path.with_name(f".{path.name}.partial")
         hint = f"; {unfinished} holds an unfinished copy: run the same command again to complete it"
@@ -99,6 +115,7 @@ def read_config(path: Path) -> tuple[Config, dict[str, Any]]:
             f"{path} has no config.json, expected a released or converted checkpoint directory, or a training run"
         )
     hf_config = read_json(file)
+    refuse_unreadable(path, hf_config)
     try:
         return Config.from_hf(hf_config), hf_config
     except ConfigError as error:
@@ -147,7 +164,7 @@ def _open_shards(path: Path, stack: contextlib.ExitStack) -> list[SafetensorsFil
     files = [_open(path / name, stack) for name in names]
     holder: dict[str, str] = {}
     for name, file in zip(names, files, strict=True):
-        for tensor in file.tensors:
+        for tensor in file.entries:
             if tensor in holder:
                 raise CheckpointError(f"{path} holds {tensor} twice: in {holder[tensor]} and in {name}")
             holder[tensor] = name

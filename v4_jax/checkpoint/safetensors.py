@@ -19,9 +19,11 @@ from v4_jax.checkpoint.tensors import DTYPES, CheckpointError, TensorInfo
 _MAX_HEADER = 100_000_000  # the format's own limit
 
 
-class _Entry(NamedTuple):
+class Entry(NamedTuple):
+    """Where a tensor's data lie: its type and shape, and bytes from the start of the file."""
+
     info: TensorInfo
-    offset: int  # from the start of the file
+    offset: int
 
 
 class SafetensorsFile:
@@ -29,7 +31,7 @@ class SafetensorsFile:
 
     Attributes:
       path: the file.
-      tensors: name -> type and shape, in the order of the data.
+      entries: name -> type, shape and place, in the order of the data.
       header: the header's bytes, which identify the file's structure.
     """
 
@@ -48,19 +50,18 @@ class SafetensorsFile:
             os.close(self._descriptor)
             raise CheckpointError(f"{path} is not a file, expected a shard in the safetensors format")
         try:
-            self.header, self._entries = _read_header(path, self._descriptor)
+            self.header, self.entries = _read_header(path, self._descriptor)
         except BaseException:
             self.close()
             raise
-        self.tensors: dict[str, TensorInfo] = {name: entry.info for name, entry in self._entries.items()}
 
     def close(self) -> None:
         """Closes the file."""
         os.close(self._descriptor)
 
-    def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> np.ndarray:
-        """Reads rows (and, of a matrix, columns) of a tensor; see `Checkpoint.read`."""
-        (dtype, shape), offset = self._entries[name]
+    def read(self, entry: Entry, rows: slice = slice(None), columns: slice = slice(None)) -> np.ndarray:
+        """Reads rows (and, of a matrix, columns) of one of `entries`, or of a part of one; see `Checkpoint.read`."""
+        (dtype, shape), offset = entry
         itemsize = DTYPES[dtype].itemsize
         start, stop, _ = rows.indices(shape[0] if shape else 1)
         count = max(0, stop - start)
@@ -85,7 +86,7 @@ class SafetensorsFile:
             buffer, offset = buffer[count:], offset + count
 
 
-def _read_header(path: Path, descriptor: int) -> tuple[bytes, dict[str, _Entry]]:
+def _read_header(path: Path, descriptor: int) -> tuple[bytes, dict[str, Entry]]:
     size = os.fstat(descriptor).st_size
     if size < 8:
         raise CheckpointError(f"{path} is truncated: it has {size} bytes, a safetensors file has at least 8")
@@ -112,7 +113,7 @@ def _read_header(path: Path, descriptor: int) -> tuple[bytes, dict[str, _Entry]]
     return header, entries
 
 
-def _entry(path: Path, name: str, value: Any, start: int) -> _Entry:
+def _entry(path: Path, name: str, value: Any, start: int) -> Entry:
     try:
         dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
         legal = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
@@ -130,10 +131,10 @@ def _entry(path: Path, name: str, value: Any, start: int) -> _Entry:
             f"{path} has a corrupt header: {name} is {info}, which takes {info.nbytes} bytes, but its data_offsets "
             f"{[begin, end]} span {end - begin}"
         )
-    return _Entry(info, start + begin)
+    return Entry(info, start + begin)
 
 
-def _check_offsets(path: Path, entries: Mapping[str, _Entry], start: int, size: int) -> None:
+def _check_offsets(path: Path, entries: Mapping[str, Entry], start: int, size: int) -> None:
     """Tensors must follow each other without overlap or gap, up to the end of the file."""
     position, before = start, "the header"
     for name, (info, offset) in entries.items():
