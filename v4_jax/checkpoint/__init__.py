@@ -16,6 +16,7 @@ from v4_jax.checkpoint.exporting import export
 from v4_jax.checkpoint.interface import Checkpoint, Progress
 from v4_jax.checkpoint.loading import load
 from v4_jax.checkpoint.opening import Source, open_checkpoint
+from v4_jax.checkpoint.reformatting import Format
 from v4_jax.checkpoint.tensors import CheckpointError, TensorInfo
 from v4_jax.checkpoint.trained import run_of
 from v4_jax.checkpoint.verification import Comparison, Kind, TensorComparison, verify
@@ -24,6 +25,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Comparison",
+    "Format",
     "Kind",
     "Progress",
     "Source",

@@ -161,6 +161,44 @@ def _decode(codes: np.ndarray, form: BlockFormat) -> np.ndarray:
     return np.take(_E2M1_PAIRS[:, 0], stored).view(np.float32)
 
 
+def as_fp8(name: str, codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """FP4 as FP8 of exactly the same values.
+
+    E4M3 has the bits of E2M1 and three more of exponent, so that the scales of a tile's blocks go into its codes, as
+    long as they do not differ by more than about 2^14 (facts of the report's FP4 training, section 5.2.1).
+
+    Args:
+      name: released name, for the message.
+      codes: [out, in / 2] packed E2M1.
+      scales: [out, in / 32] E8M0.
+
+    Returns:
+      E4M3 codes [out, in] and E8M0 scales [ceil(out / 128), ceil(in / 128)].
+
+    Raises:
+      CheckpointError: a tile whose scales are too far apart.
+    """
+    rows, columns = len(codes), codes.shape[1] * 2
+    per_tile = FP8.block[1] // FP4.block[1]
+    exponents = scales.view(np.uint8).astype(np.int32)
+    padding = [(0, -rows % FP8.block[0]), (0, -exponents.shape[1] % per_tile)]
+    tiles = np.pad(exponents, padding).reshape(-(-rows // FP8.block[0]), FP8.block[0], -1, per_tile)
+    # The largest code, 6, times 2^6 is 384, below E4M3's 448.
+    made_scales = np.maximum(tiles.max(axis=(1, 3)) - 6, 0)
+    shifts = exponents - np.repeat(np.repeat(made_scales, FP8.block[0], 0), per_tile, 1)[:rows, : exponents.shape[1]]
+    values = np.ldexp(_decode(codes, FP4), np.repeat(shifts, FP4.block[1], 1)[:, :columns])
+    made = values.astype(ml_dtypes.float8_e4m3fn)
+    if (wrong := made.astype(np.float32) != values).any():
+        row, column = (int(i) for i in np.argwhere(wrong)[0])
+        tile = tiles[row // FP8.block[0], :, column // FP8.block[1]]
+        raise CheckpointError(
+            f"{name} cannot be FP8 of the same values: the tile of element [{row}, {column}] has scales up to "
+            f"2^{tile.max() - 127}, and 2^{exponents[row, column // FP4.block[1]] - 127} there, expected a ratio of at "
+            "most 2^14; use --format bf16"
+        )
+    return made, made_scales.astype(np.uint8).view(ml_dtypes.float8_e8m0fnu)
+
+
 def check_scales(name: str, scales: np.ndarray, form: BlockFormat) -> None:
     """Refuses scales that are not positive finite numbers; NVFP4 has zeros where a block is all zero.
 

@@ -1,11 +1,13 @@
 """What transformers calls the released tensors, in its own state dict and in what it saves.
 
 Its `DeepseekV4ForCausalLM` has names of its own, with the routed experts' matrices of a layer stacked. What it saves by
-default are the released names again, behind a `model.`, but for a few that its rules do not take back.
+default are the released names again, behind a `model.`, but for those that its rules do not take back: more or fewer,
+as the model came from one set of names or the other.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import NamedTuple
 
@@ -20,7 +22,7 @@ _RENAMES = [
     (r"\.attn\.indexer\.compressor\.", r".attn.compressor.indexer."),
     (r"\.attn\.indexer\.wq_b\.", r".attn.compressor.indexer.q_b_proj."),
     (r"\.attn\.indexer\.weights_proj\.", r".attn.compressor.indexer.scorer.weights_proj."),
-    (r"\.(compressor|indexer)\.norm\.", r".\1.kv_norm."),
+    (r"\.(attn|compressor|indexer)\.norm\.", r".\1.kv_norm."),
     (r"\.attn\.", r".self_attn."),
     (r"\.ffn\.", r".mlp."),
     (r"\.attn_norm\.", r".input_layernorm."),
@@ -31,9 +33,9 @@ _RENAMES = [
     (r"\.(wq_a|wq_b|wkv|wo_a|wo_b)\.", lambda match: f".{match[1][1:]}_proj."),
     (r"\.wgate\.", r".gate_proj."),
     (r"\.gate\.bias$", r".gate.e_score_correction_bias"),
-    (r"(experts(?:\.\d+)?)\.w1\.", r"\1.gate_proj."),
-    (r"(experts(?:\.\d+)?)\.w2\.", r"\1.down_proj."),
-    (r"(experts(?:\.\d+)?)\.w3\.", r"\1.up_proj."),
+    (r"(experts(?:\.#)?)\.w1\.", r"\1.gate_proj."),
+    (r"(experts(?:\.#)?)\.w2\.", r"\1.down_proj."),
+    (r"(experts(?:\.#)?)\.w3\.", r"\1.up_proj."),
 ]
 
 
@@ -53,13 +55,26 @@ class InStack(NamedTuple):
     parts: int
 
 
-def transformers_name(released: str) -> str:
-    """transformers' name of a released tensor, of a routed expert's with the expert's number; draft blocks' stay."""
-    if released.startswith("mtp."):
-        return released
+def transformers_name(name: str) -> str:
+    """transformers' name of a released tensor, of a routed expert's with the expert's number; draft blocks' stay.
+
+    A name that is transformers' in part or whole becomes so wholly: what it saves is often a mixture.
+    """
+    if name.startswith("mtp."):
+        return name
+    numbers = iter(_NUMBER.findall(name))
+    return re.sub("#", lambda _: next(numbers), _renamed(_NUMBER.sub("#", name)))
+
+
+_NUMBER = re.compile(r"(?<=layers\.)\d+|(?<=experts\.)\d+")
+
+
+@functools.lru_cache(maxsize=1024)
+def _renamed(name: str) -> str:
+    """A name with # for the numbers of layer and expert."""
     for pattern, replacement in _RENAMES:
-        released = re.sub(pattern, replacement, released)  # type: ignore[call-overload]
-    return released
+        name = re.sub(pattern, replacement, name)  # type: ignore[call-overload]
+    return name
 
 
 def in_stack(released: str) -> InStack | None:
@@ -73,7 +88,6 @@ def in_stack(released: str) -> InStack | None:
     return InStack(f"{stem}.gate_up_proj", expert, int(match[3] == "3"), 2)
 
 
-def aliases(released: str) -> set[str]:
-    """All names by which a released tensor is known, without the `model.` that any may begin with."""
-    saved = released.replace(".attn.kv_norm.", ".attn.norm.")  # a rule of transformers' that works one way only
-    return {released, saved, transformers_name(released).removeprefix("model.")}
+def canonical(name: str) -> str:
+    """The same for all names of a tensor: released, transformers', any mixture of them, behind `model.` or not."""
+    return transformers_name(name.removeprefix("model.")).removeprefix("model.")

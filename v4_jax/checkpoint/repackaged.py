@@ -21,7 +21,7 @@ import numpy as np
 from v4_jax.architecture import ExpertDtype
 from v4_jax.checkpoint.block_formats import FLOATS, Formats, scale_name
 from v4_jax.checkpoint.mapping import leaves
-from v4_jax.checkpoint.names import InStack, aliases, in_stack
+from v4_jax.checkpoint.names import InStack, canonical, in_stack
 from v4_jax.checkpoint.safetensors import Entry, SafetensorsFile
 from v4_jax.checkpoint.tensors import CheckpointError, TensorInfo, names_in
 from v4_jax.config import QUANTIZATION, Config
@@ -105,7 +105,7 @@ def find(label: str, config: Config, files: Sequence[SafetensorsFile]) -> Found:
     scales = {scale_name(name) for name, storage in storages.items() if storage in ("fp8", "expert")}
     if all(name in storages or name in scales or name.startswith("mtp.") for name in stored):
         return Found({name: Held(file, entry, entry.info.dtype) for name, (file, entry) in stored.items()}, {}, 0)
-    released = {alias: name for name in storages for alias in aliases(name)}
+    released = {canonical(name): name for name in storages}
     stacks: dict[str, list[tuple[str, InStack]]] = {}
     for member in storages:
         if place := in_stack(member):
@@ -130,8 +130,9 @@ def find(label: str, config: Config, files: Sequence[SafetensorsFile]) -> Found:
                 put(scale_name(member) if match[3] else member, original, file, part, _label(dtype, bool(match[3])))
             continue
         stem, _, suffix = bare.rpartition(".")
-        kind = "weight" if bare in released else _PARTS.get(f".{suffix}")
-        weight = bare if bare in released else f"{stem}.weight"
+        plain = canonical(bare)
+        kind = "weight" if plain in released else _PARTS.get(f".{suffix}")
+        weight = plain if plain in released else canonical(f"{stem}.weight")
         if kind is None or weight not in released:
             put(bare if bare.startswith("mtp.") else original, original, file, entry, dtype)
             continue
