@@ -38,8 +38,7 @@ Likeness = tuple[str, ...]
 def likeness(computation: Computation, kernel: Instruction) -> Likeness:
     """What two calls of the same kernel have in common."""
     operands = (shape for name in kernel.operands for shape in computation.instructions[name].shapes)
-    name = kernel.op_name.rsplit("/", 2)[-2] if "/" in kernel.op_name else kernel.op_name
-    return (name, *(f"{shape.dtype}{list(shape.dimensions)}" for shape in (*operands, *kernel.shapes)))
+    return (kernel.name.partition(".")[0], *(f"{shape.dtype}{list(shape.dimensions)}" for shape in (*operands, *kernel.shapes)))
 
 
 def cycles(closed: Any, topology: str, mesh: Mesh) -> dict[Likeness, int]:
@@ -104,6 +103,7 @@ def _exported(equation: Any, mesh: Mesh) -> bytes:
     def call(*operands: Any) -> Any:
         return equation.primitive.bind(*operands, **equation.params)
 
+    call.__name__ = str(equation.params["name"])  # what the compiler calls the operation, when there is no other name
     shapes = [jax.ShapeDtypeStruct(variable.aval.shape, variable.aval.dtype) for variable in equation.invars]
     with jax.sharding.set_mesh(Mesh(np.array(mesh.devices.flat[:1]), ("one",))):
         return bytes(jax.export.export(jax.jit(call), platforms=["tpu"])(*shapes).serialize())
