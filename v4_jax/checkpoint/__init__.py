@@ -17,6 +17,8 @@ from v4_jax.checkpoint.interface import Checkpoint, Progress
 from v4_jax.checkpoint.loading import load
 from v4_jax.checkpoint.opening import Source, open_checkpoint
 from v4_jax.checkpoint.reformatting import Format
+from v4_jax.checkpoint.released import local
+from v4_jax.checkpoint.remote import url_of
 from v4_jax.checkpoint.tensors import CheckpointError, TensorInfo
 from v4_jax.checkpoint.trained import run_of
 from v4_jax.checkpoint.verification import Comparison, Kind, TensorComparison, verify
@@ -35,7 +37,9 @@ __all__ = [
     "convert",
     "export",
     "load",
+    "local",
     "open_checkpoint",
     "run_of",
+    "url_of",
     "verify",
 ]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -273,11 +273,11 @@ def refuse_unreadable(path: Path, hf_config: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{path} is quantised by {method.upper()} (quant_method), which is not read: {_INSTEAD}")
 
 
-def refuse_gguf(path: Path) -> None:
+def refuse_gguf_files(label: object, names: Iterable[str]) -> None:
     """Refuses GGUF files by name.
 
     Raises:
-      CheckpointError: the path is one, or a directory that holds some and no `config.json`.
+      CheckpointError: there are some among what lies where no `config.json` does.
     """
-    if path.suffix == ".gguf" or (path.is_dir() and not (path / "config.json").exists() and any(path.glob("*.gguf"))):
-        raise CheckpointError(f"{path} is in the GGUF format, which is not read: {_INSTEAD}")
+    if any(name.endswith(".gguf") for name in names):
+        raise CheckpointError(f"{label} is in the GGUF format, which is not read: {_INSTEAD}")
