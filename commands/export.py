@@ -23,7 +23,8 @@ def export(source: Directory, target: Directory, /, *, format: checkpoint.Format
       v4-jax export DeepSeek-V4-Flash flash-fp8 --format fp8
 
     Args:
-      source: A converted or released directory, a training run, or RUN/checkpoints/STEP for an older step of one.
+      source: A converted or released directory (also gs:// and hf://), a training run, or RUN/checkpoints/STEP for an
+        older step of one.
       target: The directory to make.
       format: "released", the layout of the release; "bf16", all weights in BF16 under the names of transformers;
         "fp8", the released layout with FP4 experts as FP8 of exactly the same values.

@@ -7,7 +7,8 @@
         training run -----------------------------------------------------+
 
 All four present the released tensors (`Checkpoint`), and every tensor is accounted for. Native formats survive any
-path bit for bit; `verify` shows it.
+path bit for bit; `verify` shows it. A released directory may be one that others have repackaged, and may lie in a
+bucket or on the hub.
 """
 
 from v4_jax.checkpoint.building import Written
