@@ -133,7 +133,7 @@ def batch(
                 journal.add(one)
 
     defaults = Defaults(chosen, release.stop_ids, max_tokens, mode, profile)
-    asked = Asked(directory.path.name, config, tokenizer, defaults, longest)
+    asked = Asked(directory.path.name, config, tokenizer, defaults, longest, engine.slots)
 
     def prepare(number: int) -> PreparedLine:
         id, body = read_request(lines[number], raw=raw)
@@ -173,8 +173,11 @@ def batch(
         f"({tokens / max(seconds, 1e-9):,.1f} tokens/s)"
     )
     if leads:
-        with bad_input(f"{output} cannot be written: "):
-            whole = join_shares(output, share.of, header, lines.numbers, as_finished=as_finished)
+        try:
+            with bad_input(f"{output} cannot be written: "):
+                whole = join_shares(output, share.of, header, lines.numbers, as_finished=as_finished)
+        except JournalError as error:
+            raise CommandError(str(error)) from None
         if not whole:
             say(f"part {share.number} of {share.of} is done; {output} appears when all of them are")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from v4_jax.config import Config
-from v4_jax.infer.checks import check_ids, check_vocabulary
+from v4_jax.infer.checks import check_ids, check_samples, check_vocabulary
 from v4_jax.infer.engine.grammar import Grammar
 from v4_jax.infer.engine.guide import Guide
 from v4_jax.infer.engine.sampling import MOST_ALTERNATIVES, Sampling
@@ -62,8 +62,7 @@ class Request:
         for name, value in (("max_tokens", self.max_tokens), ("n", self.n)):
             if value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
-        if self.n > slots:
-            raise ValueError(f"n is {self.n}, but there are {slots} slots; expected at most so many samples")
+        check_samples(self.n, slots)
         if len(self.prompt) + self.max_tokens > max_length:
             raise ValueError(
                 f"a prompt of {len(self.prompt)} tokens and a continuation of {self.max_tokens} exceed the "
