@@ -12,6 +12,7 @@ import numpy as np
 import tyro
 from jax.experimental import multihost_utils
 
+from v4_jax.checkpoint import fingerprint
 from v4_jax.commands.shared.console import CommandError, bad_input, check_output, needs, progress_bar, say, working
 from v4_jax.commands.shared.contexts import DEFAULT_MAX_TOKENS, check_length, check_mode, room
 from v4_jax.commands.shared.devices import join
@@ -98,10 +99,13 @@ def batch(
         lines = Lines(input)
     if not lines.numbers:
         raise CommandError(f"{input} has no lines; each is to be {LEGAL_LINE}")
+    with bad_input(f"{model} cannot be read: "):
+        model_fingerprint = fingerprint(model)
     header = {
         "input": lines.digest,
         "parts": share.of,
         "model": directory.path.name,
+        "fingerprint": model_fingerprint,
         "options": {
             "mode": mode,
             "effort_profile": profile,

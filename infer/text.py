@@ -150,7 +150,7 @@ class Sample:
       reply: its text.
       stop_ids: tokens that end it and are no text.
       events: its tokens.
-      finish: "stop" or "length" once it has ended.
+      finish: "stop", "length" or "error" once it has ended.
     """
 
     reply: Reply
@@ -162,7 +162,8 @@ class Sample:
         """Takes a token and returns the pieces that it makes certain."""
         self.events.append(event)
         # A text also stops where its grammar leaves nothing to add: that token is a part of it.
-        pieces = [] if event.id in self.stop_ids else self.reply.push(event.id)
+        said = event.finish != "error" and event.id not in self.stop_ids
+        pieces = self.reply.push(event.id) if said else []
         if event.finish or self.reply.stopped:
             pieces += self.reply.finish()
             self.finish = "stop" if self.reply.stopped else event.finish

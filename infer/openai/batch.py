@@ -237,7 +237,12 @@ def answer_lines(
         choice, _ = line.completion.push(event)
         if choice.cut:
             engine.cancel(event.request, event.sample)
-        if line.completion.done:
+        if failure := line.completion.failure:
+            engine.cancel(event.request)
+            del running[event.request]
+            said = {"code": "not_finite", "message": failure, "param": None}
+            record(_record(line.number, line.id, response=None, error=said))
+        elif line.completion.done:
             del running[event.request]
             name = f"batch_req_{line.number}"
             response = {"status_code": 200, "request_id": name, "body": line.completion.answer(name)}

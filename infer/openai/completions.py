@@ -18,7 +18,7 @@ from v4_jax import chat
 from v4_jax.config import Config
 from v4_jax.infer.checks import check_ids, check_samples
 from v4_jax.infer.engine.grammar import Grammar, Grammars
-from v4_jax.infer.engine.requests import Event, Request
+from v4_jax.infer.engine.requests import NOT_FINITE, Event, Request
 from v4_jax.infer.engine.sampling import Sampling
 from v4_jax.infer.engine.speculative import Acceptance
 from v4_jax.infer.openai.bodies import Body, BodyError, ChatBody, CompletionBody, SchemaFormat
@@ -136,6 +136,11 @@ class Completion:
     def done(self) -> bool:
         """Whether all choices have ended."""
         return all(choice.finish for choice in self.choices)
+
+    @property
+    def failure(self) -> str | None:
+        """Why there is no answer; None if there is one, or may be one yet."""
+        return NOT_FINITE if any(choice.finish == "error" for choice in self.choices) else None
 
     @property
     def new_tokens(self) -> int:

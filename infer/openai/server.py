@@ -377,6 +377,9 @@ class _Running:
         except ValueError as error:
             code = "context_length_exceeded" if "exceed" in str(error) else None
             raise ApiError(400, str(error), code=code) from None
+        if failure := self.completion.failure:
+            await self.aclose()
+            raise ApiError(500, failure, kind="server_error", code="not_finite")
         self._last = time.monotonic()
         self._metrics.generated_tokens.inc()
         return event

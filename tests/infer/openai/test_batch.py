@@ -1,12 +1,24 @@
 """Batch files: lines of requests, wherever they stand and whatever they hold."""
 
 import json
+import math
 
 import pytest
 
-from v4_jax.infer.openai.batch import BodyError, Lines, line_id, read_request
+from tests.models import two
+from v4_jax.infer.engine.requests import Event
+from v4_jax.infer.engine.sampling import Sampling
+from v4_jax.infer.openai.batch import BodyError, Lines, PreparedLine, answer_lines, line_id, read_request
+from v4_jax.infer.openai.bodies import read_body
+from v4_jax.infer.openai.completions import Completion, Defaults, Model
+from v4_jax.tokenizer import ByteTokenizer
 
 BODY = {"messages": [{"role": "user", "content": "Hello"}]}
+
+
+@pytest.fixture
+def model():
+    return Model("tiny", two().config, ByteTokenizer(320), Defaults(Sampling(), (1,), 8), 2048)
 
 
 def line(**changes):
@@ -79,3 +91,26 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     assert lines.numbers == [1, 2] and read_request(lines[1]).body.messages[0]["content"] == "Why?"
     path.write_bytes(mark + b"\n" + b'"How?"')
     assert Lines(path).numbers == [2]
+
+
+def test_logits_that_are_not_finite_are_their_lines_error(model):
+    """Nobody answers for an engine here: its events say what came."""
+    given = {1: {"prompt": "x", "n": 2, "id": "a"}, 2: {"prompt": "y", "id": "b"}}
+    prepared = {n: PreparedLine(n, body.pop("id"), Completion(read_body(body), model, 0)) for n, body in given.items()}
+    first, second = Event(0, 0, 65, -0.5, None), Event(1, 0, 65, -0.5, "length")
+    broken = Event(0, 1, 0, math.nan, "error")
+    cancelled, records = [], []
+
+    class Engine:
+        slots, waiting = 2, 0
+        cancel = staticmethod(lambda *which: cancelled.append(which))
+        submit = staticmethod(lambda request, numbers=iter((0, 1)): next(numbers))
+
+        def run(self):
+            return iter((first, broken, second))
+
+    answer_lines(Engine(), [1, 2], prepared.__getitem__, records.append, lambda: None)
+    assert cancelled == [(0,)] and [one["custom_id"] for one in records] == ["a", "b"]
+    assert records[0]["response"] is None and records[0]["error"]["code"] == "not_finite"
+    assert "are not finite numbers" in records[0]["error"]["message"]
+    assert records[1]["error"] is None and records[1]["response"]["body"]["choices"][0]["text"]
