@@ -14,6 +14,7 @@ bucket or on the hub.
 from v4_jax.checkpoint.building import Written
 from v4_jax.checkpoint.conversion import convert
 from v4_jax.checkpoint.exporting import export
+from v4_jax.checkpoint.fingerprint import fingerprint
 from v4_jax.checkpoint.interface import Checkpoint, Progress
 from v4_jax.checkpoint.loading import load
 from v4_jax.checkpoint.opening import Source, open_checkpoint
@@ -37,6 +38,7 @@ __all__ = [
     "Written",
     "convert",
     "export",
+    "fingerprint",
     "load",
     "local",
     "open_checkpoint",
