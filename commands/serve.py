@@ -90,7 +90,7 @@ def serve(
     listening = _listen(host, port)
     server = engine.build(directory, context, most=1 << 30)
     defaults = Defaults(chosen, release.stop_ids, max_tokens, mode, profile)
-    served = Served(name or directory.path.name, config, tokenizer, defaults, context)
+    served = Served(name or directory.path.name, config, tokenizer, defaults, context, server.slots)
     app = make_app(
         Service(server, requests or 4 * server.slots), served, keys=legal, limits=Limits(max_body, float(timeout))
     )

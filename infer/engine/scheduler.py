@@ -446,7 +446,7 @@ class Engine:
                 sequence.newest_token = token
                 if sequence in following and following[sequence].unless == token:
                     del following[sequence]
-                finish = sequence.finish(token)
+                finish = sequence.finish(token, float(output.logprobs[sequence.slot, index]))
                 if finish:
                     self._end(sequence)
                 events.append(sequence.event(output, index, finish))

@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from importlib import metadata
-from typing import Any, NoReturn
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -25,8 +25,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from v4_jax.infer.engine.requests import Event
-from v4_jax.infer.openai.bodies import BodyError, ChatBody, CompletionBody, read_body
+from v4_jax.infer.openai.bodies import BodyError, ChatBody, read_body
 from v4_jax.infer.openai.completions import Completion, Model
+from v4_jax.infer.openai.json_text import JsonError, read_json
 from v4_jax.infer.openai.metrics import Metrics
 from v4_jax.infer.openai.openapi import openapi
 from v4_jax.infer.openai.service import Overloaded, Service, ServiceDown
@@ -77,6 +78,14 @@ class ApiError(Exception):
         if self.status == 408:
             headers["x-should-retry"] = "false"  # it would take as long again
         return JSONResponse(self.body(), self.status, headers)
+
+
+def _too_slow(seconds: float) -> ApiError:
+    return ApiError(408, f"the answer took longer than {seconds:g} s", code="timeout")
+
+
+def _overloaded(what: str) -> ApiError:
+    return ApiError(429, f"{what}; try again in {RETRY_SECONDS} s", kind="rate_limit_error")
 
 
 def make_app(
@@ -170,6 +179,7 @@ class _Server:
     def __init__(self, service: Service, model: Model, limits: Limits) -> None:
         self._service, self._model, self._limits = service, model, limits
         self._metrics, self._started = Metrics(service), int(time.time())
+        self._preparing = 0  # requests whose bodies are being read
 
     def count(self, path: str, status: int) -> None:
         """Counts an answer."""
@@ -216,10 +226,10 @@ class _Server:
 
     async def _answer(self, request: Request, *, chat: bool) -> Response:
         try:
-            body = read_body(await self._json(request), chat=chat)
-            self._check_model(body.model)
-            # Encoding a million tokens takes seconds, in which others' tokens must flow.
-            completion = await asyncio.to_thread(self._prepare, body)
+            content = await self._content(request)
+            # Reading a million tokens takes seconds, in which others' tokens must flow.
+            completion = await self._prepared(content, chat)
+            body = completion.body
             name = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
             running = _Running(self._service, completion, self._metrics, self._limits.seconds)
             await _unless_gone(request, running.begin())
@@ -234,15 +244,38 @@ class _Server:
         except ClientDisconnect:
             return Response(status_code=499)  # nobody reads it; it is what counters and logs show
 
-    def _prepare(self, body: ChatBody | CompletionBody) -> Completion:
+    async def _prepared(self, content: bytes, chat: bool) -> Completion:
+        """Reads a body in a thread; as many at the same time as requests may be served or wait."""
+        if self._service.active + self._preparing >= self._service.most:
+            raise _overloaded(f"{self._service.most} requests are being served or wait, and no more are taken")
+
+        def over(task: asyncio.Task[Completion]) -> None:
+            self._preparing -= 1
+            if not task.cancelled():
+                task.exception()  # which somebody has seen, or nobody waits for
+
+        self._preparing += 1
+        reading = asyncio.create_task(asyncio.to_thread(self._prepare, content, chat))
+        reading.add_done_callback(over)
         try:
+            async with asyncio.timeout(self._limits.seconds):
+                return await asyncio.shield(reading)  # a thread cannot be stopped, and counts until it ends
+        except TimeoutError:
+            raise _too_slow(self._limits.seconds) from None
+
+    def _prepare(self, content: bytes, chat: bool) -> Completion:
+        try:
+            body = read_body(read_json(content), chat=chat)
+            self._check_model(body.model)
             return Completion(body, self._model, secrets.randbits(32))
         except BodyError:
             raise
+        except JsonError as error:
+            raise BodyError(f"the body is {error}") from None
         except ValueError as error:
             raise BodyError(str(error)) from None
 
-    async def _json(self, request: Request) -> Any:
+    async def _content(self, request: Request) -> bytes:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(415, f"the body is of type {kind or 'none'!r}; expected application/json")
@@ -251,11 +284,7 @@ class _Server:
             content += block
             if len(content) > most:
                 raise ApiError(413, f"the body has more than the {most:,} bytes that a body may have")
-        try:
-            return json.loads(content, parse_constant=_no_constant)
-        except (ValueError, RecursionError) as error:
-            reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-            raise ApiError(400, f"the body is not JSON: {reason}") from None
+        return bytes(content)
 
     async def _stream(self, running: _Running, name: str) -> AsyncIterator[bytes]:
         """Server-sent events: a chunk for each piece of text, then perhaps the usage, then the end."""
@@ -340,14 +369,17 @@ class _Running:
         except StopAsyncIteration:
             return None
         except TimeoutError:
-            raise ApiError(408, f"the answer took longer than {self._seconds:g} s", code="timeout") from None
+            raise _too_slow(self._seconds) from None
         except Overloaded as error:
-            raise ApiError(429, f"{error}; try again in {RETRY_SECONDS} s", kind="rate_limit_error") from None
+            raise _overloaded(str(error)) from None
         except ServiceDown as error:
             raise ApiError(503, str(error), kind="server_error") from None
         except ValueError as error:
             code = "context_length_exceeded" if "exceed" in str(error) else None
             raise ApiError(400, str(error), code=code) from None
+        if failure := self.completion.failure:
+            await self.aclose()
+            raise ApiError(500, failure, kind="server_error", code="not_finite")
         self._last = time.monotonic()
         self._metrics.generated_tokens.inc()
         return event
@@ -375,7 +407,3 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, None]) -> Non
             one.cancel()
             with contextlib.suppress(asyncio.CancelledError, ApiError):
                 await one
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")

@@ -14,6 +14,7 @@ Pallas kernel, or `cpu.py`, written so that XLA:CPU makes quick code of it. Laye
     grouped_product
     best_entries             running top-k over blocks      reference                                 kernel
     attend_picked            caller's, over a gathered copy reference                                 kernel
+    compress                 caller's, all rows at once  reference                                 row by row
     norm_rotate              one after the other            reference                                 one kernel
     attention_output         caller's                       reference                                 one kernel
     map_groups               tiles of each group in turn    reference                                 caller's kernel
@@ -34,9 +35,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from v4_jax.cache.entries import Entries
+from v4_jax.cache.ring import Ring
+from v4_jax.cache.rows import StoredRows
 from v4_jax.kernels.attention import cpu as attention_cpu
 from v4_jax.kernels.attention import reference as attention
 from v4_jax.kernels.attention import tpu as attention_tpu
+from v4_jax.kernels.compressor import tpu as compressor_tpu
+from v4_jax.kernels.compressor.tpu import CompressorWeights
 from v4_jax.kernels.csa import tpu as csa_tpu
 from v4_jax.kernels.experts import tpu as experts_tpu
 from v4_jax.kernels.grouped_matmul import groups
@@ -58,6 +63,7 @@ from v4_jax.kernels.router import tpu as router_tpu
 from v4_jax.kernels.stored_weights import one_in_stack
 from v4_jax.layers.rotary import Turn
 from v4_jax.layers.visible import Visible
+from v4_jax.layout import Layout
 from v4_jax.number_formats import BlockScaled, Weight, dequantise
 from v4_jax.sharding.platform import by_platform, interpreting
 
@@ -138,6 +144,37 @@ def attend_picked(plain: Form, queries: Array, entries: Entries, local: Array) -
         return copying(queries, entries, local)
     kernel = functools.partial(csa_tpu.attend_picked, interpret=interpreting())
     return _without_gradients(copying, tpu=kernel)(queries, entries, local)
+
+
+def compress(
+    plain: Form,
+    projected: Sequence[Array],
+    weights: CompressorWeights,
+    open_blocks: Ring,
+    entries: Entries,
+    layout: Layout,
+    steps: Steps,
+) -> tuple[StoredRows, StoredRows]:
+    """See `compressor.tpu.step` for all arguments but the first. It has no gradients.
+
+    Args:
+      plain: maps values, gates, open blocks and entries to the same results.
+      projected: values and gates.
+      weights: what turns them into entries.
+      open_blocks: projections of earlier tokens.
+      entries: earlier entries.
+      layout: of the chunk.
+      steps: what becomes of a pooled entry.
+    """
+
+    def kernel(values: Array, gates: Array, open_blocks: Ring, entries: Entries) -> tuple[StoredRows, StoredRows]:
+        return compressor_tpu.step(
+            (values, gates), weights, open_blocks, entries, layout, steps=steps, interpret=interpreting()
+        )
+
+    if not compressor_tpu.supports(open_blocks, entries, weights.norm.shape[0]):
+        return plain(*projected, open_blocks, entries)
+    return by_platform(*projected, open_blocks, entries, default=plain, tpu=kernel)
 
 
 def norm_rotate(x: Array, weight: Array | None, turn: Turn | None, steps: Steps) -> Array:
