@@ -96,7 +96,7 @@ def experts(
     pairs = [in_memory(weight) for weight in weights]
     forms, arrays = [form for _, form in pairs], [array for arrays, _ in pairs for array in arrays]
     if not interpret:
-        # Or the compiler copies what fits to VMEM first, all layers of a stack: a spec's `memory_space` is no bar to it.
+        # Or the compiler copies what fits to VMEM first, all layers of a stack: a spec's memory space is no bar.
         # Tied to the rows, lest the weights leave a loop over layers with their memory space, which JAX refuses.
         x, arrays = jax.lax.optimization_barrier((x, arrays))
         arrays = [pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in arrays]
