@@ -102,9 +102,12 @@ def test_logits_that_are_not_finite_are_their_lines_error(model):
     cancelled, records = [], []
 
     class Engine:
-        slots, waiting = 2, 0
+        slots, waiting, submitted = 2, 0, -1
         cancel = staticmethod(lambda *which: cancelled.append(which))
-        submit = staticmethod(lambda request, numbers=iter((0, 1)): next(numbers))
+
+        def submit(self, request):
+            self.submitted += 1
+            return self.submitted
 
         def run(self):
             return iter((first, broken, second))

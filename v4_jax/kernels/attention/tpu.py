@@ -25,6 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.cache.entries import Entries
 from v4_jax.kernels.attention.reference import MASKED
+from v4_jax.kernels.memory import kept_in_hbm
 from v4_jax.layers.visible import Visible
 from v4_jax.natural import quotient
 
@@ -104,6 +105,7 @@ def window_attention(
     if entries is not None and visible is not None:
         ranges += [visible.low, visible.high]
         stack, layer, block = _blocks_of(entries, queries.dtype)
+        queries, (stack,) = kept_in_hbm(queries, [stack], interpret=interpret)
         scalars = [
             jnp.asarray(layer, jnp.int32).reshape(1),
             _bounds(visible.low, visible.high, tile, tiles, block).reshape(-1),

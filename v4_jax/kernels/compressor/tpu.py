@@ -22,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from v4_jax.cache.entries import Entries
 from v4_jax.cache.ring import Ring
 from v4_jax.cache.rows import LANES, StoredRows, batch_rows
+from v4_jax.kernels.memory import kept_in_hbm
 from v4_jax.kernels.rotary.reference import Steps
 from v4_jax.kernels.rotary.tpu import settled
 from v4_jax.layout import Layout
@@ -151,9 +152,10 @@ def _step(
         return pl.BlockSpec(x.shape, lambda b, *_: (0, 0), pipeline_mode=pl.Buffered(1))
 
     ape, norm = weights.ape, weights.norm.astype(jnp.float32)[None]
-    anywhere = pl.BlockSpec(memory_space=pltpu.HBM)  # elsewhere the compiler might move all of it to VMEM and back
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
     line = stored.shape[3:] if numbers.words else (ROWS * 4 // stored.dtype.itemsize, stored.shape[3])
-    operands = [*projected, *turn, ape, norm, ring, stored]
+    values, (ring, stored) = kept_in_hbm(projected[0], [ring, stored], interpret=interpret)
+    operands = [values, projected[1], *turn, ape, norm, ring, stored]
     place = len(scalars) + len(operands) - 2
     found = pl.pallas_call(
         functools.partial(_kernel, numbers=numbers, dtype=dtype),

@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from v4_jax.cache.entries import Entries
 from v4_jax.cache.rows import LANES, WORD_CHANNELS, batch_rows
 from v4_jax.kernels.attention.reference import MASKED
+from v4_jax.kernels.memory import kept_in_hbm
 from v4_jax.natural import quotient
 from v4_jax.sharding import collectives
 
@@ -85,6 +86,7 @@ def attend_picked(
 def _attend(queries: Array, words: Array, place: Array, *, interpret: bool) -> tuple[Array, Array, Array]:
     """The same of queries [N, H, C] over rows `place` [N, K] of words [R, parts, 128]."""
     (count, heads, size), parts = queries.shape, words.shape[1]
+    queries, (words,) = kept_in_hbm(queries, [words], interpret=interpret)
     block = min(QUERIES, count)
     padding, room = -count % block, -place.shape[1] % ROWS
     queries = jnp.pad(queries, ((0, padding), (0, 0), (0, 0)))

@@ -32,6 +32,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.kernels import stored_weights
 from v4_jax.kernels.block_scales import LANES
+from v4_jax.kernels.memory import kept_in_hbm
 from v4_jax.kernels.stored_weights import Form, Tile, in_memory, multiply, tiles
 from v4_jax.number_formats import BlockScaled, Weight, bytes_of
 
@@ -95,11 +96,7 @@ def experts(
     widths = (columns, columns, _divisor(depth, 2 * columns * depth // hidden))
     pairs = [in_memory(weight) for weight in weights]
     forms, arrays = [form for _, form in pairs], [array for arrays, _ in pairs for array in arrays]
-    if not interpret:
-        # Or the compiler copies what fits to VMEM first, all layers of a stack: a spec's memory space is no bar.
-        # Tied to the rows, lest the weights leave a loop over layers with their memory space, which JAX refuses.
-        x, arrays = jax.lax.optimization_barrier((x, arrays))
-        arrays = [pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in arrays]
+    x, arrays = kept_in_hbm(x, arrays, interpret=interpret)
     cut = [tiles(*pair, width) for pair, width in zip(pairs, widths, strict=True)]
     whole = pl.BlockSpec(memory_space=pltpu.VMEM)
     per_expert = sum(w.nbytes if isinstance(w, BlockScaled) else bytes_of(w) for w in weights) // (layers * count)

@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.cache.entries import Entries
+from v4_jax.kernels.memory import kept_in_hbm
 from v4_jax.layers.visible import Visible
 from v4_jax.natural import quotient
 
@@ -150,6 +151,7 @@ def _best_entries(
     if table is None and entries < cut.keys:
         keys, layer = jax.lax.dynamic_index_in_dim(keys, layer, keepdims=True), 0
         keys = jnp.pad(keys, ((0, 0), (0, 0), (0, cut.keys - entries), (0, 0)))
+    queries, (keys,) = kept_in_hbm(queries, [keys], interpret=interpret)
     high = jnp.minimum(high, entries)
     low = jnp.minimum(low, high)
     padding = -count % cut.queries
