@@ -17,7 +17,11 @@ def test_a_byte_order_mark_is_no_text(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
-    [("{", "is not JSON: "), ("[" * 100_000, "is nested too deeply"), ("1" * 5000, "cannot be read: Exceeds the limit")],
+    [
+        ("{", "is not JSON: "),
+        ("[" * 100_000, "is nested too deeply"),
+        ("1" * 5000, "cannot be read: Exceeds the limit"),
+    ],
 )
 def test_what_cannot_be_read_is_said(tmp_path, text, sentence):
     path = tmp_path / "given"
