@@ -132,3 +132,16 @@ def test_few_tokens_reach_few_experts():
     )
     many = decoding(4096).share(named("kernel"))
     assert many.cycles * DYNAMIC_TURNS >= 32
+
+
+def test_few_tokens_reach_few_experts_in_one_kernel():
+    """The same share of the experts' kernel; the expert that all rows visit is always visited."""
+
+    def share(place):
+        text = TEXT.replace("experts.ffn/grouped_matmul", place)
+        kernel = next(i for c in Program(text).computations.values() for i in c.instructions.values() if i.is_kernel)
+        return decoding(1).share(kernel)
+
+    found = share("experts.ffn/experts")
+    assert (found.cycles, found.nbytes) == pytest.approx((0.75, 0.75 / 32), rel=0.03)
+    assert share("experts.shared/experts") == Share()

@@ -102,7 +102,6 @@ def window_attention(
             step = next(n for n in range(STEP_ROWS, 0, -1) if batch % n == 0)
 
     if entries is not None and visible is not None:
-        visible = visible.here(entries)
         ranges += [visible.low, visible.high]
         stack, layer, block = _blocks_of(entries, queries.dtype)
         scalars = [

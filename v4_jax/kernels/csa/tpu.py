@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from v4_jax.cache.entries import Entries
 from v4_jax.cache.rows import LANES, WORD_CHANNELS, batch_rows
 from v4_jax.kernels.attention.reference import MASKED
+from v4_jax.natural import quotient
 from v4_jax.sharding import collectives
 
 QUERIES = 16  # of a block
@@ -90,7 +91,7 @@ def _attend(queries: Array, words: Array, place: Array, *, interpret: bool) -> t
     place = jnp.pad(place, ((0, padding), (0, room)), constant_values=-1)
     total, slots = place.shape
     last = jnp.max(jnp.where(place >= 0, jnp.arange(1, slots + 1, dtype=jnp.int32), 0), axis=1)
-    chunks = (last + ROWS - 1) // ROWS
+    chunks = quotient(last + ROWS - 1, ROWS)
     seen = jnp.repeat(place >= 0, parts, axis=1).astype(jnp.float32)
     by_query = jax.ShapeDtypeStruct((total, heads), jnp.float32)
     found = pl.pallas_call(
