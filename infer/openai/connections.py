@@ -1,8 +1,8 @@
 """Connections that nobody can hold for nothing: time for a request's header, time without progress, and their number.
 
 uvicorn closes connections that are idle after an answer. Those that send half a request, or do not read their answer,
-it keeps for as long as they like, and enough of them shut everybody else out. Here they have a time, and where there are
-as many as there may be, a new one takes the place of the one whose request has been missing longest.
+it keeps for as long as they like, and enough of them shut everybody else out. Here they have a time, and where there
+are as many as there may be, a new one takes the place of the one whose request has been missing longest.
 """
 
 from __future__ import annotations
