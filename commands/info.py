@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from v4_jax.chat import EffortProfile, read_profile
-from v4_jax.checkpoint import run_of
+from v4_jax.checkpoint import local, run_of
 from v4_jax.commands import info_report as card
 from v4_jax.commands.shared.console import CommandError, bad_input, show
 from v4_jax.commands.shared.contexts import check_length
@@ -63,7 +63,8 @@ def config_of(model: str) -> Config:
     Raises:
       CommandError: there is neither of that name.
     """
-    path = run_of(model) or Path(model)
+    with bad_input():
+        path = local(run_of(model) or Path(model))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise CommandError(f"{path} has no config.json; expected the directory of a model")
@@ -82,7 +83,8 @@ def profile_of(model: str) -> EffortProfile | None:
     Raises:
       CommandError: the directory's encoding cannot be read.
     """
-    path = run_of(model) or Path(model)
+    with bad_input():
+        path = local(run_of(model) or Path(model))
     if path.is_dir():
         with bad_input():
             return read_profile(path)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from v4_jax import costs
-from v4_jax.architecture import Architecture, ConfigError, Yarn
+from v4_jax.architecture import EXPERT_DTYPES, Architecture, ConfigError, Yarn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +146,7 @@ class Config(Architecture):
         else:
             fields = {key: value for key, value in fields.items() if key not in _DSPARK}
         fields["rope_scaling"] = {"type": "yarn", **fields["rope_scaling"]}
+        plain = self.expert_dtype == "bf16"  # nothing is quantised
         return {
             "architectures": ["DeepseekV4ForCausalLM"],
             "model_type": "deepseek_v4",
@@ -153,15 +154,18 @@ class Config(Architecture):
             **fields,
             "torch_dtype": "bfloat16",
             "use_cache": True,
-            "quantization_config": {
-                "quant_method": "fp8",
-                "fmt": "e4m3",
-                "activation_scheme": "dynamic",
-                "scale_fmt": "ue8m0",
-                "weight_block_size": [128, 128],
-            },
+            **({} if plain else {"quantization_config": dict(QUANTIZATION)}),
         }
 
+
+# How the releases describe their number formats, beside `expert_dtype`.
+QUANTIZATION: dict[str, Any] = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "scale_fmt": "ue8m0",
+    "weight_block_size": [128, 128],
+}
 
 # Keys with exactly one value that this model computes. Anything else is refused: it would change the mathematics.
 _FIXED: dict[str, Any] = {
@@ -177,6 +181,18 @@ _FIXED: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 
+# What GPT-style configurations call the same; tools write them beside or in place of ours.
+_ALIASES = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_inner": "moe_intermediate_size",
+    "n_positions": "max_position_embeddings",
+    "n_ctx": "max_position_embeddings",
+    "activation_function": "hidden_act",
+    "layer_norm_epsilon": "rms_norm_eps",
+}
+
 # Keys that say nothing about the forward pass: provenance, storage, library bookkeeping, training-only or decoding
 # defaults.
 _INERT = frozenset(
@@ -185,7 +201,9 @@ _INERT = frozenset(
         *("torch_dtype", "dtype", "quantization_config", "torchscript", "use_cache", "chunk_size_feed_forward"),
         *("id2label", "label2id", "problem_type", "is_encoder_decoder", "pad_token_id"),
         *("return_dict", "output_attentions", "output_hidden_states", "output_router_logits"),
-        *("router_aux_loss_coef", "router_jitter_noise"),
+        *("router_aux_loss_coef", "router_jitter_noise", "gradient_checkpointing", "is_decoder", "add_cross_attention"),
+        *("_attn_implementation", "attn_implementation", "resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_type"),
+        *("do_sample", "temperature", "top_k", "top_p", "finetuning_task", "task_specific_params", "tokenizer_class"),
     )
 )
 
@@ -214,6 +232,10 @@ def _read(source: str | Path | dict[str, Any]) -> dict[str, Any]:
 def _fields_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     """Translates a `config.json` into `Config` fields, refusing whatever it does not understand."""
     hf = dict(hf)
+    for key, name in _ALIASES.items():
+        value = hf.pop(key, None)
+        if value is not None and hf.setdefault(name, value) != value:
+            raise ConfigError(f"{key} is {value!r}, but {name}, which it repeats, is {hf[name]!r}")
     if hf.get("model_type", "deepseek_v4") != "deepseek_v4":
         raise ConfigError(f"model_type is {hf['model_type']!r}, expected 'deepseek_v4'")
     for key, legal in _FIXED.items():
@@ -233,8 +255,8 @@ def _fields_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
         if name not in fields and name in hf:
             fields[name] = hf.pop(name)
         hf.pop(name, None)
-    if fields.get("expert_dtype", "fp4") not in ("fp4", "fp8"):
-        raise ConfigError(f"expert_dtype is {fields['expert_dtype']!r}, expected 'fp4' or 'fp8'")
+    if fields.get("expert_dtype", "fp4") not in EXPERT_DTYPES:
+        raise ConfigError(f"expert_dtype is {fields['expert_dtype']!r}, expected one of {', '.join(EXPERT_DTYPES)}")
     unknown = sorted(set(hf) - _INERT)
     if unknown:
         raise ConfigError(f"unknown configuration keys {unknown}: they may change the mathematics, so they are refused")

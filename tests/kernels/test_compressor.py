@@ -29,7 +29,7 @@ def random(seed, *shape):
 
 
 class Case:
-    """A compressor with what earlier tokens left, which is noise: as an earlier row leaves it, not a number in parts."""
+    """A compressor, its ring and its entries."""
 
     def __init__(self, ratio, width, policy, *, paged=False, words=False):
         self.ratio, self.policy, self.paged = ratio, Policy.of(policy), paged
@@ -40,7 +40,6 @@ class Case:
         size = span(ratio) + SPARE
         channels = projection_width(ratio, width)
         self.ring = StoredRows.empty((LAYERS, ROWS, size), channels)
-        self.ring = self.ring.replace(arrays=(jnp.full(self.ring.arrays[0].shape, jnp.nan),))
         shape = (LAYERS, 1, ROWS * PLACES) if paged else (LAYERS, ROWS, PLACES)
         form = dict(kind="words") if words else dict(dtype=dtype)
         self.entries = StoredRows.empty(shape, width, **form)
@@ -82,11 +81,10 @@ def test_as_plain_jax(case):
     """Rows of different phase and length; blocks that end, and what a ring held before its row began."""
     case = Case(**case)
     dtype = case.policy.compute_dtype
-    states = [(case.ring, case.entries)] * 2
     start = jnp.array([0, case.ratio - 3, 2 * case.ratio + 1], jnp.int32)
-    # The rings of rows that have begun hold real tokens.
-    known = random(5, *case.ring.arrays[0].shape)
-    states = [(ring.replace(arrays=(known,)), entries) for ring, entries in states]
+    # What a row's ring holds from before the row began must not matter, not even if it is no number.
+    known = random(5, *case.ring.arrays[0].shape).at[:, 0].set(jnp.nan)
+    states = [(case.ring.replace(arrays=(known,)), case.entries)] * 2
     plain = jax.jit(case.run)
 
     def kernel(*arguments):
@@ -107,7 +105,7 @@ def test_as_plain_jax(case):
     assert (expected[0] == 0).all() and (found[0] == 0).all()
     stored = np.any(expected[LAYER] != 0, axis=-1)
     np.testing.assert_array_equal(np.any(found[LAYER] != 0, axis=-1), stored)
-    assert stored.sum() >= (3 if case.ratio == 128 else 12) or case.ratio == 128 and stored.sum() >= 1
+    assert stored.sum() >= (1 if case.ratio == 128 else 12)
     different = abs(found - expected) > tolerance * (1 + abs(expected))
     if case.policy.fake_quant:  # a value between two of a coarse format may go either way
         assert different.mean() < 1e-3

@@ -151,7 +151,7 @@ def _step(
         return pl.BlockSpec(x.shape, lambda b, *_: (0, 0), pipeline_mode=pl.Buffered(1))
 
     ape, norm = weights.ape, weights.norm.astype(jnp.float32)[None]
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    anywhere = pl.BlockSpec(memory_space=pltpu.HBM)  # elsewhere the compiler might move all of it to VMEM and back
     line = stored.shape[3:] if numbers.words else (ROWS * 4 // stored.dtype.itemsize, stored.shape[3])
     operands = [*projected, *turn, ape, norm, ring, stored]
     place = len(scalars) + len(operands) - 2
