@@ -90,6 +90,7 @@ def test_one_product(place, form, rows, groups, width, depth):
         (128, 48, 3072, 7168, "e2m1"),  # Pro
         (16, 1, 256, 4096, "e4m3"),  # a share of Flash's shared expert
         (7, 16, 2048, 4096, "bfloat16"),
+        (128, 2, 3072, 7168, "bfloat16"),  # tiles of fewer hidden activations
     ],
 )
 def test_whole_experts(place, rows, groups, hidden, depth, form):
@@ -102,7 +103,7 @@ def test_whole_experts(place, rows, groups, hidden, depth, form):
 
     compiled = jax.jit(run).lower(*arguments).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < SPARE
-    assert copied(compiled) <= SPARE
+    assert copied(compiled) <= SPARE and "copy-start(%weights" not in compiled.as_text()  # into VMEM, where it has room
     assert compiled.cost_analysis()["flops"] >= 6 * rows * 6 * depth * hidden
 
 

@@ -33,8 +33,8 @@ class Form(NamedTuple):
 
     Attributes:
       block: elements that share a scale; None without scales.
-      across: whether the scales come as [..., K / 32, N]: XLA stores them with N innermost unless K / 32 fills the
-        lanes; seen so, they need no copy.
+      across: whether the scales come with their last two axes swapped: XLA stores those of E2M1 with N innermost unless
+        K / 32 fills the lanes, and those of E4M3 with the longer axis innermost; seen so, they need no copy.
     """
 
     block: tuple[int, int] | None
@@ -54,7 +54,8 @@ def in_memory(weight: Weight) -> tuple[list[Array], Form]:
     """The arrays of a weight [L, G, N, K] as kernels take them: its elements, and scales where it has them."""
     if not isinstance(weight, BlockScaled):
         return [weight], Form(None, across=False)
-    across = weight.block == FP4_BLOCK and weight.scales.shape[-1] % LANES != 0
+    (width, depth), inner = weight.shape[-2:], weight.scales.shape[-1]
+    across = width > depth if weight.block == FP8_BLOCK else inner % LANES != 0
     scales = jnp.swapaxes(weight.scales, -1, -2) if across else weight.scales
     return [weight.codes, scales], Form(weight.block, across)
 
@@ -139,7 +140,7 @@ def multiply(rows: Any, tile: Sequence[Any], form: Form, first: Any, store: Call
     elif form.block == FP8_BLOCK:
 
         def scaled(here: Any, start: Any) -> Array:
-            return by_scaled_rows(rows, codes, here, block_lines(scales[0][...], first + start, strip))
+            return by_scaled_rows(rows, codes, here, block_lines(scales[0][...], first + start, strip, form.across))
 
         each_strip(scaled)
     else:

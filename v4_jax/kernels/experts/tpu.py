@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,7 +36,8 @@ from v4_jax.kernels.stored_weights import Form, Tile, in_memory, multiply, tiles
 from v4_jax.number_formats import BlockScaled, Weight, bytes_of
 
 ROWS = 128  # at most: the tile of rows of the grouped product
-COLUMNS = 512  # hidden activations of a tile: 1 MiB of E2M1 codes at K = 4,096
+COLUMNS = 512  # hidden activations of a tile at most: 1 MiB of E2M1 codes at K = 4,096
+TILE = 4 << 20  # bytes of a tile of w1 or w3 at most: two of each, and as much of w2, are in VMEM at a time
 VMEM_BYTES = 48 << 20  # of the 64 MiB or more that every generation from v5e on has
 
 _STAGES = ((0, 1), (2,))  # which weights of w1, w3, w2 a visit takes for the hidden activations, and for the outputs
@@ -88,10 +90,16 @@ def experts(
     if not assigned.shape == scale.shape == (rows, assigned.shape[-1]):
         raise ValueError(f"x {x.shape} does not fit choices {assigned.shape} weighted by {scale.shape}")
 
-    columns = _divisor(hidden, COLUMNS)
+    width = max(bytes_of(w.codes if isinstance(w, BlockScaled) else w) // math.prod(w.shape[:-1]) for w in weights[:2])
+    columns = _divisor(hidden, min(COLUMNS, TILE // width))
     widths = (columns, columns, _divisor(depth, 2 * columns * depth // hidden))
     pairs = [in_memory(weight) for weight in weights]
     forms, arrays = [form for _, form in pairs], [array for arrays, _ in pairs for array in arrays]
+    if not interpret:
+        # Or the compiler copies what fits to VMEM first, all layers of a stack: a spec's memory space is no bar.
+        # Tied to the rows, lest the weights leave a loop over layers with their memory space, which JAX refuses.
+        x, arrays = jax.lax.optimization_barrier((x, arrays))
+        arrays = [pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in arrays]
     cut = [tiles(*pair, width) for pair, width in zip(pairs, widths, strict=True)]
     whole = pl.BlockSpec(memory_space=pltpu.VMEM)
     per_expert = sum(w.nbytes if isinstance(w, BlockScaled) else bytes_of(w) for w in weights) // (layers * count)
