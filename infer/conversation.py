@@ -47,10 +47,11 @@ def read_messages(messages: Sequence[Mapping[str, Any]], *, continues: bool | No
     called: str | None = None  # the call that a function's legacy result, which has no id, answers
     for number, message in enumerate(messages):
         where = f"message {number}"
-        role = _SAME_ROLE.get(message.get("role"), message.get("role"))  # type: ignore[arg-type]
-        if not isinstance(role, str) or role not in _KEYS:
+        role = message.get("role")
+        if not isinstance(role, str) or role not in (*_KEYS, *_SAME_ROLE):
             roles = legal((*_KEYS, *_SAME_ROLE))
-            raise ValueError(f"{where} has role {message.get('role')!r}; legal roles are {roles}")
+            raise ValueError(f"{where} has role {role!r:.80}; legal roles are {roles}")
+        role = _SAME_ROLE.get(role, role)
         _check_keys(message, _KEYS[role], where)
         one = _READ.get(role, _read_spoken)(message, where)
         if role == "assistant":

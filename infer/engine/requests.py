@@ -38,6 +38,7 @@ class Request:
       reasoning_budget: tokens after which reasoning is ended: `reasoning_end`, or what is missing of it, is then
         generated, unless it was before.
       opening: tokens that the answer begins with, after any reasoning.
+      salt: the prefix cache has nothing for it but what requests of the same salt left there.
     """
 
     prompt: Sequence[int]
@@ -50,6 +51,7 @@ class Request:
     reasoning_end: Sequence[int] = ()
     reasoning_budget: int | None = None
     opening: Sequence[int] = ()
+    salt: bytes = b""
 
     def check(self, config: Config, slots: int, max_length: int) -> None:
         """Checks that it can be served.

@@ -131,6 +131,7 @@ class PrefillState:
       tokens_read: tokens that were read or loaded from the prefix cache; None before it begins.
       sealed: tokens whose entries were loaded from the prefix cache.
       hashes: of what there is to read; None without a prefix cache.
+      salt: the request's.
     """
 
     prompt: Sequence[int]
@@ -138,6 +139,7 @@ class PrefillState:
     tokens_read: int | None = None
     sealed: int = 0
     hashes: BlockHashes | None = None
+    salt: bytes = b""
 
     @property
     def slot(self) -> int:

@@ -86,6 +86,7 @@ class Completion:
       body: what is asked.
       model: who is asked.
       seed: of its random numbers, where the body has none.
+      salt: shares the prefix cache with requests of the same salt.
 
     Attributes:
       body: as given.
@@ -98,7 +99,7 @@ class Completion:
         schema is not understood.
     """
 
-    def __init__(self, body: ChatBody | CompletionBody, model: Model, seed: int) -> None:
+    def __init__(self, body: ChatBody | CompletionBody, model: Model, seed: int, salt: bytes = b"") -> None:
         if model.slots is not None:
             check_samples(body.n or 1, model.slots)
         self.body, self._model = body, model
@@ -120,6 +121,7 @@ class Completion:
             reasoning_end=model.reasoning_end if thinks else (),
             reasoning_budget=budget,
             opening=prompt.opening,
+            salt=salt,
         )
         stops = self.request.stops(model.config)
         # The next turn of a conversation has another prompt; the same line of a job, run again, has the same calls.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import hashlib
 import hmac
 import json
 import secrets
@@ -35,6 +36,8 @@ from v4_jax.infer.text import Piece
 
 _PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/openapi.json")
 
+_SALT = "v4_jax.prefix_salt"  # in a request's scope: what its key's prompts are kept apart by
+
 RETRY_SECONDS = 1  # when to come back that was turned away
 
 
@@ -45,10 +48,12 @@ class Limits:
     Attributes:
       body_bytes: of a request's body.
       seconds: that a request may take.
+      body_seconds: from the end of its header to the end of its body.
     """
 
     body_bytes: int = 32 << 20
     seconds: float = 3600.0
+    body_seconds: float = 60.0
 
 
 class ApiError(Exception):
@@ -76,7 +81,7 @@ class ApiError(Exception):
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         if self.status == 408:
-            headers["x-should-retry"] = "false"  # it would take as long again
+            headers |= {"x-should-retry": "false", "Connection": "close"}  # it would take as long again
         return JSONResponse(self.body(), self.status, headers)
 
 
@@ -94,6 +99,7 @@ def make_app(
     *,
     keys: Sequence[str] = (),
     limits: Limits = Limits(),
+    share_prefixes: bool = False,
 ) -> Starlette:
     """The application: starts the service, and stops it when it ends.
 
@@ -102,6 +108,8 @@ def make_app(
       model: what it serves.
       keys: bearer tokens that clients need; none lets everybody in.
       limits: what a client may ask for.
+      share_prefixes: whether a key may learn, from counts of cached tokens and from time, what others asked: prompts of
+        all keys then share the prefix cache.
     """
     server = _Server(service, model, limits)
     page = openapi(metadata.version("v4-jax"), keys=bool(keys))
@@ -138,15 +146,17 @@ def make_app(
         lifespan=lifespan,
         exception_handlers={HTTPException: refused, Exception: failed},
     )
-    app.add_middleware(_Gate, keys=tuple(keys), count=server.count)
+    app.add_middleware(_Gate, keys=tuple(keys), share_prefixes=share_prefixes, count=server.count)
     return app
 
 
 class _Gate:
     """Lets in who has a key, where keys are asked for, and counts answers by path and status."""
 
-    def __init__(self, app: ASGIApp, keys: tuple[str, ...], count: Callable[[str, int], None]) -> None:
-        self._app, self._keys, self._count = app, keys, count
+    def __init__(
+        self, app: ASGIApp, keys: tuple[str, ...], share_prefixes: bool, count: Callable[[str, int], None]
+    ) -> None:
+        self._app, self._keys, self._share, self._count = app, keys, share_prefixes, count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -159,18 +169,22 @@ class _Gate:
                 self._count(path, message["status"])
             await send(message)
 
-        if self._keys and scope["path"].startswith("/v1/") and not self._admits(scope):
+        key = self._key(scope)
+        if self._keys and scope["path"].startswith("/v1/") and key is None:
             await ApiError(401, "the key is missing or unknown; expected Authorization: Bearer KEY").response()(
                 scope, receive, counting
             )
             return
+        scope[_SALT] = b"" if key is None or self._share else hashlib.sha256(key.encode()).digest()
         await self._app(scope, receive, counting)
 
-    def _admits(self, scope: Scope) -> bool:
+    def _key(self, scope: Scope) -> str | None:
+        """The key that a request has; None without one that is known."""
         header = dict(scope["headers"]).get(b"authorization", b"")
         scheme, _, key = header.partition(b" ")
-        matches = [hmac.compare_digest(key.strip(), legal.encode()) for legal in self._keys]  # all: no early exit
-        return scheme.lower() == b"bearer" and any(matches)
+        # All are compared: no early exit.
+        found = [legal for legal in self._keys if hmac.compare_digest(key.strip(), legal.encode())]
+        return found[0] if found and scheme.lower() == b"bearer" else None
 
 
 class _Server:
@@ -228,7 +242,7 @@ class _Server:
         try:
             content = await self._content(request)
             # Reading a million tokens takes seconds, in which others' tokens must flow.
-            completion = await self._prepared(content, chat)
+            completion = await self._prepared(content, chat, request.scope[_SALT])
             body = completion.body
             name = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
             running = _Running(self._service, completion, self._metrics, self._limits.seconds)
@@ -244,7 +258,7 @@ class _Server:
         except ClientDisconnect:
             return Response(status_code=499)  # nobody reads it; it is what counters and logs show
 
-    async def _prepared(self, content: bytes, chat: bool) -> Completion:
+    async def _prepared(self, content: bytes, chat: bool, salt: bytes) -> Completion:
         """Reads a body in a thread; as many at the same time as requests may be served or wait."""
         if self._service.active + self._preparing >= self._service.most:
             raise _overloaded(f"{self._service.most} requests are being served or wait, and no more are taken")
@@ -255,7 +269,7 @@ class _Server:
                 task.exception()  # which somebody has seen, or nobody waits for
 
         self._preparing += 1
-        reading = asyncio.create_task(asyncio.to_thread(self._prepare, content, chat))
+        reading = asyncio.create_task(asyncio.to_thread(self._prepare, content, chat, salt))
         reading.add_done_callback(over)
         try:
             async with asyncio.timeout(self._limits.seconds):
@@ -263,11 +277,11 @@ class _Server:
         except TimeoutError:
             raise _too_slow(self._limits.seconds) from None
 
-    def _prepare(self, content: bytes, chat: bool) -> Completion:
+    def _prepare(self, content: bytes, chat: bool, salt: bytes) -> Completion:
         try:
             body = read_body(read_json(content), chat=chat)
             self._check_model(body.model)
-            return Completion(body, self._model, secrets.randbits(32))
+            return Completion(body, self._model, secrets.randbits(32), salt)
         except BodyError:
             raise
         except JsonError as error:
@@ -279,11 +293,15 @@ class _Server:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(415, f"the body is of type {kind or 'none'!r}; expected application/json")
-        content, most = bytearray(), self._limits.body_bytes
-        async for block in request.stream():
-            content += block
-            if len(content) > most:
-                raise ApiError(413, f"the body has more than the {most:,} bytes that a body may have")
+        content, most, seconds = bytearray(), self._limits.body_bytes, self._limits.body_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                async for block in request.stream():
+                    content += block
+                    if len(content) > most:
+                        raise ApiError(413, f"the body has more than the {most:,} bytes that a body may have")
+        except TimeoutError:
+            raise ApiError(408, f"the body took longer than {seconds:g} s", code="timeout") from None
         return bytes(content)
 
     async def _stream(self, running: _Running, name: str) -> AsyncIterator[bytes]:

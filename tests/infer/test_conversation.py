@@ -98,6 +98,7 @@ def test_what_is_empty_loses_nothing():
     ("messages", "sentence"),
     [
         ([{"role": "bot", "content": ""}], "message 0 has role 'bot'; legal roles are 'system', 'user'"),
+        ([ASKED | {"role": ["user"]}], "message 0 has role ['user']; legal roles are"),
         ([ASKED | {"mood": "glad"}], "message 0 has 'mood', which is not supported; legal are role, content, name"),
         (
             [ASKED | {"content": [{"type": "image_url", "image_url": {"url": ""}}]}],

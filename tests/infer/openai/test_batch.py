@@ -99,15 +99,12 @@ def test_logits_that_are_not_finite_are_their_lines_error(model):
     prepared = {n: PreparedLine(n, body.pop("id"), Completion(read_body(body), model, 0)) for n, body in given.items()}
     first, second = Event(0, 0, 65, -0.5, None), Event(1, 0, 65, -0.5, "length")
     broken = Event(0, 1, 0, math.nan, "error")
-    cancelled, records = [], []
+    cancelled, records, numbers = [], [], iter((0, 1))
 
     class Engine:
-        slots, waiting, submitted = 2, 0, -1
+        slots, waiting = 2, 0
         cancel = staticmethod(lambda *which: cancelled.append(which))
-
-        def submit(self, request):
-            self.submitted += 1
-            return self.submitted
+        submit = staticmethod(lambda request: next(numbers))
 
         def run(self):
             return iter((first, broken, second))
