@@ -314,15 +314,10 @@ def test_pages_of_a_budget(small):
 
 
 def test_logits_that_are_not_finite_end_their_row_alone(engine, alone):
-<<<<<<< HEAD
     """A token whose embedding is damaged ends whoever reads it with an error at once.
 
     Whoever shares the steps, or gets the slot and its pages later, has every bit as without.
     """
-=======
-    """A token whose embedding is damaged: who reads it ends with an error at once, and whoever shares the steps, or
-    gets the slot and its pages later, has every bit as without."""
->>>>>>> d64b69160baf957cae1d97dfd89072cd89c9b54f
     good = [(one, sample) for one, sample in zip(requests(), alone, strict=True) if 63 not in one.prompt]
     assert len(good) > 3
     bad = Request([2, 3, 63, 4] * 20, 5, stop_ids=())
