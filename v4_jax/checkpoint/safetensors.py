@@ -84,9 +84,10 @@ def _read_header(file: ByteRanges) -> tuple[bytes, dict[str, Entry]]:
     path, size = file.label, file.size
     if size < 8:
         raise CheckpointError(f"{path} is truncated: it has {size} bytes, a safetensors file has at least 8")
-    if is_pointer(_read(file, min(size, 64), 0)):
+    first = _read(file, 8, 0)
+    if first == b"version " and is_pointer(_read(file, min(size, 64), 0)):
         raise CheckpointError(pointer(path))
-    length = int.from_bytes(_read(file, 8, 0), "little")
+    length = int.from_bytes(first, "little")
     if length > _MAX_HEADER:
         raise CheckpointError(
             f"{path} has a corrupt header: its length reads as {length}, the format allows up to {_MAX_HEADER}"
@@ -121,8 +122,8 @@ def _entry(path: str, name: str, value: Any, start: int) -> Entry:
         legal = False
     if not legal:
         raise CheckpointError(
-            f"{path} has a corrupt header: the entry of {escaped(name)} is {shown(value)}, expected dtype, shape and two "
-            "data_offsets"
+            f"{path} has a corrupt header: the entry of {escaped(name)} is {shown(value)}, expected dtype, shape "
+            "and two data_offsets"
         )
     if dtype not in DTYPES:
         raise CheckpointError(
