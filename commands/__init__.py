@@ -38,7 +38,7 @@ VERBS = {
     "plan": "compile for a TPU topology: fit, cost, and the mesh to use",
     "train": "continued pretraining with Muon, from released weights or from nothing",
     "plot": "a training run's metrics, or several runs', as curves in a PNG",
-    "verify": "compare two checkpoints, tensor by tensor",
+    "verify": "compare two checkpoints, tensor by tensor, or check one alone",
 }
 
 

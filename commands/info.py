@@ -9,7 +9,10 @@ from typing import Annotated
 import tyro
 
 from v4_jax.chat import EffortProfile, read_profile
-from v4_jax.checkpoint import run_of
+from v4_jax.checkpoint import open_checkpoint, run_of
+from v4_jax.checkpoint.converted import MANIFEST
+from v4_jax.checkpoint.released import INDEX, SINGLE
+from v4_jax.checkpoint.trained import steps
 from v4_jax.commands import info_report as card
 from v4_jax.commands.shared.console import CommandError, bad_input, show
 from v4_jax.commands.shared.contexts import check_length
@@ -35,7 +38,7 @@ Subject = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL", he
 def info(model: Subject, *, context: OptionalSize = None, as_json: JsonFlag = False) -> None:
     """Prints a model's card: layers, parameters, FLOPs per token and cache, and how they compare with DeepSeek-V3.2.
 
-    Nothing but config.json is read, and the encoding's text, which tells what the reasoning efforts mean.
+    Of a directory with weights, every tensor's header is checked; the weights themselves are not read.
 
     Examples:
       v4-jax info flash --context 1M
@@ -47,6 +50,7 @@ def info(model: Subject, *, context: OptionalSize = None, as_json: JsonFlag = Fa
       as_json: Write the numbers as one JSON object.
     """
     config = config_of(model)
+    _check_headers(Path(model))
     longest = config.max_position_embeddings
     context = min(_DEFAULT_CONTEXT, longest) if context is None else context
     check_length(config, context)
@@ -55,6 +59,21 @@ def info(model: Subject, *, context: OptionalSize = None, as_json: JsonFlag = Fa
         print(json.dumps(card.as_json(config, context, profile), indent=2))
     else:
         show(card.render(config, context, profile))
+
+
+def _check_headers(path: Path) -> None:
+    """Opens a directory that holds weights, or says that it does, and accounts for all of its tensors.
+
+    Raises:
+      CommandError: something is missing or damaged.
+    """
+    marks = (MANIFEST, INDEX, SINGLE)
+    run = run_of(path)
+    if run is not None and not steps(run):
+        return  # a run that has saved nothing yet
+    if run is not None or any((path / mark).exists() for mark in marks) or any(path.glob("*.safetensors")):
+        with bad_input(), open_checkpoint(path):
+            pass
 
 
 def config_of(model: str) -> Config:

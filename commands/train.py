@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,13 +13,16 @@ from rich.table import Table
 
 from v4_jax.commands import INTERRUPTED
 from v4_jax.commands.shared import devices
-from v4_jax.commands.shared.console import CommandError, bad_input, needs, say, show
+from v4_jax.commands.shared.console import CommandError, bad_input, needs, say, show, working
 from v4_jax.commands.shared.options import Flag
 from v4_jax.config import Config
 from v4_jax.placement import Place
 
 if TYPE_CHECKING:
+    from v4_jax.train.data import PackedRows
+    from v4_jax.train.metrics import Metrics
     from v4_jax.train.settings import Settings
+    from v4_jax.train.setup import Origin
 
 Words = Annotated[
     tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SETTINGS.yaml FIELD=VALUE", help_behavior_hint="")
@@ -61,21 +64,31 @@ def train(words: Words = (), /, *, fields: Flag = False, distributed: Flag = Fal
 
 def _train(settings: Settings, distributed: bool) -> int:
     with needs("train"):
-        from v4_jax.train.checkpoints import SaveError
-        from v4_jax.train.loop import Trainer, TrainingError
-        from v4_jax.train.metrics import Metrics, Report
-        from v4_jax.train.schedules import stage_at
-        from v4_jax.train.setup import Origin, notes, open_rows, open_run
+        from v4_jax.train.metrics import Metrics
+        from v4_jax.train.setup import Origin, locked, notes, open_rows, open_run
 
     devices.join(distributed)
     with bad_input():
         origin = Origin.of(settings)
         place = _place(settings, origin.config)
-        rows = open_rows(settings, origin)
+        rows = open_rows(settings, origin, say)
         open_run(settings, origin)
-        metrics = None if jax.process_index() else Metrics(settings.run, tensorboard=settings.log.tensorboard)
     for note in notes(settings, origin.config):
         say(f"note: {note}")
+    with contextlib.ExitStack() as stack:
+        with bad_input():
+            stack.enter_context(locked(settings.run))
+            metrics = None if jax.process_index() else Metrics(settings.run, tensorboard=settings.log.tensorboard)
+        stack.enter_context(metrics or contextlib.nullcontext())
+        return _run(settings, origin, place, rows, metrics)
+
+
+def _run(settings: Settings, origin: Origin, place: Place, rows: PackedRows, metrics: Metrics | None) -> int:
+    from v4_jax.train.checkpoints import SaveError
+    from v4_jax.train.loop import Trainer, TrainingError
+    from v4_jax.train.metrics import Report
+    from v4_jax.train.schedules import stage_at
+
     report = Report(
         metrics,
         origin.config,
@@ -84,15 +97,30 @@ def _train(settings: Settings, distributed: bool) -> int:
         length=lambda step: settings.stages[stage_at(settings, step)].length,
         say=say,
     )
-    trainer = Trainer(settings, origin.config, place, rows, lambda: origin.fresh(place, settings.seed), report, say)
-    with metrics or contextlib.nullcontext():
-        try:
-            with bad_input():
-                end = trainer.run()
-        except (SaveError, TrainingError) as error:
-            raise CommandError(str(error)) from None
+    try:
+        with bad_input():
+            end = Trainer(
+                settings,
+                origin.config,
+                place,
+                rows,
+                lambda: origin.fresh(place, settings.seed),
+                report,
+                say,
+                compiling=_compiling,
+            ).run()
+    except (SaveError, TrainingError) as error:
+        raise CommandError(str(error)) from None
     say(f"{end} at step {report.step:,} of {settings.steps:,}: {settings.run}")
     return 0 if end == "done" else INTERRUPTED
+
+
+@contextlib.contextmanager
+def _compiling(what: str) -> Iterator[None]:
+    """Says what a silence of minutes is for, and shows that it goes on."""
+    say(f"compiling {what}")
+    with working(f"compiling {what}"):
+        yield
 
 
 def _place(settings: Settings, config: Config) -> Place:

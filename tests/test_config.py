@@ -148,5 +148,5 @@ def test_unreadable_files(tmp_path):
     with pytest.raises(ConfigError, match="is not valid JSON"):
         Config.from_hf(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ConfigError, match="holds a list"):
+    with pytest.raises(ConfigError, match="holds a JSON list"):
         Config.from_hf(tmp_path)

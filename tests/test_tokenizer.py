@@ -158,6 +158,19 @@ def test_smallest_and_largest_byte_vocabularies(tmp_path):
         load_tokenizer(tmp_path / "missing", 256)
 
 
+def test_saved_truncation_and_padding_are_switched_off(tmp_path):
+    size = build_vocabulary(tmp_path)
+    whole = load_tokenizer(tmp_path, size)
+    saved = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    saved.enable_truncation(16)
+    saved.enable_padding(length=400)
+    saved.save(str(tmp_path / "tokenizer.json"))
+    found, text = load_tokenizer(tmp_path, size), "the token, the tokens " * 9
+    assert found.encode(text) == whole.encode(text) and len(found.encode(text)) > 16
+    assert len(found.encode("token")) < 16
+    assert found.definition() == whole.definition()
+
+
 def test_vocabulary_may_be_padded_but_not_too_small(tmp_path):
     size = build_vocabulary(tmp_path)
     tokenizer = load_tokenizer(tmp_path, size + 3)

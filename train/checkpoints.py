@@ -8,6 +8,7 @@ RUN/checkpoints/STEP/ahead/       experts chosen for coming batches, while antic
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,16 +18,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
-from v4_jax.checkpoint.orbax_arrays import chunking
+from v4_jax.checkpoint.digests import Digests, enabled
+from v4_jax.checkpoint.orbax_arrays import chunking, open_arrays
+from v4_jax.checkpoint.tensors import CheckpointError, names_in
 from v4_jax.checkpoint.trained import CHECKPOINTS
+from v4_jax.json_files import read_object
 from v4_jax.outputs import Routing
 from v4_jax.train.objectives.pretraining import Decisions
+from v4_jax.train.settings import differences
 from v4_jax.train.step import TrainState
+
+_UNFINISHED = ".orbax-checkpoint-tmp"
+_SHAPING = ("optimizer.matrices", "model", "architecture")  # settings that parameters and optimiser take shape from
 
 
 class SaveError(Exception):
     """A checkpoint that could not be written. The message is a sentence for the user."""
+
+
+class FitError(ValueError):
+    """A checkpoint of other settings than those it is to go on with. The message is a sentence for the user."""
 
 
 class Saved(NamedTuple):
@@ -50,12 +63,18 @@ class Checkpoints:
       run: the run's directory.
       keep: how many of the newest to keep.
       keep_every: also keep those of multiples of so many steps.
+      digests: whether to write and check digests of what is saved.
     """
 
-    def __init__(self, run: Path, *, keep: int = 3, keep_every: int | None = None) -> None:
+    def __init__(self, run: Path, *, keep: int = 3, keep_every: int | None = None, digests: bool = True) -> None:
         self._directory = run.absolute() / CHECKPOINTS
+        self._digests, self._saving, self._failed = digests and enabled(), 0, False
         self._options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, keep_period=keep_every, enable_async_checkpointing=True, create=True
+            max_to_keep=keep,
+            keep_period=keep_every,
+            enable_async_checkpointing=True,
+            create=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_digests),
         )
         self._manager = self._open()
 
@@ -82,7 +101,7 @@ class Checkpoints:
         Raises:
           SaveError: this one or the one before cannot be written.
         """
-        step = int(state.step)
+        self._saving = step = int(state.step)
         items: dict[str, Any] = {
             # One chunk a matrix, so that an export reads each of them once.
             "params": ocp.args.StandardSave(state.params, save_args=jax.tree.map(chunking, state.params)),
@@ -106,33 +125,103 @@ class Checkpoints:
             action()
         except Exception as error:  # Orbax and TensorStore raise many kinds; all mean that nothing was saved
             kept = self.newest
+            self._failed = True
             raise SaveError(
                 f"the checkpoint cannot be written to {self._directory}: {_reason(error)}; "
                 + (f"the newest one is that of step {kept}" if kept is not None else "there is none yet")
             ) from error
 
-    def restore(self, shapes: TrainState, say: Callable[[str], None]) -> Saved | None:
+    def _write_digests(self) -> None:
+        """Of a checkpoint that is written and has not its final name yet: by Orbax's thread, while training goes on."""
+        if self._digests:
+            for step in self._directory.glob(f"{self._saving}{_UNFINISHED}*"):
+                for item in step.iterdir():
+                    if item.is_dir():
+                        Digests(item).write()
+
+    def _remove_unfinished(self) -> None:
+        """Gives back the space that a checkpoint took which cannot be completed."""
+        if jax.process_index() == 0:
+            for path in self._directory.glob(f"*{_UNFINISHED}*"):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def restore(self, shapes: TrainState, say: Callable[[str], None], settings: dict[str, Any]) -> Saved | None:
         """The newest checkpoint that can be read; None without any.
 
-        Those that cannot are put aside, so that the run can save the same step again.
+        Those that are damaged are put aside, so that the run can save the same step again.
 
         Args:
           shapes: what to restore, as placed `jax.ShapeDtypeStruct`s.
-          say: told about each that cannot be read.
+          say: told about each that is damaged.
+          settings: the run's, as `Settings.model_dump` gives them.
+
+        Raises:
+          FitError: the newest one that is whole has parameters or an optimiser's state of another shape.
+          OSError: the system cannot read it: it may be whole.
         """
         while (step := self.newest) is not None:
             try:
+                self._check(step)
+                self._check_fit(step, shapes, settings)
                 return self._read(step, shapes)
+            except (FitError, MemoryError, PermissionError):
+                raise
             except Exception as error:  # whatever a damaged file makes the readers raise
-                aside = self._directory.parent / "damaged" / str(step)
+                if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.ENOTDIR):
+                    raise
+                if "RESOURCE_EXHAUSTED" in str(error):
+                    raise
+                aside = _unused(self._directory.parent / "damaged" / str(step))
                 say(f"the checkpoint of step {step} cannot be read ({_reason(error)}): put aside as {aside}")
                 self._manager.close()
                 if jax.process_index() == 0:
-                    shutil.rmtree(aside, ignore_errors=True)
                     aside.parent.mkdir(exist_ok=True)
                     (self._directory / str(step)).rename(aside)
                 self._manager = self._open()
         return None
+
+    def _check(self, step: int) -> None:
+        """Checks the digests of a step, each process those of a part of it.
+
+        Raises:
+          CheckpointError: something is damaged.
+        """
+        if not self._digests:
+            return
+        part, damaged = (jax.process_index(), jax.process_count()), []
+        for item in sorted((self._directory / str(step)).iterdir()):
+            if item.is_dir() and (found := Digests(item)):
+                damaged += [f"{item.name}: {name}" for name in found.damaged(part=part)]
+        if jax.process_count() > 1 and multihost_utils.process_allgather(np.asarray(bool(damaged))).any():
+            damaged = damaged or ["a part that another process read"]
+        if damaged:
+            raise CheckpointError(f"its bytes on disk are not those that were written: {names_in(damaged)}")
+
+    def _check_fit(self, step: int, shapes: TrainState, settings: dict[str, Any]) -> None:
+        """Checks that what was saved has the shapes that are wanted.
+
+        Raises:
+          FitError: it has not.
+          CheckpointError: its arrays' descriptions cannot be read.
+        """
+        folder = self._directory / str(step)
+        different: list[str] = []
+        for item, tree in (("params", shapes.params), ("optimizer", shapes.optimizer)):
+            found = {key: array.shape for key, array in open_arrays(folder / item)}
+            wanted = {
+                jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
+                for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+            }
+            different += [f"{item}: {key}" for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
+        if different:
+            saved = read_object(folder / "progress" / "metadata", CheckpointError).get("settings", {})
+            changed = differences(saved, settings)
+            cause = [f"{name} changed {how}" for name, how in changed.items() if name.startswith(_SHAPING)]
+            cause = cause or [f"{name} changed {how}" for name, how in changed.items()] or ["the program has changed"]
+            raise FitError(
+                f"the checkpoint of step {step} does not fit these settings: {'; '.join(cause)} "
+                f"({names_in(different)}); nothing was touched; expected the settings it was saved with, or a new run"
+            )
 
     def _read(self, step: int, shapes: TrainState) -> Saved:
         items: dict[str, Any] = {
@@ -148,8 +237,23 @@ class Checkpoints:
         return Saved(TrainState(count, found["params"], found["optimizer"]), found["progress"], ahead)
 
     def close(self) -> None:
-        """Ends background work."""
-        self._manager.close()
+        """Ends background work, and takes away what a failed save left."""
+        try:
+            self._manager.close()
+        except Exception:  # of the save that failed, which has been said
+            if not self._failed:
+                raise
+        if self._failed:
+            self._remove_unfinished()
+
+
+def _unused(path: Path) -> Path:
+    """The path, or one numbered after it that is not taken: what was put aside is never overwritten."""
+    found, number = path, 1
+    while found.exists():
+        number += 1
+        found = path.with_name(f"{path.name}-{number}")
+    return found
 
 
 def _plain(decisions: Decisions) -> dict[str, Any]:

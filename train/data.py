@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -51,6 +52,7 @@ class Corpus:
         eos_id: int | None,
         seed: int,
         shuffle: bool = True,
+        on_bad: Callable[[str], None] | None = None,
     ) -> None:
         if not sources:
             raise DataError("there are no sources; expected at least one")
@@ -68,8 +70,10 @@ class Corpus:
             vocab_size=vocab_size,
             before=[] if bos_id is None else [bos_id],
             after=[] if eos_id is None else [eos_id],
+            on_bad=on_bad,
         )
-        parts = [read_documents(source) for source in sources]
+        found = [read_documents(source, skip=on_bad is not None) for source in sources]
+        parts = [part.dataset for part in found]
         weights = [source.weight for source in sources]
         #: What must be the same for a state of `PackedRows` to make sense.
         self.identity = {
@@ -77,7 +81,10 @@ class Corpus:
             "weights": weights,
             "seed": seed,
             "shuffle": shuffle,
+            "layout": [part.layout for part in found],
         }
+        #: What may change under a state, and should be said.
+        self.content = [part.content for part in found]
         #: Among this many documents in a row there is each one of each source; the mixture's rounding is covered.
         self.longest_pass = max(
             2 * int(len(part) * sum(weights) / weight) + 2 for part, weight in zip(parts, weights, strict=True)
@@ -91,6 +98,10 @@ class Corpus:
         self.documents: grain.MapDataset[np.ndarray] = mixture.map(tokenise)
 
 
+# In place of a document that cannot be used: as empty as others, and told from them by its dtype.
+_BAD = np.zeros(0, np.int8)
+
+
 def _tokenise(
     document: Document,
     *,
@@ -98,8 +109,28 @@ def _tokenise(
     vocab_size: int,
     before: list[int],
     after: list[int],
+    on_bad: Callable[[str], None] | None,
 ) -> np.ndarray:
-    content, where = document
+    content, where, problem = document
+    try:
+        if problem is not None:
+            raise DataError(problem)
+        return _token_ids(content, where, encode, vocab_size, before, after)
+    except DataError as error:
+        if on_bad is None:
+            raise
+        on_bad(str(error))
+        return _BAD
+
+
+def _token_ids(
+    content: str | np.ndarray,
+    where: str,
+    encode: Callable[[str], list[int]] | None,
+    vocab_size: int,
+    before: list[int],
+    after: list[int],
+) -> np.ndarray:
     if not len(content):
         return np.zeros(0, np.int32)
     if isinstance(content, str):
@@ -135,12 +166,14 @@ class _Position:
       length: of the open rows.
       rows: the open rows' pieces.
       waiting: pieces of any size that go before the next document.
+      skipped: documents so far that could not be used.
     """
 
     following: int = 0
     length: int = 0
     rows: tuple[tuple[_Piece, ...], ...] = ()
     waiting: tuple[_Piece, ...] = ()
+    skipped: int = 0
 
 
 class PackedRows:
@@ -200,37 +233,54 @@ class PackedRows:
         """Returns what `restore` needs to hand out exactly the following batches; JSON, without any tokens."""
 
         def names(pieces: Sequence[_Piece]) -> list[list[int]]:
-            return [[piece.document, piece.begin] for piece in pieces]
+            return [[piece.document, piece.begin, zlib.crc32(piece.tokens.tobytes())] for piece in pieces]
 
         return {
             "corpus": self._corpus.identity,
+            "content": self._corpus.content,
+            "skipped": self._position.skipped,
             "following": self._position.following,
             "length": self._position.length,
             "rows": [names(row) for row in self._position.rows],
             "waiting": names(self._position.waiting),
         }
 
+    def edited(self, state: dict[str, Any]) -> bool:
+        """Whether files of the corpus have other names or sizes than when `state` was taken."""
+        return state.get("content", self._corpus.content) != self._corpus.content
+
     def restore(self, state: dict[str, Any]) -> None:
         """Goes to where `state` was taken.
 
         Raises:
-          DataError: it was taken with another corpus.
+          DataError: it was taken with another corpus, or with other texts in the documents that it is amid.
         """
-        if state["corpus"] != self._corpus.identity:
+        identity, found = self._corpus.identity, state["corpus"]
+        if different := [key for key in found if found[key] != identity.get(key)]:
+            what = ", ".join(f"{key} {found[key]}, which is now {identity.get(key)}" for key in different)
             raise DataError(
-                f"the data state was saved with the corpus {state['corpus']}, but this one is {self._corpus.identity}"
+                f"the data state was saved with another corpus ({what}): its place in the data would mean other texts; "
+                "expected the data as it was, or a new run"
             )
 
         def pieces(names: list[list[int]]) -> tuple[_Piece, ...]:
-            return tuple(_Piece(document, begin, self._read(document)[begin:]) for document, begin in names)
+            return tuple(piece(*name) for name in names)
+
+        def piece(document: int, begin: int, digest: int | None = None) -> _Piece:
+            tokens = self._read(document)[begin:]
+            if not len(tokens) or digest not in (None, zlib.crc32(tokens.tobytes())):
+                raise DataError(
+                    f"the data state was saved amid document {document}, which has other text or another tokenizer "
+                    "now; expected the data as it was, or a new run"
+                )
+            return _Piece(document, begin, tokens)
 
         self._settle()
         length = state["length"]
         rows, waiting = tuple(map(pieces, state["rows"])), pieces(state["waiting"])
-        held = [piece for row in (*rows, waiting) for piece in row]
-        if not all(len(piece.tokens) for piece in held) or any(_used(row) >= length for row in rows):
+        if any(_used(row) >= length for row in rows):
             raise DataError("the data state was saved with other documents or another tokenizer than this corpus has")
-        self._position = _Position(state["following"], length, rows, waiting)
+        self._position = _Position(state["following"], length, rows, waiting, state.get("skipped", 0))
 
     def _read(self, document: int) -> np.ndarray:
         return self._corpus.documents[document]
@@ -253,11 +303,12 @@ class PackedRows:
             rows, waiting = [], deque(sorted(held, key=lambda piece: piece[:2]))
         room = [length - _used(row) for row in rows]
         done: list[list[_Piece]] = []
-        empty = 0
+        empty, skipped = 0, position.skipped
         while len(done) < count:
             if not waiting:
                 document = _Piece(following, 0, self._draw(following))
                 following += 1
+                skipped += document.tokens.dtype == _BAD.dtype
                 empty = 0 if len(document.tokens) else empty + 1
                 if empty > self._corpus.longest_pass:
                     raise DataError("all documents of the corpus are empty; expected at least one with text")
@@ -284,7 +335,8 @@ class PackedRows:
                 if not room[row]:
                     done.append(rows.pop(row))
                     room.pop(row)
-        return _batch(done, length), _Position(following, length, tuple(map(tuple, rows)), tuple(waiting))
+        after = _Position(following, length, tuple(map(tuple, rows)), tuple(waiting), skipped)
+        return _batch(done, length), after
 
     def _draw(self, document: int) -> np.ndarray:
         """Tokens [n] of a document; those after it are read ahead."""

@@ -80,14 +80,34 @@ class Document(NamedTuple):
     Attributes:
       content: its text, or [n] integer token ids; empty for a blank line.
       where: file and place, for messages.
+      problem: why it cannot be used, where that is not raised.
     """
 
     content: str | np.ndarray
     where: str
+    problem: str | None = None
 
 
-def read_documents(source: Source) -> grain.MapDataset[Document]:
-    """Opens all files of a source; documents are in the order of their paths, then of their places.
+class Documents(NamedTuple):
+    """The documents of a source.
+
+    Attributes:
+      dataset: in the order of their files' paths, then of their places.
+      layout: changes where a document's number comes to mean another place.
+      content: changes where a file's size or name does.
+    """
+
+    dataset: grain.MapDataset[Document]
+    layout: int
+    content: int
+
+
+def read_documents(source: Source, *, skip: bool = False) -> Documents:
+    """Opens all files of a source.
+
+    Args:
+      source: which.
+      skip: whether a document that cannot be read comes with its problem; otherwise that is raised.
 
     Raises:
       DataError: there is no such file or no document in any, a file cannot be read, or its format has no such field.
@@ -95,23 +115,51 @@ def read_documents(source: Source) -> grain.MapDataset[Document]:
     files: dict[str, list[Path]] = {}
     for path in _files(source):
         files.setdefault(_format(path) if source.format == "auto" else source.format, []).append(path)
-    parts: list[grain.MapDataset[Document]] = []
+    parts: list[Any] = []
+    layout, content = [], []
     if "text" in files:
         if source.field == TOKENS:
             raise DataError(f"{str(files['text'][0])!r} is text and holds no token ids; legal with them are {_legal()}")
-        parts.append(grain.MapDataset.source(_TextFiles(files.pop("text"))))
+        texts = files.pop("text")
+        layout.append([path.name for path in texts])
+        content += texts
+        parts.append(_TextFiles(texts))
     readers: dict[str, Callable[[Path, str], Any]] = {
         "jsonl": _JsonLines,
         "parquet": _Parquet,
         "arrayrecord": _ArrayRecord,
     }
-    parts += [
-        grain.MapDataset.source(readers[name](path, source.field)) for name in sorted(files) for path in files[name]
-    ]
-    documents = grain.MapDataset.concatenate(parts)
+    for name in sorted(files):
+        opened = [readers[name](path, source.field) for path in files[name]]
+        layout.append([len(part) for part in opened])
+        content += files[name]
+        parts += opened
+    sizes = [[path.name, path.stat().st_size] for path in content]
+    read = [grain.MapDataset.source(_Lenient(part) if skip else part) for part in parts]
+    documents = grain.MapDataset.concatenate(read)
     if not len(documents):
         raise DataError(f"there are no documents in {source.path!r}: its files are empty")
-    return documents
+    return Documents(documents, _crc(layout), _crc(sizes))
+
+
+def _crc(content: Any) -> int:
+    return zlib.crc32(json.dumps(content).encode())
+
+
+class _Lenient:
+    """Documents of a file, of which those that cannot be read say why."""
+
+    def __init__(self, documents: Any) -> None:
+        self._documents = documents
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def __getitem__(self, index: int) -> Document:
+        try:
+            return self._documents[index]
+        except DataError as error:
+            return Document("", "", str(error))
 
 
 def _legal() -> str:
@@ -167,7 +215,7 @@ class _TextFiles:
     def __getitem__(self, index: int) -> Document:
         where = repr(str(self._paths[index]))
         with _reading(where):
-            return Document(self._paths[index].read_bytes().decode(), where)
+            return Document(self._paths[index].read_bytes().decode("utf-8-sig"), where)
 
 
 class _JsonLines:
@@ -280,7 +328,7 @@ class _ArrayRecord:
 
 def _parse(line: bytes, field: str, where: str) -> Document:
     """Reads a JSON object; blank lines are empty documents."""
-    text = line.decode()
+    text = line.decode("utf-8-sig")  # a byte order mark before the first line is none of its text
     if not text.strip():
         return Document("", where)
     content = json.loads(text)

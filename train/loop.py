@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple, Protocol
@@ -18,17 +19,19 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
+from v4_jax.checkpoint.orbax_arrays import quiet
 from v4_jax.config import Config
 from v4_jax.parameters import Loss
 from v4_jax.placement import Place
 from v4_jax.policy import Policy
 from v4_jax.train.batch import Batch
-from v4_jax.train.checkpoints import Checkpoints
-from v4_jax.train.data import PackedRows
+from v4_jax.train.checkpoints import Checkpoints, Saved
+from v4_jax.train.data import DataError, PackedRows
 from v4_jax.train.objectives.pretraining import Decisions
 from v4_jax.train.optimizer import optimizer
 from v4_jax.train.schedules import attention, learning_rate, loss_weights, stage_at, trained_loss
-from v4_jax.train.settings import Settings
+from v4_jax.train.settings import Settings, differences
+from v4_jax.train.setup import record_settings
 from v4_jax.train.stability import Recovery, SpikeDetector
 from v4_jax.train.step import TrainState, abstract_state, jit_step, make_decide, make_step
 from v4_jax.transformer import Transformer
@@ -45,8 +48,8 @@ class TrainingError(Exception):
 class Log(Protocol):
     """Where metrics go."""
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Notes the metrics of a step, counted from 1."""
+    def write(self, step: int, metrics: dict[str, float], over_at: float) -> None:
+        """Notes the metrics of a step, counted from 1, that was over at a time of `time.monotonic`."""
 
     def rewind(self, step: int) -> None:
         """Forgets what was noted after a step, which will be taken again."""
@@ -70,6 +73,7 @@ class Trainer:
       fresh: makes the parameters that a new run starts from: float32, where `place` wants them.
       log: where metrics go.
       say: told what a person at the terminal should know.
+      compiling: entered while a program is compiled, which takes minutes; told which.
     """
 
     def __init__(
@@ -81,11 +85,16 @@ class Trainer:
         fresh: Callable[[], Any],
         log: Log,
         say: Callable[[str], None],
+        compiling: Callable[[str], contextlib.AbstractContextManager[None]] = lambda what: contextlib.nullcontext(),
     ) -> None:
+        self._compiling, self._called = compiling, set[Any]()
         self._settings, self._config, self._place, self._rows = settings, config, place, rows
         self._fresh, self._log, self._say = fresh, log, say
         self._checkpoints = Checkpoints(
-            settings.run, keep=settings.checkpoints.keep, keep_every=settings.checkpoints.keep_every
+            settings.run,
+            keep=settings.checkpoints.keep,
+            keep_every=settings.checkpoints.keep_every,
+            digests=settings.checkpoints.digests,
         )
         stability = settings.stability
         self._detector = SpikeDetector(stability.spike, stability.window)
@@ -154,7 +163,7 @@ class Trainer:
 
     def _start(self) -> TrainState:
         """The newest checkpoint's state, or a new run's."""
-        saved = self._checkpoints.restore(self._shapes, self._say)
+        saved = self._checkpoints.restore(self._shapes, self._say, self._settings.model_dump(mode="json"))
         self._ready.clear()
         self._ahead.clear()
         if saved is None:
@@ -165,12 +174,28 @@ class Trainer:
             self._rows.restore(self._data)
             self._detector.restore(SpikeDetector(None, 1).state())
             return TrainState(step, params, state)
+        self._say_changes(saved)
         self._data = saved.progress["data"]
         self._rows.restore(self._data)
         self._detector.restore(saved.progress["loss"])
         self._recovery.restore(saved.progress["recovery"])
         self._ahead.extend(self._place.put(decisions) for decisions in saved.ahead)
         return saved.state
+
+    def _say_changes(self, saved: Saved) -> None:
+        """Tells what is not as it was when a checkpoint was saved."""
+        step, changed = (
+            int(saved.state.step),
+            differences(saved.progress.get("settings", {}), self._settings.model_dump(mode="json")),
+        )
+        if changed:
+            said = "; ".join(f"{name} {how}" for name, how in changed.items() if name != "run")
+            self._say(f"settings that changed since step {step:,}: {said}")
+        if self._rows.edited(saved.progress["data"]):
+            self._say(
+                f"note: the training data's files have other sizes or names than at step {step:,}: "
+                "the run goes on at the same numbers of documents"
+            )
 
     def _save(self, state: TrainState) -> None:
         progress = {"data": self._data, "loss": self._detector.state(), "recovery": self._recovery.state()}
@@ -185,9 +210,10 @@ class Trainer:
         Raises:
           TrainingError: the loss does not come back from a spike, or is not finite.
           v4_jax.train.checkpoints.SaveError: a checkpoint cannot be written.
-          v4_jax.train.data.DataError: a document cannot be used.
+          v4_jax.train.checkpoints.FitError: the newest checkpoint is one of other settings.
+          v4_jax.train.data.DataError: a document cannot be used; what was learnt before it is saved.
         """
-        with self._stopping():
+        with self._stopping(), quiet():  # what Orbax would log reaches us as exceptions
             try:
                 return self._run()
             finally:
@@ -197,16 +223,23 @@ class Trainer:
         begin = self._data
         state = self._start()
         step = saved = int(state.step)
+        record_settings(self._settings)
         if step:
             self._say(f"continuing after step {step:,} of {self._settings.steps:,}")
         self._log.rewind(step)
-        last: tuple[int, Any] | None = None  # read while the next step runs
+        last: tuple[int, Any, float | None] | None = None  # read while the next step runs
         while True:
             over = step >= self._settings.steps
             due = over or (step > saved and step % self._settings.checkpoints.every == 0)
             stop = self._stop_is_due(step)
+            problem: DataError | None = None
             if not (due or stop):
-                following, metrics = self._take(state, step)
+                try:
+                    following, metrics = self._take(state, step)
+                    # Where steps are not run in the background, this one is over, and reading its loss takes no time.
+                    over_at = time.monotonic() if all(x.is_ready() for x in jax.tree.leaves(metrics)) else None
+                except DataError as error:
+                    problem, stop = error, True  # what was learnt is saved first
             if last is not None and self._spiked(*last):
                 self._data = begin
                 state = self._back(last[0])
@@ -220,10 +253,17 @@ class Trainer:
                     saved = step
                 if over or stop:
                     self._checkpoints.finish()
+                    if problem is not None:
+                        raise problem
+                    self._say_skipped()
                     return "done" if over else "stopped"
                 continue
             state, step = following, step + 1
-            last = step, metrics
+            last = step, metrics, over_at
+
+    def _say_skipped(self) -> None:
+        if skipped := self._data.get("skipped"):
+            self._say(f"{skipped:,} documents could not be used and were left out, each time they came")
 
     def _take(self, state: TrainState, step: int) -> tuple[TrainState, Any]:
         """Begins one step."""
@@ -232,15 +272,26 @@ class Trainer:
         if self._recovery.anticipates(step):
             while len(self._ahead) <= self._settings.stability.ahead:
                 later = step + len(self._ahead)
-                decide = self._decide(stage_at(self._settings, later))
-                self._ahead.append(decide(state.params, self._batch(step, later)))
+                then = stage_at(self._settings, later)
+                following = self._batch(step, later)
+                with self._first(then, "decide"):
+                    self._ahead.append(self._decide(then)(state.params, following))
             decisions = self._ahead.popleft()
         else:
             self._ahead.clear()
             decisions = None
         batch = self._batch(step, step)
         self._data = self._ready.popleft().data
-        return self._program(stage, decisions is not None)(state, batch, decisions)
+        with self._first(stage, decisions is not None):
+            return self._program(stage, decisions is not None)(state, batch, decisions)
+
+    def _first(self, stage: int, kind: Any) -> contextlib.AbstractContextManager[None]:
+        """Around a call of a program, which is compiled at the first."""
+        if (stage, kind) in self._called:
+            return contextlib.nullcontext()
+        self._called.add((stage, kind))
+        what = {False: "the step", True: "the step with given experts", "decide": "the choice of experts"}[kind]
+        return self._compiling(f"{what} of stage {stage + 1} of {len(self._settings.stages)}")
 
     def _batch(self, step: int, later: int) -> Batch:
         """The batch of a coming step [microbatches, B, S], on devices."""
@@ -251,13 +302,14 @@ class Trainer:
             self._ready.append(_Ready(cut, self._rows.state()))
         return self._place.put(self._ready[later - step].batch)
 
-    def _spiked(self, step: int, metrics: Any) -> bool:
+    def _spiked(self, step: int, metrics: Any, over_at: float | None) -> bool:
         """Notes a step's metrics; returns whether the loss jumped."""
         found = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        over_at = over_at or time.monotonic()
         spiked = self._detector.spiked(found["loss"]) or not found.pop("finite")
         anticipates = self._recovery.anticipates(step - 1)
         found |= {"learning_rate": float(self._rate(step - 1)), "anticipatory_routing": float(anticipates)}
-        self._log.write(step, found)
+        self._log.write(step, found, over_at)
         return spiked
 
     def _back(self, spike: int) -> TrainState:

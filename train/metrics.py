@@ -252,10 +252,10 @@ class Report:
         self._length, self._say = length, say
         self.step, self._tokens, self._since = 0, 0.0, -1.0
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Takes note of a step, counted from 1."""
+    def write(self, step: int, metrics: Mapping[str, float], over_at: float | None = None) -> None:
+        """Takes note of a step, counted from 1, that was over at a time of `time.monotonic`; by default now."""
         self.step = step
-        now, found = time.monotonic(), dict(metrics)
+        now, found = time.monotonic() if over_at is None else over_at, dict(metrics)
         self._tokens += found["tokens"]
         first, last = self._since < 0, step == self._steps
         if not (first or last or step % self._every == 0):

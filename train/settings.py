@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import types
 import typing
@@ -60,6 +61,8 @@ class DataSettings(_Section):
     """Whether a text begins with the begin-of-sentence token."""
     end: bool = True
     """Whether it ends with the end-of-sentence token."""
+    on_bad: Literal["stop", "skip"] = "stop"
+    """What a document that cannot be used does: "stop" saves and ends the run, "skip" leaves it out and counts it."""
     open_rows: PositiveInt = 16
     """Rows that are filled at once: more of them take less padding, and more memory."""
     threads: PositiveInt = 8
@@ -148,6 +151,8 @@ class CheckpointSettings(_Section):
     """How many of the newest to keep."""
     keep_every: PositiveInt | None = None
     """Also keep those of multiples of so many steps, for ever."""
+    digests: bool = True
+    """Whether to write digests of every array with a checkpoint, and to check them when a run is continued."""
 
 
 class LogSettings(_Section):
@@ -230,7 +235,7 @@ def read_settings(path: Path | None, changes: Sequence[str] = ()) -> Settings:
     """
     values: Any = {}
     if path is not None:
-        values = _parse(path.read_text(encoding="utf-8"), str(path))
+        values = _parse(path.read_text(encoding="utf-8-sig"), str(path))
         if not isinstance(values, dict):
             raise SettingsError(f"{path} holds no settings; expected YAML with fields such as run, model and data")
     for change in changes:
@@ -248,6 +253,20 @@ def read_settings(path: Path | None, changes: Sequence[str] = ()) -> Settings:
 def write_settings(settings: Settings) -> str:
     """The settings as YAML that `read_settings` reads back, defaults included."""
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Which settings changed: field -> "from old to new"; those that both have, as `Settings.model_dump` gives them."""
+    found: dict[str, str] = {}
+    for name in [key for key in now if key in before]:
+        old, new = before[name], now[name]
+        if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+            old, new = dict(enumerate(old)), dict(enumerate(new))
+        if isinstance(old, dict) and isinstance(new, dict):
+            found |= differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            found[f"{prefix}{name}"] = f"from {json.dumps(old)} to {json.dumps(new)}"
+    return found
 
 
 def describe(section: type[BaseModel] = Settings, prefix: str = "") -> Iterator[tuple[str, str, str]]:

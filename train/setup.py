@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +25,8 @@ from v4_jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from v4_jax.train.data import Corpus, PackedRows
 from v4_jax.train.documents import Source
 from v4_jax.train.settings import Settings, SettingsError, write_settings
+
+SETTINGS = "settings.yaml"
 
 
 class Origin(NamedTuple):
@@ -52,7 +56,7 @@ class Origin(NamedTuple):
             checkpoint = open_checkpoint(settings.model)
             config, directory = checkpoint.config, directory or run_of(settings.model) or settings.model
         elif isinstance(settings.architecture, Path):
-            config = Config.from_hf(json.loads(settings.architecture.read_text(encoding="utf-8")))
+            config = Config.from_hf(settings.architecture)
         else:
             config = Config.from_hf(settings.architecture or {})
         if directory is None:
@@ -66,8 +70,13 @@ class Origin(NamedTuple):
         return load(self.checkpoint, dtype="float32", mesh=place.mesh, rules=place.rules)[1]
 
 
-def open_rows(settings: Settings, origin: Origin) -> PackedRows:
+def open_rows(settings: Settings, origin: Origin, say: Callable[[str], None] = lambda text: None) -> PackedRows:
     """The run's data, from its beginning.
+
+    Args:
+      settings: the run's.
+      origin: whose tokenizer reads it.
+      say: told about the first documents that are left out.
 
     Raises:
       v4_jax.train.data.DataError: a source cannot be opened.
@@ -81,8 +90,50 @@ def open_rows(settings: Settings, origin: Origin) -> PackedRows:
         eos_id=tokenizer.eos_id if data.end else None,
         seed=settings.seed,
         shuffle=data.shuffle,
+        on_bad=_Skipped(say) if data.on_bad == "skip" else None,
     )
     return PackedRows(corpus, open_rows=data.open_rows, threads=data.threads)
+
+
+class _Skipped:
+    """Says each of the first documents that are left out once; more of them only count."""
+
+    def __init__(self, say: Callable[[str], None], most: int = 10) -> None:
+        self._say, self._most, self._said = say, most, set[str]()
+
+    def __call__(self, problem: str) -> None:
+        if problem in self._said or len(self._said) > self._most:
+            return
+        self._said.add(problem)
+        more = len(self._said) > self._most
+        self._say("left out: more documents, which only count from here" if more else f"left out: {problem}")
+
+
+@contextlib.contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Holds a run for this command alone, by its first process; the lock ends with the process, however it ends.
+
+    Raises:
+      SettingsError: another process trains it.
+    """
+    if jax.process_index():
+        yield
+        return
+    with (run / ".lock").open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SettingsError(f"{run} is being trained by another process; expected one process a run") from None
+        except OSError:
+            pass  # some network file systems have no locks
+        yield
+
+
+def record_settings(settings: Settings) -> None:
+    """Notes what a run goes on with, when it does."""
+    if jax.process_index() == 0:
+        with complete(settings.run / SETTINGS) as working:
+            working.write_text(write_settings(settings), encoding="utf-8")
 
 
 def open_run(settings: Settings, origin: Origin) -> None:
@@ -123,8 +174,12 @@ def _open_run(settings: Settings, origin: Origin) -> None:
             (run / name).parent.mkdir(parents=True, exist_ok=True)
             with complete(run / name) as working:
                 shutil.copyfile(file, working)
-    written = {"settings.yaml": write_settings(settings), "config.json": json.dumps(config, indent=2) + "\n"}
-    for name, text in {**written, RUN: json.dumps(RECORD) + "\n"}.items():  # the mark when all else is there
+    if not (run / RUN).exists():
+        record_settings(settings)
+    for name, text in {
+        "config.json": json.dumps(config, indent=2) + "\n",
+        RUN: json.dumps(RECORD) + "\n",
+    }.items():  # the mark when all else is there
         with complete(run / name) as working:
             working.write_text(text, encoding="utf-8")
 

@@ -6,12 +6,21 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, Self
 
+from v4_jax.json_files import shown
+
 AttentionRole = Literal["sliding", "csa", "hca"]
 FeedForwardRole = Literal["hash", "routed"]
 
 # `compress_ratios` entry -> attention role (technical report, section 2.3).
 ROLE_OF_RATIO: dict[int, AttentionRole] = {0: "sliding", 4: "csa", 128: "hca"}
 RATIO_OF_ROLE: dict[AttentionRole, int] = {role: ratio for ratio, role in ROLE_OF_RATIO.items()}
+
+
+# What nobody will build, and what would take for ever to lay out: a field beyond is a damaged one.
+MOST_LAYERS = 4096
+_MOST_EXPERTS = 65536
+_MOST = 1 << 24  # of any other size or id
+_MOST_NUMBER = 2e9  # of fields that are no whole numbers, and may be written like ones of 32 bits
 
 
 class ConfigError(ValueError):
@@ -174,16 +183,20 @@ def _mistyped(config: Architecture) -> Iterator[str]:
     for field in dataclasses.fields(Architecture):
         value = getattr(config, field.name)
         if field.type == "int" and not whole(value):
-            yield f"{field.name} is {value!r}, expected a whole number"
+            yield f"{field.name} is {shown(value)}, expected a whole number"
         if field.type == "float" and not (whole(value) or isinstance(value, float)):
-            yield f"{field.name} is {value!r}, expected a number"
+            yield f"{field.name} is {shown(value)}, expected a number"
     for name in ("compress_ratios", "dspark_target_layer_ids"):
         for value in getattr(config, name):
             if not whole(value):
-                yield f"{name} contains {value!r}, expected whole numbers"
+                yield f"{name} contains {shown(value)}, expected whole numbers"
+                break
     for name, value in dataclasses.asdict(config.rope_scaling).items():
         if not (whole(value) or isinstance(value, float)):
-            yield f"rope_scaling {name} is {value!r}, expected a number"
+            yield f"rope_scaling {name} is {shown(value)}, expected a number"
+
+
+_NUMBERS = {field.name for field in dataclasses.fields(Architecture) if field.type == "float"}
 
 
 def _problems(config: Architecture) -> Iterator[str]:
@@ -194,7 +207,19 @@ def _problems(config: Architecture) -> Iterator[str]:
     for name in positive:
         value = getattr(config, name)
         if value < 0 or (value == 0 and name not in allowed_zero):
-            yield f"{name} is {value}, expected a positive number"
+            yield f"{name} is {shown(value)}, expected a positive number"
+            return
+        most: float = {"num_hidden_layers": MOST_LAYERS, "n_routed_experts": _MOST_EXPERTS}.get(name, _MOST)
+        if isinstance(value, float) or name in _NUMBERS:
+            most = _MOST_NUMBER
+        if name == "max_position_embeddings":
+            most = 1 << 31
+        if not value <= most:  # what is not a number is not either
+            yield f"{name} is {shown(value)}, expected at most {most:,.0f}"
+            return
+    for name, value in dataclasses.asdict(config.rope_scaling).items():
+        if not 0 < value <= _MOST_NUMBER:
+            yield f"rope_scaling {name} is {shown(value)}, expected a positive number up to {_MOST_NUMBER:,.0f}"
             return
     if config.dspark_block_size:
         yield from _dspark_problems(config)
@@ -204,8 +229,8 @@ def _problems(config: Architecture) -> Iterator[str]:
             f"{config.num_hidden_layers + config.num_nextn_predict_layers} (num_hidden_layers + "
             "num_nextn_predict_layers)"
         )
-    for ratio in sorted(set(config.compress_ratios) - set(ROLE_OF_RATIO)):
-        yield f"compress_ratios contains {ratio}, expected one of {sorted(ROLE_OF_RATIO)}"
+    for ratio in sorted(set(config.compress_ratios) - set(ROLE_OF_RATIO))[:1]:
+        yield f"compress_ratios contains {shown(ratio)}, expected one of {sorted(ROLE_OF_RATIO)}"
     if any(config.compress_ratios[config.num_hidden_layers :]):
         yield "a draft block's compress_ratios entry is not 0: it is a sliding-window block"
     if config.num_nextn_predict_layers > 1:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from v4_jax import costs
-from v4_jax.architecture import Architecture, ConfigError, Yarn
+from v4_jax.architecture import MOST_LAYERS, Architecture, ConfigError, Yarn
+from v4_jax.json_files import read_object, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +186,9 @@ _INERT = frozenset(
         *("id2label", "label2id", "problem_type", "is_encoder_decoder", "pad_token_id"),
         *("return_dict", "output_attentions", "output_hidden_states", "output_router_logits"),
         *("router_aux_loss_coef", "router_jitter_noise"),
+        # What tools that fine-tune, quantise or store models write down about themselves.
+        *("unsloth_fixed", "unsloth_version", "_attn_implementation", "_attn_implementation_autoset", "peft_version"),
+        *("_commit_hash", "_from_model_config", "trl_version", "sentence_transformers", "finetuning_task"),
     )
 )
 
@@ -196,48 +199,65 @@ _RELEASED_STAGES = 3  # for which `config.json` has no key but the trailing entr
 _LAYER_TYPES = {"sliding_attention": 0, "compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
 
 
+# Fields that are no numbers or words.
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("rope_parameters", "rope_scaling", "quantization_config", "compress_rates"), dict),
+    **dict.fromkeys(("compress_ratios", "layer_types", "mlp_layer_types", "dspark_target_layer_ids"), list | tuple),
+}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _read(source: str | Path | dict[str, Any]) -> dict[str, Any]:
     if isinstance(source, dict):
         return source
     path = Path(source)
     if path.is_dir():
         path = path / "config.json"
-    try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds a {type(content).__name__}, expected an object")
-    return content
+    return read_object(path, ConfigError)
 
 
 def _fields_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     """Translates a `config.json` into `Config` fields, refusing whatever it does not understand."""
     hf = dict(hf)
+    for key, kind in _KINDS.items():
+        if hf.get(key) is not None and not isinstance(hf[key], kind):
+            expected = "an object" if kind is dict else "a list"
+            raise ConfigError(f"{key} is {shown(hf[key])}, expected {expected}")
     if hf.get("model_type", "deepseek_v4") != "deepseek_v4":
-        raise ConfigError(f"model_type is {hf['model_type']!r}, expected 'deepseek_v4'")
+        raise ConfigError(f"model_type is {shown(hf['model_type'])}, expected 'deepseek_v4'")
     for key, legal in _FIXED.items():
         value = hf.pop(key, legal)
         if value != legal:
-            raise ConfigError(f"{key} is {value!r}, expected {legal!r}: no other value is implemented")
+            raise ConfigError(f"{key} is {shown(value)}, expected {legal!r}: no other value is implemented")
 
     fields: dict[str, Any] = {**_rope_fields(hf), **_dspark_fields(hf), **_rotary_width(hf)}
     fields |= _layer_fields(hf, bool(fields.get("dspark_block_size")))
     quantization = hf.get("quantization_config") or {}
-    block = quantization.get("weight_block_size", [128, 128])
-    if list(block) != [128, 128]:
-        raise ConfigError(f"quantization_config.weight_block_size is {block}, expected [128, 128]")
+    block = quantization.get("weight_block_size")
+    if block is not None and block != [128, 128]:
+        raise ConfigError(f"quantization_config.weight_block_size is {shown(block)}, expected [128, 128]")
 
     known = {f.name: f for f in dataclasses.fields(Config)}
     for name in known:
         if name not in fields and name in hf:
             fields[name] = hf.pop(name)
         hf.pop(name, None)
+    for name in ("bos_token_id", "eos_token_id"):
+        value = fields.get(name)
+        if isinstance(value, list) and value:  # all of them end an answer, and the first one is written
+            fields[name] = value[0]
+        if name in fields and value is None:
+            del fields[name]
     if fields.get("expert_dtype", "fp4") not in ("fp4", "fp8"):
-        raise ConfigError(f"expert_dtype is {fields['expert_dtype']!r}, expected 'fp4' or 'fp8'")
+        raise ConfigError(f"expert_dtype is {shown(fields['expert_dtype'])}, expected 'fp4' or 'fp8'")
     unknown = sorted(set(hf) - _INERT)
     if unknown:
-        raise ConfigError(f"unknown configuration keys {unknown}: they may change the mathematics, so they are refused")
+        raise ConfigError(
+            f"unknown configuration keys {shown(unknown)}: they may change the mathematics, so they are refused"
+        )
     missing = [
         name
         for name, field in known.items()
@@ -265,7 +285,19 @@ def _rope_fields(hf: dict[str, Any]) -> dict[str, Any]:
         nested, flat = (flat, None) if isinstance(flat, dict) and "compress" in flat else (None, flat)
     if nested is not None:
         if set(nested) - {"main", "compress"} or "compress" not in nested or "main" not in nested:
-            raise ConfigError(f"rope parameters have the entries {sorted(nested)}, expected 'main' and 'compress'")
+            raise ConfigError(
+                f"rope parameters have the entries {shown(sorted(nested))}, expected 'main' and 'compress'"
+            )
+        for name, part in nested.items():
+            if not isinstance(part, dict):
+                raise ConfigError(f"rope parameters '{name}' are {shown(part)}, expected an object")
+            if part.get("rope_theta") is None:  # as some tools write it: once, beside them
+                part = {**part, "rope_theta": hf.get("rope_theta" if name == "main" else "compress_rope_theta")}
+            if not _is_number(part["rope_theta"]):
+                raise ConfigError(
+                    f"rope parameters '{name}' have rope_theta {shown(part['rope_theta'])}, expected a number"
+                )
+            nested = {**nested, name: part}
         main, compress = dict(nested["main"]), dict(nested["compress"])
         if (main.get("rope_type") or main.get("type") or "default") != "default":
             raise ConfigError("rope parameters 'main' must be of type 'default': sliding layers run without YaRN")
@@ -288,6 +320,10 @@ def _rotary_width(hf: dict[str, Any]) -> dict[str, Any]:
     """`qk_rope_head_dim`, which transformers may only state as a fraction of the head."""
     fraction, head_dim = hf.pop("partial_rotary_factor", None), hf.get("head_dim", 0)
     width = hf.pop("qk_rope_head_dim", None)
+    if fraction is not None and not (_is_number(fraction) and 0 < fraction <= 1 and type(head_dim) is int):
+        raise ConfigError(
+            f"partial_rotary_factor is {shown(fraction)}, expected a fraction of head_dim {shown(head_dim)}"
+        )
     if fraction is not None and width is None:
         width = round(fraction * head_dim)
     if fraction is not None and width != fraction * head_dim:
@@ -296,17 +332,17 @@ def _rotary_width(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def _yarn(values: dict[str, Any]) -> Yarn:
-    kinds = {values.pop(key) for key in ("type", "rope_type") if key in values}
-    if kinds != {"yarn"}:
-        raise ConfigError(f"rope scaling type is {sorted(kinds)}, expected 'yarn'")
+    kinds = [values.pop(key) for key in ("type", "rope_type") if key in values]
+    if not kinds or any(kind != "yarn" for kind in kinds):
+        raise ConfigError(f"rope scaling type is {shown(kinds)}, expected 'yarn'")
     for key, legal in (("attention_factor", 1.0), ("mscale", 1.0), ("mscale_all_dim", 1.0), ("truncate", True)):
         value = values.pop(key, None)
         if value is not None and value != legal:
-            raise ConfigError(f"rope scaling {key} is {value}, expected {legal}: V4 applies no attention factor")
+            raise ConfigError(f"rope scaling {key} is {shown(value)}, expected {legal}: V4 applies no attention factor")
     values.pop("partial_rotary_factor", None)  # repeats qk_rope_head_dim / head_dim; applying it twice is a known bug
     names = {f.name for f in dataclasses.fields(Yarn)}
     if unknown := sorted(set(values) - names):
-        raise ConfigError(f"unknown rope scaling keys {unknown}, expected {sorted(names)}")
+        raise ConfigError(f"unknown rope scaling keys {shown(unknown)}, expected {sorted(names)}")
     if missing := sorted(names - set(values)):
         raise ConfigError(f"rope scaling lacks {missing}")
     return Yarn(**values)
@@ -320,7 +356,7 @@ def _dspark_fields(hf: dict[str, Any]) -> dict[str, Any]:
     if missing := [key for key in _DSPARK if key not in fields]:
         raise ConfigError(f"missing configuration keys {missing}, which a model with DSpark stages has")
     if not isinstance(fields["dspark_target_layer_ids"], list | tuple):
-        raise ConfigError(f"dspark_target_layer_ids is {fields['dspark_target_layer_ids']!r}, expected a list")
+        raise ConfigError(f"dspark_target_layer_ids is {shown(fields['dspark_target_layer_ids'])}, expected a list")
     return fields | {"dspark_target_layer_ids": tuple(fields["dspark_target_layer_ids"])}
 
 
@@ -331,7 +367,12 @@ def _layer_fields(hf: dict[str, Any], dspark: bool) -> dict[str, Any]:
     count, mtp = hf["num_hidden_layers"], hf.get("num_nextn_predict_layers", 0)
     if type(count) is not int or type(mtp) is not int:
         raise ConfigError(
-            f"num_hidden_layers is {count!r} and num_nextn_predict_layers is {mtp!r}, expected whole numbers"
+            f"num_hidden_layers is {shown(count)} and num_nextn_predict_layers is {shown(mtp)}, expected whole numbers"
+        )
+    if not 0 < count <= MOST_LAYERS or not 0 <= mtp <= MOST_LAYERS:
+        raise ConfigError(
+            f"num_hidden_layers is {shown(count)} and num_nextn_predict_layers is {shown(mtp)}, expected 1 to "
+            f"{MOST_LAYERS} and 0 or 1"
         )
     types, kinds = hf.pop("layer_types", None), hf.pop("mlp_layer_types", None)
     rates = hf.pop("compress_rates", None) or {}
@@ -344,8 +385,8 @@ def _layer_fields(hf: dict[str, Any], dspark: bool) -> dict[str, Any]:
     if ratios is None:
         if types is None:
             raise ConfigError("missing configuration keys ['compress_ratios']")
-        if unknown := sorted(set(types) - set(_LAYER_TYPES)):
-            raise ConfigError(f"unknown layer_types {unknown}, expected {sorted(_LAYER_TYPES)}")
+        if unknown := [kind for kind in types if not isinstance(kind, str) or kind not in _LAYER_TYPES]:
+            raise ConfigError(f"unknown layer_types {shown(unknown)}, expected {sorted(_LAYER_TYPES)}")
         ratios = [_LAYER_TYPES[kind] for kind in types] + [0] * (_RELEASED_STAGES if dspark else mtp)
     mtp, blocks = (0, len(ratios) - count) if dspark else (mtp, mtp)
     fields: dict[str, Any] = {"compress_ratios": tuple(ratios[: count + blocks]), "num_nextn_predict_layers": mtp}
@@ -354,7 +395,7 @@ def _layer_fields(hf: dict[str, Any], dspark: bool) -> dict[str, Any]:
     if kinds is not None:
         hashed = sum(kind == "hash_moe" for kind in kinds)
         if list(kinds) != ["hash_moe"] * hashed + ["moe"] * (len(kinds) - hashed):
-            raise ConfigError(f"mlp_layer_types is {kinds}, expected hash_moe layers first and moe after them")
+            raise ConfigError(f"mlp_layer_types is {shown(kinds)}, expected hash_moe layers first and moe after them")
         if hf.setdefault("num_hash_layers", hashed) != hashed:
             raise ConfigError(
                 f"num_hash_layers is {hf['num_hash_layers']}, but mlp_layer_types has {hashed} hash_moe layers"

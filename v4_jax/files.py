@@ -10,8 +10,12 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def complete(target: Path) -> Iterator[Path]:
+def complete(target: Path, *, private: bool = False) -> Iterator[Path]:
     """Yields a file to write, which becomes `target` when the block ends well, and is gone when it does not.
+
+    Args:
+      target: the file.
+      private: whether nobody but its owner may read it.
 
     Raises:
       OSError: the directory cannot be written.
@@ -23,7 +27,8 @@ def complete(target: Path) -> Iterator[Path]:
         yield working
         with working.open("rb") as file:
             os.fsync(file.fileno())
-        working.chmod(0o666 & ~_umask())  # temporary files are private, results are like any other file
+        if not private:  # as temporary files are; results are like any other file
+            working.chmod(0o666 & ~_umask())
         working.replace(target)
     except BaseException:
         working.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from v4_jax.chat import protocol
+from v4_jax.json_files import read_file
 
 _REPLACEMENT = "\ufffd"  # stands for bytes that are not UTF-8, and for ids that no token has
 
@@ -186,9 +187,12 @@ class VocabularyTokenizer:
         import tokenizers  # here, because tiny models do without
 
         try:
-            self._tokenizer: Any = tokenizers.Tokenizer.from_file(os.fspath(path))
+            self._tokenizer: Any = tokenizers.Tokenizer.from_buffer(read_file(Path(path), ValueError))
         except Exception as error:
             raise ValueError(f"{os.fspath(path)!r} is not a tokenizer that can be read: {error}") from None
+        # Files keep how their texts were cut or filled up last, which would silently change a prompt.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         for token in (protocol.BOS, protocol.EOS):
             if token not in vocabulary:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,10 +11,11 @@ from v4_jax.cache.cache import CacheDtype
 from v4_jax.chat import PROFILES, EffortProfile, effort_prefix, read_profile
 from v4_jax.chat.efforts import ENCODING
 from v4_jax.checkpoint import Checkpoint, load, open_checkpoint, run_of
-from v4_jax.commands.shared.console import CommandError, bad_input, read_json, say, watched
+from v4_jax.commands.shared.console import CommandError, bad_input, say, watched
 from v4_jax.commands.shared.options import CacheFormat, Dtype, Profile
 from v4_jax.config import Config
 from v4_jax.infer.prompts import MODES, Mode
+from v4_jax.json_files import read_object, shown
 from v4_jax.placement import Place
 from v4_jax.policy import PolicyName
 from v4_jax.tokenizer import Tokenizer, load_tokenizer
@@ -95,7 +97,10 @@ class ModelDirectory:
           CommandError: it cannot be read.
         """
         path = self.path / "generation_config.json"
-        return GenerationDefaults.of(path, read_json(path) if path.exists() else {}, self.config)
+        with bad_input():
+            content = read_object(path, CommandError) if path.exists() else {}
+        named = self.checkpoint.hf_config.get("eos_token_id")
+        return GenerationDefaults.of(path, content, self.config, named if isinstance(named, list) else [])
 
     def load(self, dtype: Dtype, place: Place = Place()) -> Any:  # noqa: B008 (frozen)
         """Reads the weights, of which each process reads what its own devices hold.
@@ -128,24 +133,37 @@ class GenerationDefaults:
     stop_ids: tuple[int, ...]
 
     @classmethod
-    def of(cls, path: Path, content: Any, config: Config) -> GenerationDefaults:
-        """Reads a parsed `generation_config.json`; keys that do not concern sampling are left alone."""
-        if not isinstance(content, dict):
-            raise CommandError(f"{path} holds a {type(content).__name__}, expected an object")
+    def of(cls, path: Path, content: dict[str, Any], config: Config, stops: Sequence[Any] = ()) -> GenerationDefaults:
+        """Reads a parsed `generation_config.json`; keys that do not concern sampling are left alone.
 
-        def number(key: str, default: float) -> float:
+        Args:
+          path: the file, for messages.
+          content: what it holds.
+          config: the architecture.
+          stops: tokens that `config.json` lists as ends of a text, besides.
+        """
+
+        def number(key: str, default: float, most: float) -> float:
             value = content.get(key)
             value = default if value is None else value
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise CommandError(f"{path} has {key} {value!r}, expected a number")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+                raise CommandError(f"{path} has {key} {shown(value)}, expected a number from 0 to {most:g}")
             return value
 
-        temperature = number("temperature", 1.0) if content.get("do_sample", True) else 0.0
-        stops = content.get("eos_token_id", config.eos_token_id)
-        stops = stops if isinstance(stops, list) else [stops]
-        if not all(type(stop) is int for stop in stops):
-            raise CommandError(f"{path} has eos_token_id {stops!r}, expected a token id or a list of them")
-        return cls(temperature, number("top_p", 1.0), int(number("top_k", 0)), number("min_p", 0.0), tuple(stops))
+        sampled = content.get("do_sample")
+        if sampled is not None and not isinstance(sampled, bool):
+            raise CommandError(f"{path} has do_sample {shown(sampled)}, expected true or false")
+        temperature = 0.0 if sampled is False else number("temperature", 1.0, 100)
+        found = content.get("eos_token_id")
+        found = config.eos_token_id if found is None else found
+        ends = [*(found if isinstance(found, list) else [found]), *stops]
+        if not all(type(end) is int and 0 <= end < config.vocab_size for end in ends):
+            raise CommandError(
+                f"{path} has eos_token_id {shown(ends)}, expected a token id or a list of them, each below "
+                f"{config.vocab_size}"
+            )
+        top_p, top_k, min_p = number("top_p", 1.0, 1), number("top_k", 0, 1 << 31), number("min_p", 0.0, 1)
+        return cls(temperature, top_p, int(top_k), min_p, tuple(dict.fromkeys(ends)))
 
 
 def cache_format(chosen: CacheFormat, policy: PolicyName) -> CacheDtype:

@@ -7,9 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from v4_jax.checkpoint import Written
+from v4_jax.checkpoint.released import INDEX, SINGLE, left_behind
+from v4_jax.checkpoint.tensors import names_in
 from v4_jax.commands.shared.console import CommandError, bad_input, progress_bar, say
 
-_GB = 1e9
+
+def _bytes(count: float) -> str:
+    """A number of bytes in the unit that suits it."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:,.2f} {unit}"
+    return f"{count:,.0f} bytes"
 
 
 def write(action: Callable[..., Written], source: Path, target: Path, label: str) -> None:
@@ -22,11 +30,14 @@ def write(action: Callable[..., Written], source: Path, target: Path, label: str
     started = time.perf_counter()
     with bad_input(), progress_bar(label) as report:
         written = action(source, target, progress=report)
-    seconds = time.perf_counter() - started
+    released = (source / INDEX).exists() or (source / SINGLE).exists()
+    if released and (behind := left_behind(source)):
+        say(f"note: left behind, as nothing here knows what they are: {names_in(behind, 10)}")
+    seconds = max(time.perf_counter() - started, 1e-3)
     resumed = f", {written.resumed} parts of which an earlier run had finished" if written.resumed else ""
     say(
-        f"wrote {written.path}: {written.tensors:,} tensors, {written.bytes / _GB:,.3f} GB in {seconds:.1f} s "
-        f"({written.bytes / _GB / seconds:,.2f} GB/s){resumed}"
+        f"wrote {written.path}: {written.tensors:,} tensors, {_bytes(written.bytes)} in {seconds:.1f} s "
+        f"({_bytes(written.bytes / seconds)}/s){resumed}"
     )
 
 

@@ -27,7 +27,7 @@ from v4_jax.infer.prefix_cache.store import Item
 from v4_jax.placement import Place
 from v4_jax.policy import Policy
 
-_FORMAT = 3  # of pages and tails in a directory: those of another are not found
+_FORMAT = 4  # of pages and tails in a directory: those of another are not found
 
 
 class PageCopies(NamedTuple):

@@ -8,22 +8,29 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import hashlib
+import json
+import math
 import os
+import stat
 import threading
 import time
 import warnings
-import zipfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 from v4_jax.files import complete
 
 Item = dict[str, np.ndarray]
 
-_SUFFIX = ".npz"
+_SUFFIX = ".pages"
+_EARLIER = (".page.npz", ".tail.npz")  # of another format, which is not found again
+_DIGEST = hashlib.sha256().digest_size
+_HEADER = 1 << 20  # bytes of a header at most
 _QUEUED = 64  # items that wait to be written; who wants to add one waits too
 _ABANDONED = 600  # seconds after which nobody is still writing a file
 
@@ -67,8 +74,10 @@ class Memory:
 class Directory:
     """Items in files, with LRU eviction.
 
-    Files are written by a thread, one after another, and appear under their names when they are complete. They hold a
-    checksum of every array. The time of a file's last change is the time of its last use, which survives restarts.
+    Files are written by a thread, one after another, and appear under their names when they are complete, for their
+    owner alone to read: they say what was prompted. They hold a digest of their name, their arrays' dtypes and shapes
+    and their bytes; one that is damaged, another item's or no such file at all is as if it were not there. The time of
+    a file's last change is the time of its last use, which survives restarts.
 
     Args:
       path: the directory; made if it is not there. Its other files are left alone.
@@ -79,7 +88,7 @@ class Directory:
     """
 
     def __init__(self, path: Path, most: int) -> None:
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._path, self._most = path, most
         self._writer, self._queue = ThreadPoolExecutor(1, "pages"), threading.Semaphore(_QUEUED)
         self._lock = threading.Lock()  # of what follows
@@ -88,10 +97,14 @@ class Directory:
         found = []
         for file in path.glob(f"*{_SUFFIX}*"):  # other processes may be at work here
             with contextlib.suppress(OSError):
-                stat = file.stat()
+                status = file.lstat()
                 if not file.name.startswith("."):
-                    found.append((stat.st_mtime_ns, file.name.removesuffix(_SUFFIX), stat.st_size))
-                elif time.time() - stat.st_mtime > _ABANDONED:  # by a process that was killed while it wrote
+                    found.append((status.st_mtime_ns, file.name.removesuffix(_SUFFIX), status.st_size))
+                elif time.time() - status.st_mtime > _ABANDONED:  # by a process that was killed while it wrote
+                    file.unlink()
+        for suffix in _EARLIER:
+            for file in path.glob(f"*{suffix}"):
+                with contextlib.suppress(OSError):
                     file.unlink()
         for _, name, size in sorted(found):
             self._add(name, size)
@@ -105,10 +118,9 @@ class Directory:
             return None
         file = self._file(name)
         try:
-            with np.load(file, allow_pickle=False) as arrays:
-                item = dict(arrays)
+            item = _read(file, name, self._most)
             os.utime(file)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
             if not isinstance(error, FileNotFoundError):
                 warnings.warn(f"{file} is damaged and was removed: {error}", stacklevel=2)
             with self._lock:
@@ -133,8 +145,8 @@ class Directory:
     def _write(self, name: str, item: Item) -> None:
         file = self._file(name)
         try:
-            with complete(file) as working, working.open("wb") as output:
-                np.savez(output, **item)  # type: ignore[arg-type]
+            with complete(file, private=True) as working, working.open("wb") as output:
+                output.writelines(_packed(name, item))
             self._add(name, file.stat().st_size)
         except OSError as error:
             warnings.warn(f"pages are not kept in {self._path}: {error.strerror or error}", stacklevel=2)
@@ -198,6 +210,50 @@ class PageStore:
         """Waits until all is written that is to outlast the process."""
         if self._directory is not None:
             self._directory.close()
+
+
+def _packed(name: str, item: Item) -> list[bytes]:
+    """A file's pieces: the digest of what follows, the header's length, the header, the arrays' bytes."""
+    arrays = {key: [array.dtype.name, list(array.shape)] for key, array in item.items()}
+    header = json.dumps({"name": name, "arrays": arrays}).encode()
+    pieces = [len(header).to_bytes(4, "little"), header, *(np.ascontiguousarray(x).tobytes() for x in item.values())]
+    return [_digest(pieces), *pieces]
+
+
+def _digest(pieces: Iterable[bytes]) -> bytes:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.digest()
+
+
+def _read(file: Path, name: str, most: int) -> Item:
+    """Reads what `_packed` made.
+
+    Raises:
+      ValueError: it is damaged, or another item.
+      OSError: it is not there or cannot be read.
+    """
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
+    with os.fdopen(descriptor, "rb") as opened:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > most + _HEADER:
+            raise ValueError("it is no file of a page")
+        content = opened.read()
+    body = content[_DIGEST:]
+    if _digest([body]) != content[:_DIGEST]:
+        raise ValueError("its digest is another")
+    end = 4 + int.from_bytes(body[:4], "little")
+    header = json.loads(body[4:end])
+    if header["name"] != name:
+        raise ValueError("it is that of another page")
+    item: Item = {}
+    for key, (dtype, shape) in header["arrays"].items():
+        kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
+        count = math.prod(shape)
+        item[key] = np.frombuffer(body, kind, count, end).reshape(shape)
+        end += count * kind.itemsize
+    return item
 
 
 def _size(item: Item) -> int:

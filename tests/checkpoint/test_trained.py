@@ -104,7 +104,9 @@ def test_chunks_are_what_is_read_at_once(tmp_path):
     params = params_of(3)
     run = write_run(tmp_path / "run", CONFIG, {3: params}, save_args=jax.tree.map(chunking, params))
     stores = dict(open_arrays(run / "checkpoints" / "3" / "params"))
-    experts = {key: store.chunk_layout.read_chunk.shape for key, store in stores.items() if key.endswith(".ffn.w1")}
+    experts = {
+        key: array.store.chunk_layout.read_chunk.shape for key, array in stores.items() if key.endswith(".ffn.w1")
+    }
     assert set(experts.values()) == {(1, 64, 128), (1, 1, 64, 128)}
 
 

@@ -227,7 +227,7 @@ def test_nothing_lost_and_nothing_twice(numbered):
             given.update(document)
         state = rows.state()
         held = Counter()
-        for document, begin in [*joined(state["rows"]), *state["waiting"]]:
+        for document, begin, _ in [*joined(state["rows"]), *state["waiting"]]:
             held.update(corpus.documents[document][begin:].tolist())
         assert given + held == Counter(joined(in_order(corpus, state["following"])))
     assert state["following"] > 2 * len(numbered[1])
@@ -262,11 +262,43 @@ def test_state_has_no_tokens_and_does_not_grow(tmp_path):
 def test_restoring_with_another_corpus(numbered, tmp_path):
     rows = PackedRows(open_corpus(numbered[0]))
     rows.next_batch(1, 20)
-    with pytest.raises(DataError, match=r"'seed': 0.* but this one is .*'seed': 1"):
+    with pytest.raises(DataError, match=r"another corpus .seed 0, which is now 1.: its place"):
         PackedRows(open_corpus(numbered[0], seed=1)).restore(rows.state())
     other = Source(write(tmp_path / "table.parquet", [[1] * 30] * len(numbered[1]), "tokens"), field="tokens")
-    with pytest.raises(DataError, match="saved with other documents"):
+    with pytest.raises(DataError, match=r"saved with (other|another)|which has other text"):
         PackedRows(open_corpus(other)).restore(rows.state())
+
+
+def test_edited_text_is_said_or_refused(tmp_path):
+    """The same number of files: other sizes are said; other places, or text that a state is amid, are refused."""
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"tokens": [i] * 5}) + "\n" for i in range(4)))
+    source = Source(str(tmp_path), field="tokens")
+
+    def opened():
+        return PackedRows(open_corpus(source, shuffle=False), open_rows=1)
+
+    rows = opened()
+    rows.next_batch(1, 7)
+    state = json.loads(json.dumps(rows.state()))
+    assert not rows.edited(state)
+
+    def edit(name, values):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"tokens": [i] * 5}) + "\n" for i in values))
+
+    edit("b", [100, 200, 300, 7])
+    rows = opened()
+    assert rows.edited(state)
+    rows.restore(state)
+    edit("a", [0, 9, 2, 3])
+    with pytest.raises(DataError, match="amid document 1, which has other text or another tokenizer now"):
+        opened().restore(state)
+    edit("a", [0, 1, 2])
+    edit("b", [1, 2, 3, 4, 5])
+    with pytest.raises(
+        DataError, match=r"saved with another corpus .layout .*: its place in the data would mean other"
+    ):
+        opened().restore(state)
 
 
 def test_the_next_batch_is_made_in_the_background(tmp_path):

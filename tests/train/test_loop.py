@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import signal
 
 import jax
@@ -15,10 +16,11 @@ from tests.models import trained
 from v4_jax.placement import Place
 from v4_jax.sharding.mesh import make_mesh
 from v4_jax.train import loop
-from v4_jax.train.checkpoints import SaveError
+from v4_jax.train.checkpoints import FitError, SaveError
+from v4_jax.train.data import DataError
 from v4_jax.train.loop import Trainer, TrainingError
-from v4_jax.train.settings import read_settings
-from v4_jax.train.setup import Origin, open_rows, open_run
+from v4_jax.train.settings import SettingsError, read_settings
+from v4_jax.train.setup import Origin, locked, open_rows, open_run
 
 STEPS, EVERY = 8, 3
 
@@ -46,7 +48,7 @@ class Losses:
     def __init__(self, at=None, action=None):
         self.losses, self.metrics, self.rewinds, self.at, self.action = {}, {}, [], at, action
 
-    def write(self, step, metrics):
+    def write(self, step, metrics, over_at):
         self.losses[step], self.metrics[step] = metrics["loss"], metrics
         if step == self.at:
             self.at = None
@@ -101,7 +103,7 @@ def build(architecture, corpus):
         origin = Origin.of(settings)
         open_run(settings, origin)
         place = Place() if mesh is None else Place(make_mesh(mesh), "train")
-        rows = open_rows(settings, origin)
+        rows = open_rows(settings, origin, say)
         return Trainer(settings, origin.config, place, rows, lambda: origin.fresh(place, 0), log, say)
 
     return build
@@ -230,6 +232,78 @@ def test_damaged_checkpoint_is_put_aside(trainer, expected, tmp_path):
     assert log.losses == {step: loss for step, loss in expected.items() if step > steps[-2]}
 
 
+def flip(folder):
+    """Flips a bit in the middle of the largest file of a directory's arrays."""
+    file = max((file for file in folder.rglob("*") if file.parent.name == "d"), key=lambda file: file.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+def test_a_flipped_bit_is_damage(trainer, tmp_path):
+    """Also one of the optimiser's state, which nothing else would notice; what is put aside overwrites nothing."""
+    assert trainer(Losses(), "run", "stages.0.steps=6").run() == "done"
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (tmp_path / "run" / "damaged" / "6").mkdir(parents=True)
+    flip(checkpoints / "6" / "optimizer")
+    said = []
+    assert trainer(Losses(), "run", "stages.0.steps=6", say=said.append).run() == "done"
+    assert re.match(
+        r"the checkpoint of step 6 cannot be read \(its bytes on disk are not those that were written: "
+        r"optimizer: [\w.]+\): put aside as \S+/damaged/6-2$",
+        said[0],
+    ), said
+    assert (tmp_path / "run" / "damaged" / "6-2" / "optimizer").is_dir() and said[1].startswith(
+        "continuing after step 3"
+    )
+
+
+def test_a_checkpoint_of_other_settings_is_refused(trainer, tmp_path):
+    assert trainer(Losses(), "run", "stages.0.steps=3").run() == "done"
+    run = tmp_path / "run"
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    with pytest.raises(
+        FitError, match=r'^the checkpoint of step 3 .*: optimizer.matrices changed from "muon" to "adamw"'
+    ):
+        trainer(Losses(), "run", "optimizer.matrices=adamw").run()
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+
+
+def test_changed_settings_are_said(trainer):
+    assert trainer(Losses(), "run", "stages.0.steps=3").run() == "done"
+    said = []
+    assert trainer(Losses(), "run", "stages.0.steps=4", "optimizer.eps=1e-9", say=said.append).run() == "done"
+    assert said == [
+        "settings that changed since step 3: stages.0.steps from 3 to 4; optimizer.eps from 1e-20 to 1e-09",
+        "continuing after step 3 of 4",
+    ]
+
+
+def test_a_document_that_cannot_be_used(trainer, tmp_path):
+    """What was learnt before it is saved; or it is left out and counted."""
+    lines = [json.dumps({"text": "entry window stream " * 12})] * 60
+    lines[10] = '{"text": null}'
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines), encoding="utf-8-sig")
+    data = f"data={{sources: [{{path: {tmp_path / 'texts.jsonl'}}}], open_rows: 2, threads: 1, shuffle: false"
+    with pytest.raises(DataError, match=r"^line 11 of '.*texts.jsonl' has NoneType in field 'text'"):
+        trainer(Losses(), "run", data + "}").run()
+    (step,) = (int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert 3 < step < STEPS
+    said = []
+    assert trainer(Losses(), "run", data + ", on_bad: skip}", say=said.append).run() == "done"
+    assert f"continuing after step {step} of {STEPS}" in said
+    assert said[-1] == "1 documents could not be used and were left out, each time they came"
+
+
+def test_a_run_is_trained_by_one_process(trainer, tmp_path):
+    trainer(Losses())
+    refused = pytest.raises(SettingsError, match="is being trained by another process")
+    with locked(tmp_path / "run"), refused, locked(tmp_path / "run"):
+        pass
+    with locked(tmp_path / "run"):
+        pass
+
+
 def test_full_disk(trainer, expected, tmp_path, monkeypatch):
     """A checkpoint that cannot be written ends the run with a sentence; the one before is kept and continued from."""
     import orbax.checkpoint as ocp
@@ -247,6 +321,7 @@ def test_full_disk(trainer, expected, tmp_path, monkeypatch):
     ):
         trainer(Losses()).run()
     monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["3"]
     log = Losses()
     assert trainer(log).run() == "done"
     assert log.losses == {step: loss for step, loss in expected.items() if step > 3}

@@ -18,9 +18,10 @@ from v4_jax.checkpoint.loading import load
 from v4_jax.checkpoint.opening import Source, open_checkpoint
 from v4_jax.checkpoint.tensors import CheckpointError, TensorInfo
 from v4_jax.checkpoint.trained import run_of
-from v4_jax.checkpoint.verification import Comparison, Kind, TensorComparison, verify
+from v4_jax.checkpoint.verification import Checked, Comparison, Kind, TensorComparison, check, verify
 
 __all__ = [
+    "Checked",
     "Checkpoint",
     "CheckpointError",
     "Comparison",
@@ -30,6 +31,7 @@ __all__ = [
     "TensorComparison",
     "TensorInfo",
     "Written",
+    "check",
     "convert",
     "export",
     "load",

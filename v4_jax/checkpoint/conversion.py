@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
-import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,11 @@ import numpy as np
 
 from v4_jax.checkpoint.building import Written, building, copy_companions, require_space
 from v4_jax.checkpoint.converted import MANIFEST, manifest
+from v4_jax.checkpoint.digests import DIGESTS, Digests
 from v4_jax.checkpoint.interface import Checkpoint, Progress
 from v4_jax.checkpoint.mapping import Entry, entries, part_names
 from v4_jax.checkpoint.opening import Source, opened
-from v4_jax.checkpoint.orbax_arrays import chunking, nested
+from v4_jax.checkpoint.orbax_arrays import chunking, nested, quiet
 
 # TensorStore copies what it writes and holds it until a file is full: at its default of 2 GB that doubles a layer.
 _FILE_BYTES = 64 << 20
@@ -50,6 +50,8 @@ def convert(source: Source, target: str | Path, *, progress: Progress | None = N
             tensors = {name: entry for name, entry in table.items() if entry.part == part}
             size = sum(entry.info.nbytes for entry in tensors.values())
             if (working / part).exists():
+                if not (working / part / DIGESTS).exists():  # killed between the two
+                    Digests(working / part).write()
                 done, resumed = done + size, resumed + 1
                 if progress:
                     progress(part, done, checkpoint.nbytes)
@@ -57,6 +59,7 @@ def convert(source: Source, target: str | Path, *, progress: Progress | None = N
             require_space(working, size, part)
             report = _from(progress, part, done, checkpoint.nbytes)
             _save(working / part, _gather(checkpoint, tensors, report))
+            Digests(working / part).write()
             _return_freed_memory()
             done += size
         copy_companions(checkpoint, working)
@@ -99,7 +102,7 @@ def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
     tree = nested(arrays)
     chunks = nested({key: chunking(array) for key, array in arrays.items()})
-    with _quiet():
+    with quiet():
         # By default Orbax copies every array first, against changes by the caller; these are ours alone.
         handlers = type_handlers.create_type_handler_registry(
             (np.ndarray, type_handlers.NumpyHandler(deepcopy_host_arrays=False))
@@ -123,15 +126,3 @@ def _return_freed_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps Orbax from logging what reaches us as exceptions anyway, tracebacks of its threads included."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

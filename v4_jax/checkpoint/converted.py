@@ -21,8 +21,8 @@ import numpy as np
 
 from v4_jax.checkpoint.block_formats import Formats
 from v4_jax.checkpoint.interface import Checkpoint
-from v4_jax.checkpoint.mapping import Entry, account, entries, part_names
-from v4_jax.checkpoint.orbax_arrays import open_arrays, read_array
+from v4_jax.checkpoint.mapping import Entry, account, check_plausible, entries, part_names
+from v4_jax.checkpoint.orbax_arrays import StoredArray, open_arrays
 from v4_jax.checkpoint.released import companions, in_release_order, read_config, read_json
 from v4_jax.checkpoint.tensors import NAME_OF_DTYPE, CheckpointError, TensorInfo
 from v4_jax.config import Config
@@ -74,7 +74,9 @@ class Converted(Checkpoint):
         self.config, self.hf_config = read_config(path)
         record = read_json(path / MANIFEST)
         self.formats = _check_manifest(path, record, self.config)
-        self._stores: dict[tuple[str, str], Any] = {}
+        count = record.get("tensors")
+        check_plausible(self.label, self.config, count if type(count) is int else 0)
+        self._stores: dict[tuple[str, str], StoredArray] = {}
         for part in part_names(self.config):
             if (path / part).is_dir():
                 self._stores.update(((part, key), store) for key, store in open_arrays(path / part))
@@ -116,15 +118,15 @@ class Converted(Checkpoint):
             index += (rows,)
         if columns != slice(None):
             index += (columns,)
-        return self._count(read_array(self._stores[place], index, f"{self.label}: {name}"))
+        return self._count(self._stores[place].read(index, f"{self.label}: {name}"))
 
     def close(self) -> None:
         """Drops the arrays' handles."""
         self._stores = {}
 
 
-def _dtype_name(store: Any) -> str:
-    return NAME_OF_DTYPE.get(np.dtype(store.dtype.numpy_dtype), str(store.dtype))
+def _dtype_name(store: StoredArray) -> str:
+    return NAME_OF_DTYPE.get(store.dtype, str(store.dtype))
 
 
 def _check_manifest(path: Path, record: dict[str, Any], config: Config) -> Formats:

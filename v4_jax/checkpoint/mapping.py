@@ -119,6 +119,7 @@ def _folded(parameter: Parameter, index: tuple[int, ...]) -> tuple[str, int | No
 
 DUPLICATE_RULE = "duplicate MTP embedding and head"
 DRAFT_RULE = "DSpark draft"
+OFF_RULE = "MTP block that is switched off"
 
 
 class Selection(NamedTuple):
@@ -168,6 +169,10 @@ def select(config: Config, hf_config: dict[str, Any], names: Sequence[str]) -> S
             "config.json announces DSpark stages, but the checkpoint has a multi-token-prediction block (no "
             "mtp.0.main_proj.weight): expected a configuration without dspark_* keys"
         )
+    if extra and not config.draft_blocks:
+        ignored = {OFF_RULE: tuple(extra)}
+        notes = [f"{len(extra)} tensors of an MTP block are ignored: config.json has num_nextn_predict_layers 0"]
+        return Selection(config, hf_config, ignored, notes)
     if len(copies) < len(extra) or not config.draft_blocks:
         return Selection(config, hf_config, ignored, notes)
     announced = "DSpark stages" if config.dspark_stages else "a multi-token-prediction block"
@@ -183,6 +188,20 @@ def _without_drafts(selection: Selection) -> Selection:
     if "compress_ratios" in hf_config:
         hf_config["compress_ratios"] = list(config.compress_ratios)
     return selection._replace(config=config, hf_config=hf_config)
+
+
+def check_plausible(label: str, config: Config, tensors: int) -> None:
+    """Refuses a configuration of far more tensors than there are, before tables are made of them.
+
+    Raises:
+      CheckpointError: it is one.
+    """
+    announced = config.num_hidden_layers * (3 * config.n_routed_experts + 10)
+    if announced > 4 * tensors + 100_000:
+        raise CheckpointError(
+            f"{label}: config.json announces {config.num_hidden_layers:,} layers of {config.n_routed_experts:,} "
+            f"experts, at least {announced:,} tensors, but there are {tensors:,}"
+        )
 
 
 # ---- strict accounting ----------------------------------------------------------------------------------------------

@@ -2,17 +2,77 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import itertools
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from v4_jax.checkpoint.digests import Digests
 from v4_jax.checkpoint.tensors import CheckpointError
 
 
-def open_arrays(directory: Path, *, cache_bytes: int = 0) -> Iterator[tuple[str, Any]]:
-    """Yields the key and the TensorStore of each array that Orbax wrote (zarr arrays in an OCDBT database).
+@dataclasses.dataclass(frozen=True)
+class StoredArray:
+    """An array on disk.
+
+    Attributes:
+      key: its name in the directory.
+      store: its TensorStore.
+      digests: of the directory.
+    """
+
+    key: str
+    store: Any
+    digests: Digests
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Elements along each axis."""
+        return tuple(self.store.shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype as numpy knows it."""
+        return np.dtype(self.store.dtype.numpy_dtype)
+
+    def read(self, index: tuple[int | slice, ...], name: str) -> np.ndarray:
+        """Reads a part; only the chunks that it touches leave the disk, and their digests are checked.
+
+        Args:
+          index: which part, as of a numpy array.
+          name: what to call it in the message.
+
+        Raises:
+          CheckpointError: a chunk is missing or damaged.
+        """
+        try:
+            if self.digests:
+                self.digests.check(self._chunks(index), name)
+            return np.asarray(self.store[index].read().result())
+        except CheckpointError:
+            raise
+        except ValueError as error:  # TensorStore's own errors run over many lines
+            raise CheckpointError(f"{name} cannot be read: {str(error).splitlines()[0]}") from None
+
+    def _chunks(self, index: tuple[int | slice, ...]) -> Iterator[str]:
+        """Keys of the chunks that a part touches: their numbers along each axis, joined by dots, as zarr has them."""
+        if not self.shape:
+            return iter((f"{self.key}/0",))
+        whole = (*index, *(slice(None),) * (len(self.shape) - len(index)))
+        ranges = []
+        for part, size, chunk in zip(whole, self.shape, self.store.chunk_layout.read_chunk.shape, strict=True):
+            begin, end, _ = part.indices(size) if isinstance(part, slice) else (part, part + 1, 1)
+            ranges.append(range(begin // chunk, -(-end // chunk)))
+        return (f"{self.key}/{'.'.join(map(str, place))}" for place in itertools.product(*ranges))
+
+
+def open_arrays(directory: Path, *, cache_bytes: int = 0) -> Iterator[tuple[str, StoredArray]]:
+    """Yields the key and the array of each array that Orbax wrote (zarr arrays in an OCDBT database).
 
     Args:
       directory: what one `PyTreeSave` or `StandardSave` made. Keys are the tree's, joined by dots.
@@ -39,26 +99,13 @@ def open_arrays(directory: Path, *, cache_bytes: int = 0) -> Iterator[tuple[str,
             )
             for name in names
         ]
-        yield from zip(names, [future.result() for future in opening], strict=True)
+        digests = Digests(directory)
+        stores = [future.result() for future in opening]
+        yield from ((name, StoredArray(name, store, digests)) for name, store in zip(names, stores, strict=True))
+    except CheckpointError:
+        raise
     except ValueError as error:
         raise CheckpointError(f"{directory} is damaged: {str(error).splitlines()[0]}") from None
-
-
-def read_array(store: Any, index: tuple[int | slice, ...], name: str) -> np.ndarray:
-    """Reads a part of an array; only the chunks that it touches leave the disk.
-
-    Args:
-      store: from `open_arrays`.
-      index: which part, as of a numpy array.
-      name: what to call it in the message.
-
-    Raises:
-      CheckpointError: a chunk is missing or damaged.
-    """
-    try:
-        return np.asarray(store[index].read().result())
-    except ValueError as error:  # TensorStore's own errors run over many lines
-        raise CheckpointError(f"{name} cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def chunking(array: Any) -> Any:
@@ -86,3 +133,15 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[leaf] = value
     return tree
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps Orbax from logging what reaches us as exceptions anyway, tracebacks of its threads included."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

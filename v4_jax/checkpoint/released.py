@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,23 +13,25 @@ import numpy as np
 
 from v4_jax.architecture import ConfigError
 from v4_jax.checkpoint.interface import Checkpoint
-from v4_jax.checkpoint.mapping import account, detect_formats, entries, select
+from v4_jax.checkpoint.mapping import account, check_plausible, detect_formats, entries, select
 from v4_jax.checkpoint.safetensors import SafetensorsFile
 from v4_jax.checkpoint.tensors import CheckpointError, TensorInfo, names_in
 from v4_jax.config import Config
+from v4_jax.json_files import escaped, read_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-# Companions of the weights that describe how to talk to the model; copied along as they are.
+# Companions of the weights, which travel along as they are; code among them is text, and never run.
 _COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "encoding",
-    "LICENSE",
+    *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "preprocessor_config.json"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates"),
+    *("encoding", "inference", "LICENSE*", "NOTICE*", "README*", "*.md", "*.py"),
 )
+_LARGEST_COMPANION = 256 << 20  # bytes
+# What holds the weights, or is written anew with them.
+_WEIGHTS = re.compile(r"config\.json|v4_jax\.json|run\.json|.*\.safetensors(\.index\.json)?|\..*")
 
 
 class Released(Checkpoint):
@@ -52,6 +54,7 @@ class Released(Checkpoint):
         with contextlib.ExitStack() as stack:
             self._files = _open_shards(path, stack)
             found = {name: file for file in self._files for name in file.tensors}
+            check_plausible(self.label, announced, len(found))
             self.config, self.hf_config, self.ignored, self.notes = select(announced, hf_config, list(found))
             dropped = {name for names in self.ignored.values() for name in names}
             self._file_of = {name: file for name, file in found.items() if name not in dropped}
@@ -111,22 +114,28 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
       CheckpointError: not JSON, or not an object.
     """
-    try:
-        content = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} holds a JSON {type(content).__name__}, expected an object")
-    return content
+    return read_object(file, CheckpointError)
 
 
 def companions(path: Path) -> dict[str, Path]:
     """Files to carry along with the weights, by their path in the directory."""
     files: dict[str, Path] = {}
-    for name in _COMPANIONS:
-        found = [path / name, *sorted((path / name).rglob("*"))]
-        files.update({str(file.relative_to(path)): file for file in found if file.is_file()})
+    for pattern in _COMPANIONS:
+        for found in sorted(path.glob(pattern)):
+            inside = [found, *sorted(found.rglob("*"))] if found.is_dir() and not found.is_symlink() else [found]
+            files.update({str(file.relative_to(path)): file for file in inside if _travels(file)})
     return files
+
+
+def _travels(file: Path) -> bool:
+    hidden = file.name.startswith(".") or "__pycache__" in file.parts
+    return file.is_file() and not hidden and file.stat().st_size <= _LARGEST_COMPANION
+
+
+def left_behind(path: Path) -> list[str]:
+    """Names in a released directory that hold no weights and do not travel along."""
+    taken = {Path(name).parts[0] for name in companions(path)}
+    return sorted(file.name for file in path.iterdir() if file.name not in taken and not _WEIGHTS.fullmatch(file.name))
 
 
 def _open_shards(path: Path, stack: contextlib.ExitStack) -> list[SafetensorsFile]:
@@ -140,7 +149,7 @@ def _open_shards(path: Path, stack: contextlib.ExitStack) -> list[SafetensorsFil
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{index} has no legal weight_map, expected an object of tensor name -> file name")
     names = sorted(set(weight_map.values()))
-    if outside := [name for name in names if Path(name).name != name]:
+    if outside := [name for name in names if Path(name).name != name or "\0" in name or len(name.encode()) > 255]:
         raise CheckpointError(f"{index} points outside the directory: {names_in(outside)}")
     if missing := [name for name in names if not (path / name).exists()]:
         raise CheckpointError(f"{path} lacks {names_in(missing)}, which {INDEX} names")
@@ -149,14 +158,14 @@ def _open_shards(path: Path, stack: contextlib.ExitStack) -> list[SafetensorsFil
     for name, file in zip(names, files, strict=True):
         for tensor in file.tensors:
             if tensor in holder:
-                raise CheckpointError(f"{path} holds {tensor} twice: in {holder[tensor]} and in {name}")
+                raise CheckpointError(f"{path} holds {escaped(tensor)} twice: in {holder[tensor]} and in {name}")
             holder[tensor] = name
     if stray := [tensor for tensor in holder if tensor not in weight_map]:
         raise CheckpointError(f"{path / holder[stray[0]]} holds tensors that {INDEX} does not name: {names_in(stray)}")
     for tensor, name in weight_map.items():
         if holder.get(tensor) != name:
             actual = f"it is in {holder[tensor]}" if tensor in holder else "no shard has it"
-            raise CheckpointError(f"{INDEX} says that {tensor} is in {name}, but {actual}")
+            raise CheckpointError(f"{INDEX} says that {escaped(tensor)} is in {name}, but {actual}")
     return files
 
 

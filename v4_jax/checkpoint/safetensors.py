@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from v4_jax.checkpoint.tensors import DTYPES, CheckpointError, TensorInfo
+from v4_jax.json_files import escaped, is_pointer, parse, pointer, shown
 
 _MAX_HEADER = 100_000_000  # the format's own limit
+_MOST_AXES, _MOST_BYTES = 8, 1 << 48
 
 
 class _Entry(NamedTuple):
@@ -41,7 +43,7 @@ class SafetensorsFile:
         """
         self.path = path
         try:
-            self._descriptor = os.open(path, os.O_RDONLY)
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
         except FileNotFoundError:
             raise CheckpointError(f"{path} does not exist") from None
         if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
@@ -89,6 +91,8 @@ def _read_header(path: Path, descriptor: int) -> tuple[bytes, dict[str, _Entry]]
     size = os.fstat(descriptor).st_size
     if size < 8:
         raise CheckpointError(f"{path} is truncated: it has {size} bytes, a safetensors file has at least 8")
+    if is_pointer(os.pread(descriptor, 64, 0)):
+        raise CheckpointError(pointer(path))
     length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
     if length > _MAX_HEADER:
         raise CheckpointError(
@@ -98,11 +102,9 @@ def _read_header(path: Path, descriptor: int) -> tuple[bytes, dict[str, _Entry]]
         raise CheckpointError(f"{path} is truncated: it has {size} bytes, its header alone needs {8 + length}")
     header = os.pread(descriptor, length, 8)
     try:
-        content = json.loads(header.decode(), object_pairs_hook=_unique)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} has a corrupt header: {error}") from None
+        content = parse(header, f"{path} has a corrupt header, which", CheckpointError, pairs=_unique)
     except _Duplicate as error:
-        raise CheckpointError(f"{path} has a corrupt header: {error} appears twice") from None
+        raise CheckpointError(f"{path} has a corrupt header: {escaped(str(error))} appears twice") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} has a corrupt header: a JSON {type(content).__name__}, expected an object")
     content.pop("__metadata__", None)
@@ -120,15 +122,22 @@ def _entry(path: Path, name: str, value: Any, start: int) -> _Entry:
         legal = False
     if not legal:
         raise CheckpointError(
-            f"{path} has a corrupt header: the entry of {name} is {value!r}, expected dtype, shape and two data_offsets"
+            f"{path} has a corrupt header: the entry of {escaped(name)} is {shown(value)}, expected dtype, shape and two "
+            "data_offsets"
         )
     if dtype not in DTYPES:
-        raise CheckpointError(f"{path}: {name} has dtype {dtype}, expected one of {', '.join(DTYPES)}")
+        raise CheckpointError(
+            f"{path}: {escaped(name)} has dtype {escaped(dtype)}, expected one of {', '.join(DTYPES)}"
+        )
+    if len(shape) > _MOST_AXES or max((*shape, begin, end), default=0) > _MOST_BYTES:
+        raise CheckpointError(
+            f"{path} has a corrupt header: {escaped(name)} has the shape {shown(list(shape))}, which is absurd"
+        )
     info = TensorInfo(dtype, shape)
     if end - begin != info.nbytes:
         raise CheckpointError(
-            f"{path} has a corrupt header: {name} is {info}, which takes {info.nbytes} bytes, but its data_offsets "
-            f"{[begin, end]} span {end - begin}"
+            f"{path} has a corrupt header: {escaped(name)} is {info}, which takes {info.nbytes} bytes, but its "
+            f"data_offsets {[begin, end]} span {end - begin}"
         )
     return _Entry(info, start + begin)
 
@@ -139,7 +148,7 @@ def _check_offsets(path: Path, entries: Mapping[str, _Entry], start: int, size: 
     for name, (info, offset) in entries.items():
         if offset != position:
             kind = "overlaps" if offset < position else f"leaves a gap of {offset - position} bytes after"
-            raise CheckpointError(f"{path} has a corrupt header: {name} {kind} {before}")
+            raise CheckpointError(f"{path} has a corrupt header: {escaped(name)} {kind} {escaped(before)}")
         position, before = offset + info.nbytes, name
     if position > size:
         raise CheckpointError(f"{path} is truncated: it has {size} bytes, its header announces {position}")

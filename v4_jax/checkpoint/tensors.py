@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from v4_jax.json_files import escaped
+
 # Names of the safetensors format; what numpy lacks comes from ml_dtypes.
 DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
@@ -57,5 +59,5 @@ class TensorInfo(NamedTuple):
 
 def names_in(names: Sequence[str], limit: int = 3) -> str:
     """The first few of a list of names, and how many there are, for a message."""
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown}, ... ({len(names)} in all)"
+    first = ", ".join(map(escaped, names[:limit]))
+    return first if len(names) <= limit else f"{first}, ... ({len(names)} in all)"

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from v4_jax.checkpoint.in_memory import InMemory
-from v4_jax.checkpoint.orbax_arrays import nested, open_arrays, read_array
+from v4_jax.checkpoint.orbax_arrays import StoredArray, nested, open_arrays
 from v4_jax.checkpoint.released import companions, read_config, read_json
 from v4_jax.checkpoint.tensors import CheckpointError
 
@@ -105,15 +105,15 @@ class _Leaf:
     """An array on disk that stands in for a parameter: what is indexed is read."""
 
     name: str
-    store: Any
+    store: StoredArray
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.store.shape)
+        return self.store.shape
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return np.dtype(self.store.dtype.numpy_dtype)
+        return self.store.dtype
 
     def __getitem__(self, place: tuple[int, ...]) -> np.ndarray:
-        return read_array(self.store, place, self.name)
+        return self.store.read(place, self.name)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from v4_jax.checkpoint.block_formats import OF_STORED, BlockFormat, dequantise, scale_name
+from v4_jax.checkpoint.digests import DIGESTS, Digests
 from v4_jax.checkpoint.interface import Checkpoint, Progress, row_ranges
 from v4_jax.checkpoint.opening import Source, opened
+from v4_jax.checkpoint.released import Released
 from v4_jax.checkpoint.tensors import TensorInfo
 
 Status = Literal["equal", "different", "dtype", "shape", "missing", "extra"]
@@ -227,3 +230,45 @@ def _same_bytes(x: np.ndarray | None, y: np.ndarray | None) -> bool:
     if x is None or y is None:
         return x is y
     return x.dtype == y.dtype and x.tobytes() == y.tobytes()
+
+
+class Checked(NamedTuple):
+    """What became of a directory since it was written.
+
+    Attributes:
+      digests: how many directories of arrays have digests.
+      without: how many have none: nothing is known of their data.
+      damaged: names of the tensors and files that are not as they were written.
+    """
+
+    digests: int
+    without: int
+    damaged: list[str]
+
+
+def check(path: str | Path, *, progress: Progress | None = None) -> Checked:
+    """Opens a directory, so that every header is checked, and compares its data with the digests written with it.
+
+    Args:
+      path: a converted directory, a training run (its newest step) or one of its steps. Released layouts have no
+        digests.
+      progress: called as progress(name, done, total) with numbers of chunks and files.
+
+    Raises:
+      CheckpointError: it cannot be opened at all.
+    """
+    with opened(path) as checkpoint:
+        root = Path(checkpoint.label)
+        inner = [] if isinstance(checkpoint, Released) else sorted(root.iterdir())
+    folders = [folder for folder in inner if folder.is_dir()]
+    found, without, damaged = 0, 0, list[str]()
+    for folder in folders:
+        if not any((folder / name).exists() for name in (DIGESTS, "manifest.ocdbt")):
+            continue  # a companion
+        digests = Digests(folder)
+        if not digests:
+            without += 1
+            continue
+        found += 1
+        damaged += [f"{folder.name}: {name}" for name in digests.damaged(progress)]
+    return Checked(found, without or (not found), damaged)

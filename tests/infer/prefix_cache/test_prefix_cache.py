@@ -3,6 +3,7 @@
 import dataclasses
 import os
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -14,6 +15,7 @@ from v4_jax.infer.engine.sampling import GREEDY, Sampling
 from v4_jax.infer.engine.scheduler import Engine
 from v4_jax.infer.prefix_cache.cache import PrefixCache, PrefixCacheOptions, PrefixMatch
 from v4_jax.infer.prefix_cache.hashes import BlockHashes
+from v4_jax.infer.prefix_cache.store import Directory
 from v4_jax.placement import Place
 
 LENGTH, CHUNK, ROOM = 896, 256, 1 << 30
@@ -198,7 +200,7 @@ def test_across_restarts(small, cold, tmp_path):
     first = make_engine(small, options)
     cached(first, Request(FIRST, 1, stop_ids=()))
     first.close()
-    assert all(file.suffix == ".npz" for file in options.directory.iterdir())
+    assert all(file.suffix == ".pages" and file.stat().st_mode & 0o777 == 0o600 for file in options.directory.iterdir())
 
     again = make_engine(small, dataclasses.replace(options, memory=ROOM))
     for common in (300, 700):
@@ -222,7 +224,7 @@ def test_damaged_and_missing_files(engine, cold, tmp_path):
     cached(keep(engine, options), Request(FIRST, 1, stop_ids=()))
     engine.close()
     keys = engine._pager.prefix_cache.hashes(FIRST[:-1]).hashes
-    files = [(tmp_path / f"{key.hex()}.page.npz", tmp_path / f"{key.hex()}.tail.npz") for key in keys]
+    files = [(tmp_path / f"{key.hex()}.page.pages", tmp_path / f"{key.hex()}.tail.pages") for key in keys]
     half_written, other = tmp_path / f".{files[0][0].name}.abc", tmp_path / "notes.txt"
     half_written.write_bytes(b"x")
     other.write_bytes(b"x")
@@ -258,6 +260,36 @@ def test_damaged_and_missing_files(engine, cold, tmp_path):
     engine.close()
 
 
+@pytest.mark.parametrize("kind", ["flipped", "cut", "empty", "swapped", "other", "folder", "pipe", "huge"])
+def test_pages_that_are_none(tmp_path, kind):
+    """Whatever lies under a page's name, it is a miss and never an error."""
+    item = {"csa.0": np.arange(24, dtype=ml_dtypes.bfloat16).reshape(2, 3, 4), "csa.1": np.float32([1.5])}
+    directory = Directory(tmp_path, 1 << 20)
+    for name in ("a", "b"):
+        directory.put(name, item | {"csa.1": np.float32([ord(name)])})
+    directory.close()
+    directory = Directory(tmp_path, 1 << 20)
+    found = directory.get("a")
+    assert {key: (x.dtype, x.tolist()) for key, x in found.items()} == {
+        key: (x.dtype, x.tolist()) for key, x in (item | {"csa.1": np.float32([97])}).items()
+    }
+    a, b = tmp_path / "a.pages", tmp_path / "b.pages"
+    content = bytearray(a.read_bytes())
+    if kind == "swapped":
+        os.replace(b, a)
+    elif kind in ("folder", "pipe"):
+        a.unlink()
+        a.mkdir() if kind == "folder" else os.mkfifo(a)
+    elif kind == "flipped":
+        content[-1] ^= 1
+        a.write_bytes(content)
+    else:
+        a.write_bytes({"cut": content[:-7], "empty": b"", "other": b"\xff" * 100, "huge": bytes(3 << 20)}[kind])
+    with pytest.warns(UserWarning, match="is damaged and was removed"):
+        assert directory.get("a") is None
+    assert directory.get("a") is None and "a" not in directory
+
+
 def test_a_directory_is_kept_within_bounds(engine, tmp_path):
     def size():
         return sum(file.stat().st_size for file in tmp_path.iterdir())
@@ -278,7 +310,7 @@ def test_a_directory_that_cannot_be_written_to(engine, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     keep(engine, PrefixCacheOptions(ROOM, "full", tmp_path))
-    monkeypatch.setattr(np, "savez", full)
+    monkeypatch.setattr("v4_jax.infer.prefix_cache.store._packed", full)
     with pytest.warns(UserWarning, match="pages are not kept in .*: No space left on device"):
         cached(engine, Request(FIRST, 1, stop_ids=()))
         engine.close()
