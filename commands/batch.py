@@ -12,6 +12,7 @@ import numpy as np
 import tyro
 from jax.experimental import multihost_utils
 
+from v4_jax.checkpoint import fingerprint
 from v4_jax.commands.shared.console import CommandError, bad_input, check_output, needs, progress_bar, say, working
 from v4_jax.commands.shared.contexts import DEFAULT_MAX_TOKENS, check_length, check_mode, room
 from v4_jax.commands.shared.devices import join
@@ -98,10 +99,13 @@ def batch(
         lines = Lines(input)
     if not lines.numbers:
         raise CommandError(f"{input} has no lines; each is to be {LEGAL_LINE}")
+    with bad_input(f"{model} cannot be read: "):
+        model_fingerprint = fingerprint(model)
     header = {
         "input": lines.digest,
         "parts": share.of,
         "model": directory.path.name,
+        "fingerprint": model_fingerprint,
         "options": {
             "mode": mode,
             "effort_profile": profile,
@@ -133,7 +137,7 @@ def batch(
                 journal.add(one)
 
     defaults = Defaults(chosen, release.stop_ids, max_tokens, mode, profile)
-    asked = Asked(directory.path.name, config, tokenizer, defaults, longest)
+    asked = Asked(directory.path.name, config, tokenizer, defaults, longest, engine.slots)
 
     def prepare(number: int) -> PreparedLine:
         id, body = read_request(lines[number], raw=raw)
@@ -173,8 +177,11 @@ def batch(
         f"({tokens / max(seconds, 1e-9):,.1f} tokens/s)"
     )
     if leads:
-        with bad_input(f"{output} cannot be written: "):
-            whole = join_shares(output, share.of, header, lines.numbers, as_finished=as_finished)
+        try:
+            with bad_input(f"{output} cannot be written: "):
+                whole = join_shares(output, share.of, header, lines.numbers, as_finished=as_finished)
+        except JournalError as error:
+            raise CommandError(str(error)) from None
         if not whole:
             say(f"part {share.number} of {share.of} is done; {output} appears when all of them are")
 

@@ -19,7 +19,8 @@ def convert(source: Directory, target: Directory, /) -> None:
       v4-jax verify DeepSeek-V4-Flash flash-orbax
 
     Args:
-      source: The released directory: config.json, model.safetensors.index.json and its shards.
+      source: The released directory: config.json, model.safetensors.index.json and its shards. It may be repackaged,
+        and may lie elsewhere, as gs://BUCKET/DIRECTORY or hf://ORG/NAME[@REVISION].
       target: The directory to make.
     """
     write(checkpoint.convert, source, target, "converting")

@@ -43,6 +43,7 @@ from v4_jax.commands.shared.options import (
 )
 from v4_jax.commands.shared.sampling import SamplingOptions
 from v4_jax.commands.shared.sizes import format_size
+from v4_jax.infer.engine.requests import NOT_FINITE
 from v4_jax.infer.evaluation import synthetic
 from v4_jax.infer.evaluation.asking import Answer, EncodedQuestion, ask
 from v4_jax.infer.evaluation.grading import Result, length_bin, table
@@ -182,10 +183,11 @@ def eval(
         write_results(output, found | {"skipped": skipped, "questions": records}, draw(task, cells))
     show(scores_table(task, cells))
     read, replied = sum(len(one.encoded.ids) for one in asked), sum(answer.tokens for answer in answers)
-    cut = sum(answer.finish == "length" for answer in answers)
+    cut, failed = (sum(answer.finish == ended for answer in answers) for ended in ("length", "error"))
     say(
         f"asked {len(asked)} questions: {read:,} tokens read and {replied:,} generated in {seconds:.1f} s"
         + (f"; {cut} of the replies cut at --max-tokens" if cut else "")
+        + (f"; {failed} without a reply, as {NOT_FINITE}" if failed else "")
         + (f"; {len(skipped)} of the questions skipped, longer than {format_size(longest)} tokens" if skipped else "")
     )
     if output is not None:

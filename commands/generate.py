@@ -38,7 +38,7 @@ from v4_jax.config import Config
 from v4_jax.infer.checks import check_ids, check_precision
 from v4_jax.infer.chunks import chunk_size
 from v4_jax.infer.engine.drafters import choose_drafter
-from v4_jax.infer.engine.requests import Request
+from v4_jax.infer.engine.requests import NOT_FINITE, Request
 from v4_jax.infer.engine.sampling import Sampling
 from v4_jax.infer.engine.scheduler import Engine
 from v4_jax.infer.engine.speculative import Acceptance
@@ -127,7 +127,7 @@ def generate(
         choose_drafter(config, draft)
         encoded = _encode_prompt(tokenizer, config, prompt, chat_file, tokens, raw, mode, profile)
         limits = Limits.of(len(encoded.ids), max_tokens, context, config)
-        reply = Reply(tokenizer, stop, encoded.thinking_mode)
+        reply = Reply(tokenizer, stop, encoded.thinking_mode, str(encoded.ids).encode())
     check_mode(mode if encoded.thinking_mode else None, limits.context, profile)
     where = place(config, mesh, preset, batch=1, native=dtype == "native")
     params = directory.load(dtype, where)
@@ -254,6 +254,8 @@ def stream(engine: Engine, request: Request, reply: Reply, writer: Writer | None
         first = next(running)
     try:
         for event in itertools.chain([first], running):
+            if event.finish == "error":
+                raise CommandError(f"{NOT_FINITE} (after {len(made)} tokens)")
             made.append(event.id)
             logprobs.append(event.logprob)
             finish = event.finish or finish

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from v4_jax.chat import EffortProfile, read_profile
-from v4_jax.checkpoint import open_checkpoint, run_of
+from v4_jax.checkpoint import local, open_checkpoint, run_of
 from v4_jax.checkpoint.converted import MANIFEST
 from v4_jax.checkpoint.released import INDEX, SINGLE
 from v4_jax.checkpoint.trained import steps
@@ -67,6 +67,9 @@ def _check_headers(path: Path) -> None:
     Raises:
       CommandError: something is missing or damaged.
     """
+    if url_of(path):
+        with bad_input(), open_checkpoint(path):
+            return
     marks = (MANIFEST, INDEX, SINGLE)
     run = run_of(path)
     if run is not None and not steps(run):
@@ -82,7 +85,8 @@ def config_of(model: str) -> Config:
     Raises:
       CommandError: there is neither of that name.
     """
-    path = run_of(model) or Path(model)
+    with bad_input():
+        path = local(run_of(model) or Path(model))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise CommandError(f"{path} has no config.json; expected the directory of a model")
@@ -101,7 +105,8 @@ def profile_of(model: str) -> EffortProfile | None:
     Raises:
       CommandError: the directory's encoding cannot be read.
     """
-    path = run_of(model) or Path(model)
+    with bad_input():
+        path = local(run_of(model) or Path(model))
     if path.is_dir():
         with bad_input():
             return read_profile(path)

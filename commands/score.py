@@ -88,13 +88,16 @@ def score(
     params = directory.load(dtype, where)
     with working("compiling"):
         scorer.compile(params)
-    started, total, count = time.perf_counter(), [], 0
+    started, total, count, failed = time.perf_counter(), [], 0, 0
 
     def lines(report: Report) -> Iterator[str]:
-        nonlocal count
+        nonlocal count, failed
         for result in scorer.score(params, texts, lambda done, all_: report("", done, all_)):
-            total.append(float(result.logprobs.sum(dtype="float64")))
-            count += len(result.logprobs)
+            if result.error:
+                failed += 1
+            else:
+                total.append(float(result.logprobs.sum(dtype="float64")))
+                count += len(result.logprobs)
             yield json.dumps(result.as_json(), ensure_ascii=False)
 
     try:
@@ -115,4 +118,5 @@ def score(
     say(
         f"scored {len(texts)} texts, {count} tokens in {seconds:.2f} s ({count / seconds:,.1f} tokens/s), "
         f"mean log-probability {mean:.4f}, perplexity {math.exp(min(-mean, 700)):,.2f}"
+        + (f"; {failed} of them have an error instead: log-probabilities that are not finite numbers" if failed else "")
     )

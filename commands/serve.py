@@ -10,7 +10,7 @@ from v4_jax.commands.shared.console import CommandError, bad_input, needs, read_
 from v4_jax.commands.shared.contexts import DEFAULT_MAX_TOKENS, check_length, check_mode
 from v4_jax.commands.shared.engines import EngineOptions, PrefixOptions
 from v4_jax.commands.shared.models import ModelDirectory
-from v4_jax.commands.shared.options import Count, Model, OptionalCount, OptionalFile, OptionalText, Profile, Size
+from v4_jax.commands.shared.options import Count, Flag, Model, OptionalCount, OptionalFile, OptionalText, Profile, Size
 from v4_jax.commands.shared.sampling import SamplingOptions
 from v4_jax.infer.prompts import Mode
 
@@ -33,6 +33,11 @@ def serve(
     requests: OptionalCount = None,
     max_body: Size = 32 << 20,
     timeout: Count = 3600,
+    header_timeout: Count = 10,
+    body_timeout: Count = 60,
+    idle_timeout: Count = 60,
+    connections: Count = 1024,
+    share_prefixes: Flag = False,
     engine: EngineOptions = EngineOptions(prefix=PrefixOptions(prefix_memory=1 << 30)),  # noqa: B008 (frozen)
 ) -> None:
     """Serves a model over HTTP in the form of OpenAI's API: chat completions, completions, models; streamed or whole.
@@ -66,6 +71,13 @@ def serve(
         times the slots.
       max_body: Bytes of a request's body.
       timeout: Seconds that a request may take.
+      header_timeout: Seconds from a connection's start to the end of a request's header.
+      body_timeout: Seconds from there to the end of its body.
+      idle_timeout: Seconds that a client may leave its answer unread.
+      connections: Connections at the same time. A further one takes the place of the one whose request has been missing
+        longest; it is turned away with 503 if none is.
+      share_prefixes: Keep the prompts of all keys in one cache. Otherwise no key learns, from counts of cached tokens
+        or from time, what another one asked.
       engine: How requests are served.
     """
     with needs("serve"):
@@ -73,6 +85,7 @@ def serve(
 
         from v4_jax.infer.openai.completions import Defaults
         from v4_jax.infer.openai.completions import Model as Served
+        from v4_jax.infer.openai.connections import ConnectionLimits, http_protocol
         from v4_jax.infer.openai.server import Limits, make_app
         from v4_jax.infer.openai.service import Service
 
@@ -90,11 +103,16 @@ def serve(
     listening = _listen(host, port)
     server = engine.build(directory, context, most=1 << 30)
     defaults = Defaults(chosen, release.stop_ids, max_tokens, mode, profile)
-    served = Served(name or directory.path.name, config, tokenizer, defaults, context)
+    served = Served(name or directory.path.name, config, tokenizer, defaults, context, server.slots)
     app = make_app(
-        Service(server, requests or 4 * server.slots), served, keys=legal, limits=Limits(max_body, float(timeout))
+        Service(server, requests or 4 * server.slots),
+        served,
+        keys=legal,
+        limits=Limits(max_body, float(timeout), float(body_timeout)),
+        share_prefixes=share_prefixes,
     )
-    settings = uvicorn.Config(app, log_level="warning", lifespan="on")
+    protocol = http_protocol(ConnectionLimits(float(header_timeout), float(idle_timeout), connections))
+    settings = uvicorn.Config(app, http=protocol, log_level="warning", lifespan="on")
     say(f"serving {served.name} at http://{host}:{listening.getsockname()[1]}/v1" + ("" if legal else ", without keys"))
     runner: Any = uvicorn.Server(settings)
     runner.run(sockets=[listening])

@@ -26,6 +26,16 @@ def check_precision(config: Config, policy: str | Policy, cache_dtype: CacheDtyp
     precision.check_cache(cache_dtype == "released")
 
 
+def check_samples(n: int, slots: int) -> None:
+    """Checks how many samples of one prompt are asked for.
+
+    Raises:
+      ValueError: more than are generated at the same time.
+    """
+    if n > slots:
+        raise ValueError(f"n is {n}, but there are {slots} slots; expected at most so many samples")
+
+
 def check_ids(ids: Sequence[int], config: Config) -> None:
     """Checks a prompt's token ids.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from v4_jax import chat
+from v4_jax.infer.conversation import check_tools, read_messages
 from v4_jax.tokenizer import Tokenizer
 
 Mode = Literal["non-think", "low", "high", "max"]
@@ -37,7 +39,8 @@ class Prompt(NamedTuple):
 
     Attributes:
       ids: token ids.
-      thinking_mode: of the chat format that they are in; None for plain text.
+      thinking_mode: what the model goes on with, in the chat format's words: "thinking" with its reasoning, "chat" with
+        its answer; None for plain text.
       opening: tokens that the answer begins with, after any reasoning.
     """
 
@@ -59,22 +62,40 @@ def chat_prompt(
     *,
     profile: chat.EffortProfile = "preview",
     opening: Sequence[int] = (),
+    continues: bool | None = None,
     **options: Any,
 ) -> Prompt:
-    """A chat to answer.
+    """A chat to answer; one whose last message is the assistant's, to continue.
 
     Args:
       tokenizer: the model's.
-      messages: the last one is to be answered.
+      messages: as a client sends them; see `v4_jax.infer.conversation`.
       mode: how.
       profile: what the model takes its efforts for.
       opening: tokens that the answer begins with, after any reasoning.
+      continues: whether the last message is to be continued; None if it is the assistant's.
       options: "tools" and "response_format", as in `v4_jax.chat.encode`.
 
     Raises:
       ValueError: the chat format cannot express a message.
     """
+    if not messages:
+        raise ValueError("there are no messages; expected at least one")
+    check_tools(options.get("tools"))
+    read = read_messages(messages, continues=continues)
     thinking_mode, effort = MODES[mode]
-    how = {"thinking_mode": thinking_mode, "reasoning_effort": effort, "effort_profile": profile}
-    text = chat.encode(messages, **how, **options)  # type: ignore[arg-type]
+    encode = functools.partial(
+        chat.encode,
+        thinking_mode=thinking_mode,
+        reasoning_effort=effort,
+        effort_profile=profile,
+        **options,
+    )
+    last = read.pop() if read[-1].get("wo_eos") else None
+    before = read or [{"role": "system", "content": ""}]
+    text = encode(before)
+    if before[-1]["role"] == "system":
+        text += chat.open_answer(thinking_mode == "thinking")
+    if last is not None:  # whose reasoning is over
+        text, thinking_mode = text + encode([last], context=before), "chat"
     return Prompt(tokenizer.encode(text), thinking_mode, opening)

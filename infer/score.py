@@ -76,10 +76,22 @@ class Score(NamedTuple):
     text: TextToScore
     logprobs: np.ndarray
 
+    @property
+    def error(self) -> str | None:
+        """What is wrong with it; None if nothing is."""
+        if np.isfinite(self.logprobs).all():
+            return None
+        return (
+            f"line {self.text.line} has log-probabilities that are not finite numbers: the weights are damaged, or the "
+            "precision does not fit them"
+        )
+
     def as_json(self) -> dict[str, Any]:
         """The output line. The first token's log-probability is null: nothing comes before it."""
         values = self.logprobs.tolist()
         result: dict[str, Any] = {} if self.text.id is None else {"id": self.text.id}
+        if self.error:
+            return result | {"tokens": self.text.tokens, "error": self.error}
         return result | {
             "tokens": self.text.tokens,
             "logprobs": [None, *values],
@@ -204,9 +216,6 @@ class Scorer:
           params: the model's parameters.
           texts: none longer than `longest`.
           progress: called with (tokens read, tokens in all) after each chunk.
-
-        Raises:
-          ScoreError: a log-probability is not a finite number.
         """
         self.compile(params)
         logprobs = [np.zeros(len(text.tokens) - 1, np.float32) for text in texts]
@@ -231,7 +240,7 @@ class Scorer:
                     progress(done, total)
             in_flight = started
             while following < len(texts) and not missing[following]:
-                yield _finished(texts[following], logprobs[following])
+                yield Score(texts[following], logprobs[following])
                 following += 1
 
     def _inputs(self, texts: Sequence[TextToScore], chunks: Sequence[RowChunk | None]) -> tuple[Array, ...]:
@@ -273,9 +282,3 @@ def write_lines(lines: Iterable[str], path: Path) -> None:
     """
     with complete(path) as working, working.open("w", encoding="utf-8") as file:
         file.writelines(line + "\n" for line in lines)
-
-
-def _finished(text: TextToScore, logprobs: np.ndarray) -> Score:
-    if not np.isfinite(logprobs).all():
-        raise ScoreError(f"line {text.line} has log-probabilities that are not finite: the weights are damaged")
-    return Score(text, logprobs)

@@ -3,53 +3,44 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
 from v4_jax import chat
+from v4_jax.chat.protocol import SEPARATOR
 from v4_jax.infer.engine.requests import Event, Finish
 from v4_jax.tokenizer import Tokenizer
 
 Piece = tuple[str, str]
 
 
-class StoppingText:
-    """Decodes one row's tokens and cuts the text at the first stop string, which is not part of it.
+class StopStrings:
+    """Cuts a text that comes in pieces at the first stop string, which is not part of it.
 
-    Text that may be the beginning of a stop string waits until the next tokens decide, so that no piece ever shows
-    part of one.
+    Text that may be the beginning of a stop string waits until the next piece decides, so that no piece ever shows part
+    of one.
 
     Args:
-      tokenizer: decodes the tokens.
       stops: strings that end the text; of several that occur, the one that begins first counts.
 
     Attributes:
-      stopped: whether a stop string was met. What is pushed after it is ignored.
+      stopped: whether a stop string was met. What comes after it is ignored.
 
     Raises:
       ValueError: a stop string is empty.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+    def __init__(self, stops: Sequence[str] = ()) -> None:
         if "" in stops:
             raise ValueError("a stop string is empty; expected at least one character")
-        self._stream, self._stops = tokenizer.stream(), tuple(stops)
-        self._held = ""
+        self._stops, self._held = tuple(stops), ""
         self.stopped = False
 
-    def push(self, token: int) -> str:
-        """Returns the text that `token` makes certain, often ""."""
-        return "" if self.stopped else self._take(self._stream.push(token))
-
-    def flush(self) -> str:
-        """Returns what still waits: nothing follows."""
+    def feed(self, piece: str) -> str:
+        """Returns the text that a piece makes certain, often ""."""
         if self.stopped:
             return ""
-        piece = self._take(self._stream.flush())
-        held, self._held = self._held, ""
-        return piece + held
-
-    def _take(self, piece: str) -> str:
         text, self._held = self._held + piece, ""
         found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
@@ -62,67 +53,93 @@ class StoppingText:
                 return text[:-length]
         return text
 
+    def flush(self) -> str:
+        """Returns what still waits: nothing follows."""
+        held, self._held = self._held, ""
+        return held
+
 
 class Reply:
     """Tokens in, pieces of (kind, text) out; kinds are "reasoning", "content" and "tool_calls".
 
     Args:
       tokenizer: decodes the tokens.
-      stops: strings that end the reply.
+      stops: strings that end the reply where they occur in its content.
       thinking_mode: the chat prompt's; None for plain continuation, which is all "content".
+      origin: what tells this reply from others of a conversation; its calls' ids follow from it.
 
     Attributes:
       text: what the model wrote so far, by kind.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], thinking_mode: str | None) -> None:
-        self._decoder = StoppingText(tokenizer, stops)
+    def __init__(
+        self, tokenizer: Tokenizer, stops: Sequence[str], thinking_mode: str | None, origin: bytes = b""
+    ) -> None:
+        self._stream, self._stops, self._origin = tokenizer.stream(), StopStrings(stops), origin
         self._splitter = chat.StreamSplitter(thinking_mode) if thinking_mode else None
         self.text: dict[str, str] = {}
 
     @property
     def stopped(self) -> bool:
         """Whether a stop string was met."""
-        return self._decoder.stopped
+        return self._stops.stopped
 
     def push(self, token: int) -> list[Piece]:
         """The pieces that a token makes certain."""
-        return self._split(self._decoder.push(token))
+        return [] if self.stopped else self._split(self._stream.push(token))
 
     def finish(self) -> list[Piece]:
-        """The pieces that still waited."""
-        pieces = self._split(self._decoder.flush())
+        """The pieces that still waited, and what the model said after its tool calls."""
+        if self.stopped:
+            return []
+        pieces = self._split(self._stream.flush())
         if self._splitter:
-            last = self._splitter.finish()
-            self._keep(last)
-            pieces += last
-        return pieces
+            pieces += self._sort(self._splitter.finish())
+        if (block := self.text.get("tool_calls")) and (said := chat.read_tool_calls(block).text):
+            between = SEPARATOR if self.text.get("content") else ""
+            pieces += self._sort([("content", between + said)])
+        return pieces + self._keep("content", self._stops.flush())
 
     def message(self) -> dict[str, Any]:
         """What an assistant wrote so far: content, and where there are any reasoning_content and tool_calls.
 
-        A block of tool calls that is cut short or malformed is handed on as it is, as "unparsed_tool_calls".
+        Tool calls that are cut short or cannot be read are handed on as they are, as "unparsed_tool_calls".
         """
         found: dict[str, Any] = {"content": self.text.get("content", "")}
         if reasoning := self.text.get("reasoning"):
             found["reasoning_content"] = reasoning
         if block := self.text.get("tool_calls"):
-            try:
-                calls = chat.parse_tool_calls(block)
-            except chat.ParseError:
-                found["unparsed_tool_calls"] = block
-            else:
-                found["tool_calls"] = [{"id": f"call_{i}", **call} for i, call in enumerate(calls)]
+            calls, unparsed, _ = chat.read_tool_calls(block)
+            if calls:
+                found["tool_calls"] = [{"id": self._call_id(number), **call} for number, call in enumerate(calls)]
+            if unparsed:
+                found["unparsed_tool_calls"] = unparsed
         return found
 
-    def _split(self, text: str) -> list[Piece]:
-        pieces = self._splitter.feed(text) if self._splitter else [("content", text)]
-        self._keep(pieces)
-        return pieces
+    def _call_id(self, number: int) -> str:
+        return "call_" + hashlib.sha256(self._origin + b"/%d" % number).hexdigest()[:24]
 
-    def _keep(self, pieces: list[Piece]) -> None:
+    def _split(self, text: str) -> list[Piece]:
+        return self._sort(self._splitter.feed(text) if self._splitter else [("content", text)])
+
+    def _sort(self, pieces: list[Piece]) -> list[Piece]:
+        """Keeps pieces, of content what stands before a stop string."""
+        sorted_: list[Piece] = []
         for kind, text in pieces:
-            self.text[kind] = self.text.get(kind, "") + text
+            if self.stopped:
+                break
+            if kind == "content":
+                text = self._stops.feed(text)
+            elif kind == "tool_calls":  # content is over
+                sorted_ += self._keep("content", self._stops.flush())
+            sorted_ += self._keep(kind, text)
+        return sorted_
+
+    def _keep(self, kind: str, text: str) -> list[Piece]:
+        if not text:
+            return []
+        self.text[kind] = self.text.get(kind, "") + text
+        return [(kind, text)]
 
 
 @dataclasses.dataclass(eq=False)
@@ -133,7 +150,7 @@ class Sample:
       reply: its text.
       stop_ids: tokens that end it and are no text.
       events: its tokens.
-      finish: "stop" or "length" once it has ended.
+      finish: "stop", "length" or "error" once it has ended.
     """
 
     reply: Reply
@@ -145,7 +162,8 @@ class Sample:
         """Takes a token and returns the pieces that it makes certain."""
         self.events.append(event)
         # A text also stops where its grammar leaves nothing to add: that token is a part of it.
-        pieces = [] if event.id in self.stop_ids else self.reply.push(event.id)
+        said = event.finish != "error" and event.id not in self.stop_ids
+        pieces = self.reply.push(event.id) if said else []
         if event.finish or self.reply.stopped:
             pieces += self.reply.finish()
             self.finish = "stop" if self.reply.stopped else event.finish

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from v4_jax.cache.cache import CacheDtype, cache_shapes
 from v4_jax.config import Config
-from v4_jax.number_formats import E2M1, E4M3, E8M0, FP4_BLOCK, FP8_BLOCK, BlockScaled, scale_shape
+from v4_jax.number_formats import BlockScaled, layout, scale_shape
 from v4_jax.on_mesh import UNIT
 from v4_jax.outputs import Output
 from v4_jax.parameter_tree import declarations, placements
@@ -224,7 +224,6 @@ def abstract_params(config: Config, mesh: Mesh | AbstractMesh, rules: Any, dtype
     Raises:
       ShardingError: a parameter that does not split evenly.
     """
-    base = config.expert_dtype == "fp8"  # the Base releases, where every scale is float32
 
     def arrays(parameter: Parameter, place: NamedSharding) -> Any:
         def array(shape: tuple[int, ...], kind: Any) -> jax.ShapeDtypeStruct:
@@ -233,11 +232,10 @@ def abstract_params(config: Config, mesh: Mesh | AbstractMesh, rules: Any, dtype
         shape, storage = parameter.shape, parameter.storage
         if storage in ("i64", "f32"):
             return array(shape, jnp.int32 if storage == "i64" else jnp.float32)
-        if storage == "bf16" or dtype == "bfloat16":
+        held = None if dtype == "bfloat16" else layout(storage, config.expert_dtype)
+        if held is None:
             return array(shape, jnp.bfloat16)
-        codes, block = (E2M1, FP4_BLOCK) if storage == "expert" and not base else (E4M3, FP8_BLOCK)
-        scales = array(scale_shape(shape, block), jnp.float32 if base else E8M0)
-        return BlockScaled(array(shape, codes), scales, block)
+        return BlockScaled(array(shape, held.codes), array(scale_shape(shape, held.block), held.scales), held.block)
 
     return jax.tree.map(arrays, declarations(config), placements(config, mesh, rules), is_leaf=is_parameter)
 

@@ -79,14 +79,19 @@ class OnMean(Expected):
         return 1 - share, share
 
     def share(self, kernel: Instruction) -> Share:
-        """Of the grouped matmul's visits to experts, those that an even load makes."""
-        if "grouped_matmul" not in kernel.op_name.rsplit("/", 2)[-2:][0]:
-            return Share()
-        rows = kernel.shapes[0].dimensions[0]
+        """Of visits to experts, those that an even load makes."""
+        name = kernel.op_name.rsplit("/", 2)[-2:][0]
+        rows = kernel.shapes[0].dimensions[0] if kernel.shapes and kernel.shapes[0].dimensions else 0
         own = self._choices * self._own / self.config.n_routed_experts
-        visits = self._hit + own / ROWS[0]  # each once, and once more for each boundary between tiles of rows
-        most = max(1.0, min(rows, self._own))
-        return Share(visits / DYNAMIC_TURNS, min(1.0, own / rows), min(1.0, self._hit / most))
+        if name == "grouped_matmul":
+            visits = self._hit + own / ROWS[0]  # each once, and once more for each boundary between tiles of rows
+            turns = visits / DYNAMIC_TURNS
+        elif name == "experts" and "/experts.ffn/" in kernel.op_name:
+            rows *= self.config.num_experts_per_tok
+            turns = self._hit  # the estimate has one turn of this loop, whose bounds it finds in no constant
+        else:
+            return Share()
+        return Share(turns, min(1.0, own / rows), min(1.0, self._hit / max(1.0, min(rows, self._own))))
 
     def _ratio(self, op_name: str) -> int:
         """Tokens to an entry in the layer that a conditional stands in."""

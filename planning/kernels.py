@@ -38,7 +38,8 @@ Likeness = tuple[str, ...]
 def likeness(computation: Computation, kernel: Instruction) -> Likeness:
     """What two calls of the same kernel have in common."""
     operands = (shape for name in kernel.operands for shape in computation.instructions[name].shapes)
-    return (kernel.name.partition(".")[0], *(f"{shape.dtype}{list(shape.dimensions)}" for shape in (*operands, *kernel.shapes)))
+    shapes = (f"{shape.dtype}{list(shape.dimensions)}" for shape in (*operands, *kernel.shapes))
+    return (kernel.name.partition(".")[0], *shapes)
 
 
 def cycles(closed: Any, topology: str, mesh: Mesh) -> dict[Likeness, int]:

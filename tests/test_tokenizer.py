@@ -54,6 +54,18 @@ def test_text_comes_back(tokenizer, text):
 
 
 @pytest.mark.parametrize("text", TEXTS)
+def test_tokens_are_bytes(tokenizer, text):
+    assert b"".join(tokenizer.token_bytes(i) for i in tokenizer.encode(text)) == text.encode()
+
+
+def test_ids_without_a_token_have_no_bytes(tmp_path):
+    for tokenizer in (load_tokenizer(tmp_path, 320), load_tokenizer(tmp_path, build_vocabulary(tmp_path) + 5)):
+        assert tokenizer.token_bytes(tokenizer.vocab_size - 1) is None
+        with pytest.raises(ValueError, match="outside of the vocabulary"):
+            tokenizer.token_bytes(tokenizer.vocab_size)
+
+
+@pytest.mark.parametrize("text", TEXTS)
 def test_streamed_text_comes_back(tokenizer, text):
     stream = tokenizer.stream()
     pieces = [stream.push(i) for i in tokenizer.encode(text)]

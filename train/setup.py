@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from v4_jax.checkpoint import Checkpoint, load, open_checkpoint
+from v4_jax.checkpoint import Checkpoint, load, local, open_checkpoint
 from v4_jax.checkpoint.released import companions
 from v4_jax.checkpoint.trained import RECORD, RUN, run_of
 from v4_jax.config import Config
@@ -54,7 +54,7 @@ class Origin(NamedTuple):
         checkpoint, directory = None, settings.tokenizer
         if settings.model is not None:
             checkpoint = open_checkpoint(settings.model)
-            config, directory = checkpoint.config, directory or run_of(settings.model) or settings.model
+            config, directory = checkpoint.config, directory or run_of(settings.model) or local(settings.model)
         elif isinstance(settings.architecture, Path):
             config = Config.from_hf(settings.architecture)
         else:

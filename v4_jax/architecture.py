@@ -11,6 +11,10 @@ from v4_jax.json_files import shown
 AttentionRole = Literal["sliding", "csa", "hca"]
 FeedForwardRole = Literal["hash", "routed"]
 
+# How the routed experts are stored: as released, as repackaged in NVFP4, or plain in a checkpoint that is all BF16.
+ExpertDtype = Literal["fp4", "fp8", "nvfp4", "bf16"]
+EXPERT_DTYPES: tuple[ExpertDtype, ...] = ("fp4", "fp8", "nvfp4", "bf16")
+
 # `compress_ratios` entry -> attention role (technical report, section 2.3).
 ROLE_OF_RATIO: dict[int, AttentionRole] = {0: "sliding", 4: "csa", 128: "hca"}
 RATIO_OF_ROLE: dict[AttentionRole, int] = {role: ratio for ratio, role in ROLE_OF_RATIO.items()}
@@ -110,7 +114,7 @@ class Architecture:
     rope_scaling: Yarn = Yarn()
     max_position_embeddings: int = 1048576
     initializer_range: float = 0.02
-    expert_dtype: Literal["fp4", "fp8"] = "fp4"
+    expert_dtype: ExpertDtype = "fp4"
     bos_token_id: int = 0
     eos_token_id: int = 1
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from v4_jax import costs
-from v4_jax.architecture import MOST_LAYERS, Architecture, ConfigError, Yarn
+from v4_jax.architecture import EXPERT_DTYPES, MOST_LAYERS, Architecture, ConfigError, Yarn
 from v4_jax.json_files import read_object, shown
 
 
@@ -146,6 +146,7 @@ class Config(Architecture):
         else:
             fields = {key: value for key, value in fields.items() if key not in _DSPARK}
         fields["rope_scaling"] = {"type": "yarn", **fields["rope_scaling"]}
+        plain = self.expert_dtype == "bf16"  # nothing is quantised
         return {
             "architectures": ["DeepseekV4ForCausalLM"],
             "model_type": "deepseek_v4",
@@ -153,15 +154,18 @@ class Config(Architecture):
             **fields,
             "torch_dtype": "bfloat16",
             "use_cache": True,
-            "quantization_config": {
-                "quant_method": "fp8",
-                "fmt": "e4m3",
-                "activation_scheme": "dynamic",
-                "scale_fmt": "ue8m0",
-                "weight_block_size": [128, 128],
-            },
+            **({} if plain else {"quantization_config": dict(QUANTIZATION)}),
         }
 
+
+# How the releases describe their number formats, beside `expert_dtype`.
+QUANTIZATION: dict[str, Any] = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "scale_fmt": "ue8m0",
+    "weight_block_size": [128, 128],
+}
 
 # Keys with exactly one value that this model computes. Anything else is refused: it would change the mathematics.
 _FIXED: dict[str, Any] = {
@@ -177,6 +181,18 @@ _FIXED: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 
+# What GPT-style configurations call the same; tools write them beside or in place of ours.
+_ALIASES = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_inner": "moe_intermediate_size",
+    "n_positions": "max_position_embeddings",
+    "n_ctx": "max_position_embeddings",
+    "activation_function": "hidden_act",
+    "layer_norm_epsilon": "rms_norm_eps",
+}
+
 # Keys that say nothing about the forward pass: provenance, storage, library bookkeeping, training-only or decoding
 # defaults.
 _INERT = frozenset(
@@ -185,7 +201,9 @@ _INERT = frozenset(
         *("torch_dtype", "dtype", "quantization_config", "torchscript", "use_cache", "chunk_size_feed_forward"),
         *("id2label", "label2id", "problem_type", "is_encoder_decoder", "pad_token_id"),
         *("return_dict", "output_attentions", "output_hidden_states", "output_router_logits"),
-        *("router_aux_loss_coef", "router_jitter_noise"),
+        *("router_aux_loss_coef", "router_jitter_noise", "gradient_checkpointing", "is_decoder", "add_cross_attention"),
+        *("attn_implementation", "resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_type", "tokenizer_class"),
+        *("do_sample", "temperature", "top_k", "top_p", "task_specific_params"),
         # What tools that fine-tune, quantise or store models write down about themselves.
         *("unsloth_fixed", "unsloth_version", "_attn_implementation", "_attn_implementation_autoset", "peft_version"),
         *("_commit_hash", "_from_model_config", "trl_version", "sentence_transformers", "finetuning_task"),
@@ -226,6 +244,10 @@ def _fields_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
         if hf.get(key) is not None and not isinstance(hf[key], kind):
             expected = "an object" if kind is dict else "a list"
             raise ConfigError(f"{key} is {shown(hf[key])}, expected {expected}")
+    for key, name in _ALIASES.items():
+        value = hf.pop(key, None)
+        if value is not None and hf.setdefault(name, value) != value:
+            raise ConfigError(f"{key} is {shown(value)}, but {name}, which it repeats, is {shown(hf[name])}")
     if hf.get("model_type", "deepseek_v4") != "deepseek_v4":
         raise ConfigError(f"model_type is {shown(hf['model_type'])}, expected 'deepseek_v4'")
     for key, legal in _FIXED.items():
@@ -251,8 +273,9 @@ def _fields_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
             fields[name] = value[0]
         if name in fields and value is None:
             del fields[name]
-    if fields.get("expert_dtype", "fp4") not in ("fp4", "fp8"):
-        raise ConfigError(f"expert_dtype is {shown(fields['expert_dtype'])}, expected 'fp4' or 'fp8'")
+    if fields.get("expert_dtype", "fp4") not in EXPERT_DTYPES:
+        legal = ", ".join(EXPERT_DTYPES)
+        raise ConfigError(f"expert_dtype is {shown(fields['expert_dtype'])}, expected one of {legal}")
     unknown = sorted(set(hf) - _INERT)
     if unknown:
         raise ConfigError(

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from v4_jax.architecture import RATIO_OF_ROLE, Architecture
 from v4_jax.cache.cache import CacheDtype, init_cache
 from v4_jax.cache.entries import ENTRY_RATIOS
-from v4_jax.number_formats import E2M1, E4M3, E8M0, FP4_BLOCK, FP8_BLOCK, bytes_of, scale_shape
+from v4_jax.number_formats import bytes_of, layout, scale_shape
 from v4_jax.parameter_tree import declarations
 from v4_jax.parameters import EXPERTS, Parameter, is_parameter
 
@@ -119,15 +119,11 @@ def _arrays(config: Architecture, parameter: Parameter, dtype: WeightDtype) -> I
         yield jax.ShapeDtypeStruct(shape, jnp.float32)
     elif dtype != "native":
         yield jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-    elif storage == "bf16":
+    elif (held := layout(storage, config.expert_dtype)) is None:
         yield jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     else:
-        # FP8 experts mark the Base releases, where every scale is float32.
-        base = config.expert_dtype == "fp8"
-        four_bits = storage == "expert" and not base
-        yield jax.ShapeDtypeStruct(shape, E2M1 if four_bits else E4M3)
-        scales = scale_shape(shape, FP4_BLOCK if four_bits else FP8_BLOCK)
-        yield jax.ShapeDtypeStruct(scales, jnp.float32 if base else E8M0)
+        yield jax.ShapeDtypeStruct(shape, held.codes)
+        yield jax.ShapeDtypeStruct(scale_shape(shape, held.block), held.scales)
 
 
 def _parameters(config: Architecture) -> list[tuple[tuple[str, ...], Parameter]]:

@@ -52,7 +52,7 @@ def is_pointer(content: bytes) -> bool:
     return content.startswith(_LFS)
 
 
-def pointer(path: Path) -> str:
+def pointer(path: Path | str) -> str:
     """The sentence for such a file."""
     return f"{path} is a Git LFS pointer, not the file itself: fetch it with git lfs pull"
 

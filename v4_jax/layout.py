@@ -15,7 +15,11 @@ from flax import struct
 from jax import Array
 
 from v4_jax.architecture import Architecture
+from v4_jax.cache.entries import here
 from v4_jax.layers.rotary import Turn, inverse_frequencies, turn
+from v4_jax.sharding.collectives import Axes
+
+SHORT = 9  # tokens of a chunk that compressors take one by one; rings have room for so many
 
 
 class Blocks(struct.PyTreeNode):
@@ -45,13 +49,19 @@ class Schedule(struct.PyTreeNode):
 
     Attributes:
       turns: by how much the tokens' positions turn.
+      closing: by how much the entry of the block that a token ends turns, in short chunks.
+      total: see `Layout.total`.
       blocks: see `Layout.blocks`.
       visible: see `Layout.visible`.
+      here: the same in local numbers of the entries that lie on this device, where devices keep each its own.
     """
 
     turns: dict[int, Turn]
+    closing: dict[int, Turn]
+    total: Array
     blocks: dict[int, Blocks]
     visible: dict[int, tuple[Array, Array]]
+    here: dict[int, tuple[Array, Array]]
 
 
 class Layout(struct.PyTreeNode):
@@ -142,20 +152,36 @@ class Layout(struct.PyTreeNode):
         first = cut(self.first) - offset
         return Layout(cut(self.positions), first, cut(self.valid), start, self.packed, self, offset, sealed=self.sealed)
 
-    def scheduled(self, config: Architecture) -> Layout:
-        """The same with its schedule: what a scan over layers would otherwise compute in each."""
+    def scheduled(self, config: Architecture, axes: Axes = ()) -> Layout:
+        """The same with its schedule: what a scan over layers would otherwise compute in each.
+
+        Args:
+          config: the architecture.
+          axes: mesh axes over which caches spread entries.
+        """
         ratios = sorted({0, *(layer.ratio for layer in config.layers)})  # what drafts is sliding
         turns = {ratio: turn(self.positions, inverse_frequencies(config, ratio)) for ratio in ratios}
         entries = [ratio for ratio in ratios if ratio]
         blocks = {ratio: self.blocks(ratio) for ratio in entries}
         for ratio, one in blocks.items():
             blocks[ratio] = one.replace(turn=turn(one.positions, inverse_frequencies(config, ratio)))
-        return self.replace(schedule=Schedule(turns, blocks, {ratio: self.visible(ratio) for ratio in entries}))
+        closing = {
+            ratio: turn(self.positions - (ratio - 1), inverse_frequencies(config, ratio))
+            for ratio in (entries if self.size <= SHORT else ())
+        }
+        visible = {ratio: self.visible(ratio) for ratio in entries}
+        local = {ratio: (here(low, axes), here(high, axes)) for ratio, (low, high) in visible.items()}
+        return self.replace(schedule=Schedule(turns, closing, self.total, blocks, visible, local))
 
     def turn(self, ratio: int) -> Turn:
         """By how much the tokens' positions turn in layers of `ratio` tokens per entry; of a layout with a schedule."""
         assert self.schedule is not None
         return self.schedule.turns[ratio]
+
+    def closing_turn(self, ratio: int) -> Turn:
+        """By how much the entry of the block that each token ends turns, in a short chunk's layout with a schedule."""
+        assert self.schedule is not None
+        return self.schedule.closing[ratio]
 
     @property
     def size(self) -> int:
@@ -183,6 +209,8 @@ class Layout(struct.PyTreeNode):
     @property
     def total(self) -> Array:
         """[B] valid tokens of each row in the chunk of all devices."""
+        if self.schedule is not None:
+            return self.schedule.total
         return (self.whole or self).counts
 
     @property
@@ -244,3 +272,8 @@ class Layout(struct.PyTreeNode):
             return jnp.zeros_like(done), done
         high = self._closed_before(ratio) + jnp.cumsum(self._closes(ratio), axis=1, dtype=jnp.int32)
         return high - done, high
+
+    def visible_here(self, ratio: int) -> tuple[Array, Array]:
+        """The same in local numbers of the entries that lie on this device; of a layout with a schedule."""
+        assert self.schedule is not None
+        return self.schedule.here[ratio]

@@ -6,7 +6,7 @@ Sources: technical report, sections 4.2 and 5.2, and the released checkpoints. E
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,8 @@ FP8_BLOCK = (128, 128)  # output x input elements that share a scale in an E4M3 
 FP4_BLOCK = (1, 32)  # the same in an E2M1 weight
 KV_BLOCK = 64  # non-rotary channels of a key/value row that share a scale
 INDEX_BLOCK = 32  # channels of an index query or key that share a scale
+
+NVFP4_BLOCK = (1, 16)  # the same in an NVFP4 weight, whose scales are float32 here: E4M3 times the tensor's own
 
 _KV_AMAX_FLOOR = 1e-4
 _INDEX_AMAX_FLOOR = 6.0 * 2.0**-126
@@ -85,6 +87,29 @@ def bytes_of(array: Any) -> int:
     """Bytes that an array (or shape) occupies on a device, where 4-bit elements are packed in pairs."""
     bits = 4 if jnp.dtype(array.dtype) == E2M1 else 8 * jnp.dtype(array.dtype).itemsize
     return (int(np.prod(array.shape)) * bits + 7) // 8
+
+
+class Layout(NamedTuple):
+    """How a block-scaled weight is held: the dtype of its codes, elements under one scale, the dtype of the scales."""
+
+    codes: Any
+    block: tuple[int, int]
+    scales: Any
+
+
+def layout(storage: str, expert_dtype: str) -> Layout | None:
+    """How a parameter is held in the released formats; None for a plain array.
+
+    Args:
+      storage: see `v4_jax.parameters.Storage`.
+      expert_dtype: the configuration's. "fp8" marks the Base releases, where every scale is float32, and "bf16"
+        checkpoints in which nothing is quantised.
+    """
+    if storage not in ("fp8", "expert") or expert_dtype == "bf16":
+        return None
+    if storage == "fp8" or expert_dtype == "fp8":
+        return Layout(E4M3, FP8_BLOCK, jnp.float32 if expert_dtype == "fp8" else E8M0)
+    return Layout(E2M1, NVFP4_BLOCK, jnp.float32) if expert_dtype == "nvfp4" else Layout(E2M1, FP4_BLOCK, E8M0)
 
 
 def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:

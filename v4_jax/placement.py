@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from v4_jax.cache.cache import Cache, CacheDtype, cache_shapes, init_cache
 from v4_jax.cache.entries import PAGE
 from v4_jax.config import Config
-from v4_jax.number_formats import FP4_BLOCK, FP8_BLOCK, bytes_of
+from v4_jax.number_formats import bytes_of, layout
 from v4_jax.on_mesh import UNIT, check_rows
 from v4_jax.parameter_tree import declarations
 from v4_jax.parameters import is_parameter, named
@@ -176,11 +176,11 @@ def _distinct(config: Config, native: bool) -> tuple[tuple[Any, ...], ...]:
 
     A shard holds whole heads and groups and, in the released formats, whole blocks of one scale.
     """
-    block = {"fp8": FP8_BLOCK, "expert": FP8_BLOCK if config.expert_dtype == "fp8" else FP4_BLOCK} if native else {}
     whole = {"heads": config.num_attention_heads, "index_heads": config.index_n_heads, "o_groups": config.o_groups}
     found: dict[Any, str] = {}
     for path, parameter in jax.tree_util.tree_leaves_with_path(declarations(config), is_leaf=is_parameter):
-        units = (1,) * len(parameter.shape) + block.get(parameter.storage, (1, 1))
+        held = layout(parameter.storage, config.expert_dtype) if native else None
+        units = (1,) * len(parameter.shape) + (held.block if held else (1, 1))
         multiples = tuple(
             math.lcm(unit, size // whole.get(name, size))
             for unit, size, name in zip(units[-len(parameter.shape) :], parameter.shape, parameter.axes, strict=True)

@@ -25,6 +25,13 @@ _UTF8_BYTES = tuple(byte for byte in range(256) if byte not in (0xC0, 0xC1) and 
 _LARGEST_BYTE_VOCAB = 4096
 
 
+# Byte-level vocabularies spell each byte as a letter: itself where it is a visible character of Latin-1, else one of
+# those from U+0100 on, in order.
+_VISIBLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_INVISIBLE = tuple(byte for byte in range(256) if byte not in _VISIBLE)
+_BYTE_OF_LETTER = {chr(byte): byte for byte in _VISIBLE} | {chr(256 + n): byte for n, byte in enumerate(_INVISIBLE)}
+
+
 class Tokenizer(Protocol):
     """What generation and scoring need to know of a tokenizer.
 
@@ -50,6 +57,13 @@ class Tokenizer(Protocol):
 
         Raises:
             ValueError: An id is outside of [0, vocab_size).
+        """
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """Returns the bytes that an id stands for, perhaps a part of a character; None for an unused id.
+
+        Raises:
+            ValueError: The id is outside of [0, vocab_size).
         """
 
     def stream(self) -> "TokenStream":
@@ -167,6 +181,11 @@ class ByteTokenizer:
         data = b"".join(self.tokens[i] if i < len(self.tokens) else unused for i in checked)
         return data.decode(errors="replace")
 
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """See `Tokenizer.token_bytes`."""
+        [checked] = _check_ids([token_id], self.vocab_size)
+        return self.tokens[checked] if checked < len(self.tokens) else None
+
     def stream(self) -> TokenStream:
         """See `Tokenizer.stream`."""
         return TokenStream(self)
@@ -225,6 +244,16 @@ class VocabularyTokenizer:
             ids = list(run)
             pieces.append(self._tokenizer.decode(ids, skip_special_tokens=False) if used else _REPLACEMENT * len(ids))
         return "".join(pieces)
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """See `Tokenizer.token_bytes`."""
+        text = self.decode([token_id])
+        if token_id not in self._used or _REPLACEMENT not in text:
+            return text.encode() if token_id in self._used else None
+        spelled = self._tokenizer.id_to_token(token_id)  # a part of a character: a letter for each byte
+        if all(letter in _BYTE_OF_LETTER for letter in spelled):
+            return bytes(_BYTE_OF_LETTER[letter] for letter in spelled)
+        return text.encode()
 
     def stream(self) -> TokenStream:
         """See `Tokenizer.stream`."""

@@ -382,7 +382,7 @@ class Transformer(Module):
             sealed=sealed,
         )
         shard = whole.shard(jnp.int32(size) * collectives.index(axes), size) if axes else whole
-        return shard.scheduled(self.config)
+        return shard.scheduled(self.config, self.split.axes("entries"))
 
     def _embed(self, tokens: Array) -> Array:
         """[B, S] ids -> [B, S, D]; out-of-range ids read the nearest row.

@@ -86,14 +86,15 @@ def check_output(path: Path) -> None:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, or of stdin for "-".
+    """The text of a file, or of stdin for "-", without a byte-order mark.
 
     Raises:
       CommandError: it cannot be read or is not UTF-8.
     """
     name = "stdin" if str(path) == "-" else str(path)
     try:
-        return sys.stdin.read() if name == "stdin" else path.read_text(encoding="utf-8")
+        text = sys.stdin.read() if name == "stdin" else path.read_text(encoding="utf-8")
+        return text.removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise CommandError(f"{name} is not UTF-8 text (byte {error.start}); expected UTF-8") from None
     except OSError as error:
@@ -113,6 +114,8 @@ def read_json(path: Path) -> Any:
         raise CommandError(f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
     except RecursionError:
         raise CommandError(f"{path} is nested too deeply to be read") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise CommandError(f"{path} cannot be read: {error}") from None
 
 
 def only_errors() -> None:

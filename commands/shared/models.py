@@ -10,7 +10,7 @@ from typing import Any, cast
 from v4_jax.cache.cache import CacheDtype
 from v4_jax.chat import PROFILES, EffortProfile, effort_prefix, read_profile
 from v4_jax.chat.efforts import ENCODING
-from v4_jax.checkpoint import Checkpoint, load, open_checkpoint, run_of
+from v4_jax.checkpoint import Checkpoint, load, open_checkpoint, run_of, url_of
 from v4_jax.commands.shared.console import CommandError, bad_input, say, watched
 from v4_jax.commands.shared.options import CacheFormat, Dtype, Profile
 from v4_jax.config import Config
@@ -26,7 +26,7 @@ class ModelDirectory:
     """A released or converted directory, or a training run.
 
     Attributes:
-      path: the directory; of a run's step, the run's.
+      path: the directory; of a run's step, the run's; of one elsewhere, copies of all but its shards.
       checkpoint: its tensors, accounted for but not read.
     """
 
@@ -41,9 +41,10 @@ class ModelDirectory:
           CommandError: there is none, or it holds no model.
         """
         expected = "expected a directory that holds a released or converted model, or a training run"
+        url = url_of(path)
         if path.exists() and not path.is_dir():
             raise CommandError(f"{path} is a file; {expected}")
-        if not path.exists():
+        if url is None and not path.exists():
             unfinished = path.absolute().with_name(f".{path.name}.partial")
             hint = f" (its conversion is unfinished: {unfinished})" if unfinished.exists() else ""
             raise CommandError(f"there is no directory {path}{hint}; {expected}")
@@ -51,7 +52,7 @@ class ModelDirectory:
             checkpoint = open_checkpoint(path)
         for note in checkpoint.notes:
             say(f"note: {checkpoint.label}: {note}")
-        return cls(run_of(path) or path, checkpoint)
+        return cls((checkpoint.directory if url else run_of(path)) or path, checkpoint)
 
     @property
     def config(self) -> Config:

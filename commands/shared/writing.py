@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from v4_jax.checkpoint import Written
+from v4_jax.checkpoint import Written, url_of
 from v4_jax.checkpoint.released import INDEX, SINGLE, left_behind
 from v4_jax.checkpoint.tensors import names_in
 from v4_jax.commands.shared.console import CommandError, bad_input, progress_bar, say
@@ -42,10 +42,10 @@ def write(action: Callable[..., Written], source: Path, target: Path, label: str
 
 
 def require_directory(path: Path) -> None:
-    """Checks that there is a directory.
+    """Checks that there is a directory; those elsewhere are seen when they are opened.
 
     Raises:
       CommandError: there is none.
     """
-    if not path.is_dir():
+    if not url_of(path) and not path.is_dir():
         raise CommandError(f"there is no directory {path}; expected a released or converted one, or a training run")

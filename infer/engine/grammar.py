@@ -15,8 +15,9 @@ import numpy as np
 
 from v4_jax.tokenizer import ByteTokenizer, Tokenizer, VocabularyTokenizer
 
-# Between two tokens of a JSON text. Unlimited, as the library has it, a model may write blanks forever.
-WHITESPACE = r"[ \t\r\n]{0,64}"
+# Between two tokens of a JSON text: nothing, a space, or a new line with its indentation. Unlimited, as the library has
+# it, a model may write blanks forever.
+WHITESPACE = r" ?|\n[ \t]{0,20}"
 
 
 class Grammars:
@@ -54,11 +55,14 @@ class Grammars:
         Raises:
           ValueError: it is no schema, allows nothing, or uses keywords that the library does not know.
         """
-        text, options = json.dumps(schema), {"whitespace_pattern": WHITESPACE}
+        if schema is False:
+            raise ValueError("the JSON schema cannot be used: it is false, which allows nothing")
+        # True allows everything, as {} does, which the library can put options on.
+        text, options = json.dumps({} if schema is True else schema), {"whitespace_pattern": WHITESPACE}
         try:
             grammar = self._library.LLMatcher.grammar_from_json_schema(text, overrides=options)
         except ValueError as error:
-            raise ValueError(f"the JSON schema cannot be used: {error}") from None
+            raise ValueError(f"the JSON schema cannot be used: {_reason(str(error))}") from None
         return self._compile("JSON schema", grammar)
 
     def json_object(self) -> Grammar:
@@ -86,8 +90,15 @@ class Grammars:
     def _compile(self, kind: str, grammar: str) -> Grammar:
         matcher = self._library.LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
-            raise ValueError(f"the {kind} cannot be used: {matcher.get_error().splitlines()[0]}")
+            raise ValueError(f"the {kind} cannot be used: {_reason(matcher.get_error())}")
         return Grammar(matcher, self.vocab_size, self._end)
+
+
+def _reason(error: str) -> str:
+    """One sentence of the library's error, which may be a drawing of several lines with the reason below."""
+    lines = error.splitlines() or ["no reason is given"]
+    found = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return " ".join([lines[0], *found[:1]])
 
 
 class Grammar:

@@ -7,13 +7,18 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from v4_jax.config import Config
-from v4_jax.infer.checks import check_ids, check_vocabulary
+from v4_jax.infer.checks import check_ids, check_samples, check_vocabulary
 from v4_jax.infer.engine.grammar import Grammar
 from v4_jax.infer.engine.guide import Guide
 from v4_jax.infer.engine.sampling import MOST_ALTERNATIVES, Sampling
 from v4_jax.infer.engine.speculative import Acceptance
 
-Finish = Literal["stop", "length"]
+Finish = Literal["stop", "length", "error"]
+
+NOT_FINITE = (
+    "the model's logits for this text are not finite numbers, so it has no next token: the weights are damaged, or the "
+    "settings or the precision do not fit them"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Request:
       reasoning_budget: tokens after which reasoning is ended: `reasoning_end`, or what is missing of it, is then
         generated, unless it was before.
       opening: tokens that the answer begins with, after any reasoning.
+      salt: the prefix cache has nothing for it but what requests of the same salt left there.
     """
 
     prompt: Sequence[int]
@@ -45,6 +51,7 @@ class Request:
     reasoning_end: Sequence[int] = ()
     reasoning_budget: int | None = None
     opening: Sequence[int] = ()
+    salt: bytes = b""
 
     def check(self, config: Config, slots: int, max_length: int) -> None:
         """Checks that it can be served.
@@ -62,8 +69,7 @@ class Request:
         for name, value in (("max_tokens", self.max_tokens), ("n", self.n)):
             if value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
-        if self.n > slots:
-            raise ValueError(f"n is {self.n}, but there are {slots} slots; expected at most so many samples")
+        check_samples(self.n, slots)
         if len(self.prompt) + self.max_tokens > max_length:
             raise ValueError(
                 f"a prompt of {len(self.prompt)} tokens and a continuation of {self.max_tokens} exceed the "
@@ -107,7 +113,8 @@ class Event(NamedTuple):
       sample: which of the request's samples it continues.
       id: the token.
       logprob: its log-probability under the model, before bias, penalties, constraint, temperature and filters.
-      finish: "stop" or "length" with the sample's last token, else None.
+      finish: "stop" or "length" with the sample's last token, else None; "error" where there is no token, as the logits
+        are not finite: the sample ends, and `id` means nothing.
       alternatives: the most probable tokens and their log-probabilities, best first, as many as were asked for.
       cached: tokens of the prompt that were not read for this request, as they were in the prefix cache.
       drafts: how often drafts of the sample's tokens were right so far, by depth.

@@ -298,7 +298,7 @@ class Engine:
                 sequence = SequenceState.of(request, number, sample, slot, self.config, self.draft_depth)
                 self._occupied[slot] = sequence
                 sequences.append(sequence)
-            self._prefills.append(PrefillState(request.prompt, sequences))
+            self._prefills.append(PrefillState(request.prompt, sequences, salt=request.salt))
 
     def _pages_of(self, request: Request) -> tuple[int, int]:
         """Pages of each sample, and how many of them the samples share: those that the prompt fills."""
@@ -336,7 +336,7 @@ class Engine:
         prefill.tokens_read = 0
         if self._pager is None:
             return
-        self._state, prefix = self._pager.load_prefix(self._state, prefill.slot, prefill.prompt)
+        self._state, prefix = self._pager.load_prefix(self._state, prefill.slot, prefill.prompt, prefill.salt)
         prefill.tokens_read, prefill.sealed, prefill.hashes = prefix
         self.tokens_read += prefix.tokens
         for sequence in prefill.sequences:
@@ -446,7 +446,7 @@ class Engine:
                 sequence.newest_token = token
                 if sequence in following and following[sequence].unless == token:
                     del following[sequence]
-                finish = sequence.finish(token)
+                finish = sequence.finish(token, float(output.logprobs[sequence.slot, index]))
                 if finish:
                     self._end(sequence)
                 events.append(sequence.event(output, index, finish))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from v4_jax.config import Config
@@ -84,8 +85,14 @@ class SequenceState:
         """Whether a grammar decides about its next token."""
         return self.guide is not None and self.guide.constrained
 
-    def finish(self, token: int) -> Finish | None:
-        """Whether it ends with a token that it has got, and why; its guide takes note of the token."""
+    def finish(self, token: int, logprob: float) -> Finish | None:
+        """Whether it ends with a token that it has got, and why; its guide takes note of the token.
+
+        A log-probability is finite if and only if the logits are, apart from single ones of minus infinity, which are
+        never drawn: no other flag has to come from the devices.
+        """
+        if not math.isfinite(logprob):
+            return "error"
         complete = token in self.stops
         if self.guide is not None:
             complete = complete or self.guide.read(token)
@@ -124,6 +131,7 @@ class PrefillState:
       tokens_read: tokens that were read or loaded from the prefix cache; None before it begins.
       sealed: tokens whose entries were loaded from the prefix cache.
       hashes: of what there is to read; None without a prefix cache.
+      salt: the request's.
     """
 
     prompt: Sequence[int]
@@ -131,6 +139,7 @@ class PrefillState:
     tokens_read: int | None = None
     sealed: int = 0
     hashes: BlockHashes | None = None
+    salt: bytes = b""
 
     @property
     def slot(self) -> int:

@@ -22,7 +22,7 @@ class Answer(NamedTuple):
       text: the answer, without the reasoning.
       reasoning: what it thought before.
       tokens: generated ones, a final stop token included.
-      finish: "stop" (a stop token), "stop string" or "length" (it was cut).
+      finish: "stop" (a stop token), "stop string", "length" (it was cut) or "error" (logits that are not finite).
     """
 
     text: str

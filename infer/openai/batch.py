@@ -6,6 +6,7 @@ cannot be served are known, and how much room the others need. Where answers go 
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import hashlib
 import json
@@ -19,6 +20,7 @@ from v4_jax.infer.engine.scheduler import Engine
 from v4_jax.infer.openai.bodies import BodyError, ChatBody, CompletionBody, read_body
 from v4_jax.infer.openai.completions import Completion
 from v4_jax.infer.openai.journal import Record
+from v4_jax.infer.openai.json_text import JsonError, read_json
 
 URLS = {"/v1/chat/completions": True, "/v1/completions": False}  # whether it is a chat
 LEGAL_LINE = (
@@ -59,8 +61,8 @@ class Lines:
         with path.open("rb") as file:
             while block := file.readline(_SCAN):
                 digest.update(block)
+                begun = begun or bool((block if at else block.removeprefix(codecs.BOM_UTF8)).strip())
                 at += len(block)
-                begun = begun or bool(block.strip())
                 if block.endswith(b"\n"):
                     blank.append(not begun)
                     starts.append(at)
@@ -94,35 +96,39 @@ def read_request(text: bytes, *, raw: bool = False) -> BatchRequest:
     if not isinstance(content, dict):
         raise BodyError(f"the line is a {type(content).__name__}; {LEGAL_LINE}")
     if "body" not in content and "url" not in content:
-        return BatchRequest(content.pop("id", None), _unstreamed(read_body(content)))
+        return BatchRequest(_check_id(content.pop("id", None)), _unstreamed(read_body(content)))
     if unknown := sorted(set(content) - {"custom_id", "method", "url", "body"}):
         raise BodyError(f'{", ".join(unknown)} in a batch line; expected "custom_id", "method", "url" and "body"')
     for name, legal in (("method", ["POST"]), ("url", list(URLS))):
         if content.get(name, legal[0]) not in legal or (name == "url" and name not in content):
             raise BodyError(f"{name} is {content.get(name)!r}; expected {' or '.join(legal)}", name)
     return BatchRequest(
-        content.get("custom_id"), _unstreamed(read_body(content.get("body"), chat=URLS[content["url"]]))
+        _check_id(content.get("custom_id")), _unstreamed(read_body(content.get("body"), chat=URLS[content["url"]]))
     )
 
 
 def line_id(text: bytes) -> Any:
     """The "custom_id" or "id" of a line, whatever else is wrong with it."""
-    with contextlib.suppress(BodyError):
-        content = _parse(text)
-        if isinstance(content, dict):
-            return content.get("custom_id", content.get("id"))
+    with contextlib.suppress(ValueError, RecursionError):  # more may be wrong than the line can be served with
+        content = json.loads(text.removeprefix(codecs.BOM_UTF8))
+        id = content.get("custom_id", content.get("id")) if isinstance(content, dict) else None
+        if isinstance(id, str):
+            return id.encode(errors="replace").decode()
+        return id if isinstance(id, int) else None
     return None
 
 
 def _parse(text: bytes) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise BodyError(f"the line is not JSON: {error.msg} at column {error.colno}; {LEGAL_LINE}") from None
-    except UnicodeDecodeError as error:
-        raise BodyError(f"the line is not UTF-8 text (byte {error.start}); expected UTF-8") from None
-    except RecursionError:
-        raise BodyError("the line is nested too deeply to be read") from None
+        return read_json(text)
+    except JsonError as error:
+        raise BodyError(f"the line is {error}; {LEGAL_LINE}") from None
+
+
+def _check_id(id: Any) -> Any:
+    if id is not None and not isinstance(id, str | int):
+        raise BodyError(f"custom_id or id is of type {type(id).__name__}; expected a text or a whole number")
+    return id
 
 
 def _unstreamed(body: ChatBody | CompletionBody) -> ChatBody | CompletionBody:
@@ -231,7 +237,12 @@ def answer_lines(
         choice, _ = line.completion.push(event)
         if choice.cut:
             engine.cancel(event.request, event.sample)
-        if line.completion.done:
+        if failure := line.completion.failure:
+            engine.cancel(event.request)
+            del running[event.request]
+            said = {"code": "not_finite", "message": failure, "param": None}
+            record(_record(line.number, line.id, response=None, error=said))
+        elif line.completion.done:
             del running[event.request]
             name = f"batch_req_{line.number}"
             response = {"status_code": 200, "request_id": name, "body": line.completion.answer(name)}

@@ -29,6 +29,8 @@ EFFORTS: dict[str, Mode] = {
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 MOST_STOPS = 16  # stop strings of a request
+MOST_SAMPLES = 1024  # answers to a request; an engine's slots are a limit besides
+MOST_MESSAGES = 100_000
 
 
 class BodyError(ValueError):
@@ -125,7 +127,7 @@ class Body(_Strict):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[TokenName, Bias] | None = Field(None, max_length=MOST_BIASES)
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
-    n: int | None = Field(None, ge=1)
+    n: int | None = Field(None, ge=1, le=MOST_SAMPLES)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -162,7 +164,8 @@ class CompletionBody(Body):
 class ChatBody(Body):
     """A conversation to answer."""
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: list[dict[str, Any]] = Field(min_length=1, max_length=MOST_MESSAGES)
+    continue_final_message: bool | None = None
     max_completion_tokens: int | None = Field(None, ge=1)
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["auto", "none", "required"] | FunctionChoice | None = None
@@ -231,9 +234,19 @@ def read_body(content: Any, *, chat: bool | None = None) -> ChatBody | Completio
             raise BodyError('the body has neither "messages" nor "prompt"; expected one of them')
     kind = ChatBody if chat else CompletionBody
     try:
-        return kind.model_validate(content)
+        body = kind.model_validate(content)
     except pydantic.ValidationError as error:
         raise _explained(error, content, kind) from None
+    _check_together(body)
+    return body
+
+
+def _check_together(body: ChatBody | CompletionBody) -> None:
+    """Refuses fields that mean nothing without another."""
+    if body.stream_options is not None and not body.stream:
+        raise BodyError("stream_options is for streams; expected stream true beside it", "stream_options")
+    if isinstance(body, ChatBody) and body.top_logprobs and not body.logprobs:
+        raise BodyError("top_logprobs is for log-probabilities; expected logprobs true beside it", "top_logprobs")
 
 
 def _explained(error: pydantic.ValidationError, content: dict[str, Any], kind: type[Body]) -> BodyError:
@@ -256,7 +269,7 @@ def _explained(error: pydantic.ValidationError, content: dict[str, Any], kind: t
     if first["type"] == "extra_forbidden":
         legal = f"; legal fields are {', '.join(sorted(kind.model_fields))}" if len(path) == 1 else ""
         return BodyError(f"{where} is not supported{legal}", where)
-    reasons = [one["msg"] for one in error.errors(include_url=False) if one["loc"][0] == first["loc"][0]]
+    reasons = [one["msg"] for one in error.errors(include_url=False) if one["loc"][:1] == first["loc"][:1]]
     reason = " or ".join(dict.fromkeys(reason[0].lower() + reason[1:] for reason in reasons))
     shown = repr(first["input"])
     return BodyError(f"{where} is {shown if len(shown) <= 80 else shown[:77] + '...'}: {reason}", where)

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from v4_jax import chat
 from v4_jax.config import Config
-from v4_jax.infer.checks import check_ids
+from v4_jax.infer.checks import check_ids, check_samples
 from v4_jax.infer.engine.grammar import Grammar, Grammars
-from v4_jax.infer.engine.requests import Event, Request
+from v4_jax.infer.engine.requests import NOT_FINITE, Event, Request
 from v4_jax.infer.engine.sampling import Sampling
 from v4_jax.infer.engine.speculative import Acceptance
 from v4_jax.infer.openai.bodies import Body, BodyError, ChatBody, CompletionBody, SchemaFormat
@@ -55,6 +58,7 @@ class Model:
       defaults: what bodies leave open.
       max_length: tokens (prompt and answer) that there is room for; a body that does not say how long its answer may
         get gets what is left.
+      slots: most answers to one body; None while that is not known.
     """
 
     name: str
@@ -62,6 +66,7 @@ class Model:
     tokenizer: Tokenizer
     defaults: Defaults
     max_length: int
+    slots: int | None = None
 
     @functools.cached_property
     def grammars(self) -> Grammars:
@@ -81,6 +86,7 @@ class Completion:
       body: what is asked.
       model: who is asked.
       seed: of its random numbers, where the body has none.
+      salt: shares the prefix cache with requests of the same salt.
 
     Attributes:
       body: as given.
@@ -93,7 +99,9 @@ class Completion:
         schema is not understood.
     """
 
-    def __init__(self, body: ChatBody | CompletionBody, model: Model, seed: int) -> None:
+    def __init__(self, body: ChatBody | CompletionBody, model: Model, seed: int, salt: bytes = b"") -> None:
+        if model.slots is not None:
+            check_samples(body.n or 1, model.slots)
         self.body, self._model = body, model
         defaults = model.defaults
         prompt = _encode_prompt(body, model)
@@ -113,10 +121,15 @@ class Completion:
             reasoning_end=model.reasoning_end if thinks else (),
             reasoning_budget=budget,
             opening=prompt.opening,
+            salt=salt,
         )
         stops = self.request.stops(model.config)
-        written = functools.partial(Reply, model.tokenizer, body.stops, prompt.thinking_mode)
-        self.choices = [Sample(written(), stops) for _ in range(self.request.n)]
+        # The next turn of a conversation has another prompt; the same line of a job, run again, has the same calls.
+        origin = hashlib.sha256(np.asarray(prompt.ids, "<i4").tobytes() + b"%d" % self.request.sampling.seed).digest()
+        self.choices = [
+            Sample(Reply(model.tokenizer, body.stops, prompt.thinking_mode, origin + b"/%d" % number), stops)
+            for number in range(self.request.n)
+        ]
         self.cached = 0
         self._drafts: dict[int, tuple[Acceptance, ...]] = {}  # by choice
         self._created = int(time.time())
@@ -125,6 +138,11 @@ class Completion:
     def done(self) -> bool:
         """Whether all choices have ended."""
         return all(choice.finish for choice in self.choices)
+
+    @property
+    def failure(self) -> str | None:
+        """Why there is no answer; None if there is one, or may be one yet."""
+        return NOT_FINITE if any(choice.finish == "error" for choice in self.choices) else None
 
     @property
     def new_tokens(self) -> int:
@@ -217,20 +235,26 @@ class Completion:
                 content.append(self._token(event.id, event.logprob) | {"top_logprobs": others})
             return {"content": content}
         found: dict[str, Any] = {
-            "tokens": [self._decode(event.id) for event in events],
+            "tokens": [self._name(event.id) for event in events],
             "token_logprobs": [event.logprob for event in events],
         }
         if self.body.alternatives:
-            found["top_logprobs"] = [{self._decode(id): value for id, value in event.alternatives} for event in events]
+            found["top_logprobs"] = [{self._name(id): value for id, value in event.alternatives} for event in events]
         return found
 
-    def _decode(self, id: int) -> str:
-        return self._model.tokenizer.decode([id])
+    def _name(self, id: int) -> str:
+        """A token's text; of a part of a character its bytes, as OpenAI writes them, so that no two look alike."""
+        spelled = self._model.tokenizer.token_bytes(id)
+        if spelled is None:
+            return f"token_id:{id}"
+        try:
+            return spelled.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
 
     def _token(self, id: int, logprob: float) -> dict[str, Any]:
-        token = self._decode(id)
-        whole = "\ufffd" not in token  # and not a part of a character
-        return {"token": token, "logprob": logprob, "bytes": list(token.encode()) if whole else None}
+        spelled = self._model.tokenizer.token_bytes(id)
+        return {"token": self._name(id), "logprob": logprob, "bytes": None if spelled is None else list(spelled)}
 
 
 def _encode_prompt(body: ChatBody | CompletionBody, model: Model) -> Prompt:
@@ -256,6 +280,7 @@ def _encode_chat(body: ChatBody, model: Model) -> Prompt:
         opening=opening,
         tools=None if body.tool_choice == "none" else body.tools,
         response_format=format.json_schema.schema_ if isinstance(format, SchemaFormat) else None,
+        continues=body.continue_final_message,
     )
 
 

@@ -73,16 +73,21 @@ class Journal:
     def __init__(self, output: Path, share: Share, header: Record) -> None:
         path = journal_path(output, share)
         self._file = _locked(path)
-        records = _Records(path)
+        try:
+            records = _Records(path)
+        except JournalError:
+            self._file.close()
+            raise
         self._file.truncate(records.end)  # a line that was cut short by a full disk or a crash is not a record
         if records.header is None:
             self._append(header)
         elif records.header != header:
-            different = sorted(key for key in records.header | header if records.header.get(key) != header.get(key))
-            was, now = ({key: value.get(key) for key in different} for value in (records.header, header))
+            was, now = _flat(records.header), _flat(header)
+            different = [key for key in sorted(was | now) if was.get(key) != now.get(key)]
+            said = "; ".join(f"{key} was {_shown(was.get(key))}, is {_shown(now.get(key))}" for key in different)
             raise JournalError(
-                f"{path} holds answers of a job with {was}, this one has {now}; expected the same input and options, "
-                "or that file removed"
+                f"{path} holds answers of another job: {said}; expected the same model, input and options, or that "
+                "file removed"
             )
         self.lines = set(records.places)
 
@@ -148,6 +153,18 @@ def join_shares(output: Path, shares: int, header: Record, numbers: list[int], *
     return True
 
 
+def _flat(header: Record, prefix: str = "") -> Record:
+    """A header's values by their whole names, such as "options.policy"."""
+    found: Record = {}
+    for key, value in header.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return found
+
+
+def _shown(value: Any) -> str:
+    return f"{value!r:.80}"
+
+
 class _Records:
     """What a journal holds.
 
@@ -160,10 +177,12 @@ class _Records:
       end: where the last whole record ends.
 
     Raises:
+      JournalError: it holds something else.
       OSError: it cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self.header: Record | None = None
         self.places: dict[int, tuple[int, int]] = {}
         self.end = 0
@@ -171,12 +190,27 @@ class _Records:
             for text in file:
                 if not text.endswith(b"\n"):
                     break
-                content = json.loads(text)
+                content = self._read(text)
                 if self.header is None:
                     self.header = content
-                else:
+                elif type(content.get("line")) is int:
                     self.places[content["line"]] = self.end, self.end + len(text)
+                else:
+                    raise self._foreign
                 self.end += len(text)
+
+    def _read(self, text: bytes) -> Record:
+        with contextlib.suppress(ValueError, RecursionError):
+            if isinstance(content := json.loads(text), dict):
+                return content
+        raise self._foreign
+
+    @property
+    def _foreign(self) -> JournalError:
+        return JournalError(
+            f"{self._path} holds something at byte {self.end} that is no record of a journal; expected a journal of "
+            "this job, or that file removed"
+        )
 
 
 def _locked(path: Path) -> io.FileIO:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import hashlib
 import hmac
 import json
 import secrets
@@ -15,7 +16,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from importlib import metadata
-from typing import Any, NoReturn
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -25,14 +26,17 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from v4_jax.infer.engine.requests import Event
-from v4_jax.infer.openai.bodies import BodyError, ChatBody, CompletionBody, read_body
+from v4_jax.infer.openai.bodies import BodyError, ChatBody, read_body
 from v4_jax.infer.openai.completions import Completion, Model
+from v4_jax.infer.openai.json_text import JsonError, read_json
 from v4_jax.infer.openai.metrics import Metrics
 from v4_jax.infer.openai.openapi import openapi
 from v4_jax.infer.openai.service import Overloaded, Service, ServiceDown
 from v4_jax.infer.text import Piece
 
 _PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/openapi.json")
+
+_SALT = "v4_jax.prefix_salt"  # in a request's scope: what its key's prompts are kept apart by
 
 RETRY_SECONDS = 1  # when to come back that was turned away
 
@@ -44,10 +48,12 @@ class Limits:
     Attributes:
       body_bytes: of a request's body.
       seconds: that a request may take.
+      body_seconds: from the end of its header to the end of its body.
     """
 
     body_bytes: int = 32 << 20
     seconds: float = 3600.0
+    body_seconds: float = 60.0
 
 
 class ApiError(Exception):
@@ -75,8 +81,16 @@ class ApiError(Exception):
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         if self.status == 408:
-            headers["x-should-retry"] = "false"  # it would take as long again
+            headers |= {"x-should-retry": "false", "Connection": "close"}  # it would take as long again
         return JSONResponse(self.body(), self.status, headers)
+
+
+def _too_slow(seconds: float) -> ApiError:
+    return ApiError(408, f"the answer took longer than {seconds:g} s", code="timeout")
+
+
+def _overloaded(what: str) -> ApiError:
+    return ApiError(429, f"{what}; try again in {RETRY_SECONDS} s", kind="rate_limit_error")
 
 
 def make_app(
@@ -85,6 +99,7 @@ def make_app(
     *,
     keys: Sequence[str] = (),
     limits: Limits = Limits(),
+    share_prefixes: bool = False,
 ) -> Starlette:
     """The application: starts the service, and stops it when it ends.
 
@@ -93,6 +108,8 @@ def make_app(
       model: what it serves.
       keys: bearer tokens that clients need; none lets everybody in.
       limits: what a client may ask for.
+      share_prefixes: whether a key may learn, from counts of cached tokens and from time, what others asked: prompts of
+        all keys then share the prefix cache.
     """
     server = _Server(service, model, limits)
     page = openapi(metadata.version("v4-jax"), keys=bool(keys))
@@ -129,15 +146,17 @@ def make_app(
         lifespan=lifespan,
         exception_handlers={HTTPException: refused, Exception: failed},
     )
-    app.add_middleware(_Gate, keys=tuple(keys), count=server.count)
+    app.add_middleware(_Gate, keys=tuple(keys), share_prefixes=share_prefixes, count=server.count)
     return app
 
 
 class _Gate:
     """Lets in who has a key, where keys are asked for, and counts answers by path and status."""
 
-    def __init__(self, app: ASGIApp, keys: tuple[str, ...], count: Callable[[str, int], None]) -> None:
-        self._app, self._keys, self._count = app, keys, count
+    def __init__(
+        self, app: ASGIApp, keys: tuple[str, ...], share_prefixes: bool, count: Callable[[str, int], None]
+    ) -> None:
+        self._app, self._keys, self._share, self._count = app, keys, share_prefixes, count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -150,18 +169,22 @@ class _Gate:
                 self._count(path, message["status"])
             await send(message)
 
-        if self._keys and scope["path"].startswith("/v1/") and not self._admits(scope):
+        key = self._key(scope)
+        if self._keys and scope["path"].startswith("/v1/") and key is None:
             await ApiError(401, "the key is missing or unknown; expected Authorization: Bearer KEY").response()(
                 scope, receive, counting
             )
             return
+        scope[_SALT] = b"" if key is None or self._share else hashlib.sha256(key.encode()).digest()
         await self._app(scope, receive, counting)
 
-    def _admits(self, scope: Scope) -> bool:
+    def _key(self, scope: Scope) -> str | None:
+        """The key that a request has; None without one that is known."""
         header = dict(scope["headers"]).get(b"authorization", b"")
         scheme, _, key = header.partition(b" ")
-        matches = [hmac.compare_digest(key.strip(), legal.encode()) for legal in self._keys]  # all: no early exit
-        return scheme.lower() == b"bearer" and any(matches)
+        # All are compared: no early exit.
+        found = [legal for legal in self._keys if hmac.compare_digest(key.strip(), legal.encode())]
+        return found[0] if found and scheme.lower() == b"bearer" else None
 
 
 class _Server:
@@ -170,6 +193,7 @@ class _Server:
     def __init__(self, service: Service, model: Model, limits: Limits) -> None:
         self._service, self._model, self._limits = service, model, limits
         self._metrics, self._started = Metrics(service), int(time.time())
+        self._preparing = 0  # requests whose bodies are being read
 
     def count(self, path: str, status: int) -> None:
         """Counts an answer."""
@@ -216,10 +240,10 @@ class _Server:
 
     async def _answer(self, request: Request, *, chat: bool) -> Response:
         try:
-            body = read_body(await self._json(request), chat=chat)
-            self._check_model(body.model)
-            # Encoding a million tokens takes seconds, in which others' tokens must flow.
-            completion = await asyncio.to_thread(self._prepare, body)
+            content = await self._content(request)
+            # Reading a million tokens takes seconds, in which others' tokens must flow.
+            completion = await self._prepared(content, chat, request.scope[_SALT])
+            body = completion.body
             name = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
             running = _Running(self._service, completion, self._metrics, self._limits.seconds)
             await _unless_gone(request, running.begin())
@@ -234,28 +258,51 @@ class _Server:
         except ClientDisconnect:
             return Response(status_code=499)  # nobody reads it; it is what counters and logs show
 
-    def _prepare(self, body: ChatBody | CompletionBody) -> Completion:
+    async def _prepared(self, content: bytes, chat: bool, salt: bytes) -> Completion:
+        """Reads a body in a thread; as many at the same time as requests may be served or wait."""
+        if self._service.active + self._preparing >= self._service.most:
+            raise _overloaded(f"{self._service.most} requests are being served or wait, and no more are taken")
+
+        def over(task: asyncio.Task[Completion]) -> None:
+            self._preparing -= 1
+            if not task.cancelled():
+                task.exception()  # which somebody has seen, or nobody waits for
+
+        self._preparing += 1
+        reading = asyncio.create_task(asyncio.to_thread(self._prepare, content, chat, salt))
+        reading.add_done_callback(over)
         try:
-            return Completion(body, self._model, secrets.randbits(32))
+            async with asyncio.timeout(self._limits.seconds):
+                return await asyncio.shield(reading)  # a thread cannot be stopped, and counts until it ends
+        except TimeoutError:
+            raise _too_slow(self._limits.seconds) from None
+
+    def _prepare(self, content: bytes, chat: bool, salt: bytes) -> Completion:
+        try:
+            body = read_body(read_json(content), chat=chat)
+            self._check_model(body.model)
+            return Completion(body, self._model, secrets.randbits(32), salt)
         except BodyError:
             raise
+        except JsonError as error:
+            raise BodyError(f"the body is {error}") from None
         except ValueError as error:
             raise BodyError(str(error)) from None
 
-    async def _json(self, request: Request) -> Any:
+    async def _content(self, request: Request) -> bytes:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(415, f"the body is of type {kind or 'none'!r}; expected application/json")
-        content, most = bytearray(), self._limits.body_bytes
-        async for block in request.stream():
-            content += block
-            if len(content) > most:
-                raise ApiError(413, f"the body has more than the {most:,} bytes that a body may have")
+        content, most, seconds = bytearray(), self._limits.body_bytes, self._limits.body_seconds
         try:
-            return json.loads(content, parse_constant=_no_constant)
-        except (ValueError, RecursionError) as error:
-            reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-            raise ApiError(400, f"the body is not JSON: {reason}") from None
+            async with asyncio.timeout(seconds):
+                async for block in request.stream():
+                    content += block
+                    if len(content) > most:
+                        raise ApiError(413, f"the body has more than the {most:,} bytes that a body may have")
+        except TimeoutError:
+            raise ApiError(408, f"the body took longer than {seconds:g} s", code="timeout") from None
+        return bytes(content)
 
     async def _stream(self, running: _Running, name: str) -> AsyncIterator[bytes]:
         """Server-sent events: a chunk for each piece of text, then perhaps the usage, then the end."""
@@ -340,14 +387,17 @@ class _Running:
         except StopAsyncIteration:
             return None
         except TimeoutError:
-            raise ApiError(408, f"the answer took longer than {self._seconds:g} s", code="timeout") from None
+            raise _too_slow(self._seconds) from None
         except Overloaded as error:
-            raise ApiError(429, f"{error}; try again in {RETRY_SECONDS} s", kind="rate_limit_error") from None
+            raise _overloaded(str(error)) from None
         except ServiceDown as error:
             raise ApiError(503, str(error), kind="server_error") from None
         except ValueError as error:
             code = "context_length_exceeded" if "exceed" in str(error) else None
             raise ApiError(400, str(error), code=code) from None
+        if failure := self.completion.failure:
+            await self.aclose()
+            raise ApiError(500, failure, kind="server_error", code="not_finite")
         self._last = time.monotonic()
         self._metrics.generated_tokens.inc()
         return event
@@ -375,7 +425,3 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, None]) -> Non
             one.cancel()
             with contextlib.suppress(asyncio.CancelledError, ApiError):
                 await one
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")

@@ -11,6 +11,7 @@ from the pages. The shorter of the two ways is taken. Eviction is by least recen
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -92,9 +93,9 @@ class PrefixCache:
         """Memory in use."""
         return self._store.nbytes
 
-    def hashes(self, tokens: Sequence[int]) -> BlockHashes:
-        """The hashes of a text."""
-        return BlockHashes(self._root, tokens)
+    def hashes(self, tokens: Sequence[int], salt: bytes = b"") -> BlockHashes:
+        """The hashes of a text, which no text of another salt has."""
+        return BlockHashes(hashlib.sha256(self._root + salt).digest() if salt else self._root, tokens)
 
     def match(self, hashes: Sequence[bytes]) -> PrefixMatch:
         """What leaves least to read of a text that begins with these pages."""

@@ -230,10 +230,12 @@ class Pager:
 
     # ---- on the host -------------------------------------------------------------------------------------------------
 
-    def load_prefix(self, state: State, slot: int, prompt: Sequence[int]) -> tuple[State, LoadedPrefix]:
+    def load_prefix(
+        self, state: State, slot: int, prompt: Sequence[int], salt: bytes = b""
+    ) -> tuple[State, LoadedPrefix]:
         """Puts into a slot what there is of a prompt; its last token is always left to read. Returns the state too."""
         self.drain()
-        prompt_hashes = self.prefix_cache.hashes(prompt[:-1])
+        prompt_hashes = self.prefix_cache.hashes(prompt[:-1], salt)
         hashes = prompt_hashes.hashes
         loaded = 0  # pages that the slot has
         while True:

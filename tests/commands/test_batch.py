@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import time
 
@@ -162,7 +163,23 @@ def test_two_processes_serve_one_model(start, model, questions, tmp_path, answer
 def test_another_job_does_not_go_on_from_a_journal(run, model, questions, tmp_path):
     (tmp_path / ".out.jsonl.journal").write_text(json.dumps({"input": "other"}) + "\n")
     result = run("batch", model, questions, tmp_path / "out.jsonl", *OPTIONS)
-    assert result.code == 2 and "holds answers of a job with" in result.err and not (tmp_path / "out.jsonl").exists()
+    assert result.code == 2 and "holds answers of another job: " in result.err and not (tmp_path / "out.jsonl").exists()
+
+
+def test_another_model_of_the_same_name_does_not_go_on(run, model, questions, tmp_path):
+    """Nothing is loaded before it is refused, and the sentence names what differs."""
+    output, other = tmp_path / "out.jsonl", tmp_path / model.name
+    refused = run("batch", model, write(tmp_path / "in.jsonl", [7]), output, *OPTIONS, "--as-finished", "--part", "1/2")
+    assert refused.code == 0  # the other part is missing, so its journal stays
+    shutil.copytree(model, other)
+    again = ("batch", other, tmp_path / "in.jsonl", output, *OPTIONS, "--as-finished", "--part", "1/2")
+    assert run(*again).code == 0
+    weights = sorted(other.glob("*.safetensors"))[-1]
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    result = run(*again)
+    assert result.code == 2 and "holds answers of another job: fingerprint was '" in result.err
+    result = run(*again, "--policy", "bfloat16")
+    assert "; options.policy was 'float32', is 'bfloat16'; expected the same model" in result.err
 
 
 @pytest.mark.parametrize(

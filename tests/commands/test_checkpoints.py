@@ -1,12 +1,16 @@
 """`convert`, `export` and `verify` from the command line: there and back is bit for bit, and differences are found."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.checkpoint.directories import write_run
+from tests.checkpoint.directories import config_of, write_run
+from tests.remote_servers import TOKEN, serving
 from v4_jax.checkpoint import load
+from v4_jax.checkpoint.remote import directory
+from v4_jax.commands.shared.models import ModelDirectory
 
 
 def test_there_and_back(run, model, tmp_path):
@@ -83,3 +87,28 @@ def test_a_training_run(run, model, tmp_path):
     assert texts[0] == texts[1] != ""
     result = run("export", tmp_path, tmp_path / "target")
     assert (result.code, result.err.count("\n")) == (2, 1) and "has no config.json" in result.err
+
+
+def test_formats(run, model, tmp_path):
+    assert run("export", model, tmp_path / "bf16", "--format", "bf16").code == 0
+    assert config_of(tmp_path / "bf16")["expert_dtype"] == "bf16"
+    result = run("verify", model, tmp_path / "bf16")
+    assert result.code == 1 and "dtype" in result.out
+    result = run("export", model, tmp_path / "out", "--format", "int4")
+    assert result.code == 2 and "int4" in result.err and "bf16" in result.err
+
+
+def test_a_model_of_the_hub(run, model, tmp_path, monkeypatch):
+    directory.cache_clear()
+    with serving("hf", model) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        result = run("verify", "hf://org/name", model)
+        assert result.code == 0 and "are equal, bit for bit" in result.out
+        assert run("info", "hf://org/name", "--json").out == run("info", model, "--json").out
+        result = run("convert", model, "hf://org/name")
+        assert (result.code, result.err.count("\n")) == (2, 1) and "hf://org/name cannot be written" in result.err
+        assert ModelDirectory.open(Path("hf://org/name")).generation_defaults().temperature == 1.0
+        result = run("generate", "hf://org/other", "--prompt", "a")
+        assert (result.code, result.err.count("\n")) == (2, 1) and "hf://org/other cannot be read" in result.err
+        assert TOKEN not in result.err

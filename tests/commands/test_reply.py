@@ -64,9 +64,9 @@ def test_plain_text_is_not_split():
     assert reply.text == {"content": TEXT}
 
 
-def test_stop_strings_count_in_reasoning_too():
-    _, reply = write(TEXT, io.StringIO(), stops=("ink",), show_reasoning=False, headings=False)
-    assert reply.stopped and reply.text == {"reasoning": "th"}
+def test_stop_strings_count_in_the_answer_alone():
+    _, reply = write(TEXT, io.StringIO(), stops=("ink", "id"), show_reasoning=False, headings=False)
+    assert reply.stopped and reply.text == {"reasoning": "thinking", "content": "sa"}
 
 
 @pytest.mark.parametrize(("file", "safe"), [(Terminal(), False), (io.StringIO(), True)])

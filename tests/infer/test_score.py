@@ -65,10 +65,16 @@ def test_scores_come_before_everything_is_read(published, scorer):
 
 
 def test_damaged_weights(published, scorer):
+    """A text that meets them has an error in place of its scores; the others have what they always have."""
     _, params, tokens, _ = published
-    broken = params | {"norm": params["norm"] * math.nan}
-    with pytest.raises(ScoreError, match=r"line 7 .*not finite"):
-        list(scorer.score(broken, [TextToScore(7, tokens[0, :5].tolist())]))
+    bad, good = tokens[0, :5].tolist(), [token for token in tokens[1].tolist() if token != tokens[0, 2]][:9]
+    broken = params | {"embed": params["embed"].at[bad[2]].set(math.nan)}
+    texts = [TextToScore(7, bad), TextToScore(8, good), TextToScore(9, good)]
+    [first, *others], [_, *whole] = (list(scorer.score(weights, texts)) for weights in (broken, params))
+    assert first.error.startswith("line 7 has log-probabilities that are not finite numbers")
+    assert first.as_json() == {"tokens": bad, "error": first.error}
+    for other, wanted in zip(others, whole, strict=True):
+        assert other.error is None and np.array_equal(other.logprobs, wanted.logprobs)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])

@@ -14,6 +14,8 @@ from tests.conftest import tpu_devices
 from v4_jax import Config
 from v4_jax.cache.entries import Entries
 from v4_jax.cache.rows import StoredRows
+from v4_jax.kernels.choose import best_experts
+from v4_jax.kernels.experts.tpu import ROWS, experts
 from v4_jax.kernels.grouped_matmul.tpu import grouped_matmul
 from v4_jax.kernels.linear.tpu import matmul
 from v4_jax.layers.entry_attention import attend_picked
@@ -81,8 +83,40 @@ def test_one_product(place, form, rows, groups, width, depth):
     assert compiled.cost_analysis()["flops"] >= 2 * rows * width * depth
 
 
+@pytest.mark.parametrize(
+    ("rows", "groups", "hidden", "depth", "form"),
+    [
+        (1, 32, 2048, 4096, "e2m1"),  # Flash on 8 chips
+        (128, 48, 3072, 7168, "e2m1"),  # Pro
+        (16, 1, 256, 4096, "e4m3"),  # a share of Flash's shared expert
+        (7, 16, 2048, 4096, "bfloat16"),
+        (128, 2, 3072, 7168, "bfloat16"),  # tiles of fewer hidden activations
+    ],
+)
+def test_whole_experts(place, rows, groups, hidden, depth, form):
+    weights = [weight(form, 3, groups, *two) for two in ((hidden, depth), (hidden, depth), (depth, hidden))]
+    choices = shape(jnp.int32, rows, 6), shape(jnp.float32, rows, 6)
+    arguments = place((shape(jnp.bfloat16, rows, depth), *choices, weights, shape(jnp.int32)))
+
+    def run(x, assigned, scale, weights, layer):
+        return experts(x, assigned, scale, weights, layer=layer, limit=10.0)
+
+    compiled = jax.jit(run).lower(*arguments).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < SPARE
+    assert copied(compiled) <= SPARE and "copy-start(%weights" not in compiled.as_text()  # into VMEM, where it has room
+    assert compiled.cost_analysis()["flops"] >= 6 * rows * 6 * depth * hidden
+
+
+@pytest.mark.parametrize("tokens", [1, 128])
+def test_choice_of_experts(place, tokens):
+    arguments = place((shape(jnp.float32, tokens, 256), shape(jnp.float32, tokens, 256)))
+    text = jax.jit(lambda *scores: best_experts(*scores, 6, 1.5)).lower(*arguments).compile().as_text()
+    assert "tpu_custom_call" in text
+
+
 @pytest.mark.parametrize("form", ["e2m1", "e4m3", "bfloat16"])
-def test_experts_of_a_scan_over_layers(place, form):
+@pytest.mark.parametrize("tokens", [8, 200])
+def test_experts_of_a_scan_over_layers(place, form, tokens):
     """The kernel is chosen for the platform compiled for, and reads its layer's experts out of the stack."""
     layers, groups = 3, 32
     config = dataclasses.replace(Config.flash(), n_routed_experts=groups)
@@ -92,7 +126,7 @@ def test_experts_of_a_scan_over_layers(place, form):
         weight(form, layers, groups, d, hidden),
         weight(form, layers, groups, hidden, d),
     )
-    tokens, top = 8, config.num_experts_per_tok
+    top = config.num_experts_per_tok
 
     def run(x, chosen, weights, stack):
         def layer(x, number):
@@ -108,9 +142,10 @@ def test_experts_of_a_scan_over_layers(place, form):
         stack,
     )
     compiled = jax.jit(run).lower(*place(arguments)).compile()
-    assert "tpu_custom_call" in compiled.as_text()
-    assert compiled.memory_analysis().temp_size_in_bytes < SPARE
-    assert copied(compiled) <= SPARE
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == (1 if tokens <= ROWS else 3)
+    rows_of_choices = 2 * tokens * top * (d + hidden) if tokens > ROWS else 0
+    assert compiled.memory_analysis().temp_size_in_bytes < SPARE + 4 * rows_of_choices
+    assert copied(compiled) <= SPARE + rows_of_choices
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import pytest
 from v4_jax.kernels import choose
 from v4_jax.kernels.grouped_matmul import reference
 from v4_jax.kernels.grouped_matmul.groups import map_groups
-from v4_jax.kernels.grouped_matmul.tpu import E4M3_RANGE, grouped_matmul, supports
+from v4_jax.kernels.grouped_matmul.tpu import grouped_matmul
+from v4_jax.kernels.stored_weights import E4M3_RANGE, supports
 from v4_jax.layers.experts import Experts, expert_ffn
 from v4_jax.layers.linear import linear
 from v4_jax.number_formats import E2M1, E4M3, E8M0, FP4_BLOCK, BlockScaled, dequantise, quantise

@@ -7,58 +7,25 @@ that reads a saved state dict needs neither.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from v4_jax.checkpoint.names import in_stack, transformers_name
 from v4_jax.config import Config
 from v4_jax.parameter_tree import declarations
 from v4_jax.parameters import is_parameter
 
-# Released spelling -> transformers' (its conversion mapping, whose indexer sits inside the compressor), in this order.
-_RENAMES = [
-    (r"^(embed|norm)\.", r"model.\1."),
-    (r"^model\.embed\.", r"model.embed_tokens."),
-    (r"^head\.", r"lm_head."),
-    (r"^hc_head_", r"model.hc_head.hc_"),
-    (r"^layers\.", r"model.layers."),
-    (r"\.hc_(attn|ffn)_", r".\1_hc."),
-    (r"\.attn\.indexer\.compressor\.", r".attn.compressor.indexer."),
-    (r"\.attn\.indexer\.wq_b\.", r".attn.compressor.indexer.q_b_proj."),
-    (r"\.attn\.indexer\.weights_proj\.", r".attn.compressor.indexer.scorer.weights_proj."),
-    (r"\.(compressor|indexer)\.norm\.", r".\1.kv_norm."),
-    (r"\.attn\.", r".self_attn."),
-    (r"\.ffn\.", r".mlp."),
-    (r"\.attn_norm\.", r".input_layernorm."),
-    (r"\.ffn_norm\.", r".post_attention_layernorm."),
-    (r"\.attn_sink$", r".sinks"),
-    (r"\.ape$", r".position_bias"),
-    (r"\.q_norm\.", r".q_a_norm."),
-    (r"\.(wq_a|wq_b|wkv|wo_a|wo_b)\.", lambda match: f".{match[1][1:]}_proj."),
-    (r"\.wgate\.", r".gate_proj."),
-    (r"\.gate\.bias$", r".gate.e_score_correction_bias"),
-    (r"\.shared_experts\.w1\.", r".shared_experts.gate_proj."),
-    (r"\.shared_experts\.w2\.", r".shared_experts.down_proj."),
-    (r"\.shared_experts\.w3\.", r".shared_experts.up_proj."),
-]
-
 
 def locate(released: str, config: Config) -> tuple[str, tuple[Any, ...]]:
     """Where transformers keeps a released tensor: key in its state dict, and the part of that array."""
-    name = released
-    for pattern, replacement in _RENAMES:
-        name = re.sub(pattern, replacement, name)
-    name, part = name.replace("mlp.experts.", "mlp.experts#"), ()
-    if "#" in name:
-        stem, _, rest = name.partition("#")
-        expert, which, _ = rest.split(".")
-        size = config.moe_intermediate_size
-        rows = {"w1": slice(0, size), "w3": slice(size, 2 * size), "w2": slice(None)}[which]
-        name, part = f"{stem}.{'down' if which == 'w2' else 'gate_up'}_proj", (int(expert), rows)
-    return name, part
+    place = in_stack(released)
+    if place is None:
+        return transformers_name(released), ()
+    size = config.moe_intermediate_size if place.parts == 2 else config.hidden_size
+    return place.name, (place.expert, slice(place.part * size, (place.part + 1) * size))
 
 
 def params_from_state(state: Mapping[str, np.ndarray], config: Config) -> Any:

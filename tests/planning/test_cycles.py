@@ -50,7 +50,7 @@ metadata={{op_name="jit(f)/layer_0/ffn/experts.ffn/grouped_matmul/pallas_call"}}
 metadata={{op_name="jit(f)/layer_2/attn/compressor/cond"}}
 }}
 """
-KERNEL = ("grouped_matmul", "f32[1024]", "f32[1024]")
+KERNEL = ("kernel", "f32[1024]", "f32[1024]")
 
 
 class Sometimes(Expected):
@@ -88,7 +88,7 @@ def test_a_kernel_takes_at_least_its_bytes():
 def test_an_operation_without_an_estimate_costs_what_the_smallest_do():
     text = TEXT.replace(f', backend_config={{"estimated_cycles":"{3 * ONE_MS}"}}', "")
     found = cycles.estimate(Program(text), {}, CHIP, Expected())
-    assert found.bounded == ("grouped_matmul",)
+    assert found.bounded == ("kernel",)
     assert found.parts["ffn"] == pytest.approx(cycles.OPERATION / CHIP.clock)
 
 
@@ -132,3 +132,16 @@ def test_few_tokens_reach_few_experts():
     )
     many = decoding(4096).share(named("kernel"))
     assert many.cycles * DYNAMIC_TURNS >= 32
+
+
+def test_few_tokens_reach_few_experts_in_one_kernel():
+    """The same share of the experts' kernel; the expert that all rows visit is always visited."""
+
+    def share(place):
+        text = TEXT.replace("experts.ffn/grouped_matmul", place)
+        kernel = next(i for c in Program(text).computations.values() for i in c.instructions.values() if i.is_kernel)
+        return decoding(1).share(kernel)
+
+    found = share("experts.ffn/experts")
+    assert (found.cycles, found.nbytes) == pytest.approx((0.75, 0.75 / 32), rel=0.03)
+    assert share("experts.shared/experts") == Share()

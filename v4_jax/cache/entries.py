@@ -42,6 +42,12 @@ def projection_width(ratio: int, width: int) -> int:
     return 2 * width * span(ratio) // ratio
 
 
+def here(number: Array, axes: Axes) -> Array:
+    """How many of the entries before `number` lie on this device, if they are spread over `axes`; see `Entries`."""
+    devices = collectives.size(axes)
+    return number if devices == 1 else quotient(number + devices - 1 - collectives.index(axes), devices)
+
+
 class Entries(struct.PyTreeNode):
     """One layer's compressed entries, in order.
 
@@ -87,11 +93,6 @@ class Entries(struct.PyTreeNode):
     def numbers(self, local: Array) -> Array:
         """Numbers of the entries with these local numbers; -1 for -1."""
         return jnp.where(local >= 0, local * collectives.size(self.axes) + collectives.index(self.axes), -1)
-
-    def below(self, number: Array) -> Array:
-        """How many of the entries before `number` lie on this device."""
-        devices = collectives.size(self.axes)
-        return quotient(number + devices - 1 - collectives.index(self.axes), devices)
 
     def places(self, rows: Array, local: Array) -> tuple[Any, Array]:
         """Where entries of batch rows lie in the arrays: rows and places there.

@@ -5,9 +5,10 @@
 """
 
 from v4_jax.chat.efforts import PROFILES, REASONING_EFFORTS, EffortProfile, effort_prefix, read_profile
-from v4_jax.chat.encoding import EncodeError, begin_tool_call, encode
+from v4_jax.chat.encoding import EncodeError, begin_tool_call, encode, open_answer
 from v4_jax.chat.parsing import ParseError, StreamSplitter, parse, parse_tool_calls
 from v4_jax.chat.protocol import BOS, EOS, TASK_TOKENS, THINK_CLOSE, THINKING_MODES
+from v4_jax.chat.recovery import ToolCalls, read_tool_calls
 
 TASKS = tuple(TASK_TOKENS)
 
@@ -23,10 +24,13 @@ __all__ = [
     "EncodeError",
     "ParseError",
     "StreamSplitter",
+    "ToolCalls",
     "begin_tool_call",
     "effort_prefix",
     "encode",
+    "open_answer",
     "parse",
     "parse_tool_calls",
     "read_profile",
+    "read_tool_calls",
 ]

@@ -112,6 +112,14 @@ def begin_tool_call(name: str | None = None) -> str:
     return opening + before_name + ("" if name is None else name + after_name)
 
 
+def open_answer(thinks: bool) -> str:
+    """How the assistant's turn begins, with reasoning or at once.
+
+    `encode` opens it after a question. The release does not after a system message, which `v4_jax.infer.prompts` does.
+    """
+    return protocol.ASSISTANT + (protocol.THINK_OPEN if thinks else protocol.THINK_CLOSE)
+
+
 # Reading messages into turns
 
 
@@ -163,17 +171,27 @@ def _attach_to_system(old: list[Message], new: list[Message], key: str, value: A
 
 def _join_turns(messages: Sequence[Message], what: str, *, is_new: bool) -> list[Turn]:
     """Reads messages; user and tool messages in a row become one user turn."""
-    turns: list[Turn] = []
+    turns: list[list[Turn]] = []  # what each is joined of: at the end, or many in a row would take quadratic time
+    task: str | None = None  # of the last one
     for i, message in enumerate(messages):
         turn = _read_message(message, f"{what} {i}", is_new)
-        previous = turns[-1] if turns else None
-        if previous and previous.role == turn.role == "user" and (message["role"] == "tool" or not previous.task):
-            turns[-1] = dataclasses.replace(
-                previous, blocks=previous.blocks + turn.blocks, task=turn.task or previous.task
-            )
+        previous = turns[-1][0] if turns else None
+        if previous and previous.role == turn.role == "user" and (message["role"] == "tool" or not task):
+            turns[-1].append(turn)
+            task = turn.task or task
         else:
-            turns.append(turn)
-    return turns
+            turns.append([turn])
+            task = turn.task
+    return [_joined(parts) for parts in turns]
+
+
+def _joined(parts: Sequence[Turn]) -> Turn:
+    """One turn of several of the same role."""
+    if len(parts) == 1:
+        return parts[0]
+    tasks = [turn.task for turn in parts if turn.task]
+    blocks = tuple(block for turn in parts for block in turn.blocks)
+    return dataclasses.replace(parts[0], blocks=blocks, task=tasks[-1] if tasks else parts[0].task)
 
 
 def _read_message(message: Message, where: str, is_new: bool) -> Turn:
@@ -322,6 +340,8 @@ def _drop_old_developers(turns: Sequence[Turn]) -> list[Turn]:
 def _json(value: Any) -> str:
     try:
         return json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        raise EncodeError("a tool, a response_format or a tool call's argument is nested too deeply") from None
     except TypeError as error:
         raise EncodeError(
             f"a tool, a response_format or a tool call's argument is not JSON ({error}); "
@@ -372,9 +392,7 @@ def _write_transition(turn: Turn, thinks_after: bool, thinking: bool) -> str:
         return protocol.ASSISTANT + (protocol.THINK_OPEN if thinking else protocol.THINK_CLOSE) + _task_token(turn.task)
     if turn.task:
         return _task_token(turn.task)
-    if turn.role in _PROMPTS:
-        return protocol.ASSISTANT + (protocol.THINK_OPEN if thinks_after else protocol.THINK_CLOSE)
-    return ""
+    return open_answer(thinks_after) if turn.role in _PROMPTS else ""
 
 
 def _task_token(task: str) -> str:

@@ -6,7 +6,7 @@ formed, is still shown to whoever is reading it.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 from v4_jax.chat import protocol
@@ -32,7 +32,8 @@ def parse(text: str, thinking_mode: str) -> dict[str, Any]:
 
     Args:
         text: What the model wrote after the prompt, EOS included. Where generation stops at EOS without keeping
-            it, add `chat.EOS`, and only then: a text without it is one that was cut short.
+            it, add `chat.EOS`, and only then: a text without it was cut short, unless it ends with a complete
+            block of tool calls.
         thinking_mode: The mode of the prompt. "thinking" requires reasoning, closed; an answer to a quick
             instruction has none and is read as "chat".
 
@@ -56,7 +57,8 @@ def parse(text: str, thinking_mode: str) -> dict[str, Any]:
     tool_calls = []
     if stop == _CALLS_START:
         tool_calls = list(_read_calls(reader))
-        reader.expect(protocol.EOS, "after the tool calls")
+        if not reader.at_end():  # a block that is complete needs no EOS, as the release has it
+            reader.expect(protocol.EOS, "after the tool calls")
     if not reader.at_end():
         reader.fail("the end of the text after EOS")
     return {"role": "assistant", "content": content, "reasoning_content": reasoning, "tool_calls": tool_calls}
@@ -143,10 +145,20 @@ def _read_calls(reader: _Reader) -> Iterator[dict[str, Any]]:
             reader.accept("\n")
         reader.expect(_INVOKE_CLOSE, f"or a parameter in the call of {name!r}")
         reader.expect("\n", "after the call")
-        # Values that are JSON stay as the model wrote them: parsing and writing them again may change numbers.
-        written = ", ".join(f"{json.dumps(key, ensure_ascii=False)}: {value}" for key, value in arguments.items())
-        yield {"type": "function", "function": {"name": name, "arguments": "{" + written + "}"}}
+        yield tool_call(name, arguments)
     reader.expect(_CALLS_CLOSE, "or a call in the tool calls")
+
+
+def tool_call(name: str, arguments: Mapping[str, str]) -> dict[str, Any]:
+    """A call in OpenAI form, from its arguments' JSON by name."""
+    # Values that are JSON stay as the model wrote them: parsing and writing them again may change numbers.
+    written = ", ".join(f"{json.dumps(key, ensure_ascii=False)}: {value}" for key, value in arguments.items())
+    return {"type": "function", "function": {"name": name, "arguments": "{" + written + "}"}}
+
+
+def check_json(text: str) -> None:
+    """Raises ValueError or RecursionError if a text is not JSON."""
+    json.loads(text, parse_constant=_refuse_constant)
 
 
 def _read_value(parameter: str, kind: str, value: str) -> str:
@@ -156,7 +168,7 @@ def _read_value(parameter: str, kind: str, value: str) -> str:
     if kind != "false":
         raise ParseError(f"parameter {parameter!r} is marked {kind!r}; legal marks are 'true' and 'false'")
     try:
-        json.loads(value, parse_constant=_refuse_constant)
+        check_json(value)
     except (ValueError, RecursionError) as error:
         raise ParseError(f"parameter {parameter!r} has the value {value[:80]!r}, which is not JSON: {error}") from None
     return value
@@ -172,10 +184,14 @@ def _check_plain(text: str, what: str, tokens: Iterable[str] = protocol.SPECIAL_
             raise ParseError(f"found the special token {token!r} inside {what}, which must be plain text")
 
 
+# Where tool calls begin, as models write it: no text holds this token, so the opening tag or the blank line before it
+# may be missing or misspelled.
+_CALL_MARKERS = tuple(before + tag + protocol.DSML for before in (protocol.SEPARATOR, "\n", "") for tag in ("<", "</"))
+
 # For each kind of text in a reply, the markers that end it, and the kind that comes next (None: nothing does).
 _MARKERS: dict[str, dict[str, str | None]] = {
     "reasoning": {protocol.THINK_CLOSE: "content", protocol.EOS: None},
-    "content": {_CALLS_START: "tool_calls", protocol.EOS: None},
+    "content": {**dict.fromkeys(_CALL_MARKERS, "tool_calls"), protocol.EOS: None},
     "tool_calls": {protocol.EOS: None},
 }
 
@@ -228,20 +244,15 @@ class StreamSplitter:
             else:
                 self._kind = following
                 if following == "tool_calls":
-                    text = _CALLS_OPEN + text  # the block keeps its tag
+                    text = marker.lstrip("\n") + text  # the block keeps its tag
         self._held = "" if self.ended else _possible_marker(text, _MARKERS[self._kind])
         pieces.append((self._kind, text.removesuffix(self._held)))
         return [(kind, piece) for kind, piece in pieces if piece]
 
     def finish(self) -> list[tuple[str, str]]:
-        """Returns what was still held back: nothing follows that could make it a marker.
-
-        The start of a tool-call block that was cut short is of kind "tool_calls", everything else of the current kind.
-        """
-        kind, piece, self._held = self._kind, self._held, ""
-        if kind == "content" and protocol.DSML in piece:
-            kind, piece = "tool_calls", piece.removeprefix(protocol.SEPARATOR)
-        return [(kind, piece)] if piece else []
+        """Returns what was still held back, of the current kind: nothing follows that could make it a marker."""
+        piece, self._held = self._held, ""
+        return [(self._kind, piece)] if piece else []
 
 
 def _possible_marker(text: str, markers: dict[str, str | None]) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from v4_jax.checkpoint.interface import Checkpoint
+from v4_jax.checkpoint.remote import url_of
 from v4_jax.checkpoint.tensors import CheckpointError
 
 _RECORD = ".source.json"
@@ -49,6 +50,8 @@ def building(target: str | Path, checkpoint: Checkpoint, kind: str) -> Iterator[
     Raises:
       CheckpointError: the target exists, an unfinished copy of another source is in the way, or the disk is full.
     """
+    if url := url_of(target):
+        raise CheckpointError(f"{url} cannot be written: expected a directory of this machine, to be copied from there")
     target = Path(target).absolute()
     if target.exists():
         raise CheckpointError(f"{target} already exists: choose another name, or remove it first")

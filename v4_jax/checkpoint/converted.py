@@ -70,7 +70,7 @@ class Converted(Checkpoint):
         """
         super().__init__()
         path = Path(path).absolute()
-        self.label = str(path)
+        self.label, self.directory = str(path), path
         self.config, self.hf_config = read_config(path)
         record = read_json(path / MANIFEST)
         self.formats = _check_manifest(path, record, self.config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -38,22 +39,25 @@ class InMemory(Checkpoint):
         """
         super().__init__()
         self.label = "the parameters"
-        self.config, self.hf_config = config, config.to_hf()
         self._leaves = _flatten(nn.meta.unbox(params))
         declared = leaves(config)
         if missing := sorted("/".join(path) for path in set(declared) - set(self._leaves)):
             raise CheckpointError(f"the parameters lack {names_in(missing)}")
         if unknown := sorted("/".join(path) for path in set(self._leaves) - set(declared)):
             raise CheckpointError(f"the parameters hold {names_in(unknown)}, which the configuration has no place for")
+        experts = [self._leaves[path] for path, parameter in declared.items() if parameter.storage == "expert"]
+        if config.expert_dtype == "nvfp4" and not any(isinstance(leaf, BlockScaled) for leaf in experts):
+            config = dataclasses.replace(config, expert_dtype="fp4")  # NVFP4 is read and kept, but not made
+        self.config, self.hf_config = config, config.to_hf()
         scales: dict[Storage, ScaleType] = {}
         for path, parameter in declared.items():
-            form = Formats(config.expert_dtype).block(parameter.storage)
+            form = Formats.of(config).block(parameter.storage)
             found = _check_leaf("/".join(path), parameter, form, self._leaves[path])
             if found and scales.setdefault(parameter.storage, found) != found:
                 raise CheckpointError(
                     f"{'/'.join(path)} has {found} scales, others have {scales[parameter.storage]}: expected one type"
                 )
-        self.formats = Formats(config.expert_dtype, scales.get("fp8", "F8_E8M0"), scales.get("expert", "F8_E8M0"))
+        self.formats = Formats.of(config, scales)
         self._entries = entries(config, self.formats)
         self.tensors = {name: entry.info for name, entry in self._entries.items()}
         self._last = threading.local()  # loading reads with several threads, each a tensor of its own

@@ -36,6 +36,7 @@ class Checkpoint(abc.ABC):
       tensors: every tensor that takes part, in the release's order.
       ignored: rule -> names of the tensors it leaves out.
       notes: sentences on what differs from what `config.json` announced.
+      directory: where the companions lie; None if there are none. Of a checkpoint elsewhere, copies of them.
       files: companions to carry along (tokenizer, generation defaults): relative path -> file.
       fingerprint: identifies the content, for resuming; None if it cannot be told.
       bytes_read: bytes of tensor data read so far.
@@ -48,11 +49,12 @@ class Checkpoint(abc.ABC):
     tensors: Mapping[str, TensorInfo]
     ignored: Mapping[str, Sequence[str]]
     notes: Sequence[str]
+    directory: Path | None
     files: Mapping[str, Path]
     fingerprint: str | None
 
     def __init__(self) -> None:
-        self.ignored, self.notes, self.files, self.fingerprint = {}, [], {}, None
+        self.ignored, self.notes, self.directory, self.files, self.fingerprint = {}, [], None, {}, None
         self.bytes_read = 0
         self._lock = threading.Lock()
 

@@ -46,8 +46,8 @@ def load(
     """Loads a checkpoint.
 
     Args:
-      path: a released directory, one made by `convert`, a training run (of which the newest complete step is read) or
-        one of its steps, or an open checkpoint.
+      path: a released directory (here, at `gs://bucket/directory` or at `hf://org/name[@revision]`), one made by
+        `convert`, a training run (of which the newest complete step is read), one of its steps, or an open checkpoint.
       dtype: "native" keeps the released formats: block-scaled weights become `BlockScaled` (E4M3 or E2M1 codes with
         their scales as stored), BF16 stays BF16. Otherwise both become plain arrays of this dtype. Float32 tensors stay
         float32 and expert ids become int32 in either case. A training run holds all floats in float32: "native" rounds
@@ -192,7 +192,7 @@ class _Leaf(NamedTuple):
         codes = self.checkpoint.read(name, *_scaled((rows, columns), (height, width), (1, self.form.packing)))
         parts = _scaled((rows, columns), (height, width), self.form.block)
         scales = self.checkpoint.read(scale_name(name), *parts)
-        check_scales(scale_name(name), scales)
+        check_scales(scale_name(name), scales, self.form)
         check_range(name, codes, scales, self.form)
         return codes, scales
 

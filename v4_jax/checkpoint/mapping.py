@@ -16,14 +16,17 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from v4_jax.checkpoint.block_formats import (
+    FLOATS,
     FP4,
     FP8,
-    OF_STORED,
+    NVFP4,
+    OF_NAME,
     SCALE_TYPES,
     BlockFormat,
     Formats,
     ScaleType,
     scale_name,
+    stored_as,
 )
 from v4_jax.checkpoint.tensors import CheckpointError, TensorInfo, names_in
 from v4_jax.config import Config
@@ -82,7 +85,7 @@ def entries(config: Config, formats: Formats) -> Mapping[str, Entry]:
             part = _part(key)
             key = key.removeprefix(part + ".")
             if form is None:
-                info = TensorInfo(_PLAIN[parameter.storage], shape)
+                info = TensorInfo(_PLAIN.get(parameter.storage, "BF16"), shape)
                 table.append((name, Entry(info, path, index, "plain", part, key, expert)))
                 continue
             if shape[-1] % form.packing:
@@ -208,16 +211,32 @@ def check_plausible(label: str, config: Config, tensors: int) -> None:
 
 
 def detect_formats(config: Config, found: Mapping[str, TensorInfo]) -> Formats:
-    """Formats of a checkpoint: the experts' from the configuration, the scales' from the first tensor of each kind."""
+    """Formats of a checkpoint, from the first tensors of each kind; what they leave open, the configuration says.
+
+    A kind is plain only if none of its tensors has scales: one alone is damaged.
+    """
     scales: dict[Storage, ScaleType] = {}
+    blocks: dict[Storage, BlockFormat] = {}
+    plain: set[Storage] = set()
+    scaled: set[Storage] = set()
     for parameter in leaves(config).values():
-        if parameter.storage in ("fp8", "expert"):
-            _, name = next(parameter.tensors())
-            info = found.get(scale_name(name))
+        storage = parameter.storage
+        if storage in ("fp8", "expert"):
+            names = [name for _, name in parameter.tensors()]
+            info, scale = found.get(names[0]), found.get(scale_name(names[0]))
             for legal in SCALE_TYPES:
-                if info and info.dtype == legal:
-                    scales.setdefault(parameter.storage, legal)
-    return Formats(config.expert_dtype, scales.get("fp8", "F8_E8M0"), scales.get("expert", "F8_E8M0"))
+                if scale and scale.dtype == legal:
+                    scales.setdefault(storage, legal)
+            if info and info.dtype in FLOATS:
+                plain.add(storage)
+            elif info and (form := stored_as(info, scale)):
+                blocks.setdefault(storage, form)
+            if any(scale_name(name) in found for name in names):
+                scaled.add(storage)
+    plain -= scaled
+    expert = "bf16" if "expert" in plain else blocks["expert"].name if "expert" in blocks else config.expert_dtype
+    linear: Literal["fp8", "bf16"] = "bf16" if "fp8" in plain else "fp8"
+    return Formats(expert, scales.get("fp8", "F8_E8M0"), scales.get("expert", "F8_E8M0"), linear)
 
 
 def account(label: str, config: Config, formats: Formats, found: Mapping[str, TensorInfo]) -> None:
@@ -257,17 +276,15 @@ def _mismatch(name: str, entry: Entry, found: Mapping[str, TensorInfo], config: 
     if entry.role == "codes":
         scales = found.get(scale_name(name))
         seen = f"{have} with scales {scales or 'missing'}"
-        other = OF_STORED.get(have.dtype)
-        if (
-            other
-            and other.stored != want.dtype
-            and "experts" in (axis or "" for axis in leaves(config)[entry.path].axes)
-        ):
+        experts = leaves(config)[entry.path].storage == "expert"
+        wanted = OF_NAME.get(config.expert_dtype, FP8) if experts else FP8
+        other = stored_as(have, scales)
+        if experts and other and other is not wanted:
             return (
                 f"config.expert_dtype is {config.expert_dtype!r}, but {name} is {seen}, which is "
-                f"{_describe(other)}; expected {want}, {_describe(OF_STORED[want.dtype])}"
+                f"{_describe(other)}; expected {want}, {_describe(wanted)}"
             )
-        return f"{name} is {seen}, expected {want}: {_describe(OF_STORED[want.dtype])}"
+        return f"{name} is {seen}, expected {want}: {_describe(wanted)}"
     if entry.role == "scales" and have.dtype != want.dtype:
         return (
             f"{name} has dtype {have.dtype}, expected {want.dtype}: legal scales are F8_E8M0 (a bare exponent, byte b "
@@ -279,5 +296,7 @@ def _mismatch(name: str, entry: Entry, found: Mapping[str, TensorInfo], config: 
 def _describe(form: BlockFormat) -> str:
     if form is FP4:
         return "'fp4' (two E2M1 codes per I8, [out, in / 2], with scales [out, in / 32])"
+    if form is NVFP4:
+        return "'nvfp4' (two E2M1 codes per byte, [out, in / 2], with scales [out, in / 16])"
     assert form is FP8
     return "'fp8' (F8_E4M3 [out, in], with scales [out / 128, in / 128])"

@@ -12,6 +12,7 @@ from v4_jax.checkpoint.converted import MANIFEST, Converted
 from v4_jax.checkpoint.in_memory import InMemory
 from v4_jax.checkpoint.interface import Checkpoint
 from v4_jax.checkpoint.released import Released
+from v4_jax.checkpoint.remote import url_of
 from v4_jax.checkpoint.trained import Trained, run_of
 from v4_jax.config import Config
 
@@ -25,12 +26,15 @@ def open_checkpoint(path: str | Path, *, strict: bool = True) -> Checkpoint:
     """Opens a released directory, one made by `convert`, or a training run; use it in a `with` statement.
 
     Args:
-      path: the directory; of a training run, either its own (the newest complete step is read) or `checkpoints/STEP`.
+      path: the directory; of a training run, either its own (the newest complete step is read) or `checkpoints/STEP`; a
+        released one may lie elsewhere, as `gs://bucket/directory` or `hf://org/name[@revision]`.
       strict: whether its tensors must be exactly those of its configuration; those of a training run always must.
 
     Raises:
       CheckpointError: it cannot be read, or does not hold what it should.
     """
+    if url_of(path):
+        return Released(path, strict=strict)
     if run_of(path):
         return Trained(path)
     kind = Converted if (Path(path) / MANIFEST).exists() else Released

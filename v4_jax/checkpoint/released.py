@@ -6,18 +6,25 @@ import contextlib
 import hashlib
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from v4_jax.architecture import ConfigError
+from v4_jax.checkpoint.byte_ranges import LocalFile
 from v4_jax.checkpoint.interface import Checkpoint
 from v4_jax.checkpoint.mapping import account, check_plausible, detect_formats, entries, select
+from v4_jax.checkpoint.remote import RemoteDirectory, directory, url_of
+from v4_jax.checkpoint.repackaged import describe, find, present_plain, refuse_gguf_files, refuse_unreadable
 from v4_jax.checkpoint.safetensors import SafetensorsFile
 from v4_jax.checkpoint.tensors import CheckpointError, TensorInfo, names_in
 from v4_jax.config import Config
 from v4_jax.json_files import escaped, read_object
+
+_THREADS = 8
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -41,25 +48,37 @@ class Released(Checkpoint):
         """Opens a directory and accounts for all of its tensors.
 
         Args:
-          path: directory with `config.json` and either shards with an index or a single `model.safetensors`.
+          path: directory with `config.json` and either shards with an index or a single `model.safetensors`; here, or
+            elsewhere as `gs://bucket/directory` or `hf://org/name[@revision]`.
           strict: whether tensors must be exactly those of the configuration; without, whatever is there is offered.
 
         Raises:
           CheckpointError: anything missing, damaged, unknown or inconsistent.
         """
         super().__init__()
-        path = Path(path)
-        self.label = str(path)
+        url = url_of(path)
+        self.label = url or str(path)
+        elsewhere = _fetched(url) if url else None
+        self.directory = path = elsewhere.copy if elsewhere else Path(path)
         announced, hf_config = read_config(path)
         with contextlib.ExitStack() as stack:
-            self._files = _open_shards(path, stack)
-            found = {name: file for file in self._files for name in file.tensors}
-            check_plausible(self.label, announced, len(found))
-            self.config, self.hf_config, self.ignored, self.notes = select(announced, hf_config, list(found))
-            dropped = {name for names in self.ignored.values() for name in names}
-            self._file_of = {name: file for name, file in found.items() if name not in dropped}
-            infos = {name: file.tensors[name] for name, file in self._file_of.items()}
-            self.formats = detect_formats(self.config, infos)
+            self._files = _open_shards(path, elsewhere, stack)
+            check_plausible(self.label, announced, sum(len(file.entries) for file in self._files))
+            found = find(self.label, announced, self._files)
+            chosen = select(announced, hf_config, list(found.held))
+            self.ignored = {**found.ignored, **chosen.ignored}
+            dropped = {name for names in chosen.ignored.values() for name in names}
+            held = {name: tensor for name, tensor in found.held.items() if name not in dropped}
+            formats = detect_formats(chosen.config, {name: tensor.info for name, tensor in held.items()})
+            self.config, self.hf_config, self.formats, notes = describe(chosen.config, chosen.hf_config, formats)
+            self.notes = [*chosen.notes, *notes]
+            if found.renamed:
+                self.notes.append(f"{found.renamed} tensors have other names than released")
+            if found.renamed or self.formats.linear == "bf16":
+                held, notes = present_plain(self.config, self.formats, held)
+                self.notes += notes
+            self._held = held
+            infos = {name: tensor.info for name, tensor in held.items()}
             if strict:
                 account(self.label, self.config, self.formats, infos)
             self.tensors = in_release_order(infos, self.config, self.formats)
@@ -69,7 +88,12 @@ class Released(Checkpoint):
 
     def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> np.ndarray:
         """Reads a tensor or a rectangle of it; see `Checkpoint.read`."""
-        return self._count(self._file_of[name].read(name, rows, columns))
+        return self._count(self._held[name].read(rows, columns))
+
+    def unrounded(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> np.ndarray | None:
+        """Reads what is wider in the files than released; see `Checkpoint.unrounded`."""
+        held = self._held[name]
+        return self._count(held.file.read(held.entry, rows, columns)) if held.rounded else None
 
     def close(self) -> None:
         """Closes the shards."""
@@ -91,6 +115,8 @@ def read_config(path: Path) -> tuple[Config, dict[str, Any]]:
     Raises:
       CheckpointError: no such directory, no `config.json`, or one that this model cannot honour.
     """
+    if path.suffix == ".gguf" or (path.is_dir() and not (path / "config.json").exists()):
+        refuse_gguf_files(path, [path.name, *(file.name for file in path.glob("*"))])
     if not path.is_dir():
         unfinished = path.with_name(f".{path.name}.partial")
         hint = f"; {unfinished} holds an unfinished copy: run the same command again to complete it"
@@ -102,6 +128,7 @@ def read_config(path: Path) -> tuple[Config, dict[str, Any]]:
             f"{path} has no config.json, expected a released or converted checkpoint directory, or a training run"
         )
     hf_config = read_json(file)
+    refuse_unreadable(path, hf_config)
     try:
         return Config.from_hf(hf_config), hf_config
     except ConfigError as error:
@@ -138,25 +165,67 @@ def left_behind(path: Path) -> list[str]:
     return sorted(file.name for file in path.iterdir() if file.name not in taken and not _WEIGHTS.fullmatch(file.name))
 
 
-def _open_shards(path: Path, stack: contextlib.ExitStack) -> list[SafetensorsFile]:
+def local(path: str | Path) -> Path:
+    """Where a directory's `config.json` and companions can be read: the path itself, or copies of what is elsewhere.
+
+    Raises:
+      CheckpointError: it is elsewhere, and cannot be read.
+    """
+    url = url_of(path)
+    return _fetched(url).copy if url else Path(path)
+
+
+def _fetched(url: str) -> RemoteDirectory:
+    """A directory elsewhere, with copies of all but its shards.
+
+    Raises:
+      CheckpointError: it cannot be read, or was made by `convert` or `train`.
+    """
+    elsewhere = directory(url)
+    for name, verb in (("v4_jax.json", "convert"), ("run.json", "train")):
+        if name in elsewhere.files:
+            raise CheckpointError(
+                f"{url} was made by {verb}, and only released directories are read from afar: copy it"
+            )
+    if "config.json" not in elsewhere.files:
+        refuse_gguf_files(url, elsewhere.files)
+        raise CheckpointError(f"{url} has no config.json, expected a released checkpoint directory")
+    for name in elsewhere.files:
+        first = name.split("/")[0]
+        if name in ("config.json", INDEX) or any(fnmatch(first, pattern) for pattern in _COMPANIONS):
+            elsewhere.fetch(name)
+    return elsewhere
+
+
+def _open_shards(path: Path, elsewhere: RemoteDirectory | None, stack: contextlib.ExitStack) -> list[SafetensorsFile]:
     """Opens the files that hold the tensors and checks them against the index."""
+
+    def exists(name: str) -> bool:
+        return name in elsewhere.files if elsewhere else (path / name).exists()
+
+    def open_file(name: str) -> SafetensorsFile:
+        opened = SafetensorsFile(elsewhere.open(name) if elsewhere else LocalFile(path / name))
+        stack.callback(opened.close)
+        return opened
+
     index = path / INDEX
     if not index.exists():
-        if not (path / SINGLE).exists():
+        if not exists(SINGLE):
             raise CheckpointError(f"{path} has neither {INDEX} nor {SINGLE}: there are no weights to read")
-        return [_open(path / SINGLE, stack)]
+        return [open_file(SINGLE)]
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{index} has no legal weight_map, expected an object of tensor name -> file name")
     names = sorted(set(weight_map.values()))
     if outside := [name for name in names if Path(name).name != name or "\0" in name or len(name.encode()) > 255]:
         raise CheckpointError(f"{index} points outside the directory: {names_in(outside)}")
-    if missing := [name for name in names if not (path / name).exists()]:
+    if missing := [name for name in names if not exists(name)]:
         raise CheckpointError(f"{path} lacks {names_in(missing)}, which {INDEX} names")
-    files = [_open(path / name, stack) for name in names]
+    with ThreadPoolExecutor(_THREADS) as pool:  # afar, a header takes as long as many
+        files = list(pool.map(open_file, names))
     holder: dict[str, str] = {}
     for name, file in zip(names, files, strict=True):
-        for tensor in file.tensors:
+        for tensor in file.entries:
             if tensor in holder:
                 raise CheckpointError(f"{path} holds {escaped(tensor)} twice: in {holder[tensor]} and in {name}")
             holder[tensor] = name
@@ -169,16 +238,9 @@ def _open_shards(path: Path, stack: contextlib.ExitStack) -> list[SafetensorsFil
     return files
 
 
-def _open(file: Path, stack: contextlib.ExitStack) -> SafetensorsFile:
-    opened = SafetensorsFile(file)
-    stack.callback(opened.close)
-    return opened
-
-
 def _fingerprint(path: Path, files: list[SafetensorsFile]) -> str:
     """Changes when a file is replaced or edited. To be surer one would have to read as much as a conversion does."""
     digest = hashlib.sha256((path / "config.json").read_bytes())
     for file in files:
-        status = file.path.stat()
-        digest.update(f"{file.path.name} {status.st_size} {status.st_mtime_ns} ".encode() + file.header)
+        digest.update(f"{file.file.identity} ".encode() + file.header)
     return digest.hexdigest()

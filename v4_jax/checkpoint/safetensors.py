@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from v4_jax.checkpoint.byte_ranges import ByteRanges
 from v4_jax.checkpoint.tensors import DTYPES, CheckpointError, TensorInfo
 from v4_jax.json_files import escaped, is_pointer, parse, pointer, shown
 
@@ -21,48 +21,42 @@ _MAX_HEADER = 100_000_000  # the format's own limit
 _MOST_AXES, _MOST_BYTES = 8, 1 << 48
 
 
-class _Entry(NamedTuple):
+class Entry(NamedTuple):
+    """Where a tensor's data lie: its type and shape, and bytes from the start of the file."""
+
     info: TensorInfo
-    offset: int  # from the start of the file
+    offset: int
 
 
 class SafetensorsFile:
     """One open file: its header, checked in full, and reads of exactly the bytes asked for.
 
     Attributes:
-      path: the file.
-      tensors: name -> type and shape, in the order of the data.
+      file: the file.
+      entries: name -> type, shape and place, in the order of the data.
       header: the header's bytes, which identify the file's structure.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, file: ByteRanges):
         """Opens a file and checks that its header accounts for every byte.
 
         Raises:
           CheckpointError: missing, truncated or corrupt file.
         """
-        self.path = path
+        self.file = file
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} does not exist") from None
-        if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
-            os.close(self._descriptor)
-            raise CheckpointError(f"{path} is not a file, expected a shard in the safetensors format")
-        try:
-            self.header, self._entries = _read_header(path, self._descriptor)
+            self.header, self.entries = _read_header(file)
         except BaseException:
             self.close()
             raise
-        self.tensors: dict[str, TensorInfo] = {name: entry.info for name, entry in self._entries.items()}
 
     def close(self) -> None:
         """Closes the file."""
-        os.close(self._descriptor)
+        self.file.close()
 
-    def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> np.ndarray:
-        """Reads rows (and, of a matrix, columns) of a tensor; see `Checkpoint.read`."""
-        (dtype, shape), offset = self._entries[name]
+    def read(self, entry: Entry, rows: slice = slice(None), columns: slice = slice(None)) -> np.ndarray:
+        """Reads rows (and, of a matrix, columns) of one of `entries`, or of a part of one; see `Checkpoint.read`."""
+        (dtype, shape), offset = entry
         itemsize = DTYPES[dtype].itemsize
         start, stop, _ = rows.indices(shape[0] if shape else 1)
         count = max(0, stop - start)
@@ -72,35 +66,34 @@ class SafetensorsFile:
             first, last, _ = columns.indices(shape[1])
         out = np.empty((count, max(0, last - first) * itemsize), np.uint8)
         if out.shape[1] == width * itemsize:
-            self._read_into(out.reshape(-1).data if out.size else None, offset + start * width * itemsize)
+            if out.size:
+                self.file.read_into(out.reshape(-1).data, offset + start * width * itemsize)
+        elif width * itemsize - out.shape[1] <= self.file.gap:
+            whole = np.empty((count, width * itemsize), np.uint8)
+            if whole.size:
+                self.file.read_into(whole.reshape(-1).data, offset + start * width * itemsize)
+            out[:] = whole[:, first * itemsize : last * itemsize]
         else:
             for row, line in enumerate(out):
-                self._read_into(line.data, offset + ((start + row) * width + first) * itemsize)
+                self.file.read_into(line.data, offset + ((start + row) * width + first) * itemsize)
         tail = (last - first,) if columns != slice(None) else shape[1:]
         return out.reshape(-1).view(DTYPES[dtype]).reshape((count, *tail) if shape else ())
 
-    def _read_into(self, buffer: memoryview | None, offset: int) -> None:
-        while buffer:
-            count = os.preadv(self._descriptor, [buffer], offset)
-            if not count:
-                raise CheckpointError(f"{self.path} ended early, at byte {offset}: it was shortened while being read")
-            buffer, offset = buffer[count:], offset + count
 
-
-def _read_header(path: Path, descriptor: int) -> tuple[bytes, dict[str, _Entry]]:
-    size = os.fstat(descriptor).st_size
+def _read_header(file: ByteRanges) -> tuple[bytes, dict[str, Entry]]:
+    path, size = file.label, file.size
     if size < 8:
         raise CheckpointError(f"{path} is truncated: it has {size} bytes, a safetensors file has at least 8")
-    if is_pointer(os.pread(descriptor, 64, 0)):
+    if is_pointer(_read(file, min(size, 64), 0)):
         raise CheckpointError(pointer(path))
-    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+    length = int.from_bytes(_read(file, 8, 0), "little")
     if length > _MAX_HEADER:
         raise CheckpointError(
             f"{path} has a corrupt header: its length reads as {length}, the format allows up to {_MAX_HEADER}"
         )
     if 8 + length > size:
         raise CheckpointError(f"{path} is truncated: it has {size} bytes, its header alone needs {8 + length}")
-    header = os.pread(descriptor, length, 8)
+    header = _read(file, length, 8)
     try:
         content = parse(header, f"{path} has a corrupt header, which", CheckpointError, pairs=_unique)
     except _Duplicate as error:
@@ -114,7 +107,13 @@ def _read_header(path: Path, descriptor: int) -> tuple[bytes, dict[str, _Entry]]
     return header, entries
 
 
-def _entry(path: Path, name: str, value: Any, start: int) -> _Entry:
+def _read(file: ByteRanges, count: int, offset: int) -> bytes:
+    buffer = bytearray(count)
+    file.read_into(memoryview(buffer), offset)
+    return bytes(buffer)
+
+
+def _entry(path: str, name: str, value: Any, start: int) -> Entry:
     try:
         dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
         legal = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
@@ -122,8 +121,8 @@ def _entry(path: Path, name: str, value: Any, start: int) -> _Entry:
         legal = False
     if not legal:
         raise CheckpointError(
-            f"{path} has a corrupt header: the entry of {escaped(name)} is {shown(value)}, expected dtype, shape and two "
-            "data_offsets"
+            f"{path} has a corrupt header: the entry of {escaped(name)} is {shown(value)}, "
+            "expected dtype, shape and two data_offsets"
         )
     if dtype not in DTYPES:
         raise CheckpointError(
@@ -139,10 +138,10 @@ def _entry(path: Path, name: str, value: Any, start: int) -> _Entry:
             f"{path} has a corrupt header: {escaped(name)} is {info}, which takes {info.nbytes} bytes, but its "
             f"data_offsets {[begin, end]} span {end - begin}"
         )
-    return _Entry(info, start + begin)
+    return Entry(info, start + begin)
 
 
-def _check_offsets(path: Path, entries: Mapping[str, _Entry], start: int, size: int) -> None:
+def _check_offsets(path: str, entries: Mapping[str, Entry], start: int, size: int) -> None:
     """Tensors must follow each other without overlap or gap, up to the end of the file."""
     position, before = start, "the header"
     for name, (info, offset) in entries.items():

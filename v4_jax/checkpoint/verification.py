@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from v4_jax.checkpoint.block_formats import OF_STORED, BlockFormat, dequantise, scale_name
+from v4_jax.checkpoint.block_formats import BlockFormat, dequantise, scale_name, stored_as
 from v4_jax.checkpoint.digests import DIGESTS, Digests
 from v4_jax.checkpoint.interface import Checkpoint, Progress, row_ranges
 from v4_jax.checkpoint.opening import Source, opened
@@ -158,13 +158,13 @@ class _Stored(NamedTuple):
     @property
     def form(self) -> BlockFormat | None:
         """The block format, for weights with scales."""
-        return OF_STORED.get(self.info.dtype) if self.info and self.scales else None
+        return stored_as(self.info, self.scales) if self.info and self.scales else None
 
     @property
     def format(self) -> str:
         """A short name of how it is stored."""
         if self.form and self.scales:
-            element = "E2M1" if self.form.name == "fp4" else "E4M3"
+            element = "E4M3" if self.form.packing == 1 else "E2M1"
             rows, columns = self.form.block
             return f"{element} + {self.scales.dtype.removeprefix('F8_')} per {rows}x{columns}"
         return " + ".join(info.dtype for info in (self.info, self.scales) if info)

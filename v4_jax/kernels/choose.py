@@ -14,9 +14,13 @@ Pallas kernel, or `cpu.py`, written so that XLA:CPU makes quick code of it. Laye
     grouped_product
     best_entries             running top-k over blocks      reference                                 kernel
     attend_picked            caller's, over a gathered copy reference                                 kernel
+    compress                 caller's, all rows at once  reference                                 row by row
     norm_rotate              one after the other            reference                                 one kernel
     attention_output         caller's                       reference                                 one kernel
     map_groups               tiles of each group in turn    reference                                 caller's kernel
+    few_rows_experts,        caller's, by groups of rows    reference                                 one kernel
+    expert_of_all            caller's, by products          reference                                 the same
+    best_experts             top-k, and gather              reference                                 kernel
 """
 
 from __future__ import annotations
@@ -31,10 +35,15 @@ import jax.numpy as jnp
 from jax import Array
 
 from v4_jax.cache.entries import Entries
+from v4_jax.cache.ring import Ring
+from v4_jax.cache.rows import StoredRows
 from v4_jax.kernels.attention import cpu as attention_cpu
 from v4_jax.kernels.attention import reference as attention
 from v4_jax.kernels.attention import tpu as attention_tpu
+from v4_jax.kernels.compressor import tpu as compressor_tpu
+from v4_jax.kernels.compressor.tpu import CompressorWeights
 from v4_jax.kernels.csa import tpu as csa_tpu
+from v4_jax.kernels.experts import tpu as experts_tpu
 from v4_jax.kernels.grouped_matmul import groups
 from v4_jax.kernels.hyper_connections import reference as hyper_connections
 from v4_jax.kernels.hyper_connections import tpu as hyper_connections_tpu
@@ -49,8 +58,12 @@ from v4_jax.kernels.linear import tpu as linear_tpu
 from v4_jax.kernels.rotary import reference as rotary
 from v4_jax.kernels.rotary import tpu as rotary_tpu
 from v4_jax.kernels.rotary.reference import Steps
+from v4_jax.kernels.router import reference as router
+from v4_jax.kernels.router import tpu as router_tpu
+from v4_jax.kernels.stored_weights import one_in_stack
 from v4_jax.layers.rotary import Turn
 from v4_jax.layers.visible import Visible
+from v4_jax.layout import Layout
 from v4_jax.number_formats import BlockScaled, Weight, dequantise
 from v4_jax.sharding.platform import by_platform, interpreting
 
@@ -131,6 +144,37 @@ def attend_picked(plain: Form, queries: Array, entries: Entries, local: Array) -
         return copying(queries, entries, local)
     kernel = functools.partial(csa_tpu.attend_picked, interpret=interpreting())
     return _without_gradients(copying, tpu=kernel)(queries, entries, local)
+
+
+def compress(
+    plain: Form,
+    projected: Sequence[Array],
+    weights: CompressorWeights,
+    open_blocks: Ring,
+    entries: Entries,
+    layout: Layout,
+    steps: Steps,
+) -> tuple[StoredRows, StoredRows]:
+    """See `compressor.tpu.step` for all arguments but the first. It has no gradients.
+
+    Args:
+      plain: maps values, gates, open blocks and entries to the same results.
+      projected: values and gates.
+      weights: what turns them into entries.
+      open_blocks: projections of earlier tokens.
+      entries: earlier entries.
+      layout: of the chunk.
+      steps: what becomes of a pooled entry.
+    """
+
+    def kernel(values: Array, gates: Array, open_blocks: Ring, entries: Entries) -> tuple[StoredRows, StoredRows]:
+        return compressor_tpu.step(
+            (values, gates), weights, open_blocks, entries, layout, steps=steps, interpret=interpreting()
+        )
+
+    if not compressor_tpu.supports(open_blocks, entries, weights.norm.shape[0]):
+        return plain(*projected, open_blocks, entries)
+    return by_platform(*projected, open_blocks, entries, default=plain, tpu=kernel)
 
 
 def norm_rotate(x: Array, weight: Array | None, turn: Turn | None, steps: Steps) -> Array:
@@ -254,6 +298,70 @@ def map_groups(
     if layer is not None:
         return by_platform(rows, weights, sizes, layer, default=plain, tpu=kernel)
     return _without_gradients(plain, tpu=kernel)(rows, weights, sizes, None)
+
+
+def few_rows_experts(
+    plain: Form, x: Array, assigned: Array, scale: Array, weights: Sequence[Weight], layer: Any, *, limit: float
+) -> Array:
+    """See `experts.tpu.experts` for all arguments but the first.
+
+    Args:
+      plain: the same of the arrays and the layer, in whose place the kernel runs in programs for TPUs where rows are
+        few, but where gradients are asked for.
+      x: [T, D].
+      assigned: [T, K] experts of each row.
+      scale: [T, K] their weights.
+      weights: w1, w3 and w2 of all experts.
+      layer: layer number in stacked weights, or None.
+      limit: bound of the activations.
+    """
+
+    def kernel(x: Array, assigned: Array, scale: Array, weights: Sequence[Weight], layer: Any) -> Array:
+        return experts_tpu.experts(x, assigned, scale, weights, layer=layer, limit=limit, interpret=interpreting())
+
+    operands = (x, assigned, scale, list(weights), layer)
+    if not experts_tpu.supports(x, weights):
+        return plain(*operands)
+    if layer is not None:
+        return by_platform(*operands, default=plain, tpu=kernel)
+    return _without_gradients(plain, tpu=kernel)(*operands)
+
+
+def expert_of_all(plain: Form, x: Array, weights: Sequence[Weight], *, limit: float) -> Array:
+    """One expert that all rows visit: [T, D] float32.
+
+    Args:
+      plain: the same of rows and weights; see `few_rows_experts`.
+      x: [T, D].
+      weights: w1 and w3 [H, D], and w2 [D, H]; the kernel takes block-scaled ones, which it reads in their stack.
+      limit: bound of the activations.
+    """
+
+    def kernel(x: Array, weights: Sequence[Any]) -> Array:
+        one = (x.shape[0], 1)
+        stacks, layers = zip(*map(one_in_stack, weights), strict=True)
+        return experts_tpu.experts(
+            x,
+            jnp.zeros(one, jnp.int32),
+            jnp.ones(one, jnp.float32),
+            stacks,
+            layer=layers[0],
+            limit=limit,
+            interpret=interpreting(),
+        )
+
+    if not (all(isinstance(weight, BlockScaled) for weight in weights) and experts_tpu.supports(x, weights)):
+        return plain(x, list(weights))
+    return _without_gradients(plain, tpu=kernel)(x, list(weights))
+
+
+def best_experts(affinities: Array, scores: Array, top: int, factor: float) -> tuple[Array, Array]:
+    """See `router.reference.best_experts`."""
+    plain = functools.partial(router.best_experts, top=top, factor=factor)
+    if not router_tpu.supports(scores):
+        return plain(affinities, scores)
+    kernel = functools.partial(router_tpu.best_experts, top=top, factor=factor, interpret=interpreting())
+    return _without_gradients(plain, tpu=kernel)(affinities, scores)
 
 
 def _expanded(weight: Weight, dtype: Any) -> Array:

@@ -16,12 +16,11 @@ from jax import Array
 
 from v4_jax.architecture import Architecture, Layer
 from v4_jax.cache.cache import Cache, WindowRole
-from v4_jax.cache.entries import Entries, EntryRole
+from v4_jax.cache.entries import ENTRY_RATIOS, Entries, EntryRole
 from v4_jax.cache.ring import Ring, halo
-from v4_jax.cache.rows import StoredRows
 from v4_jax.kernels.choose import norm_rotate
 from v4_jax.kernels.rotary.reference import Steps
-from v4_jax.layers.compressor import Compressor
+from v4_jax.layers.compressor import Compressed, Compressor
 from v4_jax.layers.entry_attention import attend_picked
 from v4_jax.layers.indexer_loss import Attended, Scored, indexer_loss
 from v4_jax.layers.lightning_indexer import LightningIndexer, index_queries, select
@@ -31,7 +30,7 @@ from v4_jax.layers.query_blocks import Queries, QueryBlock, by_query_blocks
 from v4_jax.layers.rotary import Turn
 from v4_jax.layers.stages import SPARSE, Stage, keep
 from v4_jax.layers.window_attention import attend_window, attention_output
-from v4_jax.layout import Blocks, Layout
+from v4_jax.layout import Layout
 from v4_jax.parameters import Module
 from v4_jax.policy import Policy
 from v4_jax.sharding.collectives import all_gather, psum
@@ -135,9 +134,11 @@ class Attention(Module):
 
         entries, index, cache = self._compress(y, layout, cache, role_index)
         ratio = self.roles.ratio
-        low, high = layout.visible(ratio) if ratio else (layout.first, layout.first)
         shared = split.shared("heads")
         entry_axes = () if entries is None else entries.axes
+        low, high = layout.first, layout.first
+        if ratio:
+            low, high = layout.visible_here(ratio) if entry_axes else layout.visible(ratio)
         visiting = tuple(axis for axis in shared if axis in entry_axes)  # all heads visit what such an axis splits
 
         def block(x: QueryBlock) -> tuple[Array, Array | None, Array | None]:
@@ -254,8 +255,8 @@ class Attention(Module):
             split=self.split,
             name="compressor",
         )
-        fresh, blocks, after = make(y, layout, _open_blocks(cache, role, role_index, layout))
-        entries, cache = self._store(fresh, blocks, after, layout, cache, role, role_index)
+        earlier = self._earlier(cache, role, role_index, layout)
+        entries, cache = self._store(make(y, layout, *earlier), layout, cache, role, role_index)
         if role == "hca":
             return entries, None, cache
 
@@ -267,44 +268,48 @@ class Attention(Module):
             loss="indexer",
             name="indexer",
         )
-        keys, blocks, after, weights, wq_b = indexer(y, layout, _open_blocks(cache, "index", role_index, layout))
-        index_keys, cache = self._store(keys, blocks, after, layout, cache, "index", role_index)
+        earlier = self._earlier(cache, "index", role_index, layout)
+        compressed, weights, wq_b = indexer(y, layout, *earlier)
+        index_keys, cache = self._store(compressed, layout, cache, "index", role_index)
 
         def queries(x: Queries) -> Array:
             return index_queries(x.latent, wq_b, x.turn, c, self.policy, self.split)
 
         return entries, None if index_keys is None else Index(index_keys, weights, queries), cache
 
+    def _entries(self, cache: Cache, role: EntryRole, role_index: Any) -> Entries:
+        return cache.entries_of(role, role_index, self.policy.compute_dtype, self.split.axes("entries"))
+
+    def _earlier(
+        self, cache: Cache | None, role: EntryRole, role_index: Any, layout: Layout
+    ) -> tuple[Ring | None, Entries | None]:
+        """The open blocks and the entries of one of the layer's compressors."""
+        if cache is None:
+            return None, None
+        return cache.open_blocks(role, role_index, layout.cached), self._entries(cache, role, role_index)
+
     @jax.named_scope("attention.store_entries")
     def _store(
-        self,
-        fresh: Array,
-        blocks: Blocks,
-        open_blocks: StoredRows | None,
-        layout: Layout,
-        cache: Cache | None,
-        role: EntryRole,
-        role_index: Any,
+        self, compressed: Compressed, layout: Layout, cache: Cache | None, role: EntryRole, role_index: Any
     ) -> tuple[Entries | None, Cache | None]:
         """Adds a chunk's entries to the cache and returns all that its queries may see; None when there are none."""
-        split, numbers = self.split, blocks.numbers
+        split, (fresh, open_blocks, stored) = self.split, compressed
+        if cache is not None and open_blocks is not None and stored is not None:
+            cache = cache.with_entries(role, stored).with_ring(role, open_blocks)
+            return self._entries(cache, role, role_index), cache
+        assert fresh is not None
+        numbers = layout.blocks(ENTRY_RATIOS[role]).numbers
         if split.sequence:
             fresh, numbers = (all_gather(x, split.sequence, 1) for x in (fresh, numbers))
         if cache is None or open_blocks is None:
             if layout.packed and split.sequence:  # a device's blocks end where its documents let them
                 fresh = _in_order(fresh, numbers)
             return (Entries.uncached(fresh) if fresh.shape[1] else None), None
-        entries = cache.entries_of(role, role_index, self.policy.compute_dtype, split.axes("entries"))
-        entries = entries.write(numbers, fresh)
+        entries = self._entries(cache, role, role_index).write(numbers, fresh)
         cache = cache.with_entries(role, entries.rows).with_ring(role, open_blocks)
         if split.sequence or layout.size > FEW_QUERIES:
             entries = entries.all_gather(jnp.max(layout.visible(self.roles.ratio)[1]), split.everywhere)
         return entries, cache
-
-
-def _open_blocks(cache: Cache | None, role: EntryRole, role_index: Any, layout: Layout) -> Ring | None:
-    """The open blocks of one of a layer's compressors."""
-    return None if cache is None else cache.open_blocks(role, role_index, layout.cached)
 
 
 def _in_order(entries: Array, numbers: Array) -> Array:

@@ -6,22 +6,40 @@ keys; they differ in ratio and width only. Projections and pooling are float32.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from v4_jax.architecture import Architecture
-from v4_jax.cache.entries import span
+from v4_jax.cache.entries import Entries, span
 from v4_jax.cache.ring import Ring, halo
 from v4_jax.cache.rows import StoredRows
+from v4_jax.kernels import choose
 from v4_jax.kernels.choose import norm_rotate
+from v4_jax.kernels.compressor.tpu import CompressorWeights
 from v4_jax.kernels.rotary.reference import Steps
 from v4_jax.layers.linear import linears
-from v4_jax.layout import Blocks, Layout
+from v4_jax.layout import SHORT, Blocks, Layout
 from v4_jax.natural import remainder
 from v4_jax.parameters import Module
 from v4_jax.policy import Policy
+
+
+class Compressed(NamedTuple):
+    """What comes of a chunk.
+
+    Attributes:
+      fresh: [B, E, width] entries of the blocks that end in it (`Layout.blocks`); None where they are stored already.
+      open_blocks: the open blocks after it; None without a cache.
+      stored: the entries of all layers, with those of a short chunk among them; None otherwise.
+    """
+
+    fresh: Array | None
+    open_blocks: StoredRows | None
+    stored: StoredRows | None = None
 
 
 class Compressor(Module):
@@ -42,16 +60,14 @@ class Compressor(Module):
     index: bool = False
 
     @nn.compact
-    def __call__(self, y: Array, layout: Layout, open_blocks: Ring | None) -> tuple[Array, Blocks, StoredRows | None]:
+    def __call__(self, y: Array, layout: Layout, open_blocks: Ring | None, stored: Entries | None) -> Compressed:
         """Compresses a chunk.
 
         Args:
           y: [B, S, D] normed input of the layer.
           layout: where its tokens stand.
           open_blocks: projections of the last tokens of each row, or None without a cache.
-
-        Returns:
-          Entries [B, E, width] of the blocks that end in this chunk, those blocks, and the open blocks after them.
+          stored: earlier entries, to which those of a short chunk are added; None without a cache.
         """
         c, ratio, width = self.config, self.ratio, self.width
         blocks_per_token = span(ratio) // ratio
@@ -75,28 +91,46 @@ class Compressor(Module):
 
         with jax.named_scope("compressor.project"):
             values, gates = linears(y, [wkv, wgate], jnp.float32)
-            projections = jnp.concatenate([values, gates + ape[remainder(layout.phase, ratio)]], axis=-1)
+        blocks, past = layout.blocks(ratio), span(ratio) - 1
+        steps = Steps(c.rms_norm_eps, self.policy.rounding("index" if self.index else "keys"))
 
-        blocks, before, after, past = layout.blocks(ratio), None, None, span(ratio) - 1
-        if open_blocks is not None:
-            before, after = open_blocks.advance(projections, layout, past, self.split)
-        elif self.split.sequence:
-            first = jnp.zeros((y.shape[0], past, projections.shape[-1]), projections.dtype)
-            before = lambda: halo(projections, first, self.split)  # noqa: E731
+        def in_one(values: Array, gates: Array, open_blocks: Ring | None) -> tuple[Array, StoredRows | None]:
+            """All entries at once, and the open blocks after them."""
+            before = after = None
+            with jax.named_scope("compressor.project"):
+                projections = jnp.concatenate([values, gates + ape[remainder(layout.phase, ratio)]], axis=-1)
+            if open_blocks is not None:
+                before, after = open_blocks.advance(projections, layout, past, self.split)
+            elif self.split.sequence:
+                first = jnp.zeros((y.shape[0], past, projections.shape[-1]), projections.dtype)
+                before = lambda: halo(projections, first, self.split)  # noqa: E731
 
-        @jax.named_scope("compressor.pool")
-        def compress() -> Array:
-            own, previous = _gather(projections, before() if before else None, blocks, ratio)
-            entries = _pool(own, previous if blocks_per_token == 2 else None, blocks)
-            steps = Steps(c.rms_norm_eps, self.policy.rounding("index" if self.index else "keys"))
-            return norm_rotate(entries.astype(self.policy.compute_dtype), norm, blocks.turn, steps)
+            @jax.named_scope("compressor.pool")
+            def compress() -> Array:
+                own, previous = _gather(projections, before() if before else None, blocks, ratio)
+                entries = _pool(own, previous if blocks_per_token == 2 else None, blocks)
+                return norm_rotate(entries.astype(self.policy.compute_dtype), norm, blocks.turn, steps)
 
-        if open_blocks is None or y.shape[1] >= ratio:
-            return compress(), blocks, after
-        # In most decoding steps no block ends, and entries that do not exist are never stored.
-        nothing = jax.eval_shape(compress)
-        entries = jax.lax.cond(jnp.any(blocks.complete), compress, lambda: jnp.zeros(nothing.shape, nothing.dtype))
-        return entries, blocks, after
+            if open_blocks is None or y.shape[1] >= ratio:
+                return compress(), after
+            # In most decoding steps no block ends, and entries that do not exist are never stored.
+            nothing = jax.eval_shape(compress)
+            ends = jnp.any(blocks.complete)
+            return jax.lax.cond(ends, compress, lambda: jnp.zeros(nothing.shape, nothing.dtype)), after
+
+        if open_blocks is None or stored is None or self.split.sequence or layout.size > SHORT:
+            fresh, after = in_one(values, gates, open_blocks)
+            return Compressed(fresh, after)
+
+        def at_once(values: Array, gates: Array, open_blocks: Ring, stored: Entries) -> tuple[StoredRows, StoredRows]:
+            fresh, after = in_one(values, gates, open_blocks)
+            assert after is not None
+            with jax.named_scope("attention.store_entries"):
+                return after, stored.write(blocks.numbers, fresh).rows
+
+        operands = (values, gates), CompressorWeights(ape, norm), open_blocks, stored, layout, steps
+        with jax.named_scope("compressor.step"):
+            return Compressed(None, *choose.compress(at_once, *operands))
 
 
 def _gather(projections: Array, history: Array | None, blocks: Blocks, ratio: int) -> tuple[Array, Array]:

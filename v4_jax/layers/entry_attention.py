@@ -44,7 +44,7 @@ def attend_copies(queries: Array, entries: Entries, local: Array) -> Partial:
 @jax.named_scope("attention.hca")
 def attend_range(queries: Array, entries: Entries, visible: Visible) -> Partial:
     """Attention over the visible entries that lie here, by blocks; blocks nobody sees are skipped."""
-    size, visible = min(ENTRY_BLOCK, entries.count), visible.here(entries)
+    size = min(ENTRY_BLOCK, entries.count)
 
     def block(wanted: Array) -> Partial:
         first = jnp.minimum(wanted, entries.count - size)  # the last block may reach back over the one before

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from v4_jax.architecture import Architecture
-from v4_jax.kernels.choose import map_groups
-from v4_jax.kernels.grouped_matmul.tpu import grouped_matmul, supports
+from v4_jax.kernels.choose import few_rows_experts, map_groups
+from v4_jax.kernels.grouped_matmul.tpu import grouped_matmul
+from v4_jax.kernels.stored_weights import supports
 from v4_jax.layers.experts import Experts, expert_ffn
 from v4_jax.sharding import collectives
 from v4_jax.sharding.dispatch import Choices, visit
@@ -90,7 +91,7 @@ def dispatch(
 def local_experts(
     x: Array, assigned: Array, weights: Array, experts: Experts, layer: Any, *, count: int, limit: float
 ) -> Array:
-    """Sorts tokens by expert, computes, and sums each token's experts back.
+    """Computes each token's experts, and sums them: few tokens in one kernel on TPUs, or else sorted by expert.
 
     Args:
       x: [T, D] in the compute dtype.
@@ -104,6 +105,20 @@ def local_experts(
     Returns:
       [T, D] float32.
     """
+
+    def by_expert(x: Array, assigned: Array, weights: Array, experts: Sequence[Any], layer: Any) -> Array:
+        w1, w3, w2 = experts
+        return _sorted_experts(x, assigned, weights, Experts(w1, w2, w3), layer, count=count, limit=limit)
+
+    in_order = (experts.w1, experts.w3, experts.w2)
+    with jax.named_scope("experts.ffn"):
+        return few_rows_experts(by_expert, x, assigned, weights, in_order, layer, limit=limit)
+
+
+def _sorted_experts(
+    x: Array, assigned: Array, weights: Array, experts: Experts, layer: Any, *, count: int, limit: float
+) -> Array:
+    """`local_experts` with tokens sorted by expert, and their results sorted back."""
     tokens, top = assigned.shape
     with jax.named_scope("experts.sort"):
         order = jnp.argsort(assigned.reshape(-1), stable=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from v4_jax.kernels import choose
 from v4_jax.layers.linear import linears
 
 
@@ -38,3 +40,13 @@ def expert_ffn(
     if scale is not None:
         hidden = hidden * scale[:, None]
     return products(hidden.astype(dtype), [weights.w2], dtype)[0]
+
+
+def shared_expert(x: Array, weights: Experts, limit: float, dtype: Any) -> Array:
+    """The expert that all rows [T, D] visit: [T, D] float32, rounded to `dtype` before."""
+
+    def by_products(x: Array, weights: Sequence[Any]) -> Array:
+        w1, w3, w2 = weights
+        return expert_ffn(x, Experts(w1, w2, w3), None, limit, dtype).astype(jnp.float32)
+
+    return choose.expert_of_all(by_products, x.astype(dtype), [weights.w1, weights.w3, weights.w2], limit=limit)

@@ -13,14 +13,13 @@ from jax import Array
 from v4_jax.architecture import RATIO_OF_ROLE, Architecture
 from v4_jax.cache.entries import Entries
 from v4_jax.cache.ring import Ring
-from v4_jax.cache.rows import StoredRows
 from v4_jax.kernels.choose import best_entries, norm_rotate
 from v4_jax.kernels.rotary.reference import Steps
-from v4_jax.layers.compressor import Compressor
+from v4_jax.layers.compressor import Compressed, Compressor
 from v4_jax.layers.linear import linear
 from v4_jax.layers.rotary import Turn
 from v4_jax.layers.visible import Visible
-from v4_jax.layout import Blocks, Layout
+from v4_jax.layout import Layout
 from v4_jax.number_formats import Weight
 from v4_jax.parameters import Module
 from v4_jax.policy import Policy
@@ -37,18 +36,18 @@ class LightningIndexer(Module):
 
     @nn.compact
     def __call__(
-        self, y: Array, layout: Layout, open_blocks: Ring | None
-    ) -> tuple[Array, Blocks, StoredRows | None, Array, Weight]:
+        self, y: Array, layout: Layout, open_blocks: Ring | None, stored: Entries | None
+    ) -> tuple[Compressed, Array, Weight]:
         """Prepares what the per-block selection needs.
 
         Args:
           y: [B, S, D] normed input of the layer, to which no gradient flows back.
           layout: where its tokens stand.
           open_blocks: the key compressor's, or None without a cache.
+          stored: earlier index keys; None without a cache.
 
         Returns:
-          Index keys [B, E, index_head_dim] of the blocks that end here, those blocks, the open blocks after the chunk,
-          head weights [B, S, index_n_heads] float32, and the query projection.
+          What comes of the key compressor, head weights [B, S, index_n_heads] float32, and the query projection.
         """
         c = self.config
         heads, size = c.index_n_heads, c.index_head_dim
@@ -57,7 +56,7 @@ class LightningIndexer(Module):
         project = self.linear(
             "weights_proj", (heads, c.hidden_size), ("index_heads", "embed"), config=c, storage="bf16"
         )
-        keys, blocks, after = Compressor(
+        keys = Compressor(
             config=c,
             policy=self.policy,
             prefix=self.prefix + "compressor.",
@@ -67,10 +66,10 @@ class LightningIndexer(Module):
             split=self.split,
             loss=self.loss,
             name="compressor",
-        )(y, layout, open_blocks)
+        )(y, layout, open_blocks, stored)
         weights = linear(y, project, self.policy.compute_dtype).astype(jnp.float32)
         weights = all_gather(weights, self.split.shared("index_heads"), -1)
-        return keys, blocks, after, weights * (size * heads) ** -0.5, wq_b
+        return keys, weights * (size * heads) ** -0.5, wq_b
 
 
 @jax.named_scope("indexer.queries")
@@ -102,5 +101,5 @@ def select(queries: Array, weights: Array, keys: Entries, visible: Visible, top:
       Of equal scores the earlier entries are kept.
     """
     operands = jax.lax.stop_gradient((queries, weights, keys))
-    scores, local = best_entries(*operands, visible.here(keys), top=min(top, keys.count), scored=bool(keys.axes))
+    scores, local = best_entries(*operands, visible, top=min(top, keys.count), scored=bool(keys.axes))
     return local if scores is None else distributed_top_k(scores, keys.numbers(local), top, keys.axes)

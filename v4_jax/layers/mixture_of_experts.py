@@ -15,8 +15,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from v4_jax.architecture import Architecture, FeedForwardRole
+from v4_jax.kernels.choose import best_experts
+from v4_jax.kernels.router.reference import weights_of
 from v4_jax.layers.expert_parallelism import dispatch
-from v4_jax.layers.experts import Experts, expert_ffn
+from v4_jax.layers.experts import Experts, shared_expert
 from v4_jax.layers.linear import linear
 from v4_jax.layers.stages import keep
 from v4_jax.outputs import Decided, Routing, RoutingStatistics
@@ -58,10 +60,7 @@ class MixtureOfExperts(Module):
         own = self._declare_experts()
         shared = self._declare_shared()
         with jax.named_scope("experts.route"):
-            affinities, default = self._route(y, tokens)
-            chosen = default if chosen is None else chosen
-            weights = jnp.take_along_axis(affinities, chosen, axis=-1)
-            weights = weights / jnp.sum(weights, axis=-1, keepdims=True) * c.routed_scaling_factor
+            affinities, chosen, weights = self._route(y, tokens, chosen)
 
         flat = y.reshape(-1, c.hidden_size)
         experts, layer = (own, None) if stacked is None else stacked
@@ -69,8 +68,8 @@ class MixtureOfExperts(Module):
         weights = weights.reshape(assigned.shape)
         routed = dispatch(flat, assigned, weights, experts, layer, c, self.policy.compute_dtype, self.split)
         with jax.named_scope("experts.shared"):
-            everyone = expert_ffn(flat, shared, None, c.swiglu_limit, self.policy.compute_dtype)
-            output = routed + collectives.psum(everyone.astype(jnp.float32), self.split.shared("mlp"))
+            everyone = shared_expert(flat, shared, c.swiglu_limit, self.policy.compute_dtype)
+            output = routed + collectives.psum(everyone, self.split.shared("mlp"))
         load = jnp.bincount(assigned.reshape(-1), length=c.n_routed_experts).astype(jnp.int32)
         load = collectives.psum(load, self.split.tokens)
         output = keep(output.astype(y.dtype).reshape(y.shape), "feed_forward")
@@ -91,8 +90,8 @@ class MixtureOfExperts(Module):
         frequency = collectives.psum(counts, sequence) * c.n_routed_experts / (c.num_experts_per_tok * tokens)
         return jnp.sum(frequency * mean, axis=-1)
 
-    def _route(self, y: Array, tokens: Array) -> tuple[Array, Array]:
-        """Affinities [B, S, E] float32 and the experts chosen [B, S, top]."""
+    def _route(self, y: Array, tokens: Array, replayed: Array | None) -> tuple[Array, Array, Array]:
+        """Affinities [B, S, E] float32, the experts chosen [B, S, top], and their weights."""
         c = self.config
         gate = self.declare(
             "gate",
@@ -117,7 +116,8 @@ class MixtureOfExperts(Module):
                 init=hash_table(c),
                 dtype=jnp.int32,
             )
-            return affinities, jnp.take(table, tokens, axis=0, mode="clip")
+            chosen = jnp.take(table, tokens, axis=0, mode="clip") if replayed is None else replayed
+            return affinities, chosen, weights_of(affinities, chosen, c.routed_scaling_factor)
         bias = self.declare(
             "bias",
             (c.n_routed_experts,),
@@ -127,8 +127,10 @@ class MixtureOfExperts(Module):
             group="bias",
             init=nn.initializers.zeros,
         )
+        if replayed is not None:
+            return affinities, replayed, weights_of(affinities, replayed, c.routed_scaling_factor)
         scores = jax.lax.stop_gradient(affinities + bias)
-        return affinities, jax.lax.top_k(scores, c.num_experts_per_tok)[1]
+        return affinities, *best_experts(affinities, scores, c.num_experts_per_tok, c.routed_scaling_factor)
 
     def _declare_experts(self) -> Experts:
         c = self.config

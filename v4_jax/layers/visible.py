@@ -7,11 +7,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from v4_jax.cache.entries import Entries
-
 
 class Visible(NamedTuple):
-    """Which entries queries see.
+    """Which entries queries see, in local numbers of those that lie on this device.
 
     Attributes:
       low: [B, Q] first visible entry.
@@ -24,10 +22,6 @@ class Visible(NamedTuple):
     high: Array
     least: Array
     most: Array
-
-    def here(self, entries: Entries) -> Visible:
-        """The same in local numbers of the entries that lie on this device."""
-        return Visible(*map(entries.below, self))
 
     def mask(self, first: Array, size: int, wanted: Array) -> Array:
         """[B, Q, size] which of the entries from `first` on are visible and not before `wanted`."""

@@ -123,6 +123,43 @@ def alone(engine):
     return [served(engine, [request])[0] for request, _ in constrained()]
 
 
+def test_refusals_say_why(grammars):
+    """Also where the library draws the pattern first."""
+    reason = "look-around, including look-ahead and look-behind, is not supported"
+    for refused in (
+        lambda: grammars.json_schema({"type": "string", "pattern": "^(?!x)a$"}),
+        lambda: grammars.regex("(?!x)a"),
+    ):
+        with pytest.raises(ValueError, match=rf"cannot be used: .*regex parse error: {reason}$"):
+            refused()
+    with pytest.raises(ValueError, match="it is false, which allows nothing"):
+        grammars.json_schema(False)
+
+
+def written(grammar, text):
+    """How much of a text a grammar lets be written, and whether it may end there."""
+    matcher = grammar.start([TOKENIZER.eos_id])
+    for place, token in enumerate(TOKENIZER.encode(text)):
+        if token not in allowed(matcher):
+            return place, False
+        matcher.accept(token)
+    return len(text), TOKENIZER.eos_id in allowed(matcher)
+
+
+def test_every_json_text_is_one_of_true(grammars):
+    for text in ('{"a": [1, null]}', '"x"', "3.5", "true", "[]"):
+        assert written(grammars.json_schema(True), text) == (len(text), True)
+
+
+def test_blanks_are_bounded(grammars):
+    """A space, or a line's indentation: what people and models write, and no more."""
+    nested = {"a": [{"b": {"c": [1]}}], "d": 2}
+    for text in (json.dumps(nested), json.dumps(nested, indent=2), json.dumps(nested, separators=(",", ":"))):
+        assert written(grammars.json_object(), text) == (len(text), True)
+    for blanks in ("  ", "\n\n", " \n", "\n" + " " * 21):
+        assert written(grammars.json_object(), "{" + blanks) == (len(blanks), False)
+
+
 def test_texts_are_what_was_asked_for(alone):
     ended = 0
     for (_, judge), [(ids, _, finish)] in zip(constrained(), alone, strict=True):
@@ -348,14 +385,6 @@ def test_a_trained_vocabulary(tmp_path):
         assert token in legal and tokenizer.eos_id not in legal and not legal & set(range(size - 37, size))
         matcher.accept(token)
     assert matcher.finished and allowed(matcher, size) == {tokenizer.eos_id}
-
-
-def test_blanks_are_bounded(grammars):
-    matcher = grammars.json_object().start({1})
-    for token in TOKENIZER.encode("{" + " " * 64):
-        assert token in allowed(matcher)
-        matcher.accept(token)
-    assert TOKENIZER.decode(sorted(allowed(matcher))) == '"}'
 
 
 @pytest.mark.parametrize(

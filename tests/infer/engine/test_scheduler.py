@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -310,3 +311,24 @@ def test_pages_of_a_budget(small):
         ValueError, match=r"no room for 192 tokens: 4 slots with pages for one text of that length take "
     ):
         pages_within(*arguments, size(2) - 1)
+
+
+def test_logits_that_are_not_finite_end_their_row_alone(engine, alone):
+    """A token whose embedding is damaged ends whoever reads it with an error at once.
+
+    Whoever shares the steps, or gets the slot and its pages later, has every bit as without.
+    """
+    good = [(one, sample) for one, sample in zip(requests(), alone, strict=True) if 63 not in one.prompt]
+    assert len(good) > 3
+    bad = Request([2, 3, 63, 4] * 20, 5, stop_ids=())
+    params = engine._params
+    engine._params = params | {"embed": params["embed"].at[63].set(math.nan)}
+    try:
+        found = served(engine, [bad, good[0][0], bad, *(one for one, _ in good), bad])
+    finally:
+        engine._params = params
+    healthy = [found[1], *found[3:-1]]
+    for [(ids, logprobs, finish)] in (found[0], found[2], found[-1]):
+        assert len(ids) == 1 and math.isnan(logprobs[0]) and finish == "error"
+    for sample, (_, wanted) in zip(healthy, [good[0], *good], strict=True):
+        assert 63 in wanted[0][0] or sample == wanted  # it may say the token itself

@@ -4,6 +4,7 @@ import pytest
 
 from tests.models import two
 from v4_jax import chat
+from v4_jax.infer.engine.requests import Event
 from v4_jax.infer.engine.sampling import Sampling
 from v4_jax.infer.openai.bodies import BodyError, ChatBody, CompletionBody, read_body
 from v4_jax.infer.openai.completions import Completion, Defaults, Model
@@ -63,6 +64,10 @@ def test_limits_and_stops():
         ({"messages": []}, "messages is []: list should have at least 1 item", "messages"),
         ({"messages": ["x"]}, "messages.0 is 'x': input should be a valid dictionary", "messages.0"),
         ({"messages": HELLO, "response_format": {"type": "text", "x": 1}}, "response_format.x is not", None),
+        ({"messages": HELLO, "top_logprobs": 2}, "top_logprobs is for log-probabilities; expected", "top_logprobs"),
+        ({"prompt": "x", "stream_options": {}}, "stream_options is for streams; expected", "stream_options"),
+        ({"prompt": "x", "n": 300_000}, "n is 300000: input should be less than or equal to 1024", "n"),
+        ({"messages": HELLO * 100_001}, "messages is [{'role'", "messages"),
         ({"messages": HELLO, "thinking": {}}, "thinking.type is missing", "thinking.type"),
         ({"prompt": "x", "stop": [""]}, "stop is ['']: ", "stop"),
         ({"prompt": "x", "user": "y" * 200, "seed": 2**32}, "seed is 4294967296: input should be less than", "seed"),
@@ -75,6 +80,12 @@ def test_what_is_wrong_is_said_in_a_sentence(content, sentence, param):
     assert str(caught.value).startswith(sentence) and len(str(caught.value)) < 400
     if param:
         assert caught.value.param == param
+
+
+def test_samples_are_counted_before_anything_is_made():
+    model = Model("tiny", two().config, None, Defaults(Sampling(), (1,), 8), 2048, slots=2)  # no tokenizer is asked
+    with pytest.raises(ValueError, match="n is 9, but there are 2 slots; expected at most so many samples"):
+        Completion(read_body({"messages": HELLO, "n": 9}), model, 0)
 
 
 def test_the_kind_may_be_given():
@@ -102,3 +113,24 @@ def test_the_profile_of_efforts_is_the_models_or_the_bodys(default):
         prompt(effort_profile="new")
     with pytest.raises(BodyError, match="reasoning_effort is 'some': input should be 'none', 'minimal', 'low'"):
         prompt(reasoning_effort="some")
+
+
+def test_parts_of_characters_have_their_bytes_and_alternatives_stay_apart():
+    tokenizer = ByteTokenizer(320)
+    model = Model("tiny", two().config, tokenizer, Defaults(Sampling(), (1,), 8), 2048)
+    first, second = tokenizer.encode("é")
+    [letter], unused = tokenizer.encode("A"), 319
+    others = tuple((id, -float(place)) for place, id in enumerate((first, second, unused, letter)))
+    event = Event(0, 0, first, 0.0, "length", others)
+
+    def logprobs(**body):
+        completion = Completion(read_body(body), model, 0)
+        completion.push(event)
+        return completion.answer("x")["choices"][0]["logprobs"]
+
+    legacy = logprobs(prompt="x", logprobs=4)
+    names = ["bytes:\\xc3", "bytes:\\xa9", "token_id:319", "A"]
+    assert legacy["tokens"] == names[:1] and legacy["top_logprobs"] == [dict(zip(names, (0, -1, -2, -3), strict=True))]
+    [entry] = logprobs(messages=HELLO, logprobs=True, top_logprobs=4)["content"]
+    assert [other["token"] for other in entry["top_logprobs"]] == names
+    assert [other["bytes"] for other in entry["top_logprobs"]] == [[0xC3], [0xA9], None, [65]]

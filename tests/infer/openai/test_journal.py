@@ -80,11 +80,40 @@ def test_a_journal_belongs_to_one_batch_and_one_process(tmp_path):
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert "is being written by another process" in pool.apply(_try, (output,))
     journal.close()
-    with pytest.raises(
-        JournalError, match=r"holds answers of a job with {'input': 'abc'}, this one has {'input': 'x'}"
-    ):
+    with pytest.raises(JournalError, match="holds answers of another job: input was 'abc', is 'x'; expected the same"):
         Journal(output, Share(), HEADER | {"input": "x"})
     Journal(output, Share(), HEADER).close()
+
+
+def test_what_differs_is_named_alone(tmp_path):
+    output = tmp_path / "out.jsonl"
+    header = HEADER | {"options": {"policy": "bfloat16", "sampling": {"top_p": 1.0, "seed": 0}}}
+    Journal(output, Share(), header).close()
+    other = HEADER | {"options": {"policy": "bfloat16", "sampling": {"top_p": 0.5, "seed": 0}, "raw": True}}
+    with pytest.raises(JournalError) as caught:
+        Journal(output, Share(), other)
+    assert "job: options.raw was None, is True; options.sampling.top_p was 1.0, is 0.5; expected" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["nonsense", "[1]", "3", '"a"', '{"response": 1}', '{"line": null}', '{"line": "1"}', "[" * 99_999, "1" * 5000],
+)
+def test_other_files_are_no_journals(tmp_path, line):
+    """Neither as the header nor as a record; what is there stays as it is."""
+    output = tmp_path / "out.jsonl"
+    path = journal_path(output, Share())
+    for content in (f"{line}\n", f"{json.dumps(HEADER)}\n{line}\n"):
+        if line.startswith("{") and content.startswith(line):
+            continue  # a header of another job
+        path.write_text(content)
+        for use in (
+            lambda: Journal(output, Share(), HEADER),
+            lambda: join_shares(output, 1, HEADER, [1], as_finished=False),
+        ):
+            with pytest.raises(JournalError, match="that is no record of a journal; expected a journal of this job"):
+                use()
+        assert path.read_text() == content
 
 
 def _try(output):

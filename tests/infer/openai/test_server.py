@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import socket
 import threading
 import time
 
@@ -10,6 +11,7 @@ import httpx
 import openai
 import pytest
 import schemathesis
+import starlette.testclient
 import uvicorn
 from hypothesis import HealthCheck, given, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
@@ -20,10 +22,12 @@ from v4_jax.infer.engine.requests import Request
 from v4_jax.infer.engine.sampling import Sampling
 from v4_jax.infer.engine.scheduler import Engine
 from v4_jax.infer.openai.completions import Defaults, Model
+from v4_jax.infer.openai.connections import ConnectionLimits, http_protocol
 from v4_jax.infer.openai.server import Limits, make_app
-from v4_jax.infer.openai.service import Service, ServiceDown
+from v4_jax.infer.openai.service import Overloaded, Service, ServiceDown
 from v4_jax.tokenizer import ByteTokenizer
 
+JSON = {"Content-Type": "application/json"}
 HELLO = [{"role": "user", "content": "Hello"}]
 SLOTS, LENGTH, MOST = 2, 1536, 4
 
@@ -42,15 +46,19 @@ def parts():
     )
     engine.compile()
     defaults = Defaults(Sampling(), (tiny.config.eos_token_id,), 8)
-    return engine, Model("tiny", tiny.config, ByteTokenizer(320), defaults, LENGTH)
+    return engine, Model("tiny", tiny.config, ByteTokenizer(320), defaults, LENGTH, SLOTS)
 
 
 @contextlib.contextmanager
-def serving(parts, **options):
+def serving(parts, connections=None, **options):
     """A running server: its address and its service."""
     service = Service(parts[0], MOST)
     app = make_app(service, parts[1], **options)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="on"))
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app, http=http_protocol(connections or ConnectionLimits()), port=0, log_level="error", lifespan="on"
+        )
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -209,7 +217,7 @@ def test_sampling_is_the_bodys(client, parts):
     )
     assert len(set(varied)) > len(set(plain))
     legacy = client.completions.create(model="tiny", prompt="a", max_tokens=2, logprobs=2).choices[0].logprobs
-    assert all(1 <= len(best) <= 2 for best in legacy.top_logprobs)  # two parts of characters look alike as text
+    assert all(len(best) == 2 for best in legacy.top_logprobs)  # parts of characters too
 
 
 @pytest.mark.parametrize(
@@ -233,10 +241,14 @@ def test_what_is_wrong_is_said(client, served, fields, sentence, param):
 @pytest.mark.parametrize(
     ("method", "path", "options", "status"),
     [
-        ("POST", "/v1/completions", {"content": b"{", "headers": {"Content-Type": "application/json"}}, 400),
-        ("POST", "/v1/completions", {"content": b"[" * 9999, "headers": {"Content-Type": "application/json"}}, 400),
+        ("POST", "/v1/completions", {"content": b"{", "headers": JSON}, 400),
+        ("POST", "/v1/completions", {"content": b"[" * 9999, "headers": JSON}, 400),
         ("POST", "/v1/completions", {"content": b"{}"}, 415),
         ("POST", "/v1/completions", {"json": [1]}, 400),
+        ("POST", "/v1/completions", {"content": rb'{"prompt": "x", "\ud800": 1}', "headers": JSON}, 400),
+        ("POST", "/v1/chat/completions", {"content": rb'{"messages": [], "\ud800": 1}', "headers": JSON}, 400),
+        ("POST", "/v1/completions", {"content": b'{"prompt": "x", "seed": 1e999}', "headers": JSON}, 400),
+        ("POST", "/v1/completions", {"content": b'\xef\xbb\xbf{"prompt": "x", "max_tokens": 1}', "headers": JSON}, 200),
         ("GET", "/v1/completions", {}, 405),
         ("GET", "/", {}, 404),
     ],
@@ -244,6 +256,8 @@ def test_what_is_wrong_is_said(client, served, fields, sentence, param):
 def test_errors_have_openais_form(served, method, path, options, status):
     response = httpx.request(method, served[0] + path, **options)
     assert response.status_code == status
+    if status == 200:
+        return
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
@@ -256,6 +270,101 @@ def test_limits(parts):
         with pytest.raises(openai.APIStatusError, match="took longer than 0 s") as caught:
             client.completions.create(model="tiny", prompt="x")
         assert caught.value.status_code == 408 and caught.value.response.headers["x-should-retry"] == "false"
+        until(lambda: service.active == 0 and parts[0].idle)
+
+
+def test_half_sent_requests_shut_nobody_out(parts):
+    """Whatever they leave out, they are ended."""
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n"
+    limits = ConnectionLimits(header_seconds=0.5, connections=8)
+    with serving(parts, limits, limits=Limits(body_seconds=0.5)) as (address, _):
+        url = httpx.URL(address)
+
+        def opened(text):
+            found = socket.create_connection((url.host, url.port), timeout=30)
+            found.sendall(text)
+            return found
+
+        def answer(one):
+            with one, contextlib.suppress(ConnectionResetError):
+                return b"".join(iter(lambda: one.recv(4096), b""))
+            return b""
+
+        halves = [
+            opened(text) for text in (b"", b"POST", head, head[:-5], head + b"X: y\r\n", b"GET /health HTTP/1.1\r\n")
+        ]
+        bodies = [opened(head + b"\r\n" + body) for body in (b"", b'{"prompt": ')]
+        assert [answer(half) for half in halves] == [b""] * len(halves)
+        for body in bodies:
+            said = answer(body)
+            assert said.startswith(b"HTTP/1.1 408 ") and b"the body took longer than 0.5 s" in said
+        again = head + b"\r\n" + b'{"prompt": "x", "max_tokens": 1}'.ljust(100) + b"GET /hea"  # and half a second one
+        assert answer(opened(again)).startswith(b"HTTP/1.1 200 OK")
+        assert httpx.get(f"{address}/health").status_code == 200
+
+
+def test_keys_are_kept_apart_in_the_prefix_cache(parts):
+    """What the engine is asked; that another salt finds nothing is the prefix cache's test."""
+
+    def salts(**options):
+        service, seen = Service(parts[0], MOST), []
+        app = make_app(service, parts[1], **options)
+
+        async def tokens(request, ended_early):
+            seen.append(request.salt)
+            raise Overloaded("seen")
+            yield
+
+        service.tokens = tokens
+        with starlette.testclient.TestClient(app, raise_server_exceptions=False) as client:
+            for key in ("one", "two", "one"):
+                sent = {"Authorization": f"Bearer {key}"}
+                assert client.post("/v1/completions", json={"prompt": "x"}, headers=sent).status_code == 429
+        return seen
+
+    first, second, third = salts(keys=["one", "two"])
+    assert first and second and first == third != second
+    assert salts(keys=["one", "two"], share_prefixes=True) == [b""] * 3 == salts()
+
+
+def test_logits_that_are_not_finite_are_an_error(parts):
+    """Whole, and streamed after the first tokens; others are answered as ever."""
+
+    class Damaged:
+        """The engine, whose tokens from the second on are broken where the prompt begins so."""
+
+        def __init__(self, engine):
+            self._engine, self._numbers = engine, {}
+
+        def __getattr__(self, name):
+            return getattr(self._engine, name)
+
+        def submit(self, request):
+            number = self._engine.submit(request)
+            self._numbers[number] = -1 if len(request.prompt) < 5 else len(request.prompt) % 2
+            return number
+
+        def round(self):
+            events = []
+            for event in self._engine.round():
+                left = self._numbers[event.request]
+                self._numbers[event.request] = left - 1
+                if left == 0:
+                    self._engine.cancel(event.request)
+                    event = event._replace(finish="error", logprob=float("nan"))
+                events.append(event)
+            return events
+
+    with serving((Damaged(parts[0]), parts[1])) as (address, service):
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        asked = dict(model="tiny", max_tokens=6, seed=1, extra_body={}, logit_bias={1: -100})
+        assert client.completions.create(**asked, prompt="x").usage.completion_tokens == 6
+        for prompt in ("12345", "123456"):  # the first token, the second one
+            with pytest.raises(openai.InternalServerError, match="are not finite numbers") as caught:
+                client.completions.create(**asked, prompt=prompt)
+            assert caught.value.body["code"] == "not_finite"
+        with pytest.raises(openai.APIError, match="are not finite numbers"):
+            list(client.completions.create(**asked, prompt="123456", stream=True))
         until(lambda: service.active == 0 and parts[0].idle)
 
 

@@ -218,6 +218,14 @@ def test_across_restarts(small, cold, tmp_path):
         assert one._pager.prefix_cache.match(one._pager.prefix_cache.hashes(FIRST).hashes).tokens == 0
 
 
+def test_salts_keep_texts_apart(engine):
+    """Of the prompt, and of what was generated after it; without a salt nothing is found of one either."""
+    keep(engine, PrefixCacheOptions(ROOM))
+    first = Request(FIRST[:300], 1, stop_ids=())
+    for salt, found in ((b"a", 0), (b"b", 0), (b"", 0), (b"a", 256), (b"b", 256), (b"", 256)):
+        assert cached(engine, dataclasses.replace(first, salt=salt))[0] == {found}
+
+
 def test_damaged_and_missing_files(engine, cold, tmp_path):
     """Are as if they had never been there; what remains is used."""
     options = PrefixCacheOptions(0, "full", tmp_path)

@@ -25,6 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.cache.entries import Entries
 from v4_jax.kernels.attention.reference import MASKED
+from v4_jax.kernels.memory import kept_in_hbm
 from v4_jax.layers.visible import Visible
 from v4_jax.natural import quotient
 
@@ -102,9 +103,9 @@ def window_attention(
             step = next(n for n in range(STEP_ROWS, 0, -1) if batch % n == 0)
 
     if entries is not None and visible is not None:
-        visible = visible.here(entries)
         ranges += [visible.low, visible.high]
         stack, layer, block = _blocks_of(entries, queries.dtype)
+        queries, (stack,) = kept_in_hbm(queries, [stack], interpret=interpret)
         scalars = [
             jnp.asarray(layer, jnp.int32).reshape(1),
             _bounds(visible.low, visible.high, tile, tiles, block).reshape(-1),

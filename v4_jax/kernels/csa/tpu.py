@@ -21,6 +21,8 @@ from jax.experimental.pallas import tpu as pltpu
 from v4_jax.cache.entries import Entries
 from v4_jax.cache.rows import LANES, WORD_CHANNELS, batch_rows
 from v4_jax.kernels.attention.reference import MASKED
+from v4_jax.kernels.memory import kept_in_hbm
+from v4_jax.natural import quotient
 from v4_jax.sharding import collectives
 
 QUERIES = 16  # of a block
@@ -84,13 +86,14 @@ def attend_picked(
 def _attend(queries: Array, words: Array, place: Array, *, interpret: bool) -> tuple[Array, Array, Array]:
     """The same of queries [N, H, C] over rows `place` [N, K] of words [R, parts, 128]."""
     (count, heads, size), parts = queries.shape, words.shape[1]
+    queries, (words,) = kept_in_hbm(queries, [words], interpret=interpret)
     block = min(QUERIES, count)
     padding, room = -count % block, -place.shape[1] % ROWS
     queries = jnp.pad(queries, ((0, padding), (0, 0), (0, 0)))
     place = jnp.pad(place, ((0, padding), (0, room)), constant_values=-1)
     total, slots = place.shape
     last = jnp.max(jnp.where(place >= 0, jnp.arange(1, slots + 1, dtype=jnp.int32), 0), axis=1)
-    chunks = (last + ROWS - 1) // ROWS
+    chunks = quotient(last + ROWS - 1, ROWS)
     seen = jnp.repeat(place >= 0, parts, axis=1).astype(jnp.float32)
     by_query = jax.ShapeDtypeStruct((total, heads), jnp.float32)
     found = pl.pallas_call(

@@ -83,9 +83,8 @@ def _call(
         out_specs.append(along(width))
         moved += streams.nbytes + output.nbytes
     if site is not None:
-        lines = [site.weight, _lines(site, hc), site.norm.astype(jnp.float32)[None]]
-        operands += lines
-        in_specs += [whole(x) for x in lines]
+        operands += [site.weight, site.base[None], site.scale[None], site.norm.astype(jnp.float32)[None]]
+        in_specs += [whole(x) for x in operands[-4:]]
         shapes += [
             jax.ShapeDtypeStruct((tokens, channels), streams.dtype),
             jax.ShapeDtypeStruct((gates, tokens), jnp.float32),
@@ -111,30 +110,34 @@ def _call(
     )
 
 
-def _lines(site: Site, hc: int) -> Array:
-    """Gating factor and base of every row of the projection: [2 hc + hc^2, 2]."""
-    factors = jnp.repeat(site.scale, jnp.array([hc, hc, hc * hc]), total_repeat_length=site.base.shape[0])
-    return jnp.stack([factors, site.base], axis=1)
-
-
 def _kernel(*refs: Any, numbers: Numbers, writes: bool, enters: bool) -> None:
     given, hc = iter(refs), numbers.streams
     old = next(given)
     if writes:
         output, mix = next(given), next(given)
     if enters:
-        weight, lines, norm = next(given), next(given), next(given)
+        weight, base, scale, norm = next(given), next(given), next(given), next(given)
     streams = next(given) if writes else old
     if writes:
         _write_back(streams, old, output, _turned(mix[...], _FIRST), hc)
     if enters:
         y, after = given
-        mixes = _projected(streams, weight, numbers.norm_eps) * lines[:, :1] + lines[:, 1:]
+        mixes = _gated(_projected(streams, weight, numbers.norm_eps), base[...], scale[...], hc)
         before = jax.nn.sigmoid(mixes[:hc]) + numbers.eps
         after[:hc] = 2 * jax.nn.sigmoid(mixes[hc : 2 * hc])
         for place, line in enumerate(_sinkhorn([mixes[i : i + 1] for i in range(2 * hc, len(mixes))], numbers)):
             after[hc + place : hc + place + 1] = line
         _collapse(y, streams, _turned(before, _FIRST), norm, numbers)
+
+
+def _gated(mixes: Array, base: Array, scale: Array, hc: int) -> Array:
+    """Rows of the projection [M, T] times their gating factors [1, 3], with their base [1, M] added."""
+    shape = (mixes.shape[0], mixes.shape[0])
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    added = jnp.sum(jnp.where(row == column, base, 0.0), axis=1, keepdims=True)
+    row = row[:, :1]
+    factor = jnp.where(row < hc, scale[:, :1], jnp.where(row < 2 * hc, scale[:, 1:2], scale[:, 2:]))
+    return mixes * factor + added
 
 
 def _by_chunks(channels: int, body: Callable[[Callable[[int], Any], Any], Any], carry: Any = None) -> Any:

@@ -22,7 +22,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.cache.entries import Entries
+from v4_jax.kernels.memory import kept_in_hbm
 from v4_jax.layers.visible import Visible
+from v4_jax.natural import quotient
 
 LANES, SUBLANES = 128, 8  # of a vector register
 COLUMNS = 512  # keys of a sublane in a step, fewer where there are few keys
@@ -149,8 +151,9 @@ def _best_entries(
     if table is None and entries < cut.keys:
         keys, layer = jax.lax.dynamic_index_in_dim(keys, layer, keepdims=True), 0
         keys = jnp.pad(keys, ((0, 0), (0, 0), (0, cut.keys - entries), (0, 0)))
-    high = jnp.clip(high, 0, entries)
-    low = jnp.clip(low, 0, high)
+    queries, (keys,) = kept_in_hbm(queries, [keys], interpret=interpret)
+    high = jnp.minimum(high, entries)
+    low = jnp.minimum(low, high)
     padding = -count % cut.queries
     queries, weights, low, high = (
         jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)) for x in (queries, weights, low, high)
@@ -158,8 +161,9 @@ def _best_entries(
     blocks, slots = (count + padding) // cut.queries, pl.cdiv(top, LANES) * LANES
     bounds = low.reshape(batch * blocks, -1), high.reshape(batch * blocks, -1)
     seen = bounds[1] > bounds[0]
-    first = jnp.min(jnp.where(seen, bounds[0], entries), axis=1) // cut.keys
-    ahead = jnp.maximum(pl.cdiv(jnp.max(jnp.where(seen, bounds[1], 0), axis=1), cut.keys) - first, 0)
+    first = quotient(jnp.min(jnp.where(seen, bounds[0], entries), axis=1), cut.keys)
+    last = quotient(jnp.max(jnp.where(seen, bounds[1], 0), axis=1) + cut.keys - 1, cut.keys)
+    ahead = jnp.maximum(last - first, 0)
     scalars = (jnp.asarray(layer, jnp.int32).reshape(1), first, ahead, low.reshape(-1), high.reshape(-1))
 
     def step(b: Any, i: Any, e: Any, first: Any, ahead: Any) -> Any:

@@ -39,6 +39,7 @@ from v4_jax.kernels.block_scales import (
     scale_blocks,
 )
 from v4_jax.kernels.linear import reference
+from v4_jax.kernels.memory import kept_in_hbm
 from v4_jax.number_formats import E4M3, FP8_BLOCK, BlockScaled, Weight
 
 TILE = 1 << 20  # codes of a weight tile at most, where 128 outputs have no more: enough to hide a grid step's overhead
@@ -95,18 +96,21 @@ def matmul(x: Array, weights: Sequence[BlockScaled], *, groups: int = 1, interpr
     stacked = [weight.stack for weight in weights if weight.stack is not None]
     layer = jnp.asarray(stacked[0].layer if stacked else 0, jnp.int32).reshape(1)
     pairs = [_in_layers(weight) for weight in weights]
+    if stacked:
+        x, codes = kept_in_hbm(x, [codes for codes, _ in pairs], interpret=interpret)
+        pairs = list(zip(codes, [scales for _, scales in pairs], strict=True))
 
     def specs_of(i: int) -> list[pl.BlockSpec]:
-        def codes(n: Any, m: Any, layer: Any) -> Any:
+        def codes_of(n: Any, m: Any, layer: Any) -> Any:
             del m
             return 0 if weights[i].stack is None else layer[0], jnp.clip(n - firsts[i], 0, tiles[i] - 1), 0
 
-        def scales(n: Any, m: Any, layer: Any) -> Any:
+        def scales_of(n: Any, m: Any, layer: Any) -> Any:
             del n, m
             return 0 if weights[i].stack is None else layer[0], 0, 0
 
         whole = pairs[i][1].shape[1:]
-        return [pl.BlockSpec((None, columns, depth), codes), pl.BlockSpec((None, *whole), scales)]
+        return [pl.BlockSpec((None, columns, depth), codes_of), pl.BlockSpec((None, *whole), scales_of)]
 
     def x_map(n: Any, m: Any, layer: Any) -> Any:
         del layer

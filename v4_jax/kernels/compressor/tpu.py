@@ -1,0 +1,329 @@
+"""A compressor's step for TPUs: a token joins each row's open block, which becomes an entry where it is the last.
+
+XLA makes some forty operations of it, and pools the open blocks of all rows as soon as one row's ends. Here rows come
+one after another; of a row's ring of projections the eight rows about the token's place are read and written back, and
+only where a block ends is the whole ring read, pooled, normed, rotated, rounded and stored among the entries. What the
+next row needs is fetched meanwhile. Ring and entries are updated in place, in the stacks of all layers.
+
+A ring keeps a token at its position modulo the ring's size: tokens are told apart by their age, how many came later.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from v4_jax.cache.entries import Entries
+from v4_jax.cache.ring import Ring
+from v4_jax.cache.rows import LANES, StoredRows, batch_rows
+from v4_jax.kernels.memory import kept_in_hbm
+from v4_jax.kernels.rotary.reference import Steps
+from v4_jax.kernels.rotary.tpu import settled
+from v4_jax.layout import Layout
+from v4_jax.sharding import collectives
+
+ROWS = 8  # of a tile of 32-bit numbers in memory
+VMEM_BYTES = 48 << 20
+
+
+class CompressorWeights(NamedTuple):
+    """What turns projections into entries.
+
+    Attributes:
+      ape: [ratio, P] float32, added to the gates of a token by its place in its block.
+      norm: [width] of the norm.
+    """
+
+    ape: Array
+    norm: Array
+
+
+class _Numbers(NamedTuple):
+    """Static: tokens of an entry, of the ring, channels of an entry; how entries lie; and what becomes of them."""
+
+    ratio: int
+    size: int
+    width: int
+    devices: int
+    paged: bool
+    words: bool
+    steps: Steps
+
+
+def supports(open_blocks: Ring, entries: Entries, width: int) -> bool:
+    """Whether `step` takes such a ring and entries of `width` channels."""
+    stored = entries.rows
+    tile = ROWS * 4 // jnp.dtype(stored.arrays[0].dtype).itemsize
+    whole = stored.kind == "words" or (stored.kind == "plain" and stored.shape[2] % tile == 0 and tile <= 2 * ROWS)
+    return (
+        whole
+        and jnp.dtype(jnp.bfloat16 if stored.kind == "words" else stored.dtype) == jnp.dtype(entries.dtype)
+        and width % LANES == 0
+        and open_blocks.rows.kind == "plain"
+        and open_blocks.rows.shape[2] % ROWS == 0
+    )
+
+
+def step(
+    projected: tuple[Array, Array],
+    weights: CompressorWeights,
+    open_blocks: Ring,
+    entries: Entries,
+    layout: Layout,
+    *,
+    steps: Steps,
+    interpret: bool = False,
+) -> tuple[StoredRows, StoredRows]:
+    """Stores a short chunk's projections, and the entries of the blocks that end in it.
+
+    Args:
+      projected: values and gates [B, S, P] float32, P being twice the entries' width where blocks overlap.
+      weights: what turns them into entries.
+      open_blocks: projections of earlier tokens.
+      entries: earlier entries.
+      layout: where the chunk's tokens stand.
+      steps: what becomes of a pooled entry.
+      interpret: run in interpret mode, on any platform.
+
+    Returns:
+      Ring and entries of all layers, with what is new.
+    """
+    (batch, size, _), rows, ratio = projected[0].shape, entries.rows, len(weights.ape)
+    ring, stored, turn = open_blocks.rows.arrays[0], rows.arrays[0], layout.closing_turn(ratio)
+    numbers = _Numbers(
+        ratio=ratio,
+        size=ring.shape[2],
+        width=weights.norm.shape[0],
+        devices=collectives.size(entries.axes),
+        paged=entries.table is not None,
+        words=rows.kind == "words",
+        steps=steps,
+    )
+    device = collectives.index(entries.axes)
+    sealed = jnp.zeros((batch,), jnp.int32) if layout.sealed is None else layout.sealed
+    for token in range(size):  # one after another: a token's block reads what the tokens before it have stored
+        scalars = [
+            jnp.stack([jnp.asarray(x, jnp.int32) for x in (open_blocks.layer, entries.layer, token, device)]),
+            open_blocks.start,
+            layout.total,
+            sealed,
+        ]
+        if entries.table is not None:
+            number = jax.lax.div(open_blocks.start + token, jnp.int32(ratio))[:, None]
+            scalars.append(entries.places(batch_rows(number, 1), entries.local(number))[1][:, 0])
+        ring, stored = _step(
+            scalars,
+            [x[:, token, None] for x in projected],
+            weights,
+            [x[:, token, None] for x in turn],
+            ring,
+            stored,
+            numbers,
+            jnp.dtype(entries.dtype),
+            interpret,
+        )
+    return open_blocks.rows.replace(arrays=(ring,)), rows.replace(arrays=(stored,))
+
+
+def _step(
+    scalars: list[Array],
+    projected: list[Array],
+    weights: CompressorWeights,
+    turn: list[Array],
+    ring: Array,
+    stored: Array,
+    numbers: _Numbers,
+    dtype: Any,
+    interpret: bool,
+) -> tuple[Array, Array]:
+    """The same of one token: operands [B, 1, ...]."""
+    batch, channels = ring.shape[1], ring.shape[3]
+
+    def by_row(x: Array) -> pl.BlockSpec:
+        return pl.BlockSpec((None, *x.shape[1:]), lambda b, *_: (b, 0, 0))
+
+    def whole(x: Array) -> pl.BlockSpec:
+        return pl.BlockSpec(x.shape, lambda b, *_: (0, 0), pipeline_mode=pl.Buffered(1))
+
+    ape, norm = weights.ape, weights.norm.astype(jnp.float32)[None]
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    line = stored.shape[3:] if numbers.words else (ROWS * 4 // stored.dtype.itemsize, stored.shape[3])
+    values, (ring, stored) = kept_in_hbm(projected[0], [ring, stored], interpret=interpret)
+    operands = [values, projected[1], *turn, ape, norm, ring, stored]
+    place = len(scalars) + len(operands) - 2
+    found = pl.pallas_call(
+        functools.partial(_kernel, numbers=numbers, dtype=dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(batch,),
+            in_specs=[*map(by_row, [*projected, *turn]), whole(ape), whole(norm), anywhere, anywhere],
+            out_specs=[anywhere, anywhere],
+            scratch_shapes=[
+                pltpu.VMEM((2, ROWS, channels), jnp.float32),
+                pltpu.VMEM((2, numbers.size, channels), jnp.float32),
+                pltpu.VMEM(line, stored.dtype),
+                pltpu.SemaphoreType.DMA((2,)),
+                pltpu.SemaphoreType.DMA((2,)),
+                pltpu.SemaphoreType.DMA((2,)),
+                pltpu.SemaphoreType.DMA((1,)),
+            ],
+        ),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (ring, stored)],
+        input_output_aliases={place: 0, place + 1: 1},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_BYTES, disable_bounds_checks=True
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=0, bytes_accessed=2 * 4 * batch * ROWS * channels + ape.nbytes, transcendentals=0
+        ),
+        interpret=interpret,
+        name="compress",
+    )(*scalars, *operands)
+    return found[0], found[1]
+
+
+def _kernel(*refs: Any, numbers: _Numbers, dtype: Any) -> None:
+    """A grid step: one row's token.
+
+    Refs: numbers of ring's layer, entries' layer, token and device; start, total, sealed [B] [, places of entries [B]];
+    values and gates [1, P], turn [1, R] twice, ape [ratio, P], norm [1, width], ring [L, B, size, 2 P] and entries, in
+    and out; scratch: rows of the ring about the token's place, of this batch row and the next; the whole of it; rows of
+    entries; their semaphores: rows read, rows written, ring read, entry.
+    """
+    shared, start, total, sealed, *refs_left = refs
+    places: Any = refs_left.pop(0) if numbers.paged else None
+    values, gates, cos, sin, ape, norm = refs_left[:6]
+    ring, stored, *scratch = refs_left[8:]
+    near, history, line, near_in, near_out, history_in, line_moved = scratch
+    ratio, size, width = numbers.ratio, numbers.size, numbers.width
+    row, rows, token = pl.program_id(0), pl.num_programs(0), shared[2]
+    slot, overlap = row & 1, values.shape[1] > width
+
+    def position(b: Any) -> Any:
+        return start[b] + token
+
+    def place(b: Any) -> Any:
+        return jax.lax.rem(position(b), jnp.int32(size))
+
+    def ends(b: Any) -> Any:
+        return (
+            (token < total[b]) & ((position(b) & (ratio - 1)) == ratio - 1) & (position(b) - (ratio - 1) >= sealed[b])
+        )
+
+    def about(b: Any) -> Any:
+        first = pl.multiple_of(place(b) & -ROWS, ROWS)
+        return ring.at[shared[0], b, pl.ds(first, ROWS), :]
+
+    def fetch(b: Any, into: Any) -> None:
+        pltpu.make_async_copy(about(b), near.at[into], near_in.at[into]).start()
+
+        @pl.when(ends(b))
+        def _() -> None:
+            pltpu.make_async_copy(ring.at[shared[0], b], history.at[into], history_in.at[into]).start()
+
+    def written(b: Any, out_of: Any) -> Any:
+        return pltpu.make_async_copy(near.at[out_of], about(b), near_out.at[out_of])
+
+    pl.when(row == 0)(lambda: fetch(row, slot))
+
+    @pl.when(row + 1 < rows)
+    def _() -> None:
+        pl.when(row > 0)(lambda: written(row - 1, 1 - slot).wait())
+        fetch(row + 1, 1 - slot)
+
+    gate = gates[...] + ape[pl.ds(position(row) & (ratio - 1), 1), :]
+    fresh = jnp.concatenate([values[...], gate], axis=1)
+    pltpu.make_async_copy(about(row), near.at[slot], near_in.at[slot]).wait()
+    own = jax.lax.broadcasted_iota(jnp.int32, (ROWS, 1), 0) == (place(row) & (ROWS - 1))
+    near[slot] = jnp.where(own & (token < total[row]), fresh, near[slot])
+    written(row, slot).start()
+
+    @pl.when(ends(row))
+    def _() -> None:
+        pltpu.make_async_copy(ring.at[shared[0], row], history.at[slot], history_in.at[slot]).wait()
+        index = jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
+        age = place(row) - index
+        age = jnp.where(age < 0, age + size, age)
+        held = jnp.where(age == 0, fresh, history[slot])
+        half = values.shape[1]
+        sets = [(age < ratio, half - width, 2 * half - width)]
+        if overlap:
+            before = (age >= ratio) & (age < 2 * ratio) & (position(row) >= ratio)
+            sets.append((before, 0, half))
+        entry = settled(
+            _rounded(_pooled(held, sets, width), dtype), norm[...], (cos[...], sin[...]), numbers.steps, dtype
+        )
+        entry = jnp.where(jnp.abs(entry) < jnp.inf, entry, 0.0)
+        number = position(row) >> (ratio.bit_length() - 1)
+        if numbers.paged:
+            there, where = jnp.int32(0), places[row]
+            inside = where < stored.shape[2]
+        else:
+            devices = jnp.int32(numbers.devices)
+            there, where = row, jax.lax.div(number, devices)
+            inside = (jax.lax.rem(number, devices) == shared[3]) & (where < stored.shape[2])
+        pl.when(inside)(lambda: _store(entry, stored, shared[1], there, where, line, line_moved.at[0], numbers.words))
+
+    @pl.when(row == rows - 1)
+    def _() -> None:
+        pl.when(row > 0)(lambda: written(row - 1, 1 - slot).wait())
+        written(row, slot).wait()
+
+
+def _rounded(x: Array, dtype: Any) -> Array:
+    return x if dtype == jnp.float32 else x.astype(dtype).astype(jnp.float32)
+
+
+def _pooled(held: Array, sets: list[tuple[Array, int, int]], width: int) -> Array:
+    """Softmax-weighted mean per channel: [1, width] from [N, 2 P], over rows of one or two sets.
+
+    A set is which rows [N, 1] are in it, and where their values and gates begin.
+    """
+    logits = [jnp.where(rows, held[:, gates : gates + width], -jnp.inf) for rows, _, gates in sets]
+    largest = functools.reduce(jnp.maximum, (jnp.max(x, axis=0, keepdims=True) for x in logits))
+    total, weighted = jnp.zeros((1, width), jnp.float32), jnp.zeros((1, width), jnp.float32)
+    for (rows, values, _), x in zip(sets, logits, strict=True):
+        shares = jnp.exp(x - largest)
+        total += jnp.sum(shares, axis=0, keepdims=True)
+        weighted += jnp.sum(shares * jnp.where(rows, held[:, values : values + width], 0.0), axis=0, keepdims=True)
+    return weighted / total
+
+
+def _store(entry: Array, stored: Any, layer: Any, row: Any, place: Any, line: Any, moved: Any, words: bool) -> None:
+    """Puts an entry [1, C], float32 that holds the stored values, at a place of a row."""
+    if words:
+        low, high = jnp.split(_bits(entry), 2, axis=1)
+        word = ((low >> 16) & 0xFFFF) | (high & -65536)
+        for part in range(line.shape[0]):
+            line[part : part + 1, :] = word[:, part * LANES : (part + 1) * LANES]
+        copy = pltpu.make_async_copy(line, stored.at[layer, row, place], moved)
+        copy.start()
+        copy.wait()
+        return
+    tile = line.shape[0]
+    about = stored.at[layer, row, pl.ds(pl.multiple_of(place & -tile, tile), tile), :]
+    copy = pltpu.make_async_copy(about, line, moved)
+    copy.start()
+    copy.wait()
+    index = jax.lax.broadcasted_iota(jnp.int32, (ROWS, 1), 0)
+    if tile == ROWS:
+        line[...] = jnp.where(index == (place & (ROWS - 1)), entry, line[...])
+    else:  # two rows to a word
+        held, bits = pltpu.bitcast(line[...], jnp.int32), _bits(entry)
+        odd = (place & 1) == 1
+        joined = jnp.where(odd, (held & 0xFFFF) | (bits & -65536), (held & -65536) | ((bits >> 16) & 0xFFFF))
+        here = index == ((place & (tile - 1)) >> 1)
+        line[...] = pltpu.bitcast(jnp.where(here, joined, held), line.dtype)
+    copy = pltpu.make_async_copy(line, about, moved)
+    copy.start()
+    copy.wait()
+
+
+def _bits(x: Array) -> Array:
+    return pltpu.bitcast(x, jnp.int32)

@@ -1,0 +1,1 @@
+"""The router: affinities of tokens to experts, and the choice."""

@@ -1,0 +1,240 @@
+"""Rows times a tile of expert weights as they are stored, inside TPU kernels: a strip of outputs at a time.
+
+Decoding bounds a step with few rows. E4M3 goes to the matrix unit as it is, as in `linear/tpu.py`. E2M1 becomes E4M3,
+by integers and four codes at a time, which is exact where the scales of a weight tile lie within a factor of 2^11 of
+one another; where they do not, it becomes bfloat16, two codes at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from v4_jax.kernels.block_scales import LANES, block_lines, by_scaled_rows, product, repeat_lanes
+from v4_jax.number_formats import E2M1, E4M3, FP4_BLOCK, FP8_BLOCK, BlockScaled, Weight
+
+STRIP = 256  # outputs at a time: the widest matrix unit
+CHUNKS = (1024, 512, 256, 128)  # inputs at a time, the largest that divides K
+E4M3_RANGE = 11  # binades from the lowest to the highest scale that E2M1 can have in normal E4M3 numbers
+E4M3_SHIFT = 6  # what E2M1 gains in E4M3 under the highest scale, in binades
+
+_FORMATS = {jnp.dtype(E2M1): FP4_BLOCK, jnp.dtype(E4M3): FP8_BLOCK}
+
+
+class Form(NamedTuple):
+    """How a weight lies in memory.
+
+    Attributes:
+      block: elements that share a scale; None without scales.
+      across: whether the scales come with their last two axes swapped: XLA stores those of E2M1 with N innermost unless
+        K / 32 fills the lanes, and those of E4M3 with the longer axis innermost; seen so, they need no copy.
+    """
+
+    block: tuple[int, int] | None
+    across: bool
+
+
+def supports(weight: Weight, dtype: Any) -> bool:
+    """Whether `multiply` takes tiles of this weight [..., N, K] and rows of this dtype."""
+    if jnp.dtype(dtype) != jnp.bfloat16 or any(size % LANES for size in weight.shape[-2:]):
+        return False
+    if isinstance(weight, BlockScaled):
+        return _FORMATS.get(jnp.dtype(weight.codes.dtype)) == weight.block
+    return weight.dtype == jnp.bfloat16
+
+
+def in_memory(weight: Weight) -> tuple[list[Array], Form]:
+    """The arrays of a weight [L, G, N, K] as kernels take them: its elements, and scales where it has them."""
+    if not isinstance(weight, BlockScaled):
+        return [weight], Form(None, across=False)
+    (width, depth), inner = weight.shape[-2:], weight.scales.shape[-1]
+    across = width > depth if weight.block == FP8_BLOCK else inner % LANES != 0
+    scales = jnp.swapaxes(weight.scales, -1, -2) if across else weight.scales
+    return [weight.codes, scales], Form(weight.block, across)
+
+
+def one_in_stack(weight: BlockScaled) -> tuple[BlockScaled, Any]:
+    """A weight [N, K] as the only one of its group in the stack of all layers, [L, 1, N, K], and its layer."""
+    stack = weight.stack
+    codes, scales = (weight.codes[None], weight.scales[None]) if stack is None else (stack.codes, stack.scales)
+    return BlockScaled(codes[:, None], scales[:, None], weight.block), 0 if stack is None else stack.layer
+
+
+class Tile(NamedTuple):
+    """The part of one of a weight's arrays that belongs to some of the outputs.
+
+    Attributes:
+      shape: of its last two axes.
+      along: the one of them on which tiles follow one another; None where all share the whole.
+    """
+
+    shape: tuple[int, int]
+    along: int | None
+
+    def indices(self, number: Any) -> tuple[Any, Any]:
+        """Of tile `number`, in tiles."""
+        return number if self.along == 0 else 0, number if self.along == 1 else 0
+
+    def slices(self, number: Any) -> tuple[Any, Any]:
+        """The elements of tile `number`."""
+        first, second = (
+            pl.ds(pl.multiple_of(index * size, size), size) if axis == self.along else slice(None)
+            for axis, (index, size) in enumerate(zip(self.indices(number), self.shape, strict=True))
+        )
+        return first, second
+
+
+def tiles(arrays: Sequence[Any], form: Form, columns: int) -> list[Tile]:
+    """Tiles of `columns` outputs of a weight's arrays, see `in_memory`, or of references to them."""
+    codes = Tile((columns, arrays[0].shape[-1]), 0)
+    if form.block is None:
+        return [codes]
+    rows, width = arrays[1].shape[-2:]
+    if form.block == FP8_BLOCK:
+        return [codes, Tile((rows, width), None)]
+    return [codes, Tile((rows, columns), 1) if form.across else Tile((columns, width), 0)]
+
+
+def multiply(rows: Any, tile: Sequence[Any], form: Form, first: Any, store: Callable[[Any, Array], None]) -> None:
+    """Multiplies rows by a tile of a weight.
+
+    Args:
+      rows: reference of [M, K] bfloat16.
+      tile: references of the tile's elements [columns, K] and of its scales, see `tiles`.
+      form: the weight's form.
+      first: number of the tile's first output among the weight's.
+      store: takes the place (`pl.ds`) of each strip among the tile's outputs, and the products [M, strip] float32.
+    """
+    codes, *scales = tile
+    (count, depth), columns = rows.shape, codes.shape[0]
+    strip = next(size for size in (STRIP, LANES) if columns % size == 0)
+    chunk = next(size for size in CHUNKS if depth % size == 0)
+
+    def each_strip(result: Callable[[Any, Any], Array]) -> None:
+        """Stores the `result` of each strip: of its place among the columns, and the number of its first."""
+
+        def one(i: Any, carry: None) -> None:
+            start = pl.multiple_of(i * strip, strip)
+            here = pl.ds(start, strip)
+            store(here, result(here, start))
+            return carry
+
+        jax.lax.fori_loop(0, columns // strip, one, None)
+
+    def sums(expanded: Callable[[int], Array]) -> Array:
+        """Sums over all inputs of rows times weights, of which `expanded` gives those of the chunk from an input on."""
+        total = jnp.zeros((count, strip), jnp.float32)
+        for k in range(0, depth, chunk):
+            total += product(rows[:, k : k + chunk], expanded(k))
+        return total
+
+    if form.block is None:
+        each_strip(lambda here, start: sums(lambda k: codes[here, k : k + chunk]))
+    elif form.block == FP8_BLOCK:
+
+        def scaled(here: Any, start: Any) -> Array:
+            return by_scaled_rows(rows, codes, here, block_lines(scales[0][...], first + start, strip, form.across))
+
+        each_strip(scaled)
+    else:
+
+        def scales_of(here: Any) -> Array:
+            wide = scales[0][:, here] if form.across else scales[0][here, :]
+            return wide.astype(jnp.float32)
+
+        def in_order(here: Any) -> Array:
+            return scales_of(here).T if form.across else scales_of(here)
+
+        def as_e4m3(here: Any, start: Any) -> Array:
+            del start
+            exponents = _quad_exponents(in_order(here), highest)
+            total = sums(
+                lambda k: _as_e4m3(codes[here, k : k + chunk], repeat_lanes(exponents, FP4_BLOCK[1], k, chunk))
+            )
+            return total * (highest * 2.0**-E4M3_SHIFT)
+
+        def as_bfloat16(here: Any, start: Any) -> Array:
+            del start
+            exponents = _pair_exponents(in_order(here))
+            return sums(
+                lambda k: _as_bfloat16(codes[here, k : k + chunk], repeat_lanes(exponents, FP4_BLOCK[1], k, chunk))
+            )
+
+        everything = scales_of(slice(None))
+        highest, lowest = jnp.max(everything), jnp.min(everything)
+        near = (lowest * 2.0**E4M3_RANGE >= highest) & (highest >= 2.0**-100) & (highest <= 2.0**100)
+        pl.when(near)(lambda: each_strip(as_e4m3))
+        pl.when(jnp.logical_not(near))(lambda: each_strip(as_bfloat16))
+
+
+def _quad_exponents(scales: Array, highest: Any) -> Array:
+    """Scales [R, K / 32] float32 to [R / 4, K / 32] int32: those of rows 4r to 4r + 3 as the bytes of a word.
+
+    They come as exponents of E4M3 at bit 3, 12 for the highest scale, less what `_as_e4m3` is to add to its codes.
+    """
+    steps = pltpu.bitcast(scales, jnp.int32) - pltpu.bitcast(jnp.full(scales.shape, highest), jnp.int32)
+    return pltpu.bitcast(((steps >> 20) + (12 * 8 - 4)).astype(jnp.int8), jnp.int32)
+
+
+def _as_e4m3(codes: Array, exponents: Array) -> Array:
+    """E2M1 codes [R, C] times two to their exponents [R / 4, C], see `_quad_exponents`: [R, C] E4M3, exactly.
+
+    Four codes at a time. With magnitude bits a = e e m (value 0, .5, 1, 1.5, 2, 3, 4, 6) where E4M3 keeps the low
+    exponent bits and the first of the fraction, a is right from 1 on up to a constant; .5 lies one step of a too high,
+    and 0 is no power of two.
+    """
+    quad = pltpu.bitcast(pltpu.bitcast(codes, jnp.int4).astype(jnp.int8), jnp.int32)  # with its sign in bits 3 to 7
+    magnitude = (quad << 2) & _each(7 << 2)
+    from_one = _shift_right((magnitude + _each(0x80 - (2 << 2))) & _each(0x80), 5)
+    from_half = (magnitude + _each(0x80 - (1 << 2))) & _each(0x80)
+    keep = from_half - _shift_right(from_half, 7)
+    value = (magnitude + from_one + exponents) & keep
+    return pltpu.bitcast(value | (quad & _each(0x80)), E4M3)
+
+
+def _each(bits: int) -> int:
+    """The same 8 bits in all bytes of a word, as a signed integer."""
+    return int(np.uint32(bits * 0x01010101).astype(np.int32))
+
+
+def _shift_right(words: Array, bits: int) -> Array:
+    return jax.lax.shift_right_logical(words, jnp.full_like(words, bits))
+
+
+def _both(bits: int) -> int:
+    """The same 16 bits in both halves of a word, as a signed integer."""
+    return int(np.uint32(bits << 16 | bits).astype(np.int32))
+
+
+def _pair_exponents(scales: Array) -> Array:
+    """Scales [R, K / 32] float32 to [R / 2, K / 32] int32: those of rows 2r and 2r + 1 as the halves of a word.
+
+    A power of two in bfloat16 is its exponent at bit 7. They come less what `_as_bfloat16` is to add to its codes.
+    """
+    scales = jnp.clip(scales, 2.0**-125, 2.0**125)  # beyond, bfloat16 could not hold the products
+    return pltpu.bitcast(scales.astype(jnp.bfloat16), jnp.int32) - _both(3 << 6)
+
+
+def _as_bfloat16(codes: Array, exponents: Array) -> Array:
+    """E2M1 codes [R, C] times two to their exponents [R / 2, C], see `_pair_exponents`: [R, C] bfloat16, exactly.
+
+    Two thirds of the instructions of float32 arithmetic, and the same on all generations, with or without bfloat16
+    arithmetic. With magnitude bits a = e e m (value 0, .5, 1, 1.5, 2, 3, 4, 6) where bfloat16 keeps the low exponent
+    bits and the first of the fraction, a is right from 2 on up to a constant; 1 lies one step of a too high, and 0 is
+    no power of two.
+    """
+    pair = pltpu.bitcast(codes, jnp.uint8).astype(jnp.int32)  # rows 2r and 2r + 1 in a byte, low bits first
+    pair = pair | (pair << 12)  # four bits in each half
+    magnitude = (pair & _both(7)) << 6
+    from_two = ((magnitude + _both(6 << 6)) & _both(8 << 6)) >> 3
+    from_one = (magnitude + _both(0x7FC0)) & _both(0x8000)
+    keep = from_one - _shift_right(from_one, 15)
+    value = (magnitude + from_two + exponents) & keep
+    return pltpu.bitcast(value | ((pair & _both(8)) << 12), jnp.bfloat16)
