@@ -49,6 +49,12 @@ def test_presets_cover_the_model():
         resolve("fast")
 
 
+def test_one_device_is_one():
+    with pytest.raises(ShardingError, match=r"mesh seq=3 has 3 places, but there is 1 device$"):
+        make_mesh("seq=3", jax.devices()[:1])
+    assert alternatives(Config.tiny(), 1, "decode").startswith("legal meshes of 1 device are ")
+
+
 def test_legal_sizes():
     assert legal_sizes(12) == [1, 2, 3, 4, 6, 12]
     assert legal_sizes(512, 128) == [1, 2, 4]
