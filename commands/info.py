@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from v4_jax.chat import EffortProfile, read_profile
-from v4_jax.checkpoint import local, open_checkpoint, run_of
+from v4_jax.checkpoint import local, open_checkpoint, run_of, url_of
 from v4_jax.checkpoint.converted import MANIFEST
 from v4_jax.checkpoint.released import INDEX, SINGLE
 from v4_jax.checkpoint.trained import steps

@@ -12,7 +12,7 @@ from v4_jax.parameter_tree import declarations
 from v4_jax.parameters import is_parameter
 from v4_jax.placement import alternatives, legal_meshes
 from v4_jax.sharding.axes import PRESETS, Rules, ShardingError, legal_sizes, resolve, sharding, spec
-from v4_jax.sharding.mesh import format_mesh, mesh_shapes, parse_mesh
+from v4_jax.sharding.mesh import format_mesh, make_mesh, mesh_shapes, parse_mesh
 
 RULES = Rules({"experts": "expert", "mlp": "tensor", "embed": None, "batch": ("data", "seq")})
 
