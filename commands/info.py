@@ -67,14 +67,16 @@ def _check_headers(path: Path) -> None:
     Raises:
       CommandError: something is missing or damaged.
     """
-    if url_of(path):
-        with bad_input(), open_checkpoint(path):
-            return
     marks = (MANIFEST, INDEX, SINGLE)
     run = run_of(path)
     if run is not None and not steps(run):
         return  # a run that has saved nothing yet
-    if run is not None or any((path / mark).exists() for mark in marks) or any(path.glob("*.safetensors")):
+    if (
+        run is not None
+        or url_of(path)
+        or any((path / mark).exists() for mark in marks)
+        or any(path.glob("*.safetensors"))
+    ):
         with bad_input(), open_checkpoint(path):
             pass
 

@@ -287,7 +287,7 @@ def test_a_document_that_cannot_be_used(trainer, tmp_path):
     data = f"data={{sources: [{{path: {tmp_path / 'texts.jsonl'}}}], open_rows: 2, threads: 1, shuffle: false"
     with pytest.raises(DataError, match=r"^line 11 of '.*texts.jsonl' has NoneType in field 'text'"):
         trainer(Losses(), "run", data + "}").run()
-    (step,) = (int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
+    step = max(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert 3 < step < STEPS
     said = []
     assert trainer(Losses(), "run", data + ", on_bad: skip}", say=said.append).run() == "done"
