@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 TPU := tests/kernels/test_compiles_for_tpu.py tests/infer/engine/test_programs_for_tpu.py
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup demo test meshes lint docs oracle tpu clean
+.PHONY: help setup demo test meshes torture lint docs oracle tpu clean
 
 help:
 	@echo "make demo    set up, then load, verify and run a small checkpoint in the released layout"
 	@echo "make test    set up, then run the tests"
 	@echo "make setup   only set up (.venv)"
 	@echo "make meshes  the tests' gradients on meshes of one axis each"
+	@echo "make torture damaged checkpoints and requests of every kind, in full (minutes)"
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    the pages and the API reference, in build/docs"
 	@echo "make oracle  compare with transformers (installs torch)"
@@ -52,6 +53,9 @@ test: $(VENV)/ready-test
 
 meshes: $(VENV)/ready-test
 	@$(BIN)/python -m pytest tests/equivalence -m by_axis --numprocesses auto --dist load
+
+torture: $(VENV)/ready-test
+	@TORTURE=20000 $(BIN)/python -m pytest tests/checkpoint/test_torture.py tests/infer/openai/test_fuzzed_requests.py --numprocesses auto --dist load
 
 lint: $(VENV)/ready-test
 	@$(BIN)/ruff check .

@@ -83,7 +83,7 @@ ChatFile = Annotated[Path | None, _file, tyro.conf.arg(name="chat", help_behavio
 JsonFlag = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(name="json", help_behavior_hint="")]
 
 Directory = Annotated[Path, tyro.conf.Positional, _plain]
-OtherDirectory = Annotated[Path | None, tyro.conf.Positional, _plain]
+OtherDirectory = Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[PATH]", help_behavior_hint="")]
 Model = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL", help_behavior_hint="")]
 
 Draft = Annotated[str, _reader(str, "none|mtp:N|dspark|auto")]
