@@ -17,9 +17,8 @@ from pathlib import Path
 import jax
 
 from v4_jax import Config
-from v4_jax.commands.info_report import bytes_text
 from v4_jax.commands.plan_report import Attempt, as_json
-from v4_jax.commands.shared.sizes import format_size, parse_size
+from v4_jax.commands.shared.sizes import bytes_text, format_size, parse_size
 from v4_jax.planning.compile import PlanError, Workload, compile_for_tpu, without_mtp
 from v4_jax.planning.estimates import estimate
 from v4_jax.sharding.chips import Topology

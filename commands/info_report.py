@@ -11,7 +11,7 @@ from rich.table import Table
 
 from v4_jax import costs
 from v4_jax.chat import PROFILES, EffortProfile, effort_prefix
-from v4_jax.commands.shared.sizes import format_size
+from v4_jax.commands.shared.sizes import bytes_text, format_size, operations_text, scaled, share_text
 from v4_jax.config import Config
 from v4_jax.infer.prompts import MODES, Mode
 
@@ -176,12 +176,12 @@ def _comparison_table(against: costs.Comparison) -> Table:
         caption="FLOPs of decoding one token, FP8 equivalent; cache without that of drafts and without padding",
     )
     table.add_row("V4, this configuration", operations_text(against.flops), "", bytes_text(against.cache), "")
-    shares = f"{against.flops_ratio:.1%}", f"{against.cache_ratio:.1%}"
+    shares = share_text(against.flops_ratio), share_text(against.cache_ratio)
     table.add_row(
         "DeepSeek-V3.2", operations_text(against.flops_v32), shares[0], bytes_text(against.cache_v32), shares[1]
     )
-    table.add_row("  by active parameters in whole billions", "", f"{against.headline_ratio:.1%}", "", "")
-    table.add_row("8 KV heads x 128, bfloat16", "", "", bytes_text(against.cache_gqa), f"{against.gqa_ratio:.1%}")
+    table.add_row("  by active parameters in whole billions", "", share_text(against.headline_ratio), "", "")
+    table.add_row("8 KV heads x 128, bfloat16", "", "", bytes_text(against.cache_gqa), share_text(against.gqa_ratio))
     return table
 
 
@@ -237,25 +237,7 @@ def _largest_first(sizes: Mapping[str, int]) -> Iterable[tuple[str, int]]:
 
 
 def _count(value: float) -> str:
-    return _scaled(value, (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)))
-
-
-def operations_text(value: float) -> str:
-    """FLOPs with a unit."""
-    return _scaled(value, (("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3)))
-
-
-def bytes_text(value: float) -> str:
-    """Bytes with a unit."""
-    return _scaled(value, ((" TB", 1e12), (" GB", 1e9), (" MB", 1e6), (" kB", 1e3)), " B")
-
-
-def _scaled(value: float, units: tuple[tuple[str, float], ...], plain: str = "") -> str:
-    """Two decimals of the largest unit that leaves at least one."""
-    for name, size in units:
-        if value >= size:
-            return f"{value / size:,.2f}{name}"
-    return f"{value:,.0f}{plain}"
+    return scaled(value, (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)))
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -12,11 +12,10 @@ import tyro
 from v4_jax import costs
 from v4_jax.commands import plan_report as card
 from v4_jax.commands.info import config_of
-from v4_jax.commands.info_report import bytes_text, operations_text
 from v4_jax.commands.shared.console import CommandError, bad_input, say, show, working
 from v4_jax.commands.shared.contexts import check_length
 from v4_jax.commands.shared.options import Count, JsonFlag, OptionalSize, OptionalText
-from v4_jax.commands.shared.sizes import format_size
+from v4_jax.commands.shared.sizes import bytes_text, format_size, operations_text
 from v4_jax.config import Config
 from v4_jax.on_mesh import UNIT
 from v4_jax.placement import alternatives, bytes_per_device, check_mesh

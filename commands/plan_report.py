@@ -10,8 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from v4_jax.commands.info_report import bytes_text, make_table, operations_text
-from v4_jax.commands.shared.sizes import format_size
+from v4_jax.commands.info_report import make_table
+from v4_jax.commands.shared.sizes import bytes_text, format_size, operations_text
 from v4_jax.planning.compile import Compiled, OutOfMemory, PlanError, Workload
 from v4_jax.planning.estimates import Estimate, Floor, Least, estimate, floor_of, least_work
 from v4_jax.sharding.mesh import format_mesh

@@ -44,7 +44,8 @@ def make_mesh(sizes: str | dict[str, int], devices: Sequence[jax.Device] | None 
     devices = jax.devices() if devices is None else devices
     wanted = math.prod(sizes[axis] for axis in MESH_AXES)
     if wanted != len(devices):
-        raise ShardingError(f"mesh {format_mesh(sizes)} has {wanted} places, but there are {len(devices)} devices")
+        there = "there is 1 device" if len(devices) == 1 else f"there are {len(devices)} devices"
+        raise ShardingError(f"mesh {format_mesh(sizes)} has {wanted} places, but {there}")
     shape = tuple(sizes[axis] for axis in MESH_AXES)
     # A mesh axis may take part of an axis of the wires: 8 devices of a 4x4 slice, say.
     placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)

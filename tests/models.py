@@ -22,6 +22,8 @@ import numpy as np
 from v4_jax import Cache, Config, Output, Transformer, declarations, init_cache
 from v4_jax.architecture import Yarn
 from v4_jax.checkpoint import export
+from v4_jax.checkpoint.byte_ranges import LocalFile
+from v4_jax.checkpoint.safetensors import SafetensorsFile
 from v4_jax.parameter_tree import placements
 from v4_jax.parameters import is_parameter
 from v4_jax.sharding.mesh import make_mesh, parse_mesh
@@ -31,6 +33,12 @@ TOPK = 8
 # Exact arithmetic would give equality; float32 sums taken in another order differ in the sixth digit of logits of size
 # 2 after six layers. Routing and top-k are discontinuous, so that a real disagreement is 1e-2 and more.
 TOLERANCE = 1e-4
+
+
+def golden(directory: Path) -> dict[str, np.ndarray]:
+    """What the published program makes of a small checkpoint, by name."""
+    file = SafetensorsFile(LocalFile(directory / "golden.safetensors"))
+    return {name: file.read(entry) for name, entry in file.entries.items()}
 
 
 def jitted(model: Transformer):

@@ -202,11 +202,11 @@ _INERT = frozenset(
         *("id2label", "label2id", "problem_type", "is_encoder_decoder", "pad_token_id"),
         *("return_dict", "output_attentions", "output_hidden_states", "output_router_logits"),
         *("router_aux_loss_coef", "router_jitter_noise", "gradient_checkpointing", "is_decoder", "add_cross_attention"),
-        *("_attn_implementation", "attn_implementation", "resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_type"),
-        *("do_sample", "temperature", "top_k", "top_p", "finetuning_task", "task_specific_params", "tokenizer_class"),
+        *("attn_implementation", "resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_type", "tokenizer_class"),
+        *("do_sample", "temperature", "top_k", "top_p", "task_specific_params"),
         # What tools that fine-tune, quantise or store models write down about themselves.
-        *("unsloth_fixed", "unsloth_version", "_attn_implementation_autoset", "peft_version"),
-        *("_commit_hash", "_from_model_config", "trl_version", "sentence_transformers"),
+        *("unsloth_fixed", "unsloth_version", "_attn_implementation", "_attn_implementation_autoset", "peft_version"),
+        *("_commit_hash", "_from_model_config", "trl_version", "sentence_transformers", "finetuning_task"),
     )
 )
 
@@ -240,14 +240,14 @@ def _read(source: str | Path | dict[str, Any]) -> dict[str, Any]:
 def _fields_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     """Translates a `config.json` into `Config` fields, refusing whatever it does not understand."""
     hf = dict(hf)
-    for key, name in _ALIASES.items():
-        value = hf.pop(key, None)
-        if value is not None and hf.setdefault(name, value) != value:
-            raise ConfigError(f"{key} is {shown(value)}, but {name}, which it repeats, is {shown(hf[name])}")
     for key, kind in _KINDS.items():
         if hf.get(key) is not None and not isinstance(hf[key], kind):
             expected = "an object" if kind is dict else "a list"
             raise ConfigError(f"{key} is {shown(hf[key])}, expected {expected}")
+    for key, name in _ALIASES.items():
+        value = hf.pop(key, None)
+        if value is not None and hf.setdefault(name, value) != value:
+            raise ConfigError(f"{key} is {shown(value)}, but {name}, which it repeats, is {shown(hf[name])}")
     if hf.get("model_type", "deepseek_v4") != "deepseek_v4":
         raise ConfigError(f"model_type is {shown(hf['model_type'])}, expected 'deepseek_v4'")
     for key, legal in _FIXED.items():
@@ -274,8 +274,8 @@ def _fields_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
         if name in fields and value is None:
             del fields[name]
     if fields.get("expert_dtype", "fp4") not in EXPERT_DTYPES:
-        found = shown(fields["expert_dtype"])
-        raise ConfigError(f"expert_dtype is {found}, expected one of {', '.join(EXPERT_DTYPES)}")
+        legal = ", ".join(EXPERT_DTYPES)
+        raise ConfigError(f"expert_dtype is {shown(fields['expert_dtype'])}, expected one of {legal}")
     unknown = sorted(set(hf) - _INERT)
     if unknown:
         raise ConfigError(

@@ -167,7 +167,7 @@ def alternatives(config: Config, devices: int, rules: Rules | str | None, *, mos
     if not legal:
         return f"no mesh of {devices} devices is legal"
     more = f" and {len(legal) - most} more" if len(legal) > most else ""
-    return f"legal meshes of {devices} devices are {'; '.join(legal[:most])}{more}"
+    return f"legal meshes of {devices} device{'' if devices == 1 else 's'} are {'; '.join(legal[:most])}{more}"
 
 
 @functools.lru_cache(maxsize=32)

@@ -1,4 +1,4 @@
-"""Counts of tokens or bytes as people write them: "1M", "64K", "131072"."""
+"""Numbers as people write and read them: counts of tokens ("1M", "64K"), bytes, FLOPs, shares."""
 
 from __future__ import annotations
 
@@ -29,3 +29,26 @@ def format_size(size: int) -> str:
         if size and size % _UNITS[unit] == 0:
             return f"{size // _UNITS[unit]}{unit}"
     return str(size)
+
+
+def operations_text(value: float) -> str:
+    """FLOPs with a unit."""
+    return scaled(value, (("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3)))
+
+
+def bytes_text(value: float) -> str:
+    """Bytes with a unit."""
+    return scaled(value, ((" TB", 1e12), (" GB", 1e9), (" MB", 1e6), (" kB", 1e3)), " B")
+
+
+def scaled(value: float, units: tuple[tuple[str, float], ...], plain: str = "") -> str:
+    """Two decimals of the largest unit that leaves at least one."""
+    for name, size in units:
+        if value >= size:
+            return f"{value / size:,.2f}{name}"
+    return f"{value:,.0f}{plain}"
+
+
+def share_text(value: float) -> str:
+    """A share in percent; what would be written as nothing is said to be little."""
+    return "under 0.1%" if 0 < value < 0.0005 else f"{value:.1%}"

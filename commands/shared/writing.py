@@ -10,14 +10,7 @@ from v4_jax.checkpoint import Written, url_of
 from v4_jax.checkpoint.released import INDEX, SINGLE, left_behind
 from v4_jax.checkpoint.tensors import names_in
 from v4_jax.commands.shared.console import CommandError, bad_input, progress_bar, say
-
-
-def _bytes(count: float) -> str:
-    """A number of bytes in the unit that suits it."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:,.2f} {unit}"
-    return f"{count:,.0f} bytes"
+from v4_jax.commands.shared.sizes import bytes_text
 
 
 def write(action: Callable[..., Written], source: Path, target: Path, label: str) -> None:
@@ -36,8 +29,8 @@ def write(action: Callable[..., Written], source: Path, target: Path, label: str
     seconds = max(time.perf_counter() - started, 1e-3)
     resumed = f", {written.resumed} parts of which an earlier run had finished" if written.resumed else ""
     say(
-        f"wrote {written.path}: {written.tensors:,} tensors, {_bytes(written.bytes)} in {seconds:.1f} s "
-        f"({_bytes(written.bytes / seconds)}/s){resumed}"
+        f"wrote {written.path}: {written.tensors:,} tensors, {bytes_text(written.bytes)} in {seconds:.1f} s "
+        f"({bytes_text(written.bytes / seconds)}/s){resumed}"
     )
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from v4_jax import Config, costs
 from v4_jax.commands import info_report as info
-from v4_jax.commands.shared.sizes import format_size, parse_size
+from v4_jax.commands.shared.sizes import format_size, parse_size, share_text
 
 FLASH = Config.flash()
 
@@ -76,6 +76,17 @@ def test_sizes(text, size):
 def test_nonsense_is_no_size(text):
     with pytest.raises(ValueError, match="expected a positive whole number"):
         parse_size(text)
+
+
+def test_shares_are_never_written_as_nothing():
+    assert [share_text(share) for share in (0, 1e-6, 4e-4, 6e-4, 0.1)] == [
+        "0.0%",
+        "under 0.1%",
+        "under 0.1%",
+        "0.1%",
+        "10.0%",
+    ]
+    assert "0.0%" not in printed(Config.tiny(), 256)
 
 
 def test_sizes_are_written_briefly():

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import CHECKPOINTS, DATA
+from tests.models import golden
 from v4_jax import Config, Policy, Transformer, init_cache, load
-from v4_jax.checkpoint.safetensors import SafetensorsFile
 
 TOLERANCE = 2e-4  # ten times what two independent implementations differ by
 DIVERGENCE = 5e-4  # mean KL of fake-quantised numerics, which rounding makes discontinuous
@@ -26,8 +26,7 @@ class Case(NamedTuple):
 @pytest.fixture(scope="module")
 def cases():
     def read(name: str) -> Case:
-        golden = SafetensorsFile(DATA / name / "golden.safetensors")
-        return Case(*load(DATA / name), {tensor: golden.read(tensor) for tensor in golden.tensors})
+        return Case(*load(DATA / name), golden(DATA / name))
 
     return {name: read(name) for name in CHECKPOINTS}
 

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import DATA
-from tests.models import three
+from tests.models import golden, three
 from v4_jax.checkpoint import load
-from v4_jax.checkpoint.safetensors import SafetensorsFile
 from v4_jax.infer.chunks import chunk_size
 from v4_jax.infer.engine.requests import Request
 from v4_jax.infer.engine.sampling import GREEDY, Sampling
@@ -53,14 +52,14 @@ def texts(generation, rows=3):
 def test_published_continuations(name, chunk):
     """All prompts of a checkpoint, of which three are served at a time."""
     config, params = load(DATA / name)
-    golden = SafetensorsFile(DATA / name / "golden.safetensors")
-    tokens = golden.read("tokens")
-    lengths = sorted(int(tensor.removeprefix("greedy_")) for tensor in golden.tensors if tensor.startswith("greedy_"))
+    expected = golden(DATA / name)
+    tokens = expected["tokens"]
+    lengths = sorted(int(tensor.removeprefix("greedy_")) for tensor in expected if tensor.startswith("greedy_"))
     engine = make_engine(config, params, max_length=max(lengths) + 40, prefill_chunk=chunk)
     given = [Request(tokens[0, :length].tolist(), 40, GREEDY, stop_ids=()) for length in lengths]
     ids, finish = texts(Generation(engine, given), len(given))
     for length, row in zip(lengths, ids, strict=True):
-        assert row == golden.read(f"greedy_{length}").tolist(), length
+        assert row == expected[f"greedy_{length}"].tolist(), length
     assert len(lengths) >= 3 and set(finish) == {"length"}
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from tests.conftest import DATA
+from tests.models import golden
 from v4_jax import Config
 from v4_jax.checkpoint import load
-from v4_jax.checkpoint.safetensors import SafetensorsFile
 from v4_jax.infer.score import ScoreError, Scorer, TextToScore, read_texts, schedule, write_lines
 from v4_jax.tokenizer import ByteTokenizer
 
@@ -23,8 +23,8 @@ TEXTS = [(0, 520), (1, 5), (0, 1), (1, 300), (0, 2), (1, 131), (0, 38), (0, 39),
 @pytest.fixture(scope="module")
 def published():
     path = DATA / "flash-tiny"
-    golden = SafetensorsFile(path / "golden.safetensors")
-    return *load(path), golden.read("tokens"), np.asarray(jax.nn.log_softmax(golden.read("logits")))
+    expected = golden(path)
+    return *load(path), expected["tokens"], np.asarray(jax.nn.log_softmax(expected["logits"]))
 
 
 @pytest.fixture(scope="module")

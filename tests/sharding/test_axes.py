@@ -12,7 +12,7 @@ from v4_jax.parameter_tree import declarations
 from v4_jax.parameters import is_parameter
 from v4_jax.placement import alternatives, legal_meshes
 from v4_jax.sharding.axes import PRESETS, Rules, ShardingError, legal_sizes, resolve, sharding, spec
-from v4_jax.sharding.mesh import format_mesh, mesh_shapes, parse_mesh
+from v4_jax.sharding.mesh import format_mesh, make_mesh, mesh_shapes, parse_mesh
 
 RULES = Rules({"experts": "expert", "mlp": "tensor", "embed": None, "batch": ("data", "seq")})
 
@@ -47,6 +47,12 @@ def test_presets_cover_the_model():
     assert resolve(RULES) is RULES
     with pytest.raises(ShardingError, match="no sharding preset 'fast', expected one of"):
         resolve("fast")
+
+
+def test_one_device_is_one():
+    with pytest.raises(ShardingError, match=r"mesh seq=3 has 3 places, but there is 1 device$"):
+        make_mesh("seq=3", jax.devices()[:1])
+    assert alternatives(Config.tiny(), 1, "decode").startswith("legal meshes of 1 device are ")
 
 
 def test_legal_sizes():

@@ -191,7 +191,8 @@ def _fetched(url: str) -> RemoteDirectory:
         refuse_gguf_files(url, elsewhere.files)
         raise CheckpointError(f"{url} has no config.json, expected a released checkpoint directory")
     for name in elsewhere.files:
-        if name in ("config.json", INDEX) or any(fnmatch(name.split("/")[0], known) for known in _COMPANIONS):
+        first = name.split("/")[0]
+        if name in ("config.json", INDEX) or any(fnmatch(first, pattern) for pattern in _COMPANIONS):
             elsewhere.fetch(name)
     return elsewhere
 

@@ -84,7 +84,7 @@ def _read_header(file: ByteRanges) -> tuple[bytes, dict[str, Entry]]:
     path, size = file.label, file.size
     if size < 8:
         raise CheckpointError(f"{path} is truncated: it has {size} bytes, a safetensors file has at least 8")
-    first = _read(file, 8, 0)
+    first = _read(file, 8, 0)  # nothing is read twice: it may come from afar
     if first == b"version " and is_pointer(_read(file, min(size, 64), 0)):
         raise CheckpointError(pointer(path))
     length = int.from_bytes(first, "little")
@@ -122,8 +122,8 @@ def _entry(path: str, name: str, value: Any, start: int) -> Entry:
         legal = False
     if not legal:
         raise CheckpointError(
-            f"{path} has a corrupt header: the entry of {escaped(name)} is {shown(value)}, expected dtype, shape "
-            "and two data_offsets"
+            f"{path} has a corrupt header: the entry of {escaped(name)} is {shown(value)}, "
+            "expected dtype, shape and two data_offsets"
         )
     if dtype not in DTYPES:
         raise CheckpointError(

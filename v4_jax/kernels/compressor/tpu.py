@@ -24,7 +24,7 @@ from v4_jax.cache.ring import Ring
 from v4_jax.cache.rows import LANES, StoredRows, batch_rows
 from v4_jax.kernels.memory import kept_in_hbm
 from v4_jax.kernels.rotary.reference import Steps
-from v4_jax.kernels.rotary.tpu import settled
+from v4_jax.kernels.rotary.tpu import rounded, settled
 from v4_jax.layout import Layout
 from v4_jax.sharding import collectives
 
@@ -257,7 +257,7 @@ def _kernel(*refs: Any, numbers: _Numbers, dtype: Any) -> None:
             before = (age >= ratio) & (age < 2 * ratio) & (position(row) >= ratio)
             sets.append((before, 0, half))
         entry = settled(
-            _rounded(_pooled(held, sets, width), dtype), norm[...], (cos[...], sin[...]), numbers.steps, dtype
+            rounded(_pooled(held, sets, width), dtype), norm[...], (cos[...], sin[...]), numbers.steps, dtype
         )
         entry = jnp.where(jnp.abs(entry) < jnp.inf, entry, 0.0)
         number = position(row) >> (ratio.bit_length() - 1)
@@ -274,10 +274,6 @@ def _kernel(*refs: Any, numbers: _Numbers, dtype: Any) -> None:
     def _() -> None:
         pl.when(row > 0)(lambda: written(row - 1, 1 - slot).wait())
         written(row, slot).wait()
-
-
-def _rounded(x: Array, dtype: Any) -> Array:
-    return x if dtype == jnp.float32 else x.astype(dtype).astype(jnp.float32)
 
 
 def _pooled(held: Array, sets: list[tuple[Array, int, int]], width: int) -> Array:

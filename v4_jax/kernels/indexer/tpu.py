@@ -151,7 +151,6 @@ def _best_entries(
     if table is None and entries < cut.keys:
         keys, layer = jax.lax.dynamic_index_in_dim(keys, layer, keepdims=True), 0
         keys = jnp.pad(keys, ((0, 0), (0, 0), (0, cut.keys - entries), (0, 0)))
-    queries, (keys,) = kept_in_hbm(queries, [keys], interpret=interpret)
     high = jnp.minimum(high, entries)
     low = jnp.minimum(low, high)
     padding = -count % cut.queries
@@ -172,7 +171,8 @@ def _best_entries(
         return first[block] + jnp.clip(e, 0, jnp.maximum(ahead[block] - 1, 0))
 
     if table is None:
-        operands, buffers = [keys], []
+        queries, operands = kept_in_hbm(queries, [keys], interpret=interpret)
+        buffers = []
         specs = [
             pl.BlockSpec(
                 (None, None, cut.keys, size),
@@ -191,7 +191,8 @@ def _best_entries(
                 memory_space=pltpu.SMEM,
             )
 
-        operands = [table, table, keys.reshape(-1, page, size)]
+        queries, (pages_of_all,) = kept_in_hbm(queries, [keys.reshape(-1, page, size)], interpret=interpret)
+        operands = [table, table, pages_of_all]
         specs = [pages_of(0), pages_of(1), pl.BlockSpec(memory_space=pl.ANY)]
         buffers = [pltpu.VMEM((2 * pages, page, size), keys.dtype), pltpu.SemaphoreType.DMA((2,))]
 

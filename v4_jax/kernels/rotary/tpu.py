@@ -100,21 +100,23 @@ def settled(rows: Array, weight: Array | None, turn: tuple[Array, Array] | None,
     The norm's `weight` is [1, C], the turn's parts [N, R].
     """
 
-    def rounded(x: Array) -> Array:
-        return x if dtype == jnp.float32 else x.astype(dtype).astype(jnp.float32)
-
     if steps.eps is not None:
         mean = jnp.sum(rows * rows, axis=-1, keepdims=True) * (1 / rows.shape[-1])
         rows = rows * jax.lax.rsqrt(mean + steps.eps)
-        rows = rounded(rows if weight is None else rows * weight)
+        rows = rounded(rows if weight is None else rows * weight, dtype)
     if turn is not None:
-        rows = rounded(turned(rows, *turn))
+        rows = rounded(turned(rows, *turn), dtype)
     if steps.rounding == "keys":
         rotary = 0 if turn is None else turn[0].shape[-1]
         rows = in_blocks(rows, E4M3, KV_BLOCK, rows.shape[-1] - rotary)
     if steps.rounding == "index":
-        rows = in_blocks(rounded(_hadamard(rows)), E2M1, INDEX_BLOCK, rows.shape[-1])
+        rows = in_blocks(rounded(_hadamard(rows), dtype), E2M1, INDEX_BLOCK, rows.shape[-1])
     return rows
+
+
+def rounded(x: Array, dtype: Any) -> Array:
+    """Float32 numbers rounded to those of another dtype."""
+    return x if dtype == jnp.float32 else x.astype(dtype).astype(jnp.float32)
 
 
 def turned(rows: Array, cos: Array, sin: Array, inverse: bool = False) -> Array:
@@ -149,8 +151,8 @@ def in_blocks(rows: Array, dtype: Any, size: int, channels: int) -> Array:
                 most = jnp.max(jnp.where(own, magnitude, 0.0), axis=-1, keepdims=True)
                 largest = jnp.where(own, most, largest)
             scale = shared_scale(largest, dtype)
-            rounded = round_to(part / scale, dtype) * scale
-            part = rounded if channels - start >= LANES else jnp.where(lane < channels - start, rounded, part)
+            coarse = round_to(part / scale, dtype) * scale
+            part = coarse if channels - start >= LANES else jnp.where(lane < channels - start, coarse, part)
         parts.append(part)
     return jnp.concatenate(parts, axis=-1)
 
