@@ -19,7 +19,7 @@ from v4_jax.cache.entries import here
 from v4_jax.layers.rotary import Turn, inverse_frequencies, turn
 from v4_jax.sharding.collectives import Axes
 
-SHORT = 9  # tokens of a chunk that compressors take one by one; rings have room for so many
+SHORT = 9  # tokens of a chunk that rings store before they are read, and that compressors take one by one
 
 
 class Blocks(struct.PyTreeNode):

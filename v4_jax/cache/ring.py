@@ -10,16 +10,16 @@ from flax import struct
 from jax import Array
 
 from v4_jax.cache.rows import StoredRows, batch_rows
-from v4_jax.layout import Layout
+from v4_jax.layout import SHORT, Layout
 from v4_jax.natural import remainder
 from v4_jax.sharding.collectives import Axes, from_left, rows_at
 from v4_jax.sharding.split import Split
 
 # Places of a ring beyond the tokens that are ever read back: so that a short chunk can be stored first, and rolled back
 # later, without having overwritten what came before it.
-SPARE = 8
+SPARE = SHORT - 1
 
-MOST_ROLLED_BACK = SPARE + 1  # tokens; rings also have a place for the newest token, which is not read back from them
+MOST_ROLLED_BACK = SHORT  # tokens; rings also have a place for the newest token, which is not read back from them
 
 
 class Ring(struct.PyTreeNode):

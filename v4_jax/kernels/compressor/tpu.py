@@ -293,20 +293,22 @@ def _pooled(held: Array, sets: list[tuple[Array, int, int]], width: int) -> Arra
 
 def _store(entry: Array, stored: Any, layer: Any, row: Any, place: Any, line: Any, moved: Any, words: bool) -> None:
     """Puts an entry [1, C], float32 that holds the stored values, at a place of a row."""
+
+    def move(source: Any, target: Any) -> None:
+        copy = pltpu.make_async_copy(source, target, moved)
+        copy.start()
+        copy.wait()
+
     if words:
         low, high = jnp.split(_bits(entry), 2, axis=1)
         word = ((low >> 16) & 0xFFFF) | (high & -65536)
         for part in range(line.shape[0]):
             line[part : part + 1, :] = word[:, part * LANES : (part + 1) * LANES]
-        copy = pltpu.make_async_copy(line, stored.at[layer, row, place], moved)
-        copy.start()
-        copy.wait()
+        move(line, stored.at[layer, row, place])
         return
     tile = line.shape[0]
     about = stored.at[layer, row, pl.ds(pl.multiple_of(place & -tile, tile), tile), :]
-    copy = pltpu.make_async_copy(about, line, moved)
-    copy.start()
-    copy.wait()
+    move(about, line)
     index = jax.lax.broadcasted_iota(jnp.int32, (ROWS, 1), 0)
     if tile == ROWS:
         line[...] = jnp.where(index == (place & (ROWS - 1)), entry, line[...])
@@ -316,9 +318,7 @@ def _store(entry: Array, stored: Any, layer: Any, row: Any, place: Any, line: An
         joined = jnp.where(odd, (held & 0xFFFF) | (bits & -65536), (held & -65536) | ((bits >> 16) & 0xFFFF))
         here = index == ((place & (tile - 1)) >> 1)
         line[...] = pltpu.bitcast(jnp.where(here, joined, held), line.dtype)
-    copy = pltpu.make_async_copy(line, about, moved)
-    copy.start()
-    copy.wait()
+    move(line, about)
 
 
 def _bits(x: Array) -> Array:

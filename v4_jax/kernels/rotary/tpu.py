@@ -44,10 +44,7 @@ def norm_rotate(x: Array, weight: Array | None, turn: Turn | None, steps: Steps,
     heads = 1 if x.ndim == 3 else x.shape[2]
     tokens, width = batch * size, heads * channels
     block = _block(tokens, width)
-
-    def along(*shape: int) -> pl.BlockSpec:
-        return pl.BlockSpec((block, *shape), lambda i: (i, *(0 for _ in shape)))
-
+    along = functools.partial(_along, block)
     operands, specs = [x.reshape(tokens, width)], [along(width)]
     if weight is not None:
         operands.append(weight.astype(jnp.float32)[None])
@@ -73,6 +70,11 @@ def norm_rotate(x: Array, weight: Array | None, turn: Turn | None, steps: Steps,
 def _block(tokens: int, width: int) -> int:
     """Tokens of a block: all, or a multiple of what a register of 16-bit numbers holds."""
     return min(tokens, max(16, BLOCK_BYTES // (4 * width) // 16 * 16))
+
+
+def _along(block: int, *shape: int) -> pl.BlockSpec:
+    """A block of tokens of an array [tokens, *shape]."""
+    return pl.BlockSpec((block, *shape), lambda i: (i, *(0 for _ in shape)))
 
 
 def _norm_rotate(*refs: Any, steps: Steps, norm: bool, rotary: bool, heads: int) -> None:
@@ -178,10 +180,7 @@ def attention_output(
     batch, size, heads, channels = parts[0][2].shape
     tokens, width = batch * size, heads * channels
     block = _block(tokens, width * len(parts))
-
-    def along(*shape: int) -> pl.BlockSpec:
-        return pl.BlockSpec((block, *shape), lambda i: (i, *(0 for _ in shape)))
-
+    along = functools.partial(_along, block)
     operands, specs = [], []
     for maximum, total, weighted in parts:
         operands += [
