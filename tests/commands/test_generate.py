@@ -246,11 +246,11 @@ def test_bad_chat_files(run, model, tmp_path, content, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[1]", "holds a list, expected an object"),
+        ("[1]", "holds a JSON list, expected an object"),
         ('{"temperature": "hot"}', "has temperature 'hot', expected a number"),
         ('{"eos_token_id": ["x"]}', "has eos_token_id ['x']"),
-        ('{"top_p": 2}', "top_p is 2, expected a number from 0 to 1"),
-        ("{", "is not JSON"),
+        ('{"top_p": 2}', "has top_p 2, expected a number from 0 to 1"),
+        ("{", "is not valid JSON"),
     ],
 )
 def test_bad_generation_defaults(run, model, content, message):

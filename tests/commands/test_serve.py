@@ -44,7 +44,7 @@ def test_serves_and_drains(start, model, tmp_path):
         assert process.wait(timeout=60) in (0, -signal.SIGTERM)
         assert "Traceback" not in process.stderr.read()
         kept = {file.name.partition(".")[2] for file in (tmp_path / "pages").iterdir()}
-        assert kept == {"page.npz", "tail.npz"}
+        assert kept == {"page.pages", "tail.pages"}
     finally:
         process.kill()
         process.communicate()
