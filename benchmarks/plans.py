@@ -19,8 +19,9 @@ import jax
 from v4_jax import Config
 from v4_jax.commands.plan_report import Attempt, as_json
 from v4_jax.commands.shared.sizes import bytes_text, format_size, parse_size
-from v4_jax.planning.compile import PlanError, Workload, compile_for_tpu, without_mtp
+from v4_jax.planning.compile import PlanError, Workload, compile_for_tpu
 from v4_jax.planning.estimates import estimate
+from v4_jax.planning.job import without_mtp
 from v4_jax.sharding.chips import Topology
 from v4_jax.sharding.mesh import parse_mesh
 
@@ -83,7 +84,7 @@ def run(plan: tuple) -> dict:
     config, slice_ = MODELS[model](), Topology.parse(topology)
     config, dtype = (config, "bfloat16") if task == "train" else (without_mtp(config), "native")
     sizes = (parse_size(context), rows, parse_size(chunk))
-    workload = Workload(config, task, *sizes, slice_, parse_mesh(mesh), preset, dtype)
+    workload = Workload(config, task, *sizes, parse_mesh(mesh), preset, dtype, slice_)
     try:
         outcome = compile_for_tpu(workload)
     except PlanError as error:

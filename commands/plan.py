@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import jax
-import tyro
 
 from v4_jax import costs
 from v4_jax.commands import plan_report as card
 from v4_jax.commands.info import config_of
 from v4_jax.commands.shared.console import CommandError, bad_input, say, show, working
-from v4_jax.commands.shared.contexts import check_length
-from v4_jax.commands.shared.options import Count, JsonFlag, OptionalSize, OptionalText
-from v4_jax.commands.shared.sizes import bytes_text, format_size, operations_text
+from v4_jax.commands.shared.jobs import job_of
+from v4_jax.commands.shared.options import Count, JsonFlag, OptionalSize, OptionalText, Text
+from v4_jax.commands.shared.sizes import bytes_text, operations_text
 from v4_jax.config import Config
 from v4_jax.on_mesh import UNIT
 from v4_jax.placement import alternatives, bytes_per_device, check_mesh
@@ -24,22 +23,15 @@ from v4_jax.planning.compile import (
     MissingCompiler,
     PlanError,
     Workload,
-    abstract_params,
     compile_for_tpu,
-    without_mtp,
 )
 from v4_jax.planning.estimates import PRESETS_OF_TASK, Estimate, candidates, estimate
-from v4_jax.sharding.axes import PRESETS as SHARDING_PRESETS
+from v4_jax.planning.job import Task, abstract_params
 from v4_jax.sharding.axes import ShardingError
 from v4_jax.sharding.chips import Topology
 from v4_jax.sharding.mesh import abstract_mesh, format_mesh, parse_mesh
 
 MOST = 3  # meshes that are compiled before giving up
-_CHUNK = 8192  # tokens per row of a prefill call, unless so many devices need more
-_ROW = 16384  # tokens per row of a training step
-
-Text = Annotated[str, tyro.conf.arg(metavar="TEXT")]
-Task = Literal["prefill", "decode", "train"]
 
 
 def plan(
@@ -81,28 +73,11 @@ def plan(
       as_json: Write the plan as one JSON object.
     """
     jax.config.update("jax_platforms", "cpu")  # only shapes are computed here, also where there are TPUs
-    if preset is not None and preset not in SHARDING_PRESETS:
-        raise CommandError(f"no preset {preset!r}; expected one of {', '.join(SHARDING_PRESETS)}")
     with bad_input("--"):
         chips = Topology.parse(topology)
     whole = config_of(model)
-    config = whole if task == "train" else without_mtp(whole)
-    longest = config.max_position_embeddings
-    context = min(_ROW if task == "train" else 1024**2, longest) if context is None else context
-    check_length(config, context)
-    if chunk is not None and task != "prefill":
-        takes = "decode takes one token of each row" if task == "decode" else "training takes whole rows"
-        raise CommandError(f"--chunk is for prefill: {takes}")
-    if chunk is None:
-        defaults = {"decode": 1, "prefill": min(context, max(_CHUNK, UNIT * chips.devices)), "train": context}
-        chunk = defaults[task]
-    if task == "train":
-        dtype = "bfloat16"
-    if chunk > context:
-        raise CommandError(f"--chunk {format_size(chunk)} is more than --context {format_size(context)}")
-
-    sizes = dict.fromkeys(("data", "seq", "expert", "tensor"), 1)
-    workload = Workload(config, task, context, batch, chunk, chips, sizes, preset or PRESETS_OF_TASK[task][-1], dtype)
+    sizes: dict[str, Any] = {"devices": chips.devices, "context": context, "batch": batch, "chunk": chunk}
+    workload = Workload.of(job_of(whole, task, **sizes, preset=preset, dtype=dtype), chips)
     estimates = _chosen(workload, mesh) if mesh else _best(workload, preset)
     attempts = []
     for one in estimates[:MOST]:
@@ -113,7 +88,7 @@ def plan(
         print(json.dumps(card.as_json(attempts, estimates), indent=2))
     else:
         show(card.render(attempts, estimates))
-    if whole != config:
+    if whole != workload.config:
         say(_drafts(whole, attempts[-1].workload))
     return 0 if attempts[-1].fits else 1
 

@@ -1,4 +1,4 @@
-"""Compiling the model for TPUs that are not there: the program, its arguments' shapes and places, and its cost.
+"""Compiling a job for TPUs that are not there, and what the compiled program needs and costs.
 
 The compiler runs in a process of its own: it must be told about the machine before jax starts, it talks a lot on
 stderr, and an input that it cannot handle may end the process.
@@ -16,42 +16,25 @@ import signal
 import subprocess
 import sys
 import time
-from typing import Any, Literal, cast
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
-from v4_jax.cache.cache import CacheDtype, cache_shapes
 from v4_jax.config import Config
-from v4_jax.number_formats import BlockScaled, layout, scale_shape
 from v4_jax.on_mesh import UNIT
-from v4_jax.outputs import Output
-from v4_jax.parameter_tree import declarations, placements
-from v4_jax.parameters import Parameter, is_parameter
-from v4_jax.placement import Place, bytes_per_device
+from v4_jax.placement import bytes_per_device
 from v4_jax.planning import kernels
 from v4_jax.planning.cycles import estimate
 from v4_jax.planning.expectations import OnMean
 from v4_jax.planning.hlo import Instruction, Program, collectives
 from v4_jax.planning.hlo_costs import costs
+from v4_jax.planning.job import Job, trace
+from v4_jax.planning.kernels import ENVIRONMENT
 from v4_jax.sharding.axes import resolve
 from v4_jax.sharding.chips import GIB, Topology
 from v4_jax.sharding.mesh import make_mesh
 from v4_jax.sharding.split import Split
-
-Task = Literal["prefill", "decode", "train"]
-WeightFormat = Literal["native", "bfloat16"]
-
-# What libtpu must find when it is loaded on a machine without TPUs; the rest keeps it quiet.
-ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "JAX_PLATFORMS": "cpu",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_MIN_LOG_LEVEL": "3",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-}
 
 
 class PlanError(Exception):
@@ -76,55 +59,20 @@ class OutOfMemory(PlanError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Workload:
-    """A program to compile.
+class Workload(Job):
+    """A program to compile for TPUs.
 
     Attributes:
-      config: the architecture; an MTP block is trained, and left out otherwise (`without_mtp`).
-      task: "decode" one token per row, or "prefill" a chunk of each, or "train", a step of whole rows.
-      context: tokens of a row when the call is over, which is what its cache has room for.
-      batch: rows.
-      chunk: tokens per row and call; all of `context` in training.
       topology: the chips.
-      mesh: sizes of the mesh axes.
-      preset: the sharding preset.
-      dtype: "native": weights in the released formats; "bfloat16": in that. The cache is bfloat16 in either case.
-        Training computes in bfloat16, and keeps masters and moments in float32.
     """
 
-    config: Config
-    task: Task
-    context: int
-    batch: int
-    chunk: int
     topology: Topology
-    mesh: dict[str, int]
-    preset: str
-    dtype: WeightFormat
 
-    @property
-    def cache_dtype(self) -> CacheDtype:
-        """Format of the cache: bfloat16, which holds what the release's rounding leaves exactly.
-
-        Its own formats take 8-bit rows, and the TPU compiler copies a stack of those from one tiling to another around
-        every write in the loop over layers (seen: 18 GB a token for Flash at a million); 16-bit rows stay in place.
-        """
-        return "bfloat16"
-
-    @property
-    def policy(self) -> str:
-        """Precision of the computation."""
-        return "released" if self.dtype == "native" else "bfloat16"
-
-    @property
-    def trains(self) -> bool:
-        """Whether it is a training step."""
-        return self.task == "train"
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a call."""
-        return self.batch * self.chunk
+    @classmethod
+    def of(cls, job: Job, topology: Topology) -> Workload:
+        """A job, on TPUs that are wired so."""
+        fields = {field.name: getattr(job, field.name) for field in dataclasses.fields(Job)}
+        return cls(**fields, topology=topology)
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain values."""
@@ -210,97 +158,7 @@ class Compiled:
         return cls(**values | {"collectives": kinds} | tuples)
 
 
-# ---- the program and its arguments -----------------------------------------------------------------------------------
-
-
-def without_mtp(config: Config) -> Config:
-    """The trunk alone."""
-    return config.trunk()
-
-
-def abstract_params(config: Config, mesh: Mesh | AbstractMesh, rules: Any, dtype: WeightFormat) -> Any:
-    """Every parameter's shape, dtype and place: a tree of `jax.ShapeDtypeStruct`, and `BlockScaled` of such.
-
-    Raises:
-      ShardingError: a parameter that does not split evenly.
-    """
-
-    def arrays(parameter: Parameter, place: NamedSharding) -> Any:
-        def array(shape: tuple[int, ...], kind: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape, kind, sharding=place)
-
-        shape, storage = parameter.shape, parameter.storage
-        if storage in ("i64", "f32"):
-            return array(shape, jnp.int32 if storage == "i64" else jnp.float32)
-        held = None if dtype == "bfloat16" else layout(storage, config.expert_dtype)
-        if held is None:
-            return array(shape, jnp.bfloat16)
-        return BlockScaled(array(shape, held.codes), array(scale_shape(shape, held.block), held.scales), held.block)
-
-    return jax.tree.map(arrays, declarations(config), placements(config, mesh, rules), is_leaf=is_parameter)
-
-
-def abstract_cache(workload: Workload, mesh: Mesh | AbstractMesh) -> Any:
-    """The cache's shapes, dtypes and places."""
-    return cache_shapes(
-        workload.config, workload.batch, workload.context, dtype=workload.cache_dtype, mesh=mesh, rules=workload.preset
-    )
-
-
-def training(workload: Workload, mesh: Any) -> tuple[Any, Any]:
-    """A training step, `(state, batch) -> (state, metrics)`, and its state's shapes and places.
-
-    Args:
-      workload: the workload.
-      mesh: devices, or an abstract mesh where only the state is wanted.
-
-    Raises:
-      ShardingError: the model does not split evenly over the mesh.
-    """
-    from v4_jax.layers.stages import Stage
-    from v4_jax.train.objectives.pretraining import Weights
-    from v4_jax.train.optimizer import optimizer
-    from v4_jax.train.step import abstract_state, make_step
-    from v4_jax.transformer import Transformer
-
-    transform = optimizer(workload.config, 2.7e-4, mesh=mesh, rules=workload.preset)
-    state = abstract_state(workload.config, transform, Place(mesh, workload.preset))
-    stage = Stage(dense=False, indexer_loss=True)
-    model = Transformer(
-        workload.config, policy=workload.policy, mesh=mesh, rules=workload.preset, stage=stage, remat="layers"
-    )
-    return make_step(model, transform, lambda step: Weights(indexer=1.0)), state
-
-
-def trace(workload: Workload, mesh: Mesh) -> tuple[Any, Any, Any]:
-    """The workload's program for a mesh of TPU devices, traced; its weights, or training state; its cache, if any.
-
-    Raises:
-      ShardingError: the workload does not split evenly over the mesh.
-    """
-    from v4_jax.transformer import Transformer
-
-    everywhere = NamedSharding(mesh, P())
-    tokens = jax.ShapeDtypeStruct((workload.batch, workload.chunk), jnp.int32, sharding=everywhere)
-    if workload.trains:
-        from v4_jax.train.batch import Batch
-        from v4_jax.train.step import jit_step
-
-        step, state = training(workload, mesh)
-        rows = jax.ShapeDtypeStruct((1, *tokens.shape), tokens.dtype, sharding=everywhere)
-        return jit_step(step, state, Place(mesh, workload.preset)).trace(state, Batch(rows, rows)), state, None
-
-    model = Transformer(workload.config, policy=workload.policy, mesh=mesh, rules=workload.preset)
-    weights, cache = (
-        abstract_params(workload.config, mesh, workload.preset, workload.dtype),
-        abstract_cache(workload, mesh),
-    )
-
-    def call(params: Any, tokens: Any, cache: Any) -> Any:
-        output = cast(Output, model.apply({"params": params}, tokens, cache=cache, logits="last"))
-        return output.logits, output.cache
-
-    return jax.jit(call, donate_argnums=2).trace(weights, tokens, cache), weights, cache
+# ---- in this process -------------------------------------------------------------------------------------------------
 
 
 def compile_here(workload: Workload) -> Compiled:
@@ -313,8 +171,23 @@ def compile_here(workload: Workload) -> Compiled:
     lowered = traced.lower()
     start = time.monotonic()
     compiled = lowered.compile()
-    seconds = time.monotonic() - start
+    return examine(workload, mesh, traced, compiled, weights, cache, time.monotonic() - start)
 
+
+def examine(
+    workload: Workload, mesh: Mesh, traced: Any, compiled: Any, weights: Any, cache: Any, seconds: float
+) -> Compiled:
+    """What a compiled program needs and costs.
+
+    Args:
+      workload: what it computes.
+      mesh: its devices.
+      traced: from `trace`.
+      compiled: what the compiler made of it.
+      weights: from `trace`.
+      cache: from `trace`.
+      seconds: time that the compiler took.
+    """
     text = compiled.as_text()
     if path := os.environ.get("V4_JAX_KEEP_PROGRAM"):  # for whoever wants to read it
         with open(path, "w", encoding="utf-8") as file:

@@ -22,7 +22,8 @@ from v4_jax.on_mesh import UNIT
 from v4_jax.parameter_tree import declarations
 from v4_jax.parameters import EXPERTS, Parameter, is_parameter
 from v4_jax.placement import bytes_per_device, check_mesh, legal_meshes
-from v4_jax.planning.compile import Compiled, Task, Workload, abstract_cache, abstract_params, training
+from v4_jax.planning.compile import Compiled, Workload
+from v4_jax.planning.job import Task, abstract_cache, abstract_params, training
 from v4_jax.sharding.axes import resolve
 from v4_jax.sharding.chips import Chip
 from v4_jax.sharding.mesh import abstract_mesh, format_mesh
@@ -156,7 +157,7 @@ def estimate(workload: Workload, least: Least | None = None) -> Estimate:
     split = Split.on(mesh, resolve(workload.preset), workload.chunk, UNIT)
     parts = list(_parts(workload, mesh))
     used = sum(stored for _, stored in parts)
-    held = bytes_per_device(training(workload, mesh)[1]) if workload.trains else used
+    held = bytes_per_device(training(workload, mesh).state) if workload.trains else used
     cache = 0 if workload.trains else bytes_per_device(abstract_cache(workload, mesh))
     least, devices, passes = least or least_work(workload), workload.topology.devices, PASSES[workload.task]
 
@@ -175,7 +176,7 @@ def least_work(workload: Workload) -> Least:
     mesh = abstract_mesh(dict.fromkeys(workload.mesh, 1))
     if workload.trains:
         flops = workload.tokens * costs.training_flops(config, workload.context)
-        return Least(float(flops), 2.0 * bytes_per_device(training(workload, mesh)[1]), 0.0)
+        return Least(float(flops), 2.0 * bytes_per_device(training(workload, mesh).state), 0.0)
     # A chunk's tokens count as its last one, which sees most; a prompt's head is for its last token alone.
     per_token = costs.flops_per_token(config, workload.context)
     total = workload.tokens * per_token.total - (workload.tokens - workload.batch) * per_token.linear["head"]

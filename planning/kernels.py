@@ -28,6 +28,15 @@ from v4_jax.planning.hlo import Computation, Instruction, Program
 
 PATIENCE = 300  # seconds for all kernels that a process is left with; the analysis of some has not been seen to end
 
+# What libtpu must find when it is loaded to compile for chips that are not this process's; the rest keeps it quiet.
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "JAX_PLATFORMS": "cpu",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+
 # Without the first, the analysis refuses bitcasts between 16-bit types that the compiler itself takes.
 _OPTIONS = "--xla_tpu_check_llo_types=false --xla_jf_dump_static_llo_profile_to="
 
@@ -59,7 +68,7 @@ def cycles(closed: Any, topology: str, mesh: Mesh) -> dict[Likeness, int]:
             with open(Path(folder, "cycles"), "w+") as answers, contextlib.suppress(subprocess.TimeoutExpired):
                 subprocess.run(
                     [sys.executable, "-m", __name__, folder, topology],
-                    env=os.environ | {"LIBTPU_INIT_ARGS": options},
+                    env=os.environ | ENVIRONMENT | {"LIBTPU_INIT_ARGS": options},
                     stdout=answers,
                     stderr=subprocess.DEVNULL,
                     check=False,

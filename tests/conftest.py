@@ -35,7 +35,7 @@ def tpu_devices(topology: str) -> list:
     """Devices to compile for, such as those of "v5p:2x2x1", where there is no TPU."""
     from jax.experimental import topologies
 
-    from v4_jax.planning.compile import ENVIRONMENT
+    from v4_jax.planning.kernels import ENVIRONMENT
 
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)

@@ -57,6 +57,7 @@ def _windows(word: str) -> Windows:
     return word if word in ("full", "none") else parse_size(word)  # type: ignore[return-value]
 
 
+Text = Annotated[str, tyro.conf.arg(metavar="TEXT")]
 OptionalText = Annotated[str | None, _text, _plain]
 OptionalFile = Annotated[Path | None, _file, _plain]
 OptionalFloat = Annotated[float | None, _reader(float, "X"), _plain]

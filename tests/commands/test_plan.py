@@ -15,7 +15,8 @@ from v4_jax.commands import plan_report as card
 from v4_jax.costs import parameter_bytes
 from v4_jax.planning import compile as ahead_of_time
 from v4_jax.planning import estimates as planning
-from v4_jax.planning.compile import Collectives, Compiled, OutOfMemory, PlanError, Workload, without_mtp
+from v4_jax.planning.compile import Collectives, Compiled, OutOfMemory, PlanError, Workload
+from v4_jax.planning.job import without_mtp
 from v4_jax.sharding.chips import CHIPS, Topology
 
 FLASH = without_mtp(Config.flash())

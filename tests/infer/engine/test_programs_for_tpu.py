@@ -14,7 +14,7 @@ from v4_jax.infer.engine.programs import Programs
 from v4_jax.infer.prefix_cache.cache import PrefixCacheOptions
 from v4_jax.infer.prefix_cache.pager import Pager
 from v4_jax.placement import Place, bytes_per_device
-from v4_jax.planning.compile import abstract_params
+from v4_jax.planning.job import abstract_params
 from v4_jax.sharding.mesh import make_mesh
 
 pytest.importorskip("libtpu")

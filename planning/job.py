@@ -1,0 +1,169 @@
+"""The program that a plan compiles and a benchmark runs: what it computes, its arguments' shapes and places."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from v4_jax.cache.cache import CacheDtype, cache_shapes
+from v4_jax.config import Config
+from v4_jax.number_formats import BlockScaled, layout, scale_shape
+from v4_jax.outputs import Output
+from v4_jax.parameter_tree import declarations, placements
+from v4_jax.parameters import Parameter, is_parameter
+from v4_jax.placement import Place
+
+Task = Literal["prefill", "decode", "train"]
+WeightFormat = Literal["native", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a program computes, and how a mesh splits it, on devices of any kind.
+
+    Attributes:
+      config: the architecture; an MTP block is trained, and left out otherwise (`without_mtp`).
+      task: "decode" one token per row, or "prefill" a chunk of each, or "train", a step of whole rows.
+      context: tokens of a row when the call is over, which is what its cache has room for.
+      batch: rows.
+      chunk: tokens per row and call; all of `context` in training.
+      mesh: sizes of the mesh axes.
+      preset: the sharding preset.
+      dtype: "native": weights in the released formats; "bfloat16": in that. The cache is bfloat16 in either case.
+        Training computes in bfloat16, and keeps masters and moments in float32.
+    """
+
+    config: Config
+    task: Task
+    context: int
+    batch: int
+    chunk: int
+    mesh: dict[str, int]
+    preset: str
+    dtype: WeightFormat
+
+    @property
+    def cache_dtype(self) -> CacheDtype:
+        """Format of the cache: bfloat16, which holds what the release's rounding leaves exactly.
+
+        Its own formats take 8-bit rows, and the TPU compiler copies a stack of those from one tiling to another around
+        every write in the loop over layers (seen: 18 GB a token for Flash at a million); 16-bit rows stay in place.
+        """
+        return "bfloat16"
+
+    @property
+    def policy(self) -> str:
+        """Precision of the computation."""
+        return "released" if self.dtype == "native" else "bfloat16"
+
+    @property
+    def trains(self) -> bool:
+        """Whether it is a training step."""
+        return self.task == "train"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a call."""
+        return self.batch * self.chunk
+
+
+def without_mtp(config: Config) -> Config:
+    """The trunk alone."""
+    return config.trunk()
+
+
+def abstract_params(config: Config, mesh: Mesh | AbstractMesh, rules: Any, dtype: WeightFormat) -> Any:
+    """Every parameter's shape, dtype and place: a tree of `jax.ShapeDtypeStruct`, and `BlockScaled` of such.
+
+    Raises:
+      ShardingError: a parameter that does not split evenly.
+    """
+
+    def arrays(parameter: Parameter, place: NamedSharding) -> Any:
+        def array(shape: tuple[int, ...], kind: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, kind, sharding=place)
+
+        shape, storage = parameter.shape, parameter.storage
+        if storage in ("i64", "f32"):
+            return array(shape, jnp.int32 if storage == "i64" else jnp.float32)
+        held = None if dtype == "bfloat16" else layout(storage, config.expert_dtype)
+        if held is None:
+            return array(shape, jnp.bfloat16)
+        return BlockScaled(array(shape, held.codes), array(scale_shape(shape, held.block), held.scales), held.block)
+
+    return jax.tree.map(arrays, declarations(config), placements(config, mesh, rules), is_leaf=is_parameter)
+
+
+def abstract_cache(job: Job, mesh: Mesh | AbstractMesh) -> Any:
+    """The cache's shapes, dtypes and places."""
+    return cache_shapes(job.config, job.batch, job.context, dtype=job.cache_dtype, mesh=mesh, rules=job.preset)
+
+
+class Training(NamedTuple):
+    """A training step.
+
+    Attributes:
+      step: `(state, batch) -> (state, metrics)`.
+      transform: the optimiser.
+      state: shapes and places of weights and the optimiser's state.
+    """
+
+    step: Any
+    transform: Any
+    state: Any
+
+
+def training(job: Job, mesh: Any) -> Training:
+    """The training step of a job.
+
+    Args:
+      job: the job.
+      mesh: devices, or an abstract mesh where only the state is wanted.
+
+    Raises:
+      ShardingError: the model does not split evenly over the mesh.
+    """
+    from v4_jax.layers.stages import Stage
+    from v4_jax.train.objectives.pretraining import Weights
+    from v4_jax.train.optimizer import optimizer
+    from v4_jax.train.step import abstract_state, make_step
+    from v4_jax.transformer import Transformer
+
+    transform = optimizer(job.config, 2.7e-4, mesh=mesh, rules=job.preset)
+    state = abstract_state(job.config, transform, Place(mesh, job.preset))
+    stage = Stage(dense=False, indexer_loss=True)
+    model = Transformer(job.config, policy=job.policy, mesh=mesh, rules=job.preset, stage=stage, remat="layers")
+    return Training(make_step(model, transform, lambda step: Weights(indexer=1.0)), transform, state)
+
+
+def trace(job: Job, mesh: Mesh) -> tuple[Any, Any, Any]:
+    """The job's program for a mesh, traced; its weights, or training state; its cache, if any.
+
+    Raises:
+      ShardingError: the job does not split evenly over the mesh.
+    """
+    from v4_jax.transformer import Transformer
+
+    everywhere = NamedSharding(mesh, P())
+    tokens = jax.ShapeDtypeStruct((job.batch, job.chunk), jnp.int32, sharding=everywhere)
+    if job.trains:
+        from v4_jax.train.batch import Batch
+        from v4_jax.train.step import jit_step
+
+        step, _, state = training(job, mesh)
+        rows = jax.ShapeDtypeStruct((1, *tokens.shape), tokens.dtype, sharding=everywhere)
+        return jit_step(step, state, Place(mesh, job.preset)).trace(state, Batch(rows, rows)), state, None
+
+    model = Transformer(job.config, policy=job.policy, mesh=mesh, rules=job.preset)
+    weights, cache = abstract_params(job.config, mesh, job.preset, job.dtype), abstract_cache(job, mesh)
+
+    def call(params: Any, tokens: Any, cache: Any) -> Any:
+        output = cast(Output, model.apply({"params": params}, tokens, cache=cache, logits="last"))
+        return output.logits, output.cache
+
+    return jax.jit(call, donate_argnums=2).trace(weights, tokens, cache), weights, cache
