@@ -36,6 +36,7 @@ VERBS = {
     "convert": "released checkpoint -> Orbax, in the released number formats",
     "export": "Orbax, a training run (or released) -> released layout",
     "plan": "compile for a TPU topology: fit, cost, and the mesh to use",
+    "bench": "run a program on the devices there are: measured time, by part, against the plan's estimate",
     "train": "continued pretraining with Muon, from released weights or from nothing",
     "plot": "a training run's metrics, or several runs', as curves in a PNG",
     "verify": "compare two checkpoints, tensor by tensor, or check one alone",

@@ -67,18 +67,18 @@ def _check_headers(path: Path) -> None:
     Raises:
       CommandError: something is missing or damaged.
     """
-    marks = (MANIFEST, INDEX, SINGLE)
-    run = run_of(path)
-    if run is not None and not steps(run):
-        return  # a run that has saved nothing yet
-    if (
-        run is not None
-        or url_of(path)
-        or any((path / mark).exists() for mark in marks)
-        or any(path.glob("*.safetensors"))
-    ):
+    if holds_weights(path):
         with bad_input(), open_checkpoint(path):
             pass
+
+
+def holds_weights(path: Path) -> bool:
+    """Whether there is a model with weights, or something that says it is one."""
+    run = run_of(path)
+    if run is not None:
+        return bool(steps(run))  # none: a run that has saved nothing yet
+    marks = (MANIFEST, INDEX, SINGLE)
+    return bool(url_of(path)) or any((path / mark).exists() for mark in marks) or any(path.glob("*.safetensors"))
 
 
 def config_of(model: str) -> Config:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from v4_jax.commands.info_report import make_table
-from v4_jax.commands.shared.sizes import bytes_text, format_size, operations_text
+from v4_jax.commands.shared.sizes import bytes_text, format_size, operations_text, seconds_text
 from v4_jax.planning.compile import Compiled, OutOfMemory, PlanError, Workload
 from v4_jax.planning.estimates import Estimate, Floor, Least, estimate, floor_of, least_work
 from v4_jax.sharding.mesh import format_mesh
@@ -157,8 +157,8 @@ def _tables(workload: Workload, compiled: Compiled) -> Iterator[RenderableType]:
     yield _heaviest_table(compiled)
     yield _parts_table(compiled)
     yield Text(
-        f"The compiler's estimate of a call is {_seconds(compiled.estimate_s)}, "
-        f"{workload.tokens / compiled.estimate_s:,.0f} tokens/s. None is faster than {_seconds(floor.seconds)} "
+        f"The compiler's estimate of a call is {seconds_text(compiled.estimate_s)}, "
+        f"{workload.tokens / compiled.estimate_s:,.0f} tokens/s. None is faster than {seconds_text(floor.seconds)} "
         f"(bound by {_BOUNDS[floor.bound]}): at most {workload.tokens / floor.seconds:,.0f} tokens/s. "
         f"Compiled in {compiled.seconds:.0f} s; nothing was run."
     )
@@ -176,7 +176,7 @@ def _estimate_table(estimates: Sequence[Estimate], attempts: Sequence[Attempt]) 
     tried = [(attempt.workload.mesh, attempt.workload.preset) for attempt in attempts]
     for one in estimates[: max(SHOWN, len(tried))]:
         mark = " *" if (one.workload.mesh, one.workload.preset) in tried else ""
-        times = (_seconds(getattr(one.floor, name)) for name in ("flops", "hbm", "ici"))
+        times = (seconds_text(getattr(one.floor, name)) for name in ("flops", "hbm", "ici"))
         name = f"{format_mesh(one.workload.mesh)} {one.workload.preset}{mark}"
         shown.add_row(name, bytes_text(one.weights), bytes_text(one.cache), *times)
     return shown
@@ -215,7 +215,7 @@ def _work_table(workload: Workload, compiled: Compiled, floor: Floor, least: Lea
         operations_text(least.flops / devices),
         f"{compiled.flops * devices / least.flops:,.2f}",
         f"{chip.flops / 1e12:,.0f} TFLOP/s",
-        _seconds(floor.flops),
+        seconds_text(floor.flops),
     )
     shown.add_row(
         "memory traffic",
@@ -223,10 +223,10 @@ def _work_table(workload: Workload, compiled: Compiled, floor: Floor, least: Lea
         bytes_text(moved),
         f"{compiled.hbm / moved:,.2f}",
         f"{chip.hbm_bandwidth / 1e9:,.0f} GB/s",
-        _seconds(floor.hbm),
+        seconds_text(floor.hbm),
     )
     sent = bytes_text(compiled.sent)
-    shown.add_row("sent to others", sent, "", "", f"{chip.ici_bandwidth / 1e9:,.0f} GB/s", _seconds(floor.ici))
+    shown.add_row("sent to others", sent, "", "", f"{chip.ici_bandwidth / 1e9:,.0f} GB/s", seconds_text(floor.ici))
     return shown
 
 
@@ -256,12 +256,5 @@ def _parts_table(compiled: Compiled) -> Table:
     rest = compiled.estimate_s - sum(seconds for _, seconds in first)
     rows = first if len(first) == len(compiled.parts) else [*first, ("everything else", rest)]
     for part, seconds in rows:
-        shown.add_row(part, _seconds(seconds), f"{seconds / compiled.estimate_s:.1%}")
+        shown.add_row(part, seconds_text(seconds), f"{seconds / compiled.estimate_s:.1%}")
     return shown
-
-
-def _seconds(value: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if value >= size:
-            return f"{value / size:,.2f} {unit}"
-    return f"{value / 1e-6:,.1f} us"

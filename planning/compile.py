@@ -29,7 +29,7 @@ from v4_jax.planning.cycles import estimate
 from v4_jax.planning.expectations import OnMean
 from v4_jax.planning.hlo import Instruction, Program, collectives
 from v4_jax.planning.hlo_costs import costs
-from v4_jax.planning.job import Job, trace
+from v4_jax.planning.job import Job, JobProgram, program_of
 from v4_jax.planning.kernels import ENVIRONMENT
 from v4_jax.sharding.axes import resolve
 from v4_jax.sharding.chips import GIB, Topology
@@ -167,46 +167,46 @@ def compile_here(workload: Workload) -> Compiled:
 
     described = topologies.get_topology_desc(platform="tpu", topology_name=str(workload.topology))
     mesh = make_mesh(workload.mesh, list(described.devices))
-    traced, weights, cache = trace(workload, mesh)
+    program = program_of(workload, mesh)
+    traced = program.function.trace(*program.arguments)
     lowered = traced.lower()
     start = time.monotonic()
     compiled = lowered.compile()
-    return examine(workload, mesh, traced, compiled, weights, cache, time.monotonic() - start)
+    return examine(workload, mesh, program, traced, compiled, time.monotonic() - start)
 
 
 def examine(
-    workload: Workload, mesh: Mesh, traced: Any, compiled: Any, weights: Any, cache: Any, seconds: float
+    workload: Workload, mesh: Mesh, program: JobProgram, traced: Any, compiled: Any, seconds: float
 ) -> Compiled:
     """What a compiled program needs and costs.
 
     Args:
       workload: what it computes.
       mesh: its devices.
-      traced: from `trace`.
+      program: its program.
+      traced: the same, traced.
       compiled: what the compiler made of it.
-      weights: from `trace`.
-      cache: from `trace`.
       seconds: time that the compiler took.
     """
     text = compiled.as_text()
     if path := os.environ.get("V4_JAX_KEEP_PROGRAM"):  # for whoever wants to read it
         with open(path, "w", encoding="utf-8") as file:
             file.write(text)
-    program, memory = Program(text), compiled.memory_analysis()
-    expected = _expected(workload, mesh, program)
-    spent = costs(program, expected)
+    read, memory = Program(text), compiled.memory_analysis()
+    expected = _expected(workload, mesh, read)
+    spent = costs(read, expected)
     in_kernels = kernels.cycles(traced.jaxpr, str(workload.topology), mesh)
-    timed = estimate(program, in_kernels, workload.topology.chip.per_device(), expected)
+    timed = estimate(read, in_kernels, workload.topology.chip.per_device(), expected)
     kinds: dict[str, Collectives] = {}
-    for one in collectives(program, expected):
+    for one in collectives(read, expected):
         runs, so_far = one.runs or 0, kinds.get(one.kind, Collectives(one.kind, 0, 0, 0))
         sums = (so_far.runs + runs, so_far.nbytes + runs * one.nbytes, so_far.sent + runs * one.sent)
         kinds[one.kind] = Collectives(one.kind, *sums)
     analysis = compiled.cost_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Compiled(
-        weights=bytes_per_device(weights),
-        cache=bytes_per_device(cache),
+        weights=bytes_per_device(program.weights),
+        cache=bytes_per_device(program.cache),
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         peak=memory.argument_size_in_bytes + memory.temp_size_in_bytes + results,

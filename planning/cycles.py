@@ -24,7 +24,7 @@ COLLECTIVE = 3e-6  # seconds until the first bytes of a collective have gone rou
 OPERATION = 2100  # cycles of an operation that the compiler gives no estimate of: what the smallest ones have
 
 _ASYNC = frozenset(("copy-start", "slice-start", "dynamic-slice-start", "async-start"))
-_UNNAMED = "the compiler's own"
+UNNAMED = "the compiler's own"
 _SCOPE = re.compile(r"[a-z_]+\.[a-z][a-z_]*")  # as layers name their parts: "attention.window"
 _MODULE = re.compile(r"(?:^|/)(embed|head|compressor|indexer|hc_attn|hc_ffn|hc_head|attn|ffn|norm)(?=/|$)")
 
@@ -80,7 +80,7 @@ def part_of(op_name: str) -> str:
     if scopes:
         return scopes[-1]
     modules = _MODULE.findall(op_name)
-    return modules[-1] if modules else _UNNAMED
+    return modules[-1] if modules else UNNAMED
 
 
 def _seconds(call: Call, program: Program, kernels: Mapping[Likeness, int], chip: Chip, expected: Expected) -> float:

@@ -141,8 +141,30 @@ def training(job: Job, mesh: Any) -> Training:
     return Training(make_step(model, transform, lambda step: Weights(indexer=1.0)), transform, state)
 
 
-def trace(job: Job, mesh: Mesh) -> tuple[Any, Any, Any]:
-    """The job's program for a mesh, traced; its weights, or training state; its cache, if any.
+class JobProgram(NamedTuple):
+    """A job's program before it is traced.
+
+    Attributes:
+      function: `(weights, tokens, cache) -> (logits, cache)`, or `(state, batch) -> (state, metrics)`, jitted.
+      arguments: shapes, dtypes and places of its arguments.
+    """
+
+    function: Any
+    arguments: tuple[Any, ...]
+
+    @property
+    def weights(self) -> Any:
+        """Of its arguments, the weights or the training state."""
+        return self.arguments[0]
+
+    @property
+    def cache(self) -> Any:
+        """Of its arguments, the cache; None in training."""
+        return self.arguments[2] if len(self.arguments) > 2 else None
+
+
+def program_of(job: Job, mesh: Mesh) -> JobProgram:
+    """The job's program for a mesh.
 
     Raises:
       ShardingError: the job does not split evenly over the mesh.
@@ -157,7 +179,7 @@ def trace(job: Job, mesh: Mesh) -> tuple[Any, Any, Any]:
 
         step, _, state = training(job, mesh)
         rows = jax.ShapeDtypeStruct((1, *tokens.shape), tokens.dtype, sharding=everywhere)
-        return jit_step(step, state, Place(mesh, job.preset)).trace(state, Batch(rows, rows)), state, None
+        return JobProgram(jit_step(step, state, Place(mesh, job.preset)), (state, Batch(rows, rows)))
 
     model = Transformer(job.config, policy=job.policy, mesh=mesh, rules=job.preset)
     weights, cache = abstract_params(job.config, mesh, job.preset, job.dtype), abstract_cache(job, mesh)
@@ -166,4 +188,4 @@ def trace(job: Job, mesh: Mesh) -> tuple[Any, Any, Any]:
         output = cast(Output, model.apply({"params": params}, tokens, cache=cache, logits="last"))
         return output.logits, output.cache
 
-    return jax.jit(call, donate_argnums=2).trace(weights, tokens, cache), weights, cache
+    return JobProgram(jax.jit(call, donate_argnums=2), (weights, tokens, cache))

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
+from typing import Any
 
 GIB = 1024**3
 
@@ -113,3 +115,21 @@ class Topology:
 
     def __str__(self) -> str:
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
+
+
+def topology_of(devices: Sequence[Any]) -> Topology | None:
+    """How devices are wired, where they are all of a block of whole TPU chips that are known here.
+
+    Args:
+      devices: `jax.Device`s.
+    """
+    chip = chip_of(devices[0].device_kind)
+    if chip is None or any(device.device_kind != devices[0].device_kind for device in devices):
+        return None
+    axes = [set(places) for places in zip(*(device.coords for device in devices), strict=True)]
+    sizes = [max(places) - min(places) + 1 for places in axes]
+    topology = Topology(chip, tuple(sizes[: chip.dimensions]))
+    flat = all(size == 1 for size in sizes[chip.dimensions :])
+    places = {tuple(device.coords) for device in devices}
+    whole = len(places) == topology.chips and len(devices) == topology.devices
+    return topology if flat and whole else None

@@ -153,6 +153,23 @@ class Architecture:
         layers = self.compress_ratios[: self.num_hidden_layers]
         return dataclasses.replace(self, num_nextn_predict_layers=0, compress_ratios=layers, **none)
 
+    def first_layers(self, count: int) -> Self:
+        """The same model cut down to its first layers; DSpark's stages, which read later ones, are left out.
+
+        Raises:
+          ConfigError: it has not so many.
+        """
+        if not 1 <= count <= self.num_hidden_layers:
+            raise ConfigError(f"{count} layers are asked for, expected 1 to {self.num_hidden_layers}, which are there")
+        whole = self.trunk() if self.dspark_block_size else self
+        drafts = whole.compress_ratios[whole.num_hidden_layers :]
+        return dataclasses.replace(
+            whole,
+            num_hidden_layers=count,
+            num_hash_layers=min(count, whole.num_hash_layers),
+            compress_ratios=(*whole.compress_ratios[:count], *drafts),
+        )
+
     @property
     def period(self) -> Period:
         """The repetition of roles that covers most layers, the shortest and earliest of equals.

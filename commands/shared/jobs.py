@@ -6,6 +6,7 @@ from v4_jax.commands.shared.console import CommandError
 from v4_jax.commands.shared.contexts import check_length
 from v4_jax.commands.shared.sizes import format_size
 from v4_jax.config import Config
+from v4_jax.number_formats import INDEX_BLOCK, KV_BLOCK
 from v4_jax.on_mesh import UNIT
 from v4_jax.planning.estimates import PRESETS_OF_TASK
 from v4_jax.planning.job import Job, Task, WeightFormat, without_mtp
@@ -55,6 +56,12 @@ def job_of(
         chunk = {"decode": 1, "prefill": min(context, max(_CHUNK, UNIT * devices)), "train": context}[task]
     if chunk > context:
         raise CommandError(f"--chunk {format_size(chunk)} is more than --context {format_size(context)}")
+    odd = config.nope_head_dim % KV_BLOCK or config.index_head_dim % INDEX_BLOCK
+    if task != "train" and dtype == "native" and odd:
+        raise CommandError(
+            f"--dtype native rounds keys in blocks of {KV_BLOCK} non-rotary and {INDEX_BLOCK} index channels, and the "
+            f"model has {config.nope_head_dim} and {config.index_head_dim}; expected --dtype bfloat16"
+        )
     sizes = dict.fromkeys(MESH_AXES, 1)
     preset = preset or PRESETS_OF_TASK[task][-1]
     return Job(config, task, context, batch, chunk, sizes, preset, "bfloat16" if task == "train" else dtype)

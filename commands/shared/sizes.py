@@ -49,6 +49,14 @@ def scaled(value: float, units: tuple[tuple[str, float], ...], plain: str = "") 
     return f"{value:,.0f}{plain}"
 
 
+def seconds_text(value: float) -> str:
+    """A time with a unit."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if value >= size:
+            return f"{value / size:,.2f} {unit}"
+    return f"{value / 1e-6:,.1f} us"
+
+
 def share_text(value: float) -> str:
     """A share in percent; what would be written as nothing is said to be little."""
     return "under 0.1%" if 0 < value < 0.0005 else f"{value:.1%}"
