@@ -25,6 +25,7 @@ from v4_jax.placement import Place
 from v4_jax.planning.compile import Compiled, Workload, examine
 from v4_jax.planning.estimates import PRESETS_OF_TASK, candidates
 from v4_jax.planning.job import Job, Task
+from v4_jax.planning.kernel_comparison import Comparison, comparisons
 from v4_jax.planning.measure import Executable, Run, TooLarge, peak_bytes
 from v4_jax.planning.profile import Parts, parts_of, recorded
 from v4_jax.sharding.axes import ShardingError
@@ -49,13 +50,15 @@ def bench(
     warm_up: Count = 2,
     profile: OptionalFile = None,
     json_file: card.JsonFile = None,
+    kernels: Literal["auto", "yes", "no"] = "auto",
     distributed: Flag = False,
 ) -> None:
     """Measures the program that `v4-jax plan` estimates, on the devices that are there.
 
     Weights are those of the directory, if it has any, or random: with --layers and in training always.
     Prints the time of a call with its spread, tokens per second, memory, where the time goes by part, and on TPUs the
-    plan's estimate and floor beside them. docs/bench.md says how to read the numbers, and how to send them in.
+    plan's estimate and floor beside them, and each kernel against its reference. docs/bench.md says how to read the
+    numbers, and how to send them in.
 
     Examples:
       v4-jax bench --model flash --task decode --context 1M --mesh tensor=8
@@ -79,6 +82,7 @@ def bench(
       warm_up: Calls before them.
       profile: A directory to keep the profiler's trace in. Default: it is read and removed.
       json_file: Write everything as one JSON object to a file, or to stdout for -, in place of the tables.
+      kernels: Compare each kernel with its reference on the devices, which takes another compilation; auto: on TPUs.
       distributed: Join the other processes of the job, each with devices of its own.
     """
     if json_file is not None and str(json_file) != "-":
@@ -103,7 +107,10 @@ def bench(
     job, made, topology = _placed(job, mesh, preset)
     executable = _compiled(job, made)
     weights = None if layers is not None or job.trains else _loaded(Path(model), executable)
+    source = "random" if weights is None else "checkpoint"
     times, run = _timed(executable, weights, warm_up, steps)
+    peak, finite, parts = peak_bytes(made), run.finite(), _parts(run, profile)
+    del run, weights  # what follows has the devices to itself
     result = card.Result(
         model=model,
         layers_of_model=config_of(model).num_hidden_layers,
@@ -111,12 +118,13 @@ def bench(
         mesh=made,
         topology=topology,
         executable=executable,
-        weights="random" if weights is None else "checkpoint",
+        weights=source,
         warm_up=warm_up,
         times=times,
-        peak=peak_bytes(made),
-        finite=run.finite(),
-        parts=_parts(run, profile),
+        peak=peak,
+        finite=finite,
+        parts=parts,
+        kernels=_kernels(job, made, kernels),
         plan=_planned(executable, topology),
     )
     if json_file is None or str(json_file) != "-":
@@ -219,6 +227,22 @@ def _folder(keep: Path | None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
+
+
+def _kernels(job: Job, mesh: Mesh, wanted: Literal["auto", "yes", "no"]) -> list[Comparison] | str:
+    """How each kernel compares with its reference, or why that is not known."""
+    platform = mesh.devices.flat[0].platform
+    if wanted == "no":
+        return "--kernels no leaves them out"
+    if wanted == "auto" and platform != "tpu":
+        return f"Pallas kernels are for TPUs; --kernels yes compares other forms that are chosen on {platform}"
+    if jax.process_count() > 1:
+        return "they are compared on the devices of one process alone"
+    try:
+        with working("comparing kernels with their references"):
+            return comparisons(job, mesh) or f"none is chosen for this program on {platform}"
+    except TooLarge as error:
+        return _no_room(job, error)
 
 
 def _planned(executable: Executable, topology: Topology | None) -> tuple[Workload, Compiled] | None:

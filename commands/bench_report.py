@@ -20,10 +20,11 @@ from rich.text import Text
 from v4_jax import __version__
 from v4_jax.commands.info_report import make_table
 from v4_jax.commands.shared.options import OptionalFile
-from v4_jax.commands.shared.sizes import bytes_text, format_size, seconds_text
+from v4_jax.commands.shared.sizes import bytes_text, format_size, seconds_text, share_text
 from v4_jax.planning.compile import Compiled, Workload
 from v4_jax.planning.estimates import floor_of
 from v4_jax.planning.job import Job
+from v4_jax.planning.kernel_comparison import Comparison
 from v4_jax.planning.measure import Executable
 from v4_jax.planning.profile import Parts
 from v4_jax.sharding.chips import Topology
@@ -52,6 +53,7 @@ class Result:
       peak: the most bytes of a device in use; None where devices do not say.
       finite: whether the last call's results were numbers.
       parts: where time went, or a sentence why that is not known.
+      kernels: each against its reference, or a sentence why they were not compared.
       plan: what the plan says of the same program.
     """
 
@@ -67,6 +69,7 @@ class Result:
     peak: int | None
     finite: bool
     parts: Parts | str
+    kernels: list[Comparison] | str
     plan: tuple[Workload, Compiled] | None
 
     @property
@@ -118,6 +121,7 @@ def as_json(result: Result) -> dict[str, Any]:
         "tokens_per_second": job.tokens / result.median,
         "finite": result.finite,
         "parts": None if isinstance(result.parts, str) else _parts_json(result.parts),
+        "kernels": None if isinstance(result.kernels, str) else [dataclasses.asdict(one) for one in result.kernels],
         "plan": None if result.plan is None else _plan_json(*result.plan),
     }
 
@@ -165,6 +169,10 @@ def _blocks(result: Result) -> Iterator[RenderableType]:
     else:
         yield _parts_table(result, result.parts)
     yield _memory_table(result)
+    if isinstance(result.kernels, str):
+        yield Text(f"kernels were not compared with their references: {result.kernels}")
+    else:
+        yield _kernel_table(result.kernels)
     if not result.finite:
         yield Text("the results were not all numbers: this was no computation to compare times of")
 
@@ -234,4 +242,21 @@ def _memory_table(result: Result) -> Table:
     shown.add_row("temporaries", bytes_text(memory.temporaries))
     shown.add_row("together, by the compiler", bytes_text(memory.together))
     shown.add_row("most in use", "not told" if result.peak is None else bytes_text(result.peak))
+    return shown
+
+
+def _kernel_table(kernels: list[Comparison]) -> Table:
+    shown = make_table(
+        "Kernels against their references, alone and on the same operands",
+        *("kernel", "of", "time", "reference", "reference / kernel", "difference", "unequal"),
+        caption="largest difference of numbers, relative to the largest number; largest share of picks that differ",
+    )
+    for one in kernels:
+        if one.seconds is None or one.reference_seconds is None:
+            shown.add_row(one.name, one.shapes[0], one.error)
+            continue
+        times = seconds_text(one.seconds), seconds_text(one.reference_seconds)
+        apart = one.error or ("" if one.difference is None else f"{one.difference:.1e}")
+        unequal = "" if one.unequal is None else share_text(one.unequal)
+        shown.add_row(one.name, one.shapes[0], *times, f"{one.reference_seconds / one.seconds:.2f}", apart, unequal)
     return shown

@@ -11,6 +11,10 @@ import jax
 
 _interpreted = contextvars.ContextVar("interpreted", default=False)
 
+# Is told of every choice that is traced: its operands, the default and the forms by platform.
+Watcher = Callable[[tuple[Any, ...], Callable[..., Any], dict[str, Callable[..., Any]]], None]
+_watcher: contextvars.ContextVar[Watcher | None] = contextvars.ContextVar("watcher", default=None)
+
 
 def by_platform(*operands: Any, default: Callable[..., Any], **forms: Callable[..., Any]) -> Any:
     """Runs the form of the platform that the program is compiled for, `cpu` or `tpu`, where there is one.
@@ -22,6 +26,9 @@ def by_platform(*operands: Any, default: Callable[..., Any], **forms: Callable[.
       default: what runs on other platforms.
       **forms: by platform, of the same signature and results.
     """
+    if (watcher := _watcher.get()) is not None:
+        with choices_watched(None):  # what it traces is no choice of the program's
+            watcher(operands, default, forms)
     if interpreting() and "tpu" in forms:
         return forms["tpu"](*operands)
     return jax.lax.platform_dependent(*operands, default=default, **forms)
@@ -34,6 +41,16 @@ def platform_of_mesh() -> str | None:
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return "tpu" if interpreting() else getattr(device, "platform", None)
+
+
+@contextlib.contextmanager
+def choices_watched(watcher: Watcher | None) -> Iterator[None]:
+    """What is traced within calls `watcher` at every `by_platform`, inside the trace: to compare the forms."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
 
 
 @contextlib.contextmanager

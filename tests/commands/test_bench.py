@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -17,12 +18,14 @@ from v4_jax import Config
 from v4_jax.commands import bench as verb
 from v4_jax.layers.mixture_of_experts import hash_table
 from v4_jax.number_formats import BlockScaled, dequantise
-from v4_jax.planning import measure, profile
+from v4_jax.planning import kernel_comparison, measure, profile
 from v4_jax.planning.hlo import Program
 from v4_jax.planning.job import Job, abstract_params, program_of, without_mtp
+from v4_jax.planning.kernel_comparison import comparisons
 from v4_jax.planning.random_values import random_cache, random_weights, uniform
 from v4_jax.sharding.chips import Topology, topology_of
 from v4_jax.sharding.mesh import make_mesh, parse_mesh
+from v4_jax.sharding.platform import by_platform, choices_watched, interpreted
 
 ALONE = parse_mesh("data=1")
 MESH = "data=2,expert=4"
@@ -62,7 +65,7 @@ def test_decoding_on_a_mesh(run, whole, tmp_path):
     result = json.loads(path.read_text())
     assert list(result) == [
         *("format", "versions", "devices", "settings", "compile_s", "memory", "warm_up", "times_s", "median_s"),
-        *("tokens_per_second", "finite", "parts", "plan"),
+        *("tokens_per_second", "finite", "parts", "kernels", "plan"),
     ]
     assert result["versions"]["jax"] == jax.__version__
     assert result["devices"]["count"] == 8 and result["devices"]["topology"] is None and result["plan"] is None
@@ -282,3 +285,45 @@ def test_first_layers():
     assert Config.flash_0731().first_layers(2) == without_mtp(Config.flash()).first_layers(2)
     with pytest.raises(ValueError, match="44 layers are asked for, expected 1 to 43"):
         Config.flash().first_layers(44)
+
+
+# ---- kernels against their references --------------------------------------------------------------------------------
+
+
+def test_forms_of_the_processor_are_compared(run, bare):
+    said = run(*decoded(bare, "--kernels", "yes", "--json", "-", "--steps", 1))
+    assert said.code == 0, said.err
+    kernels = json.loads(said.out)["kernels"]
+    assert {kernel["name"] for kernel in kernels} == {"index_scores"}
+    for kernel in kernels:
+        assert (
+            kernel["error"] is None and kernel["difference"] < 1e-5 and kernel["shapes"][0].endswith("[4, 1, 32, 16]")
+        )
+        assert kernel["seconds"] > 0 and kernel["reference_seconds"] > 0
+
+
+def test_kernels_are_found_where_they_are_chosen():
+    """The TPUs' kernels, interpreted: the choice of experts and what stands around a block, on the program's values."""
+    one = {"num_hidden_layers": 1, "num_hash_layers": 0, "hidden_size": 128, "n_routed_experts": 128}
+    config = without_mtp(make(**TWO | one | {"compress_ratios": (0, 0)}).config)
+    job = Job(config, "decode", 32, 2, 1, ALONE, "decode", "bfloat16")
+    with interpreted():
+        found = comparisons(job, make_mesh(ALONE, jax.devices()[:1]))
+    assert {"enter", "cross", "leave", "best_experts"} == {one.name for one in found}
+    for one in found:
+        assert one.error is None and one.seconds and (one.difference or 0) < 1e-2 and not one.unequal, one
+
+
+def test_a_wrong_kernel_is_seen(monkeypatch):
+    def half(x):
+        return by_platform(x, default=lambda x: x + 1, cpu=lambda x: jnp.where(jnp.arange(8) == 3, x + 1.5, x + 1))
+
+    found = {}
+    with choices_watched(functools.partial(kernel_comparison._watch, found, "cpu")):
+        jax.jit(half)(jnp.arange(8.0))
+    jax.effects_barrier()
+    (choice,) = found.values()
+    mesh = make_mesh(ALONE, jax.devices()[:1])
+    assert kernel_comparison._compared(choice, mesh).difference == 0.5 / 8
+    choice.seen[0][5] = np.inf
+    assert kernel_comparison._compared(choice, mesh).difference == 0.5 / 8  # both are infinite there
