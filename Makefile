@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 # What the TPU compiler alone can run.
 TPU := tests/kernels/test_compiles_for_tpu.py tests/infer/engine/test_programs_for_tpu.py
+ON_TPU := JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false $(BIN)/python -m pytest
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup demo test meshes torture lint docs oracle tpu clean
+.PHONY: help setup demo test meshes torture lint docs oracle tpu bundles clean
 
 help:
 	@echo "make demo    set up, then load, verify and run a small checkpoint in the released layout"
@@ -18,6 +19,7 @@ help:
 	@echo "make docs    the pages and the API reference, in build/docs"
 	@echo "make oracle  compare with transformers (installs torch)"
 	@echo "make tpu     compile kernels and plans for TPUs, on any machine (installs libtpu)"
+	@echo "make bundles record how many instructions the TPU compiler makes of each kernel"
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, found " + sys.version.split()[0])'
@@ -70,8 +72,12 @@ oracle: $(VENV)/ready-oracle
 	@$(BIN)/python -m pytest tests/oracle
 
 tpu: $(VENV)/ready-tpu
-	@# Programs for other topologies can be kept and not read again.
-	@JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false $(BIN)/python -m pytest $(TPU) tests/commands/test_plan.py
+	@# Programs for other topologies can be kept and not read again. The first are counted, in a process of their own.
+	@$(ON_TPU) $(firstword $(TPU))
+	@$(ON_TPU) $(wordlist 2,9,$(TPU)) tests/commands/test_plan.py
+
+bundles: $(VENV)/ready-tpu
+	@RECORD_BUNDLES=1 $(ON_TPU) $(firstword $(TPU))
 
 clean:
 	rm -rf $(VENV) .cache build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,5 +1,6 @@
 """Fixtures for all tests."""
 
+import functools
 import gc
 import os
 from pathlib import Path
@@ -31,6 +32,7 @@ DATA = Path(__file__).parent / "data"
 CHECKPOINTS = ("flash-tiny", "pro-tiny", "flash-base-tiny", "released-tiny", "dspark-tiny")
 
 
+@functools.cache
 def tpu_devices(topology: str) -> list:
     """Devices to compile for, such as those of "v5p:2x2x1", where there is no TPU."""
     from jax.experimental import topologies

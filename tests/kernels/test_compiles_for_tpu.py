@@ -1,4 +1,5 @@
-"""The TPU compiler accepts the kernels at the real models' shapes, and expands or copies no weights in memory."""
+"""The TPU compiler accepts the kernels at the real models' shapes, expands or copies no weights in memory, and makes no
+more instructions of a kernel than are recorded (`make bundles` records them)."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import tpu_devices
+from tests.kernels.bundles import Bundles
 from v4_jax import Config
 from v4_jax.cache.entries import Entries
 from v4_jax.cache.rows import StoredRows
@@ -36,12 +38,28 @@ CODES = {"e2m1": (E2M1, FP4_BLOCK), "e4m3": (E4M3, FP8_BLOCK)}
 SPARE = 4 << 20  # bytes: lists of visits and rows of a decode step; one expert in bfloat16 has 16 MiB
 
 
-@pytest.fixture(scope="module", params=TOPOLOGIES)
-def place(request):
-    """Maps shapes to those of arrays on one chip of the topology."""
+@pytest.fixture(scope="module", autouse=True)
+def bundles():
+    """Counts of the kernels' instructions."""
+    counts = Bundles()
+    yield counts
+    counts.write()
+
+
+@pytest.fixture(params=TOPOLOGIES)
+def build(request, bundles):
+    """Compiles a function of shapes, as they come, for one chip of a topology, and counts its kernels' instructions."""
     mesh = jax.sharding.Mesh(np.array(tpu_devices(request.param)[:1]), ("x",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    return lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+    def build(function, *shapes):
+        bundles.start()
+        placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+        compiled = jax.jit(function).lower(*placed).compile()
+        bundles.finish(request.node.name)
+        return compiled
+
+    return build
 
 
 def shape(dtype, *sizes):
@@ -74,9 +92,9 @@ def copied(compiled):
         ("bfloat16", 48, 32, 2048, 4096),
     ],
 )
-def test_one_product(place, form, rows, groups, width, depth):
-    arguments = place((shape(jnp.bfloat16, rows, depth), weight(form, groups, width, depth), shape(jnp.int32, groups)))
-    compiled = jax.jit(grouped_matmul).lower(*arguments).compile()
+def test_one_product(build, form, rows, groups, width, depth):
+    shapes = shape(jnp.bfloat16, rows, depth), weight(form, groups, width, depth), shape(jnp.int32, groups)
+    compiled = build(grouped_matmul, *shapes)
     output = 2 * rows * width
     assert compiled.memory_analysis().temp_size_in_bytes < SPARE + output  # at most the rows before they are masked
     assert copied(compiled) <= max(SPARE, output)
@@ -93,30 +111,28 @@ def test_one_product(place, form, rows, groups, width, depth):
         (128, 2, 3072, 7168, "bfloat16"),  # tiles of fewer hidden activations
     ],
 )
-def test_whole_experts(place, rows, groups, hidden, depth, form):
+def test_whole_experts(build, rows, groups, hidden, depth, form):
     weights = [weight(form, 3, groups, *two) for two in ((hidden, depth), (hidden, depth), (depth, hidden))]
     choices = shape(jnp.int32, rows, 6), shape(jnp.float32, rows, 6)
-    arguments = place((shape(jnp.bfloat16, rows, depth), *choices, weights, shape(jnp.int32)))
 
     def run(x, assigned, scale, weights, layer):
         return experts(x, assigned, scale, weights, layer=layer, limit=10.0)
 
-    compiled = jax.jit(run).lower(*arguments).compile()
+    compiled = build(run, shape(jnp.bfloat16, rows, depth), *choices, weights, shape(jnp.int32))
     assert compiled.memory_analysis().temp_size_in_bytes < SPARE
     assert copied(compiled) <= SPARE and "copy-start(%weights" not in compiled.as_text()  # into VMEM, where it has room
     assert compiled.cost_analysis()["flops"] >= 6 * rows * 6 * depth * hidden
 
 
 @pytest.mark.parametrize("tokens", [1, 128])
-def test_choice_of_experts(place, tokens):
-    arguments = place((shape(jnp.float32, tokens, 256), shape(jnp.float32, tokens, 256)))
-    text = jax.jit(lambda *scores: best_experts(*scores, 6, 1.5)).lower(*arguments).compile().as_text()
-    assert "tpu_custom_call" in text
+def test_choice_of_experts(build, tokens):
+    scores = shape(jnp.float32, tokens, 256), shape(jnp.float32, tokens, 256)
+    assert "tpu_custom_call" in build(lambda *scores: best_experts(*scores, 6, 1.5), *scores).as_text()
 
 
 @pytest.mark.parametrize("form", ["e2m1", "e4m3", "bfloat16"])
 @pytest.mark.parametrize("tokens", [8, 200])
-def test_experts_of_a_scan_over_layers(place, form, tokens):
+def test_experts_of_a_scan_over_layers(build, form, tokens):
     """The kernel is chosen for the platform compiled for, and reads its layer's experts out of the stack."""
     layers, groups = 3, 32
     config = dataclasses.replace(Config.flash(), n_routed_experts=groups)
@@ -141,7 +157,7 @@ def test_experts_of_a_scan_over_layers(place, form, tokens):
         shape(jnp.float32, tokens, top),
         stack,
     )
-    compiled = jax.jit(run).lower(*place(arguments)).compile()
+    compiled = build(run, *arguments)
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == (1 if tokens <= ROWS else 3)
     rows_of_choices = 2 * tokens * top * (d + hidden) if tokens > ROWS else 0
     assert compiled.memory_analysis().temp_size_in_bytes < SPARE + 4 * rows_of_choices
@@ -162,17 +178,17 @@ def test_experts_of_a_scan_over_layers(place, form, tokens):
         (600, 1, 16384, (7168,)),  # Pro wo_b
     ],
 )
-def test_products_with_e4m3(place, rows, groups, depth, widths):
+def test_products_with_e4m3(build, rows, groups, depth, widths):
     weights = [weight("e4m3", width, depth) for width in widths]
-    arguments = place((shape(jnp.bfloat16, rows, groups * depth), weights))
-    compiled = jax.jit(lambda x, weights: matmul(x, weights, groups=groups)).lower(*arguments).compile()
+    x = shape(jnp.bfloat16, rows, groups * depth)
+    compiled = build(lambda x, weights: matmul(x, weights, groups=groups), x, weights)
     assert compiled.memory_analysis().temp_size_in_bytes < SPARE
     assert copied(compiled) <= SPARE
     assert compiled.cost_analysis()["flops"] >= 2 * rows * depth * sum(widths)
 
 
 @pytest.mark.parametrize("rows", [3, 600])
-def test_weights_of_a_scan_over_layers(place, rows):
+def test_weights_of_a_scan_over_layers(build, rows):
     """Layers take the kernel in a program for TPUs, and it reads its layer's weights out of the stack."""
     layers, d = 3, 2048
     stacks = [weight("e4m3", layers, d, d) for _ in range(3)]
@@ -190,14 +206,14 @@ def test_weights_of_a_scan_over_layers(place, rows):
 
         return jax.lax.scan(layer, x, (jnp.arange(layers), stacks))[0]
 
-    compiled = jax.jit(run).lower(*place((shape(jnp.bfloat16, rows, d), stacks))).compile()
+    compiled = build(run, shape(jnp.bfloat16, rows, d), stacks)
     assert compiled.as_text().count("block_scaled_matmul") >= 2
     assert compiled.memory_analysis().temp_size_in_bytes < SPARE + 8 * rows * d
     assert not re.search(rf"f8e4m3fn\[(1,)?{d},{d}\]\S* (copy|dynamic-slice|fusion)", compiled.as_text())
 
 
 @pytest.mark.parametrize(("model", "queries", "paged"), [("flash", 1, True), ("flash", 32, False), ("pro", 3, True)])
-def test_picked_entries_of_a_scan_over_layers(place, model, queries, paged):
+def test_picked_entries_of_a_scan_over_layers(build, model, queries, paged):
     """1M tokens: entries are chosen and attended by kernels that read the cache where it lies."""
     config = getattr(Config, model)()
     layers, count, page = 2, config.max_position_embeddings // 4, 32
@@ -226,7 +242,7 @@ def test_picked_entries_of_a_scan_over_layers(place, model, queries, paged):
         shape(jnp.int32, 1, count // page) if paged else None,
         shape(jnp.int32, 1, queries),
     )
-    compiled = jax.jit(run).lower(*place(arguments)).compile()
+    compiled = build(run, *arguments)
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
     partials = 4 * 4 * queries * config.num_attention_heads * config.head_dim
     assert compiled.memory_analysis().temp_size_in_bytes < SPARE + partials < 2 * count * size
@@ -245,7 +261,7 @@ def test_picked_entries_of_a_scan_over_layers(place, model, queries, paged):
         (1, 64, 64, 127, 1024, "float32"),
     ],
 )
-def test_window_attention(place, rows, queries, heads, past, entries, dtype):
+def test_window_attention(build, rows, queries, heads, past, entries, dtype):
     """Entries are read where they lie in the stack of all layers, and nothing as large as logits is in memory."""
     layers, size, dtype = 3, 512, jnp.dtype(dtype)
     stack = jax.eval_shape(lambda: StoredRows.empty((layers, rows, max(entries, 1)), size, dtype=dtype))
@@ -258,7 +274,7 @@ def test_window_attention(place, rows, queries, heads, past, entries, dtype):
         return attend_window(queries, keys, None if keys is None else low, held, visible)
 
     arguments = (shape(dtype, rows, queries, heads, size), keys, stack, shape(jnp.int32), by_query, by_query)
-    compiled = jax.jit(run).lower(*place(arguments)).compile()
+    compiled = build(run, *arguments)
     assert "tpu_custom_call" in compiled.as_text()
     window = 0 if keys is None else (past + queries + 128) * size
     copied_first = rows * entries * size if entries % 16 else 0
