@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from v4_jax.json_text import JsonError, read_json
+
 _MOST = 256 << 20  # bytes: an index of a million tensors has a hundred million
 _LFS = b"version https://git-lfs.github.com/spec"
 _SHOWN = 80
-_DEEPEST = 64
+_DEEPEST = 64  # containers in each other, more than anybody writes
 
 
 def read_object(path: Path, error: Callable[[str], Exception]) -> dict[str, Any]:
@@ -66,38 +67,22 @@ def parse(content: bytes, what: str, error: Callable[[str], Exception], pairs: A
       error: makes what is raised of a sentence.
       pairs: `object_pairs_hook` of `json.loads`.
     """
-
-    def constant(name: str) -> Any:
-        raise ValueError(f"{name} is no number in JSON")
-
-    def number(text: str) -> float:
-        value = float(text)
-        if value in (float("inf"), float("-inf")):
-            raise ValueError(f"the number {shown(text)} is out of range")
-        return value
-
     try:
-        text = content.decode("utf-8-sig")
-        found = json.loads(text, object_pairs_hook=pairs, parse_constant=constant, parse_float=number)
-    except RecursionError:
-        raise error(f"{what} is nested too deeply to be read") from None
-    except ValueError as problem:  # UnicodeDecodeError and JSONDecodeError are ones
-        reason = "it has a number of too many digits" if "integer string conversion" in str(problem) else problem
-        raise error(f"{what} is not valid JSON: {reason}") from None
-    if _deep(found):
-        raise error(f"{what} is nested too deeply to be read")
-    return found
+        return read_json(content, deepest=_DEEPEST, pairs=pairs)
+    except JsonError as problem:
+        if problem.reason == "deep":
+            raise error(f"{what} is nested too deeply to be read") from None
+        raise error(f"{what} is not valid JSON: {_reason(problem)}") from None
 
 
-def _deep(content: Any) -> bool:
-    """Whether containers are in each other more than anybody writes; later code recurses into them."""
-    level = [content] if isinstance(content, dict | list) else []
-    for _ in range(_DEEPEST):
-        inner = (value for outer in level for value in (outer.values() if isinstance(outer, dict) else outer))
-        level = [value for value in inner if isinstance(value, dict | list)]
-        if not level:
-            return False
-    return True
+def _reason(problem: JsonError) -> str:
+    if problem.reason == "constant":
+        return f"{problem.found} is no number in JSON"
+    if problem.reason == "half":
+        return f"it holds half a surrogate pair ({problem.found})"
+    if problem.reason == "large":
+        return f"the number {shown(problem.found)} is out of range"
+    return "it has a number of too many digits" if problem.reason == "digits" else str(problem.error)
 
 
 def shown(value: Any, most: int = _SHOWN) -> str:

@@ -26,6 +26,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from v4_jax import json_text
+
 Report = Callable[[str, int, int], None]
 
 _REFRESH_SECONDS = 0.2
@@ -107,15 +109,16 @@ def read_json(path: Path) -> Any:
     Raises:
       CommandError: it cannot be read or is not JSON.
     """
-    text = read_text(path)
+    text = read_text(path).encode(errors="surrogatepass")
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CommandError(f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
-    except RecursionError:
-        raise CommandError(f"{path} is nested too deeply to be read") from None
-    except ValueError as error:  # a number of thousands of digits
-        raise CommandError(f"{path} cannot be read: {error}") from None
+        return json_text.read_json(text)
+    except json_text.JsonError as problem:
+        if isinstance(error := problem.error, json.JSONDecodeError):
+            where = f"line {error.lineno}, column {error.colno}"
+            raise CommandError(f"{path} is not JSON: {error.msg} at {where}") from None
+        if problem.reason == "digits":
+            raise CommandError(f"{path} cannot be read: {problem.error}") from None
+        raise CommandError(f"{path} is {problem}") from None
 
 
 def only_errors() -> None:

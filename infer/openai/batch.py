@@ -20,7 +20,7 @@ from v4_jax.infer.engine.scheduler import Engine
 from v4_jax.infer.openai.bodies import BodyError, ChatBody, CompletionBody, read_body
 from v4_jax.infer.openai.completions import Completion
 from v4_jax.infer.openai.journal import Record
-from v4_jax.infer.openai.json_text import JsonError, read_json
+from v4_jax.json_text import JsonError, read_json
 
 URLS = {"/v1/chat/completions": True, "/v1/completions": False}  # whether it is a chat
 LEGAL_LINE = (

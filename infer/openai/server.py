@@ -28,11 +28,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from v4_jax.infer.engine.requests import Event
 from v4_jax.infer.openai.bodies import BodyError, ChatBody, read_body
 from v4_jax.infer.openai.completions import Completion, Model
-from v4_jax.infer.openai.json_text import JsonError, read_json
 from v4_jax.infer.openai.metrics import Metrics
 from v4_jax.infer.openai.openapi import openapi
 from v4_jax.infer.openai.service import Overloaded, Service, ServiceDown
 from v4_jax.infer.text import Piece
+from v4_jax.json_text import JsonError, read_json
 
 _PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/openapi.json")
 

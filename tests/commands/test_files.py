@@ -20,7 +20,11 @@ def test_a_byte_order_mark_is_no_text(tmp_path, monkeypatch):
     [
         ("{", "is not JSON: "),
         ("[" * 100_000, "is nested too deeply"),
+        ("[" * 200 + "]" * 200, "is nested too deeply; expected at most 128 levels"),
         ("1" * 5000, "cannot be read: Exceeds the limit"),
+        ("[NaN]", "is not JSON: NaN is not a JSON number"),
+        ("[1e999]", "is not usable: the number 1e999 is too large"),
+        ('["\\ud800"]', r"is not text: it holds half a surrogate pair \(.ud800\)"),
     ],
 )
 def test_what_cannot_be_read_is_said(tmp_path, text, sentence):

@@ -13,7 +13,7 @@ from v4_jax.infer.engine.sampling import Sampling
 from v4_jax.infer.openai.batch import line_id, read_request, refusal
 from v4_jax.infer.openai.bodies import read_body
 from v4_jax.infer.openai.completions import Completion, Defaults, Model
-from v4_jax.infer.openai.json_text import read_json
+from v4_jax.json_text import read_json
 from v4_jax.tokenizer import ByteTokenizer
 
 COUNT = int(os.environ.get("TORTURE", 600))
