@@ -212,10 +212,9 @@ def _parts(run: Run, keep: Path | None) -> Parts | str:
     """Where the time of some more calls goes, or why that is not known."""
     with working("tracing"), _folder(keep) as folder:
         with recorded(folder):
-            for _ in range(TRACED):
-                run.step()
+            times = [run.step() for _ in range(TRACED)]
         try:
-            return parts_of(folder, run.executable.compiled, TRACED)
+            return parts_of(folder, run.executable.compiled, times)
         except ValueError as error:
             return str(error)
 

@@ -127,7 +127,7 @@ def as_json(result: Result) -> dict[str, Any]:
 
 
 def _parts_json(parts: Parts) -> dict[str, Any]:
-    return {"devices": parts.devices, "busy_s": parts.busy, "seconds": parts.seconds}
+    return {"devices": parts.devices, "call_s": parts.call, "busy_s": parts.busy, "seconds": parts.seconds}
 
 
 def _plan_json(workload: Workload, compiled: Compiled) -> dict[str, Any]:

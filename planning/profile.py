@@ -7,7 +7,7 @@ import dataclasses
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,12 @@ class Parts:
     Attributes:
       seconds: by part, the longest first; the names are those of `v4_jax.planning.cycles.Estimated.parts`.
       devices: how many were traced.
+      call: seconds of a call while it was traced, on the mean.
     """
 
     seconds: dict[str, float]
     devices: int
+    call: float
 
     @property
     def busy(self) -> float:
@@ -69,13 +71,13 @@ def _quiet() -> Iterator[None]:
         os.close(kept)
 
 
-def parts_of(folder: Path, compiled: Any, calls: int) -> Parts:
+def parts_of(folder: Path, compiled: Any, times: Sequence[float]) -> Parts:
     """Reads what was recorded.
 
     Args:
       folder: where to; the newest trace in it is read.
       compiled: the program that was running.
-      calls: how often it ran.
+      times: seconds of each call.
 
     Raises:
       ValueError: there is no trace, or none of its events is an operation of the program.
@@ -94,9 +96,10 @@ def parts_of(folder: Path, compiled: Any, calls: int) -> Parts:
             devices.add(stats.get("device_ordinal", device))
     if not seconds:
         raise ValueError("the profiler recorded no operation of the program")
-    share = calls * len(devices)
+    share = len(times) * len(devices)
     ordered = sorted(seconds.items(), key=lambda part: -part[1])
-    return Parts({name: time / share for name, time in ordered if time > 0}, len(devices))
+    by_part = {name: time / share for name, time in ordered if time > 0}
+    return Parts(by_part, len(devices), sum(times) / len(times))
 
 
 def _parts_by_name(program: Program) -> dict[str, str]:

@@ -81,12 +81,12 @@ def test_decoding_on_a_mesh(run, whole, tmp_path):
 
 
 def test_alone_with_random_weights(run, bare):
-    """On one device with one thread for most of it, the parts take about as long as the call."""
+    """On one device and few threads, the parts take about as long together as the calls that they are of."""
     said = run(*decoded(bare, "--json", "-"))
     assert said.code == 0, said.err
     result = json.loads(said.out)
     assert result["settings"]["weights"] == "random" and result["devices"]["count"] == 1
-    assert result["parts"]["devices"] == 1 and 0.1 < result["parts"]["busy_s"] / max(result["times_s"]) < 4
+    assert result["parts"]["devices"] == 1 and 0.1 < result["parts"]["busy_s"] / result["parts"]["call_s"] < 4
 
 
 def test_training(run, bare):
@@ -303,27 +303,43 @@ def test_forms_of_the_processor_are_compared(run, bare):
 
 
 def test_kernels_are_found_where_they_are_chosen():
-    """The TPUs' kernels, interpreted: the choice of experts and what stands around a block, on the program's values."""
-    one = {"num_hidden_layers": 1, "num_hash_layers": 0, "hidden_size": 128, "n_routed_experts": 128}
-    config = without_mtp(make(**TWO | one | {"compress_ratios": (0, 0)}).config)
-    job = Job(config, "decode", 32, 2, 1, ALONE, "decode", "bfloat16")
+    """A TPUs' kernel, interpreted: the choice of experts, among the scores that the program makes."""
+    one = {"num_hidden_layers": 1, "num_hash_layers": 0, "n_routed_experts": 128, "compress_ratios": (0, 0)}
+    job = Job(without_mtp(make(**TWO | one).config), "decode", 32, 2, 1, ALONE, "decode", "bfloat16")
     with interpreted():
-        found = comparisons(job, make_mesh(ALONE, jax.devices()[:1]))
-    assert {"enter", "cross", "leave", "best_experts"} == {one.name for one in found}
-    for one in found:
-        assert one.error is None and one.seconds and (one.difference or 0) < 1e-2 and not one.unequal, one
+        (found,) = comparisons(job, make_mesh(ALONE, jax.devices()[:1]))
+    assert found.name == "best_experts" and found.error is None and found.seconds
+    assert found.difference < 1e-6 and found.unequal == 0
 
 
-def test_a_wrong_kernel_is_seen(monkeypatch):
-    def half(x):
-        return by_platform(x, default=lambda x: x + 1, cpu=lambda x: jnp.where(jnp.arange(8) == 3, x + 1.5, x + 1))
+def test_a_wrong_kernel_is_seen():
+    """Of values that are given and values that are closed over, in a loop, of which the first turn counts."""
+
+    def scaled(x):
+        def turn(total, place):
+            def right(x):
+                return jnp.roll(x, place) + y, place
+
+            def wrong(x):
+                return jnp.where(jnp.arange(8) == 3, 0.5, 0) + jnp.roll(x, place) + y, place + 1
+
+            return total + by_platform(x, default=right, cpu=wrong)[0], None
+
+        y = 2 * x
+        return jax.lax.scan(turn, x, jnp.arange(5, 9))[0]
 
     found = {}
     with choices_watched(functools.partial(kernel_comparison._watch, found, "cpu")):
-        jax.jit(half)(jnp.arange(8.0))
+        jax.jit(scaled)(jnp.arange(8.0))
     jax.effects_barrier()
     (choice,) = found.values()
-    mesh = make_mesh(ALONE, jax.devices()[:1])
-    assert kernel_comparison._compared(choice, mesh).difference == 0.5 / 8
-    choice.seen[0][5] = np.inf
-    assert kernel_comparison._compared(choice, mesh).difference == 0.5 / 8  # both are infinite there
+    assert choice.name == "test_a_wrong_kernel_is_seen" and sorted(map(str, choice.seen.values())) == sorted(
+        [str(np.arange(8.0)), str(2 * np.arange(8.0)), "5"]
+    )
+    compared = kernel_comparison._compared(choice, make_mesh(ALONE, jax.devices()[:1]))
+    largest = np.max(np.roll(np.arange(8.0), 5) + 2 * np.arange(8.0))
+    assert compared.difference == pytest.approx(0.5 / largest) and compared.unequal == 1 and compared.error is None
+
+    given = next(number for number, value in choice.seen.items() if value.shape and value[1] == 1)
+    choice.seen[given][0] = np.inf  # where both are infinite, nothing is compared
+    assert kernel_comparison._compared(choice, make_mesh(ALONE, jax.devices()[:1])).difference > 0
