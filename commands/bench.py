@@ -93,6 +93,7 @@ def bench(
     if layers is not None:
         with bad_input("--layers: "):
             whole = whole.first_layers(layers)
+    here.enough_threads()
     here.join(distributed)
     job = job_of(
         whole,

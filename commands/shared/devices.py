@@ -51,10 +51,10 @@ def virtual(count: int) -> None:
     if _DEVICE_COUNT not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", count)
-    _enough_threads()
+    enough_threads()
 
 
-def _enough_threads() -> None:
+def enough_threads() -> None:
     """Lets virtual devices wait for each other.
 
     XLA:CPU starts collectives that do not depend on one another in any order, and each keeps a thread until all devices
@@ -87,7 +87,7 @@ def place(config: Config, mesh: str | None, preset: Preset, *, batch: int, nativ
         sizes = parse_mesh(mesh)
     except ShardingError as error:
         raise CommandError(str(error)) from None
-    _enough_threads()
+    enough_threads()
     try:
         made = make_mesh(sizes)
         check_mesh(config, made, preset, batch=batch, length=length, native=native)
