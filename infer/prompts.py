@@ -74,7 +74,7 @@ def chat_prompt(
       profile: what the model takes its efforts for.
       opening: tokens that the answer begins with, after any reasoning.
       continues: whether the last message is to be continued; None if it is the assistant's.
-      options: "tools" and "response_format", as in `v4_jax.chat.encode`.
+      options: "tools", "response_format" and "drop_thinking", as in `v4_jax.chat.encode`.
 
     Raises:
       ValueError: the chat format cannot express a message.

@@ -1,16 +1,19 @@
 """Bodies of requests in OpenAI's form, checked: what may be asked of a model, field by field.
 
-Fields that are not known, and values that this package does not honour, are refused: nothing is silently left out of a
-request. Beyond OpenAI's fields, `top_k`, `min_p` and `repetition_penalty` are understood, DeepSeek's `thinking`, and
-`effort_profile`, which overrides what the model's directory says about its reasoning efforts.
+Fields that are not known, and values that this package does not honour, are refused: nothing that would change an
+answer is silently left out of a request. Fields that change none (who asks, what it is for, how it is billed) are
+taken. Beyond OpenAI's fields, `top_k`, `min_p` and `repetition_penalty` are understood, DeepSeek's `thinking`, the part
+of `chat_template_kwargs` that is about thinking, and `effort_profile`, which overrides what the model's directory says
+about its reasoning efforts.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from v4_jax.chat import EffortProfile
 from v4_jax.infer.engine.sampling import MOST_ALTERNATIVES, MOST_BIASES
@@ -26,10 +29,11 @@ EFFORTS: dict[str, Mode] = {
     "xhigh": "max",
     "max": "max",
 }
+T = TypeVar("T")
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 MOST_STOPS = 16  # stop strings of a request
-MOST_SAMPLES = 1024  # answers to a request; an engine's slots are a limit besides
+MOST_SAMPLES = 1024  # answers to a request; to each of its prompts at most as many as an engine has slots
 MOST_MESSAGES = 100_000
 
 
@@ -53,6 +57,7 @@ class StreamOptions(_Strict):
     """What a stream brings beside the text."""
 
     include_usage: bool = False
+    include_obfuscation: bool | None = None  # padding against who listens, of which there is none
 
 
 class TextFormat(_Strict):
@@ -106,8 +111,22 @@ class Thinking(_Strict):
     budget_tokens: int | None = Field(None, ge=0)
 
 
-Stop = Annotated[str, Field(min_length=1)]
+class TemplateOptions(_Strict):
+    """What other servers hand on to a chat template; of it, what is about thinking."""
+
+    thinking: bool | None = None
+    enable_thinking: bool | None = None
+    thinking_mode: Literal["chat", "thinking"] | None = None
+    reasoning_effort: Effort | None = None
+    effort_profile: EffortProfile | None = None
+    drop_thinking: bool | None = None
+
+
+Seed = Annotated[int, Field(ge=-1, lt=2**32), AfterValidator(lambda seed: None if seed == -1 else seed)]
+TopK = Annotated[int, Field(ge=-1, lt=2**31), AfterValidator(lambda count: max(count, 0))]  # -1 is off, too
 TokenId = Annotated[int, Field(ge=0)]
+Tokens = Annotated[list[TokenId], Field(min_length=1)]
+Prompts = Annotated[list[T], Field(min_length=1, max_length=MOST_SAMPLES)]
 TokenName = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
@@ -119,19 +138,24 @@ class Body(_Strict):
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
-    top_k: int | None = Field(None, ge=0, lt=2**31)
+    top_k: TopK | None = None
     min_p: float | None = Field(None, ge=0, le=1)
-    seed: int | None = Field(None, ge=0, lt=2**32)
+    seed: Seed | None = None
     repetition_penalty: float | None = Field(None, gt=0, le=1e6)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[TokenName, Bias] | None = Field(None, max_length=MOST_BIASES)
-    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
     n: int | None = Field(None, ge=1, le=MOST_SAMPLES)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    # Taken, and without any effect on an answer.
     user: str | None = None
     metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
 
     @property
     def limit(self) -> int | None:
@@ -140,15 +164,25 @@ class Body(_Strict):
 
     @property
     def stops(self) -> list[str]:
-        """Strings that end an answer."""
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+        """Strings that end an answer; an empty one ends none."""
+        return [stop for stop in ([self.stop] if isinstance(self.stop, str) else self.stop or ()) if stop]
 
 
 class CompletionBody(Body):
-    """A text to continue, or its token ids, which are taken as they are."""
+    """A text to continue, or its token ids, which are taken as they are; or a list of texts or of lists of ids."""
 
-    prompt: str | Annotated[list[TokenId], Field(min_length=1)]
+    prompt: str | Tokens | Prompts[str] | Prompts[Tokens]
     logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
+    echo: Literal[False] | None = None
+    suffix: str | None = None
+    best_of: int | None = Field(None, ge=1, le=MOST_SAMPLES)
+
+    @property
+    def prompts(self) -> Sequence[str | list[int]]:
+        """What is to be continued, one by one."""
+        if isinstance(self.prompt, list) and not isinstance(self.prompt[0], int):
+            return self.prompt  # type: ignore[return-value]
+        return [self.prompt]  # type: ignore[list-item]
 
     @property
     def wants_logprobs(self) -> bool:
@@ -169,10 +203,13 @@ class ChatBody(Body):
     max_completion_tokens: int | None = Field(None, ge=1)
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["auto", "none", "required"] | FunctionChoice | None = None
+    parallel_tool_calls: bool | None = None
     response_format: Format | None = None
     reasoning_effort: Effort | None = None
     thinking: Thinking | None = None
     effort_profile: EffortProfile | None = None
+    chat_template_kwargs: TemplateOptions | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None  # without any effect
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
 
@@ -209,11 +246,56 @@ class ChatBody(Body):
 
     def mode(self, default: Mode) -> Mode:
         """How to answer; the effort says more than whether to think, which says more than the default."""
-        if self.thinking is not None and self.thinking.type == "disabled":
+        thinks, effort = self._thinks(), self._effort()
+        if thinks is False:
             return "non-think"
-        if self.reasoning_effort is not None:
-            return EFFORTS[self.reasoning_effort]
-        return "low" if self.thinking is not None and default == "non-think" else default  # which is to say nothing
+        if effort is not None:
+            return EFFORTS[effort]
+        return "low" if thinks and default == "non-think" else default  # which is to say nothing
+
+    def profile(self, default: EffortProfile) -> EffortProfile:
+        """What the model takes its reasoning efforts for."""
+        return _agreed(self._said("effort_profile")) or default
+
+    def check_thinking(self) -> None:
+        """Checks that all who say something of thinking say the same.
+
+        Raises:
+          BodyError: they do not.
+        """
+        self._thinks()
+        self._effort()
+        self.profile("preview")
+
+    def _thinks(self) -> bool | None:
+        template = self.chat_template_kwargs or TemplateOptions()
+        said = {f"chat_template_kwargs.{name}": getattr(template, name) for name in ("thinking", "enable_thinking")}
+        said["chat_template_kwargs.thinking_mode"] = template.thinking_mode and template.thinking_mode == "thinking"
+        said["thinking"] = self.thinking and self.thinking.type == "enabled"
+        return _agreed(said)
+
+    def _effort(self) -> Effort | None:
+        return _agreed(self._said("reasoning_effort"))
+
+    def _said(self, name: str) -> dict[str, Any]:
+        """What the body and its template's options say in a field that both have."""
+        return {
+            name: getattr(self, name),
+            f"chat_template_kwargs.{name}": getattr(self.chat_template_kwargs, name, None),
+        }
+
+
+def _agreed(said: Mapping[str, Any]) -> Any:
+    """What fields say that may say the same, by name; None if they say nothing.
+
+    Raises:
+      BodyError: they do not agree.
+    """
+    given = {name: value for name, value in said.items() if value is not None}
+    if len(set(given.values())) > 1:
+        differing = " and ".join(f"{name} ({value!r})" for name, value in given.items())
+        raise BodyError(f"{differing} do not agree; expected one of them", next(iter(given)))
+    return next(iter(given.values()), None)
 
 
 def read_body(content: Any, *, chat: bool | None = None) -> ChatBody | CompletionBody:
@@ -245,8 +327,24 @@ def _check_together(body: ChatBody | CompletionBody) -> None:
     """Refuses fields that mean nothing without another."""
     if body.stream_options is not None and not body.stream:
         raise BodyError("stream_options is for streams; expected stream true beside it", "stream_options")
-    if isinstance(body, ChatBody) and body.top_logprobs and not body.logprobs:
-        raise BodyError("top_logprobs is for log-probabilities; expected logprobs true beside it", "top_logprobs")
+    if isinstance(body, ChatBody):
+        if body.top_logprobs and not body.logprobs:
+            raise BodyError("top_logprobs is for log-probabilities; expected logprobs true beside it", "top_logprobs")
+        body.check_thinking()
+        return
+    if body.suffix:
+        raise BodyError(
+            "suffix is not supported: this model continues texts and fills no gaps; expected null", "suffix"
+        )
+    if body.best_of is not None and body.best_of != (body.n or 1):
+        raise BodyError(
+            f"best_of is {body.best_of} and n {body.n or 1}; all answers are returned, expected best_of to be n",
+            "best_of",
+        )
+    if len(body.prompts) * (body.n or 1) > MOST_SAMPLES:
+        raise BodyError(
+            f"prompt has {len(body.prompts)} texts and n is {body.n}; expected at most {MOST_SAMPLES} answers", "prompt"
+        )
 
 
 def _explained(error: pydantic.ValidationError, content: dict[str, Any], kind: type[Body]) -> BodyError:

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,6 +79,22 @@ class Model:
         return tuple(self.tokenizer.encode(chat.THINK_CLOSE))
 
 
+class Update(NamedTuple):
+    """What a token adds.
+
+    Attributes:
+      number: of the choice that it continues.
+      choice: that one.
+      event: the token.
+      pieces: the text that it makes certain.
+    """
+
+    number: int
+    choice: Sample
+    event: Event
+    pieces: list[Piece]
+
+
 class Completion:
     """One body on its way to its answer.
 
@@ -90,9 +106,8 @@ class Completion:
 
     Attributes:
       body: as given.
-      request: for the engine.
-      choices: the answers, `request.n` of them.
-      cached: tokens of the prompt that were in the prefix cache.
+      requests: for the engine, one for each prompt; a chat has one.
+      choices: the answers, as many to each prompt as were asked for.
 
     Raises:
       ValueError: the body cannot be served: the chat format cannot express its messages, a token id is illegal, a
@@ -100,22 +115,41 @@ class Completion:
     """
 
     def __init__(self, body: ChatBody | CompletionBody, model: Model, seed: int, salt: bytes = b"") -> None:
+        self._each = body.n or 1  # choices of a prompt
         if model.slots is not None:
-            check_samples(body.n or 1, model.slots)
+            check_samples(self._each, model.slots)
         self.body, self._model = body, model
+        self.requests: list[Request] = []
+        self.choices: list[Sample] = []
+        for number, prompt in enumerate(_encode_prompts(body, model)):
+            request = self._request(prompt, (seed + number * self._each) % 2**32, salt)
+            # The next turn of a conversation has another prompt; the same line of a job, run again, has the same calls.
+            ids = np.asarray(prompt.ids, "<i4").tobytes()
+            origin = hashlib.sha256(ids + b"%d" % request.sampling.seed).digest()
+            stops = request.stops(model.config)
+            self.requests.append(request)
+            self.choices += [
+                Sample(Reply(model.tokenizer, body.stops, prompt.thinking_mode, origin + b"/%d" % sample), stops)
+                for sample in range(self._each)
+            ]
+        self._cached: dict[int, int] = {}  # by prompt
+        self._drafts: dict[int, tuple[Acceptance, ...]] = {}  # by choice
+        self._created = int(time.time())
+
+    def _request(self, prompt: Prompt, seed: int, salt: bytes) -> Request:
+        body, model = self.body, self._model
         defaults = model.defaults
-        prompt = _encode_prompt(body, model)
         check_ids(prompt.ids, model.config)
         thinks, budget = prompt.thinking_mode == "thinking", None
         if thinks and isinstance(body, ChatBody) and body.thinking:
             budget = body.thinking.budget_tokens
         room = model.max_length - len(prompt.ids)
-        self.request = Request(
+        return Request(
             prompt.ids,
             max_tokens=body.limit or max(1, min(defaults.max_tokens, room)),
             sampling=_sampling(body, dataclasses.replace(defaults.sampling, seed=seed)),
             stop_ids=defaults.stop_ids,
-            n=body.n or 1,
+            n=self._each,
             top_logprobs=body.alternatives,
             constraint=_constraint(body, model),
             reasoning_end=model.reasoning_end if thinks else (),
@@ -123,16 +157,6 @@ class Completion:
             opening=prompt.opening,
             salt=salt,
         )
-        stops = self.request.stops(model.config)
-        # The next turn of a conversation has another prompt; the same line of a job, run again, has the same calls.
-        origin = hashlib.sha256(np.asarray(prompt.ids, "<i4").tobytes() + b"%d" % self.request.sampling.seed).digest()
-        self.choices = [
-            Sample(Reply(model.tokenizer, body.stops, prompt.thinking_mode, origin + b"/%d" % number), stops)
-            for number in range(self.request.n)
-        ]
-        self.cached = 0
-        self._drafts: dict[int, tuple[Acceptance, ...]] = {}  # by choice
-        self._created = int(time.time())
 
     @property
     def done(self) -> bool:
@@ -145,15 +169,27 @@ class Completion:
         return NOT_FINITE if any(choice.finish == "error" for choice in self.choices) else None
 
     @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompts, all together."""
+        return sum(len(request.prompt) for request in self.requests)
+
+    @property
+    def cached(self) -> int:
+        """Tokens of the prompts that were in the prefix cache."""
+        return sum(self._cached.values())
+
+    @property
     def new_tokens(self) -> int:
         """Tokens generated so far, all choices together."""
         return sum(len(choice.events) for choice in self.choices)
 
-    def push(self, event: Event) -> tuple[Sample, list[Piece]]:
-        """Takes a token; returns the choice that it continues, and the text that it makes certain."""
-        choice, self.cached = self.choices[event.sample], event.cached
-        self._drafts[event.sample] = event.drafts
-        return choice, choice.push(event)
+    def push(self, event: Event) -> Update:
+        """Takes a token, whose `event.request` numbers the prompts."""
+        index = event.request * self._each + event.sample
+        choice = self.choices[index]
+        self._cached[event.request] = event.cached
+        self._drafts[index] = event.drafts
+        return Update(index, choice, event, choice.push(event))
 
     # ---- the answer --------------------------------------------------------------------------------------------------
 
@@ -163,14 +199,14 @@ class Completion:
         choices = [self._answer(index, choice) for index, choice in enumerate(self.choices)]
         return self.envelope(name, kind) | {"choices": choices, "usage": self.usage()}
 
-    def chunk(self, event: Event, pieces: list[Piece]) -> dict[str, Any] | None:
-        """What a stream says about a token that was pushed and the text it made certain: a choice of a chunk.
+    def chunk(self, update: Update) -> dict[str, Any] | None:
+        """What a stream says about a token: a choice of a chunk.
 
         None while there is nothing to say. Tool calls come whole, when all of them are certain.
         """
-        choice = self.choices[event.sample]
+        choice = update.choice
         said: dict[str, Any] = {}
-        for kind, text in pieces:
+        for kind, text in update.pieces:
             if text and (name := _STREAMED.get(kind)):
                 said[name] = said.get(name, "") + text
         finish = None
@@ -180,10 +216,10 @@ class Completion:
                 said["tool_calls"] = [{"index": i, **call} for i, call in enumerate(written["tool_calls"])]
             if "unparsed_tool_calls" in written:
                 said["unparsed_tool_calls"] = written["unparsed_tool_calls"]
-        logprobs = self._logprobs([event])
+        logprobs = self._logprobs([update.event])
         if not (said or finish or logprobs):
             return None
-        common = {"index": event.sample, "finish_reason": finish, "logprobs": logprobs}
+        common = {"index": update.number, "finish_reason": finish, "logprobs": logprobs}
         if isinstance(self.body, ChatBody):
             return common | {"delta": said}
         return common | {"text": said.get("content", "")}
@@ -194,7 +230,7 @@ class Completion:
 
     def usage(self) -> dict[str, Any]:
         """Tokens read and generated; what of the prompt was cached, as DeepSeek and OpenAI say it; how drafts fared."""
-        prompt, places = len(self.request.prompt), list(zip(*self._drafts.values(), strict=True))
+        prompt, places = self.prompt_tokens, list(zip(*self._drafts.values(), strict=True))
         offered = [sum(one.offered for one in place) for place in places]
         accepted = [sum(one.accepted for one in place) for place in places]
         return {
@@ -257,14 +293,14 @@ class Completion:
         return {"token": self._name(id), "logprob": logprob, "bytes": None if spelled is None else list(spelled)}
 
 
-def _encode_prompt(body: ChatBody | CompletionBody, model: Model) -> Prompt:
+def _encode_prompts(body: ChatBody | CompletionBody, model: Model) -> Iterator[Prompt]:
     if isinstance(body, ChatBody):
-        return _encode_chat(body, model)
-    if isinstance(body.prompt, list):
-        return Prompt(body.prompt)
-    if not body.prompt:
-        raise BodyError("prompt is empty; expected some text", "prompt")
-    return Prompt(plain_ids(model.tokenizer, body.prompt))
+        yield _encode_chat(body, model)
+        return
+    for prompt in body.prompts:
+        if not prompt:
+            raise BodyError("prompt is empty; expected some text", "prompt")
+        yield Prompt(plain_ids(model.tokenizer, prompt) if isinstance(prompt, str) else prompt)
 
 
 def _encode_chat(body: ChatBody, model: Model) -> Prompt:
@@ -272,15 +308,18 @@ def _encode_chat(body: ChatBody, model: Model) -> Prompt:
     format = body.response_format
     # A model that has begun to write a call goes on with it.
     opening = model.tokenizer.encode(chat.begin_tool_call(tool)) if forced else ()
+    template = body.chat_template_kwargs
+    options = {} if template is None or template.drop_thinking is None else {"drop_thinking": template.drop_thinking}
     return chat_prompt(
         model.tokenizer,
         body.messages,
         body.mode(model.defaults.mode),
-        profile=body.effort_profile or model.defaults.profile,
+        profile=body.profile(model.defaults.profile),
         opening=opening,
         tools=None if body.tool_choice == "none" else body.tools,
         response_format=format.json_schema.schema_ if isinstance(format, SchemaFormat) else None,
         continues=body.continue_final_message,
+        **options,
     )
 
 

@@ -1,6 +1,8 @@
 """OpenAI's API over HTTP: chat completions, completions and models, streamed or whole.
 
 POST /v1/chat/completions, /v1/completions      GET /v1/models, /health, /metrics, /openapi.json
+
+Paths may do without their /v1.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import dataclasses
 import hashlib
 import hmac
 import json
+import re
 import secrets
 import time
 import uuid
@@ -27,14 +30,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from v4_jax.infer.engine.requests import Event
 from v4_jax.infer.openai.bodies import BodyError, ChatBody, read_body
-from v4_jax.infer.openai.completions import Completion, Model
+from v4_jax.infer.openai.completions import Completion, Model, Update
 from v4_jax.infer.openai.json_text import JsonError, read_json
 from v4_jax.infer.openai.metrics import Metrics
 from v4_jax.infer.openai.openapi import openapi
 from v4_jax.infer.openai.service import Overloaded, Service, ServiceDown
-from v4_jax.infer.text import Piece
 
 _PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/openapi.json")
+
+_SHORT = re.compile(r"/(chat/completions|completions|models)(/|$)")  # what clients ask that know no /v1
 
 _SALT = "v4_jax.prefix_salt"  # in a request's scope: what its key's prompts are kept apart by
 
@@ -162,6 +166,8 @@ class _Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if _SHORT.match(scope["path"]):
+            scope = {**scope, "path": "/v1" + scope["path"], "raw_path": b"/v1" + scope["raw_path"]}
 
         async def counting(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -318,7 +324,7 @@ class _Server:
         try:
             if chat:
                 said = {"role": "assistant", "content": ""}
-                for index in range(completion.request.n):
+                for index in range(len(completion.choices)):
                     choice = {"index": index, "delta": said, "finish_reason": None, "logprobs": None}
                     yield event(envelope | {"choices": [choice]} | no_usage_yet)
             async for choice in running.choices():
@@ -337,15 +343,14 @@ class _Running:
 
     def __init__(self, service: Service, completion: Completion, metrics: Metrics, seconds: float) -> None:
         self.completion, self._metrics = completion, metrics
-        self._pieces: list[Piece] = []
         self._begun = self._last = time.monotonic()
         self._until, self._seconds = self._begun + seconds, seconds
-        self._tokens = service.tokens(completion.request, self._ended_early)
+        self._tokens = service.tokens(completion.requests, self._ended_early)
 
     def _ended_early(self, event: Event) -> bool:
         """Takes a token; whether it met a stop string."""
-        choice, self._pieces = self.completion.push(event)
-        return choice.cut
+        self._newest = self.completion.push(event)
+        return self._newest.choice.cut
 
     async def begin(self) -> None:
         """Waits for the first token: until then, what goes wrong is an answer's status.
@@ -354,21 +359,21 @@ class _Running:
           ApiError: the request is not served.
         """
         self._first = await self._next()
-        self._metrics.prompt_tokens.inc(len(self.completion.request.prompt))
+        self._metrics.prompt_tokens.inc(self.completion.prompt_tokens)
         self._metrics.cached_tokens.inc(self.completion.cached)
         self._metrics.first_token.observe(self._last - self._begun)
 
     async def choices(self) -> AsyncIterator[dict[str, Any]]:
         """What each token adds, as a stream's choices."""
-        event = self._first
-        while event is not None:
-            if choice := self.completion.chunk(event, self._pieces):
+        update = self._first
+        while update is not None:
+            if choice := self.completion.chunk(update):
                 yield choice
-            event = await self._next()
-        made = self.completion.new_tokens
+            update = await self._next()
+        made, samples = self.completion.new_tokens, len(self.completion.choices)
         self._metrics.duration.observe(self._last - self._begun)
-        if made > self.completion.request.n:
-            self._metrics.between_tokens.observe((self._last - self._begun) * self.completion.request.n / made)
+        if made > samples:
+            self._metrics.between_tokens.observe((self._last - self._begun) * samples / made)
 
     async def finish(self) -> None:
         """Waits for all tokens."""
@@ -380,10 +385,10 @@ class _Running:
         """Gives the slots back, if they are not free yet."""
         await self._tokens.aclose()  # type: ignore[attr-defined]
 
-    async def _next(self) -> Event | None:
+    async def _next(self) -> Update | None:
         try:
             async with asyncio.timeout(self._until - time.monotonic()):
-                event = await anext(self._tokens)
+                await anext(self._tokens)
         except StopAsyncIteration:
             return None
         except TimeoutError:
@@ -400,7 +405,7 @@ class _Running:
             raise ApiError(500, failure, kind="server_error", code="not_finite")
         self._last = time.monotonic()
         self._metrics.generated_tokens.inc()
-        return event
+        return self._newest
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, None]) -> None:

@@ -97,6 +97,13 @@ def test_models(client):
         client.completions.create(model="other", prompt="x")
 
 
+def test_paths_do_without_their_version(served):
+    client = openai.OpenAI(base_url=served[0], api_key="none", max_retries=0)
+    assert client.models.retrieve("tiny").id == "tiny"
+    assert client.completions.create(model="tiny", prompt="x", max_tokens=1).choices
+    assert client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=1).choices
+
+
 def test_a_chat_whole_and_streamed(client, parts):
     asked = dict(model="tiny", messages=HELLO, max_tokens=9, seed=3, n=2, logprobs=True)
     whole = client.chat.completions.create(**asked)
@@ -126,6 +133,23 @@ def test_a_completion_of_text_and_of_tokens(client, parts):
     assert len(text.choices[0].logprobs.tokens) == text.usage.completion_tokens
     pieces = [chunk.choices[0].text for chunk in client.completions.create(prompt="Hello", stream=True, **asked)]
     assert "".join(pieces) == text.choices[0].text
+
+
+def test_several_texts_are_each_continued(client):
+    """As each alone; more of them than there are slots."""
+    asked = dict(model="tiny", max_tokens=5, temperature=0)
+    prompts = ["Hello", "ab", "c"]
+    alone = [client.completions.create(prompt=prompt, **asked) for prompt in prompts]
+    whole = client.completions.create(prompt=prompts, **asked)
+    assert [choice.index for choice in whole.choices] == [0, 1, 2]
+    assert [choice.text for choice in whole.choices] == [one.choices[0].text for one in alone]
+    assert whole.usage.total_tokens == sum(one.usage.total_tokens for one in alone)
+    text = [""] * 3
+    for chunk in client.completions.create(prompt=prompts, stream=True, **asked):
+        text[chunk.choices[0].index] += chunk.choices[0].text
+    assert text == [choice.text for choice in whole.choices]
+    with pytest.raises(openai.BadRequestError, match="token id 9999 is outside"):
+        client.completions.create(prompt=[[5], [9999]], **asked)
 
 
 def test_a_stop_string_ends_an_answer(client):
@@ -310,8 +334,8 @@ def test_keys_are_kept_apart_in_the_prefix_cache(parts):
         service, seen = Service(parts[0], MOST), []
         app = make_app(service, parts[1], **options)
 
-        async def tokens(request, ended_early):
-            seen.append(request.salt)
+        async def tokens(requests, ended_early):
+            seen.extend(request.salt for request in requests)
             raise Overloaded("seen")
             yield
 
@@ -377,7 +401,10 @@ def test_keys(parts):
                 openai.OpenAI(
                     base_url=f"{address}/v1", api_key=key.strip() + ("x" if key == "one " else "")
                 ).models.list()
-        assert httpx.get(f"{address}/v1/models").headers["WWW-Authenticate"] == "Bearer"
+        for path in ("/v1/models", "/models", "/models/tiny"):
+            assert httpx.get(address + path).headers["WWW-Authenticate"] == "Bearer"
+        for path in ("/completions", "/chat/completions"):
+            assert httpx.post(address + path, json={}).status_code == 401
         assert httpx.get(f"{address}/health").json() == {"status": "ok"}
 
 
@@ -463,7 +490,7 @@ def test_closing_fails_what_is_left(parts):
     async def scenario():
         service = Service(parts[0], MOST)
         await service.start()
-        tokens = service.tokens(Request([3, 4, 5], 1500, stop_ids=()), lambda event: False)
+        tokens = service.tokens([Request([3, 4, 5], 1500, stop_ids=())], lambda event: False)
         await anext(tokens)
         await service.close()
         with pytest.raises(ServiceDown):
