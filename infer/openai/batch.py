@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from v4_jax.infer.engine.scheduler import Engine
+from v4_jax.infer.openai.answers import Answer
 from v4_jax.infer.openai.bodies import BodyError, ChatBody, CompletionBody, read_body
 from v4_jax.infer.openai.completions import Completion
 from v4_jax.infer.openai.journal import Record
@@ -251,7 +252,7 @@ def answer_lines(
         elif line.completion.done:
             forget(line)
             name = f"batch_req_{line.number}"
-            response = {"status_code": 200, "request_id": name, "body": line.completion.answer(name)}
+            response = {"status_code": 200, "request_id": name, "body": Answer(line.completion, name).answer()}
             record(_record(line.number, line.id, response=response, error=None))
         fill()
         progress()

@@ -1,6 +1,6 @@
-"""Completions in OpenAI's form: what a body asks for, as a request to the engine, and its tokens as the answer.
+"""Completions: what a body asks for, as requests to the engine, and its tokens as choices that grow.
 
-An answer has its reasoning apart, as `reasoning_content`.
+How they are written is an API's business: `answers`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import dataclasses
 import functools
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,8 +25,6 @@ from v4_jax.infer.openai.bodies import Body, BodyError, ChatBody, CompletionBody
 from v4_jax.infer.prompts import Mode, Prompt, chat_prompt, plain_ids
 from v4_jax.infer.text import Piece, Reply, Sample
 from v4_jax.tokenizer import Tokenizer
-
-_STREAMED = {"content": "content", "reasoning": "reasoning_content"}  # kinds of text that come as they are written
 
 
 class Defaults(NamedTuple):
@@ -106,6 +104,8 @@ class Completion:
 
     Attributes:
       body: as given.
+      model: as given.
+      created: when, in seconds since 1970.
       requests: for the engine, one for each prompt; a chat has one.
       choices: the answers, as many to each prompt as were asked for.
 
@@ -118,7 +118,7 @@ class Completion:
         self._each = body.n or 1  # choices of a prompt
         if model.slots is not None:
             check_samples(self._each, model.slots)
-        self.body, self._model = body, model
+        self.body, self.model = body, model
         self.requests: list[Request] = []
         self.choices: list[Sample] = []
         for number, prompt in enumerate(_encode_prompts(body, model)):
@@ -134,10 +134,10 @@ class Completion:
             ]
         self._cached: dict[int, int] = {}  # by prompt
         self._drafts: dict[int, tuple[Acceptance, ...]] = {}  # by choice
-        self._created = int(time.time())
+        self.created = int(time.time())
 
     def _request(self, prompt: Prompt, seed: int, salt: bytes) -> Request:
-        body, model = self.body, self._model
+        body, model = self.body, self.model
         defaults = model.defaults
         check_ids(prompt.ids, model.config)
         thinks, budget = prompt.thinking_mode == "thinking", None
@@ -191,106 +191,24 @@ class Completion:
         self._drafts[index] = event.drafts
         return Update(index, choice, event, choice.push(event))
 
-    # ---- the answer --------------------------------------------------------------------------------------------------
+    def drafts(self) -> list[Acceptance]:
+        """How the drafts of all choices fared, by depth."""
+        places = list(zip(*self._drafts.values(), strict=True))
+        return [Acceptance(sum(a.offered for a in place), sum(a.accepted for a in place)) for place in places]
 
-    def answer(self, name: str) -> dict[str, Any]:
-        """The completion object of this id, "chat.completion" or "text_completion"."""
-        kind = "chat.completion" if isinstance(self.body, ChatBody) else "text_completion"
-        choices = [self._answer(index, choice) for index, choice in enumerate(self.choices)]
-        return self.envelope(name, kind) | {"choices": choices, "usage": self.usage()}
+    def finish_reason(self, choice: Sample) -> str | None:
+        """Why a choice ended, in OpenAI's words; None if it has not."""
+        return "tool_calls" if choice.finish == "stop" and "tool_calls" in choice.reply.message() else choice.finish
 
-    def chunk(self, update: Update) -> dict[str, Any] | None:
-        """What a stream says about a token: a choice of a chunk.
-
-        None while there is nothing to say. Tool calls come whole, when all of them are certain.
-        """
-        choice = update.choice
-        said: dict[str, Any] = {}
-        for kind, text in update.pieces:
-            if text and (name := _STREAMED.get(kind)):
-                said[name] = said.get(name, "") + text
-        finish = None
-        if choice.finish:
-            finish, written = self._ended(choice)
-            if "tool_calls" in written:
-                said["tool_calls"] = [{"index": i, **call} for i, call in enumerate(written["tool_calls"])]
-            if "unparsed_tool_calls" in written:
-                said["unparsed_tool_calls"] = written["unparsed_tool_calls"]
-        logprobs = self._logprobs([update.event])
-        if not (said or finish or logprobs):
-            return None
-        common = {"index": update.number, "finish_reason": finish, "logprobs": logprobs}
-        if isinstance(self.body, ChatBody):
-            return common | {"delta": said}
-        return common | {"text": said.get("content", "")}
-
-    def envelope(self, name: str, kind: str) -> dict[str, Any]:
-        """What objects about this completion have in common."""
-        return {"id": name, "object": kind, "created": self._created, "model": self._model.name}
-
-    def usage(self) -> dict[str, Any]:
-        """Tokens read and generated; what of the prompt was cached, as DeepSeek and OpenAI say it; how drafts fared."""
-        prompt, places = self.prompt_tokens, list(zip(*self._drafts.values(), strict=True))
-        offered = [sum(one.offered for one in place) for place in places]
-        accepted = [sum(one.accepted for one in place) for place in places]
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": self.new_tokens,
-            "total_tokens": prompt + self.new_tokens,
-            "prompt_cache_hit_tokens": self.cached,
-            "prompt_cache_miss_tokens": prompt - self.cached,
-            "prompt_tokens_details": {"cached_tokens": self.cached},
-            "completion_tokens_details": {
-                "accepted_prediction_tokens": sum(accepted),
-                "rejected_prediction_tokens": sum(offered) - sum(accepted),
-                "drafts_by_position": [{"offered": a, "accepted": b} for a, b in zip(offered, accepted, strict=True)],
-            },
-        }
-
-    def _answer(self, index: int, choice: Sample) -> dict[str, Any]:
-        finish, written = self._ended(choice)
-        common = {"index": index, "finish_reason": finish, "logprobs": self._logprobs(choice.events)}
-        if isinstance(self.body, ChatBody):
-            return common | {"message": {"role": "assistant", **written}}
-        return common | {"text": written["content"]}
-
-    def _ended(self, choice: Sample) -> tuple[str | None, dict[str, Any]]:
-        """Why a choice ended, in OpenAI's words, and what it wrote."""
-        written = choice.reply.message()
-        calls_tools = choice.finish == "stop" and "tool_calls" in written
-        return "tool_calls" if calls_tools else choice.finish, written
-
-    def _logprobs(self, events: Sequence[Event]) -> dict[str, Any] | None:
-        """Log-probabilities of tokens, in the form of the body's kind; None if they are not asked for."""
-        if not self.body.wants_logprobs:
-            return None
-        if isinstance(self.body, ChatBody):
-            content = []
-            for event in events:
-                others = [self._token(*other) for other in event.alternatives]
-                content.append(self._token(event.id, event.logprob) | {"top_logprobs": others})
-            return {"content": content}
-        found: dict[str, Any] = {
-            "tokens": [self._name(event.id) for event in events],
-            "token_logprobs": [event.logprob for event in events],
-        }
-        if self.body.alternatives:
-            found["top_logprobs"] = [{self._name(id): value for id, value in event.alternatives} for event in events]
-        return found
-
-    def _name(self, id: int) -> str:
+    def token_name(self, id: int) -> str:
         """A token's text; of a part of a character its bytes, as OpenAI writes them, so that no two look alike."""
-        spelled = self._model.tokenizer.token_bytes(id)
+        spelled = self.model.tokenizer.token_bytes(id)
         if spelled is None:
             return f"token_id:{id}"
         try:
             return spelled.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
-
-    def _token(self, id: int, logprob: float) -> dict[str, Any]:
-        spelled = self._model.tokenizer.token_bytes(id)
-        return {"token": self._name(id), "logprob": logprob, "bytes": None if spelled is None else list(spelled)}
 
 
 def _encode_prompts(body: ChatBody | CompletionBody, model: Model) -> Iterator[Prompt]:

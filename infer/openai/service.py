@@ -7,12 +7,15 @@ rounds; what comes out of a round is handed to the event loop in one call.
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from v4_jax.infer.engine.requests import Event, Request
 from v4_jax.infer.engine.scheduler import Engine
+
+LOG = logging.getLogger("v4_jax.serve")
 
 
 class Overloaded(Exception):
@@ -33,10 +36,11 @@ class Service:
     Attributes:
       engine: as given.
       most: as given.
+      generated: tokens so far, of all requests.
     """
 
     def __init__(self, engine: Engine, most: int) -> None:
-        self.engine, self.most = engine, most
+        self.engine, self.most, self.generated = engine, most, 0
         self._wanted: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._listeners: dict[int, asyncio.Queue[Event | Exception]] = {}
         self._submitting: set[asyncio.Future[list[int]]] = set()
@@ -173,10 +177,12 @@ class Service:
                     self._loop.call_soon_threadsafe(self._deliver, events)
         except Exception as error:
             self._failure = error
+            LOG.critical("the engine has failed (%s): requests get 503 from now on", type(error).__name__)
             self._loop.call_soon_threadsafe(self._fail, error)
             raise
 
     def _deliver(self, events: list[Event]) -> None:
+        self.generated += len(events)
         for event in events:
             if listener := self._listeners.get(event.request):
                 listener.put_nowait(event)

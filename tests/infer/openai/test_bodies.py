@@ -6,6 +6,7 @@ from tests.models import two
 from v4_jax import chat
 from v4_jax.infer.engine.requests import Event
 from v4_jax.infer.engine.sampling import Sampling
+from v4_jax.infer.openai.answers import Answer, usage
 from v4_jax.infer.openai.bodies import BodyError, ChatBody, CompletionBody, read_body
 from v4_jax.infer.openai.completions import Completion, Defaults, Model
 from v4_jax.tokenizer import ByteTokenizer
@@ -162,8 +163,8 @@ def test_each_of_several_prompts_is_a_request():
     free = Completion(read_body({"prompt": ["a", "a"]} | asked), model, 9).requests
     assert [one.sampling.seed for one in free] == [9, 11]  # sample number i takes the seed plus i
     update = together.push(Event(1, 1, 65, -0.5, "length"))
-    assert update.number == 3 and together.answer("x")["choices"][3]["text"] == ">"
-    assert together.usage()["prompt_tokens"] == sum(len(one.prompt) for one in alone)
+    assert update.number == 3 and Answer(together, "x").answer()["choices"][3]["text"] == ">"
+    assert usage(together)["prompt_tokens"] == sum(len(one.prompt) for one in alone)
 
 
 def test_samples_are_counted_before_anything_is_made():
@@ -210,7 +211,7 @@ def test_parts_of_characters_have_their_bytes_and_alternatives_stay_apart():
     def logprobs(**body):
         completion = Completion(read_body(body), model, 0)
         completion.push(event)
-        return completion.answer("x")["choices"][0]["logprobs"]
+        return Answer(completion, "x").answer()["choices"][0]["logprobs"]
 
     legacy = logprobs(prompt="x", logprobs=4)
     names = ["bytes:\\xc3", "bytes:\\xa9", "token_id:319", "A"]

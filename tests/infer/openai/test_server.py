@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import re
 import socket
 import threading
 import time
@@ -23,6 +24,7 @@ from v4_jax.infer.engine.sampling import Sampling
 from v4_jax.infer.engine.scheduler import Engine
 from v4_jax.infer.openai.completions import Defaults, Model
 from v4_jax.infer.openai.connections import ConnectionLimits, http_protocol
+from v4_jax.infer.openai.request_log import report
 from v4_jax.infer.openai.server import Limits, make_app
 from v4_jax.infer.openai.service import Overloaded, Service, ServiceDown
 from v4_jax.tokenizer import ByteTokenizer
@@ -420,6 +422,112 @@ class Slow:
     def round(self):
         time.sleep(0.02)
         return self._engine.round()
+
+
+def test_a_silent_stream_says_that_it_is_there(parts):
+    """Before its first token, and where what is generated cannot be shown yet; what goes wrong later is an event."""
+
+    class Busy(Slow):
+        def round(self):
+            time.sleep(0.02)
+            return []
+
+    asked = {"prompt": "Hello", "max_tokens": 20, "stream": True}
+
+    def lines(address, **fields):
+        with httpx.stream("POST", f"{address}/v1/completions", json=asked | fields) as response:
+            assert response.status_code == 200 and response.headers["cache-control"] == "no-cache"
+            return [line for line in response.iter_lines() if line]
+
+    with serving((Busy(parts[0]), parts[1]), limits=Limits(seconds=0.5, silent_seconds=0.1)) as (address, service):
+        *silence, said = lines(address)
+        assert len(silence) > 2 and set(silence) == {": keep-alive"}
+        assert json.loads(said.removeprefix("data: "))["error"]["code"] == "timeout"
+        until(lambda: service.active == 0)
+    parts[0].round()
+    with serving((Slow(parts[0]), parts[1]), limits=Limits(silent_seconds=0.1)) as (address, _):
+        [z] = parts[1].tokenizer.encode("z")  # what may be a stop string is held back
+        held = lines(address, logit_bias={z: 100}, stop="z" * 30)
+        assert ": keep-alive" in held and held[-1] == "data: [DONE]" and "zzz" in "".join(held)
+        message = httpx.post(f"{address}/v1/completions", json=asked | {"max_tokens": LENGTH}).json()  # a status yet
+        assert message["error"]["code"] == "context_length_exceeded"
+    assert parts[0].idle
+
+
+def test_pages_of_some_origins_may_ask(parts):
+    with serving(parts, keys=["one"], origins=["https://here.test"]) as (address, _):
+        asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+        for origin, status in (("https://here.test", 200), ("https://there.test", 400)):
+            may = httpx.options(f"{address}/v1/completions", headers={"Origin": origin} | asks)
+            assert may.status_code == status
+            assert (may.headers.get("access-control-allow-origin") == origin) == (status == 200)
+        refused = httpx.get(f"{address}/v1/models", headers={"Origin": "https://here.test"})
+        assert refused.status_code == 401 and refused.headers["access-control-allow-origin"] == "https://here.test"
+    with serving(parts) as (address, _):
+        assert "access-control-allow-origin" not in httpx.get(f"{address}/health", headers={"Origin": "x"}).headers
+
+
+def test_each_request_has_a_line_without_its_prompt(parts, caplog):
+    caplog.set_level("INFO", "v4_jax.serve")
+    with serving(parts) as (address, service):
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        asked = dict(model="tiny", max_tokens=3, logit_bias={1: -100})
+        client.completions.create(prompt="secret", **asked)
+        list(client.chat.completions.create(messages=[{"role": "user", "content": "secret"}], stream=True, **asked))
+        for wrong in (
+            dict(prompt="secret", temperature=9),
+            dict(prompt="secret" * LENGTH),
+            dict(prompt=["secret", ""]),
+        ):
+            with pytest.raises(openai.BadRequestError):
+                client.completions.create(**asked | wrong)
+        with client.completions.create(prompt="secret", stream=True, **asked | {"max_tokens": 1500}) as stream:
+            next(iter(stream))
+        httpx.get(f"{address}/no%0Apath")
+        until(lambda: service.active == 0 and parts[0].idle)
+    lines = caplog.messages
+    assert "secret" not in " ".join(lines) and all("\n" not in line for line in lines)
+    for line, expected in zip(
+        lines,
+        (
+            r"POST /v1/completions 200, 7 prompt tokens, 3 new, first after \d.\d\d s, \d.\d\d s: length",
+            r"POST /v1/chat/completions 200, \d+ prompt tokens, 3 new, first after .* s: length",
+            r"POST /v1/completions 400, .* s: error in temperature",
+            r"POST /v1/completions 400, 9,217 prompt tokens, 0 new, .* s: error context_length_exceeded",
+            r"POST /v1/completions 400, .* s: error in prompt",
+            r"POST /v1/completions 200, 7 prompt tokens, \d+ new, first after .* s: the client left",
+            r"GET /no\\npath 404, .* s",
+            r"ends; 0 requests are cut short",
+        ),
+        strict=True,
+    ):
+        assert re.fullmatch(expected, line), line
+
+
+def test_throughput_is_said_while_there_is_some(parts, caplog):
+    caplog.set_level("INFO", "v4_jax.serve")
+
+    async def scenario():
+        service = Service(parts[0], MOST)
+        await service.start()
+        reporting = asyncio.create_task(report(service, 0.05))
+        await asyncio.sleep(0.12)
+        assert not caplog.messages
+        async for _ in service.tokens([Request([3] * 300, 200, stop_ids=())], lambda event: False):
+            pass
+        await asyncio.sleep(0.12)
+        said = len(caplog.messages)
+        await asyncio.sleep(0.12)
+        assert said == len(caplog.messages) > 0
+        reporting.cancel()
+        await service.close()
+
+    asyncio.run(scenario())
+    for line in caplog.messages:
+        found = re.fullmatch(
+            r"reads ([\d,.]+) and generates ([\d,.]+) tokens/s; [01] requests, of which 0 wait; \d of 24 pages", line
+        )
+        assert found, line
 
 
 def test_overload_is_turned_away_and_dropped_clients_leave(parts):

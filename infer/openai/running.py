@@ -1,0 +1,215 @@
+"""A request that is being served: its tokens from the engine as parts of an answer, in time or as an error."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+
+from v4_jax.infer.engine.requests import Event
+from v4_jax.infer.openai.api import RETRY_SECONDS, ApiError, Writer
+from v4_jax.infer.openai.completions import Completion, Update
+from v4_jax.infer.openai.metrics import Metrics
+from v4_jax.infer.openai.service import Overloaded, Service, ServiceDown
+
+KEEP_ALIVE = b": keep-alive\n\n"  # a comment, which clients leave unread
+
+T = TypeVar("T")
+
+
+def too_slow(seconds: float) -> ApiError:
+    """A request took longer than it may."""
+    return ApiError(408, f"the answer took longer than {seconds:g} s", code="timeout")
+
+
+def overloaded(what: str) -> ApiError:
+    """There are as many requests as there may be."""
+    return ApiError(429, f"{what}; try again in {RETRY_SECONDS} s", kind="rate_limit_error")
+
+
+class Running:
+    """A completion that is being served.
+
+    Args:
+      service: serves it.
+      completion: what is asked, and its answer as it grows.
+      metrics: count it.
+      seconds: that it may take.
+
+    Attributes:
+      completion: as given.
+      first: seconds until its first token; None before.
+      duration: seconds until its newest one.
+    """
+
+    def __init__(self, service: Service, completion: Completion, metrics: Metrics, seconds: float) -> None:
+        self.completion, self._metrics = completion, metrics
+        self._begun = time.monotonic()
+        self._until, self._seconds = self._begun + seconds, seconds
+        self._tokens = service.tokens(completion.requests, self._ended_early)
+        self.first: float | None = None
+        self.duration = 0.0
+
+    async def stream(self, writer: Writer) -> AsyncIterator[bytes]:
+        """A stream's events; until the first one, what goes wrong may still be an answer's status.
+
+        Raises:
+          ApiError: it is not served, or no further.
+        """
+        async with contextlib.aclosing(self):
+            async for update in self._updates():
+                if self._first_update:
+                    for event in writer.begin():
+                        yield event
+                for event in writer.update(update):
+                    yield event
+            for event in writer.end():
+                yield event
+
+    async def finish(self) -> None:
+        """Waits for all tokens.
+
+        Raises:
+          ApiError: it is not served, or no further.
+        """
+        async with contextlib.aclosing(self):
+            async for _ in self._updates():
+                pass
+
+    async def aclose(self) -> None:
+        """Gives the slots back, if they are not free yet."""
+        await self._tokens.aclose()  # type: ignore[attr-defined]
+
+    async def _updates(self) -> AsyncIterator[Update]:
+        """What each token adds."""
+        completion, metrics = self.completion, self._metrics
+        while (update := await self._next()) is not None:
+            self._first_update = self.first is None
+            if self.first is None:
+                self.first = self.duration
+                metrics.prompt_tokens.inc(completion.prompt_tokens)
+                metrics.cached_tokens.inc(completion.cached)
+                metrics.first_token.observe(self.first)
+            yield update
+        made, samples = completion.new_tokens, len(completion.choices)
+        metrics.duration.observe(self.duration)
+        if made > samples:
+            metrics.between_tokens.observe(self.duration * samples / made)
+
+    def _ended_early(self, event: Event) -> bool:
+        """Takes a token; whether it met a stop string."""
+        self._newest = self.completion.push(event)
+        return self._newest.choice.cut
+
+    async def _next(self) -> Update | None:
+        try:
+            async with asyncio.timeout(self._until - time.monotonic()):
+                await anext(self._tokens)
+        except StopAsyncIteration:
+            return None
+        except TimeoutError:
+            raise too_slow(self._seconds) from None
+        except Overloaded as error:
+            raise overloaded(str(error)) from None
+        except ServiceDown as error:
+            raise ApiError(503, str(error), kind="server_error") from None
+        except ValueError as error:
+            code = "context_length_exceeded" if "exceed" in str(error) else None
+            raise ApiError(400, str(error), code=code) from None
+        if failure := self.completion.failure:
+            await self.aclose()
+            raise ApiError(500, failure, kind="server_error", code="not_finite")
+        self.duration = time.monotonic() - self._begun
+        self._metrics.generated_tokens.inc()
+        return self._newest
+
+
+async def open_stream(
+    request: Request, events: AsyncIterator[bytes], seconds: float, error_event: Callable[[ApiError], bytes]
+) -> AsyncIterator[bytes]:
+    """Waits a while for a stream's first event, so that what goes wrong until then is the answer's status.
+
+    Args:
+      request: that it answers.
+      events: of the stream.
+      seconds: to wait, and after which silence is broken by a comment: proxies and clients end connections that say
+        nothing, as a stream does in line, while a long prompt is read and while nothing that is generated can be shown.
+      error_event: how what goes wrong later is said.
+
+    Returns:
+      the stream's events, with comments.
+
+    Raises:
+      ApiError: it is not served.
+      ClientDisconnect: nobody waits for it any more.
+    """
+    first = asyncio.ensure_future(anext(events, None))
+    try:
+        await unless_gone(request, asyncio.wait({first}, timeout=seconds))
+        if first.done():
+            first.result()
+    except BaseException:
+        await _drop(first, events)
+        raise
+    return _with_comments(first, events, seconds, error_event)
+
+
+async def _with_comments(
+    pending: asyncio.Future[bytes | None],
+    events: AsyncIterator[bytes],
+    seconds: float,
+    error_event: Callable[[ApiError], bytes],
+) -> AsyncIterator[bytes]:
+    try:
+        while True:
+            await asyncio.wait({pending}, timeout=seconds)
+            if not pending.done():
+                yield KEEP_ALIVE
+                continue
+            try:
+                event = pending.result()
+            except ApiError as error:
+                yield error_event(error)
+                return
+            if event is None:
+                return
+            yield event
+            pending = asyncio.ensure_future(anext(events, None))
+    finally:
+        await _drop(pending, events)
+
+
+async def _drop(pending: asyncio.Future[bytes | None], events: AsyncIterator[bytes]) -> None:
+    """Ends a stream, wherever it is."""
+    pending.cancel()
+    with contextlib.suppress(asyncio.CancelledError, ApiError):
+        await pending
+    await events.aclose()  # type: ignore[attr-defined]
+
+
+async def unless_gone(request: Request, work: Awaitable[T]) -> None:
+    """Does some work, unless the client goes away.
+
+    Raises:
+      ClientDisconnect: it has.
+    """
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect()
+        await task
+    finally:
+        for one in (task, watch):
+            one.cancel()
+            with contextlib.suppress(asyncio.CancelledError, ApiError):
+                await one
