@@ -1,4 +1,4 @@
-"""`v4-jax serve`: OpenAI's API over HTTP."""
+"""`v4-jax serve`: OpenAI's API and Anthropic's over HTTP."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def serve(
     share_prefixes: Flag = False,
     engine: EngineOptions = EngineOptions(prefix=PrefixOptions(prefix_memory=1 << 30)),  # noqa: B008 (frozen)
 ) -> None:
-    """Serves a model over HTTP in the form of OpenAI's API: chat completions, completions, models; streamed or whole.
+    """Serves a model over HTTP by OpenAI's API (chat completions, completions, responses) and Anthropic's (messages).
+
+    Answers come streamed or whole.
 
     Reasoning comes apart from the answer, as reasoning_content, and may be asked for by reasoning_effort ("none",
     "low", "high", "max") or by DeepSeek's "thinking". /metrics is for Prometheus, /health for load balancers,
@@ -73,8 +75,8 @@ def serve(
       effort_profile: What the model takes its reasoning efforts for: preview, official (Flash-0731, Pro-0813), or auto,
         which its own encoding says.
       sampling: How tokens are chosen, where the request does not say.
-      keys: A file with the keys that let clients in, one a line; they send one as Authorization: Bearer KEY. Default:
-        the one in V4_JAX_API_KEY, or else everybody is let in.
+      keys: A file with the keys that let clients in, one a line; they send one as Authorization: Bearer KEY, or as
+        x-api-key: KEY. Default: the one in V4_JAX_API_KEY, or else everybody is let in.
       requests: Requests that are served or wait at the same time; further ones are turned away with 429. Default: four
         times the slots.
       max_body: Bytes of a request's body.

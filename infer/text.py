@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from v4_jax import chat
 from v4_jax.chat.protocol import SEPARATOR
@@ -13,6 +13,22 @@ from v4_jax.infer.engine.requests import Event, Finish
 from v4_jax.tokenizer import Tokenizer
 
 Piece = tuple[str, str]
+
+
+class CallPiece(NamedTuple):
+    """What is added to the calls of tools.
+
+    Attributes:
+      number: of the call among the reply's.
+      id: of the call.
+      name: of the tool, where the call begins; None where it goes on.
+      arguments: what its arguments, in JSON, go on with.
+    """
+
+    number: int
+    id: str
+    name: str | None
+    arguments: str
 
 
 class StopStrings:
@@ -26,6 +42,7 @@ class StopStrings:
 
     Attributes:
       stopped: whether a stop string was met. What comes after it is ignored.
+      found: which one; None as long as none was.
 
     Raises:
       ValueError: a stop string is empty.
@@ -36,16 +53,18 @@ class StopStrings:
             raise ValueError("a stop string is empty; expected at least one character")
         self._stops, self._held = tuple(stops), ""
         self.stopped = False
+        self.found: str | None = None
 
     def feed(self, piece: str) -> str:
         """Returns the text that a piece makes certain, often ""."""
         if self.stopped:
             return ""
         text, self._held = self._held + piece, ""
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             self.stopped = True
-            return text[: min(found)]
+            at, self.found = min(found)
+            return text[:at]
         longest = min(len(text), max(map(len, self._stops), default=1) - 1)
         for length in range(longest, 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self._stops):
@@ -84,6 +103,16 @@ class Reply:
         """Whether a stop string was met."""
         return self._stops.stopped
 
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that was met."""
+        return self._stops.found
+
+    @property
+    def reasoning(self) -> bool:
+        """Whether what comes next belongs to the reasoning."""
+        return self._splitter is not None and self._splitter.kind == "reasoning"
+
     def push(self, token: int) -> list[Piece]:
         """The pieces that a token makes certain."""
         return [] if self.stopped else self._split(self._stream.push(token))
@@ -115,6 +144,13 @@ class Reply:
             if unparsed:
                 found["unparsed_tool_calls"] = unparsed
         return found
+
+    def call_pieces(self) -> list[CallPiece]:
+        """The calls, once the reply is finished."""
+        return [
+            CallPiece(number, call["id"], call["function"]["name"], call["function"]["arguments"])
+            for number, call in enumerate(self.message().get("tool_calls", ()))
+        ]
 
     def _call_id(self, number: int) -> str:
         return "call_" + hashlib.sha256(self._origin + b"/%d" % number).hexdigest()[:24]
@@ -151,16 +187,19 @@ class Sample:
       stop_ids: tokens that end it and are no text.
       events: its tokens.
       finish: "stop", "length" or "error" once it has ended.
+      reasoning_tokens: of its tokens, those of the reasoning, which come first.
     """
 
     reply: Reply
     stop_ids: frozenset[int]
     events: list[Event] = dataclasses.field(default_factory=list)
     finish: Finish | None = None
+    reasoning_tokens: int = 0
 
     def push(self, event: Event) -> list[Piece]:
         """Takes a token and returns the pieces that it makes certain."""
         self.events.append(event)
+        self.reasoning_tokens += self.reply.reasoning
         # A text also stops where its grammar leaves nothing to add: that token is a part of it.
         said = event.finish != "error" and event.id not in self.stop_ids
         pieces = self.reply.push(event.id) if said else []

@@ -5,13 +5,14 @@ An answer has its reasoning apart, as `reasoning_content`.
 
 from __future__ import annotations
 
+import functools
 import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from v4_jax.infer.engine.requests import Event
-from v4_jax.infer.openai.api import Api, ApiError, openai_error, server_sent
-from v4_jax.infer.openai.bodies import ChatBody, CompletionBody, read_body
+from v4_jax.infer.openai.api import Api, ApiError, Question, openai_error, server_sent
+from v4_jax.infer.openai.bodies import ChatBody, read_body
 from v4_jax.infer.openai.completions import Completion, Update
 from v4_jax.infer.text import Sample
 
@@ -146,20 +147,16 @@ def usage(completion: Completion) -> dict[str, Any]:
     }
 
 
-class _Question:
-    """A body in OpenAI's form."""
-
-    def __init__(self, body: ChatBody | CompletionBody) -> None:
-        self.body = body
-
-    def writer(self, completion: Completion) -> Answer:
-        """Writes the answer, under a new id."""
-        return Answer(completion, f"{'chatcmpl' if isinstance(self.body, ChatBody) else 'cmpl'}-{uuid.uuid4().hex}")
+def _read(content: Any, *, chat: bool) -> Question:
+    prefix = "chatcmpl" if chat else "cmpl"
+    return Question(
+        read_body(content, chat=chat), lambda completion: Answer(completion, f"{prefix}-{uuid.uuid4().hex}")
+    )
 
 
 def _error_event(error: ApiError) -> bytes:
     return server_sent(openai_error(error))
 
 
-CHAT = Api("/v1/chat/completions", lambda content: _Question(read_body(content, chat=True)), openai_error, _error_event)
-TEXT = Api("/v1/completions", lambda content: _Question(read_body(content, chat=False)), openai_error, _error_event)
+CHAT = Api("/v1/chat/completions", functools.partial(_read, chat=True), openai_error, _error_event)
+TEXT = Api("/v1/completions", functools.partial(_read, chat=False), openai_error, _error_event)

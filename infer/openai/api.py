@@ -58,18 +58,17 @@ class Writer(Protocol):
         ...
 
 
-class Question(Protocol):
+@dataclasses.dataclass(frozen=True)
+class Question:
     """A body that was read.
 
     Attributes:
       body: what it asks, as the engine's side takes it.
+      writer: writes the answer.
     """
 
     body: ChatBody | CompletionBody
-
-    def writer(self, completion: Completion) -> Writer:
-        """Writes the answer."""
-        ...
+    writer: Callable[[Completion], Writer]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,7 @@ EFFORTS: dict[str, Mode] = {
     "max": "max",
 }
 T = TypeVar("T")
+B = TypeVar("B", bound="Strict")
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 MOST_STOPS = 16  # stop strings of a request
@@ -49,30 +50,32 @@ class BodyError(ValueError):
         self.param = param
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """Fields of their very types, and no others."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """What a stream brings beside the text."""
 
     include_usage: bool = False
     include_obfuscation: bool | None = None  # padding against who listens, of which there is none
 
 
-class TextFormat(_Strict):
+class TextFormat(Strict):
     """An answer of any form."""
 
     type: Literal["text"]
 
 
-class ObjectFormat(_Strict):
+class ObjectFormat(Strict):
     """A JSON object."""
 
     type: Literal["json_object"]
 
 
-class Schema(_Strict):
+class Schema(Strict):
     """A JSON schema with a name."""
 
     name: str
@@ -81,7 +84,7 @@ class Schema(_Strict):
     strict: bool | None = None
 
 
-class SchemaFormat(_Strict):
+class SchemaFormat(Strict):
     """What a JSON schema allows."""
 
     type: Literal["json_schema"]
@@ -91,27 +94,27 @@ class SchemaFormat(_Strict):
 Format = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
 
 
-class FunctionName(_Strict):
+class FunctionName(Strict):
     """Which function."""
 
     name: str
 
 
-class FunctionChoice(_Strict):
+class FunctionChoice(Strict):
     """The function that is to be called."""
 
     type: Literal["function"]
     function: FunctionName
 
 
-class Thinking(_Strict):
+class Thinking(Strict):
     """Whether the model reasons before it answers, in DeepSeek's form, and for how many tokens at most."""
 
     type: Literal["enabled", "disabled"]
     budget_tokens: int | None = Field(None, ge=0)
 
 
-class TemplateOptions(_Strict):
+class TemplateOptions(Strict):
     """What other servers hand on to a chat template; of it, what is about thinking."""
 
     thinking: bool | None = None
@@ -131,7 +134,7 @@ TokenName = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
-class Body(_Strict):
+class Body(Strict):
     """What both kinds of bodies may hold; None means the model's default."""
 
     model: str | None = None
@@ -314,13 +317,23 @@ def read_body(content: Any, *, chat: bool | None = None) -> ChatBody | Completio
         chat = "messages" in content
         if not chat and "prompt" not in content:
             raise BodyError('the body has neither "messages" nor "prompt"; expected one of them')
-    kind = ChatBody if chat else CompletionBody
-    try:
-        body = kind.model_validate(content)
-    except pydantic.ValidationError as error:
-        raise _explained(error, content, kind) from None
+    body: ChatBody | CompletionBody = validated(ChatBody, content) if chat else validated(CompletionBody, content)
     _check_together(body)
     return body
+
+
+def validated(kind: type[B], content: Any) -> B:
+    """A parsed JSON body, its fields each by itself.
+
+    Raises:
+      BodyError: one is not legal.
+    """
+    if not isinstance(content, dict):
+        raise BodyError(f"the body is a {type(content).__name__}; expected an object")
+    try:
+        return kind.model_validate(content)
+    except pydantic.ValidationError as error:
+        raise _explained(error, content, kind) from None
 
 
 def _check_together(body: ChatBody | CompletionBody) -> None:
@@ -347,7 +360,7 @@ def _check_together(body: ChatBody | CompletionBody) -> None:
         )
 
 
-def _explained(error: pydantic.ValidationError, content: dict[str, Any], kind: type[Body]) -> BodyError:
+def _explained(error: pydantic.ValidationError, content: dict[str, Any], kind: type[Strict]) -> BodyError:
     """The first thing that is wrong, as a sentence."""
     first = error.errors(include_url=False)[0]
     # Where a field may be of several types, pydantic tries each and puts its name into the path.

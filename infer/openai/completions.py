@@ -23,7 +23,7 @@ from v4_jax.infer.engine.sampling import Sampling
 from v4_jax.infer.engine.speculative import Acceptance
 from v4_jax.infer.openai.bodies import Body, BodyError, ChatBody, CompletionBody, SchemaFormat
 from v4_jax.infer.prompts import Mode, Prompt, chat_prompt, plain_ids
-from v4_jax.infer.text import Piece, Reply, Sample
+from v4_jax.infer.text import CallPiece, Piece, Reply, Sample
 from v4_jax.tokenizer import Tokenizer
 
 
@@ -85,12 +85,14 @@ class Update(NamedTuple):
       choice: that one.
       event: the token.
       pieces: the text that it makes certain.
+      calls: what it adds to calls of tools.
     """
 
     number: int
     choice: Sample
     event: Event
     pieces: list[Piece]
+    calls: list[CallPiece]
 
 
 class Completion:
@@ -183,13 +185,19 @@ class Completion:
         """Tokens generated so far, all choices together."""
         return sum(len(choice.events) for choice in self.choices)
 
+    @property
+    def reasoning_tokens(self) -> int:
+        """Of them, those of the reasoning."""
+        return sum(choice.reasoning_tokens for choice in self.choices)
+
     def push(self, event: Event) -> Update:
         """Takes a token, whose `event.request` numbers the prompts."""
         index = event.request * self._each + event.sample
         choice = self.choices[index]
         self._cached[event.request] = event.cached
         self._drafts[index] = event.drafts
-        return Update(index, choice, event, choice.push(event))
+        pieces = choice.push(event)
+        return Update(index, choice, event, pieces, choice.reply.call_pieces() if choice.finish else [])
 
     def drafts(self) -> list[Acceptance]:
         """How the drafts of all choices fared, by depth."""

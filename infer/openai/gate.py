@@ -15,7 +15,9 @@ from v4_jax.infer.openai.request_log import Record
 SALT = "v4_jax.prefix_salt"  # in a request's scope: what its key's prompts are kept apart by
 RECORD = "v4_jax.record"  # in a request's scope: its line of the log
 
-_SHORT = re.compile(r"/(chat/completions|completions|models)(/|$)")  # what clients ask that know no /v1
+_SHORT = re.compile(
+    r"/(chat/completions|completions|responses|messages|models)(/|$)"
+)  # what clients ask that know no /v1
 
 
 class Gate:
@@ -58,8 +60,8 @@ class Gate:
         try:
             key = self._key(scope)
             if self._keys and scope["path"].startswith("/v1/") and key is None:
-                error = ApiError(401, "the key is missing or unknown; expected Authorization: Bearer KEY", code="key")
-                record.error = error
+                said = "the key is missing or unknown; expected Authorization: Bearer KEY, or x-api-key: KEY"
+                record.error = error = ApiError(401, said, code="key")
                 await self._refusal(scope["path"], error)(scope, receive, counting)
                 return
             scope[SALT] = b"" if key is None or self._share else hashlib.sha256(key.encode()).digest()
@@ -72,8 +74,10 @@ class Gate:
 
     def _key(self, scope: Scope) -> str | None:
         """The key that a request has; None without one that is known."""
-        header = dict(scope["headers"]).get(b"authorization", b"")
-        scheme, _, key = header.partition(b" ")
+        headers = dict(scope["headers"])
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        if b"authorization" not in headers:  # as Anthropic's clients send it
+            scheme, key = b"bearer", headers.get(b"x-api-key", b"")
         # All are compared: no early exit.
         found = [legal for legal in self._keys if hmac.compare_digest(key.strip(), legal.encode())]
         return found[0] if found and scheme.lower() == b"bearer" else None

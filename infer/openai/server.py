@@ -1,6 +1,8 @@
-"""OpenAI's API over HTTP: chat completions, completions and models, streamed or whole.
+"""OpenAI's API over HTTP, and Anthropic's: answers, streamed or whole, and models.
 
-POST /v1/chat/completions, /v1/completions      GET /v1/models, /health, /metrics, /openapi.json
+POST /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages
+
+GET /v1/models, /health, /metrics, /openapi.json
 
 Paths may do without their /v1.
 """
@@ -23,6 +25,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from v4_jax.infer.anthropic.answer import MESSAGES
 from v4_jax.infer.openai.answers import CHAT, TEXT
 from v4_jax.infer.openai.api import Api, ApiError, Question
 from v4_jax.infer.openai.bodies import BodyError
@@ -32,10 +35,11 @@ from v4_jax.infer.openai.json_text import JsonError, read_json
 from v4_jax.infer.openai.metrics import Metrics
 from v4_jax.infer.openai.openapi import openapi
 from v4_jax.infer.openai.request_log import LOG, Record, report
+from v4_jax.infer.openai.responses_answer import RESPONSES
 from v4_jax.infer.openai.running import Running, open_stream, overloaded, too_slow, unless_gone
 from v4_jax.infer.openai.service import Service
 
-APIS = {api.path: api for api in (CHAT, TEXT)}
+APIS = {api.path: api for api in (CHAT, TEXT, RESPONSES, MESSAGES)}
 _READ = ("/v1/models", "/health", "/metrics", "/openapi.json")
 
 

@@ -213,6 +213,7 @@ class StreamSplitter:
         thinking_mode: The mode of the prompt; "thinking" begins with reasoning, "chat" with content.
 
     Attributes:
+        kind: Of the text that comes next, as far as is known.
         ended: Whether EOS was seen. What is fed after it is not part of the reply and is ignored.
 
     Raises:
@@ -221,7 +222,7 @@ class StreamSplitter:
 
     def __init__(self, thinking_mode: str) -> None:
         protocol.check_thinking_mode(thinking_mode)
-        self._kind = "reasoning" if thinking_mode == "thinking" else "content"
+        self.kind = "reasoning" if thinking_mode == "thinking" else "content"
         self._held = ""
         self.ended = False
 
@@ -232,27 +233,27 @@ class StreamSplitter:
         pieces: list[tuple[str, str]] = []
         text = self._held + text
         while not self.ended:
-            markers = _MARKERS[self._kind]
+            markers = _MARKERS[self.kind]
             at, marker = min(((text.find(m), m) for m in markers if m in text), default=(-1, ""))
             if not marker:
                 break
-            pieces.append((self._kind, text[:at]))
+            pieces.append((self.kind, text[:at]))
             text = text[at + len(marker) :]
             following = markers[marker]
             if following is None:
                 self.ended, text = True, ""
             else:
-                self._kind = following
+                self.kind = following
                 if following == "tool_calls":
                     text = marker.lstrip("\n") + text  # the block keeps its tag
-        self._held = "" if self.ended else _possible_marker(text, _MARKERS[self._kind])
-        pieces.append((self._kind, text.removesuffix(self._held)))
+        self._held = "" if self.ended else _possible_marker(text, _MARKERS[self.kind])
+        pieces.append((self.kind, text.removesuffix(self._held)))
         return [(kind, piece) for kind, piece in pieces if piece]
 
     def finish(self) -> list[tuple[str, str]]:
         """Returns what was still held back, of the current kind: nothing follows that could make it a marker."""
         piece, self._held = self._held, ""
-        return [(self._kind, piece)] if piece else []
+        return [(self.kind, piece)] if piece else []
 
 
 def _possible_marker(text: str, markers: dict[str, str | None]) -> str:

@@ -13,81 +13,18 @@ import openai
 import pytest
 import schemathesis
 import starlette.testclient
-import uvicorn
 from hypothesis import HealthCheck, given, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from tests.models import two
+from tests.infer.serving import HELLO, LENGTH, MOST, SLOTS, Slow, serving, until
 from v4_jax import chat
 from v4_jax.infer.engine.requests import Request
-from v4_jax.infer.engine.sampling import Sampling
-from v4_jax.infer.engine.scheduler import Engine
-from v4_jax.infer.openai.completions import Defaults, Model
-from v4_jax.infer.openai.connections import ConnectionLimits, http_protocol
+from v4_jax.infer.openai.connections import ConnectionLimits
 from v4_jax.infer.openai.request_log import report
 from v4_jax.infer.openai.server import Limits, make_app
 from v4_jax.infer.openai.service import Overloaded, Service, ServiceDown
-from v4_jax.tokenizer import ByteTokenizer
 
 JSON = {"Content-Type": "application/json"}
-HELLO = [{"role": "user", "content": "Hello"}]
-SLOTS, LENGTH, MOST = 2, 1536, 4
-
-
-@pytest.fixture(scope="module")
-def parts():
-    tiny = two()
-    engine = Engine(
-        tiny.config,
-        tiny.params,
-        slots=SLOTS,
-        max_length=LENGTH,
-        prefill_chunk=32,
-        policy="float32",
-        cache_dtype="float32",
-    )
-    engine.compile()
-    defaults = Defaults(Sampling(), (tiny.config.eos_token_id,), 8)
-    return engine, Model("tiny", tiny.config, ByteTokenizer(320), defaults, LENGTH, SLOTS)
-
-
-@contextlib.contextmanager
-def serving(parts, connections=None, **options):
-    """A running server: its address and its service."""
-    service = Service(parts[0], MOST)
-    app = make_app(service, parts[1], **options)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app, http=http_protocol(connections or ConnectionLimits()), port=0, log_level="error", lifespan="on"
-        )
-    )
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", service
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
-@pytest.fixture(scope="module")
-def served(parts):
-    with serving(parts) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(served):
-    return openai.OpenAI(base_url=f"{served[0]}/v1", api_key="none", max_retries=0)
-
-
-def until(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_models(client):
@@ -410,20 +347,6 @@ def test_keys(parts):
         assert httpx.get(f"{address}/health").json() == {"status": "ok"}
 
 
-class Slow:
-    """An engine that takes its time."""
-
-    def __init__(self, engine):
-        self._engine = engine
-
-    def __getattr__(self, name):
-        return getattr(self._engine, name)
-
-    def round(self):
-        time.sleep(0.02)
-        return self._engine.round()
-
-
 def test_a_silent_stream_says_that_it_is_there(parts):
     """Before its first token, and where what is generated cannot be shown yet; what goes wrong later is an event."""
 
@@ -612,7 +535,10 @@ def test_closing_fails_what_is_left(parts):
 # A legal body may still not fit the model.
 LEFT_OUT = [positive_data_acceptance]
 
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{model}", "/health", "/metrics")
+PATHS = (
+    *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"),
+    *("/v1/models", "/v1/models/{model}", "/health", "/metrics"),
+)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -625,8 +551,9 @@ def test_the_page_holds(served, path):
         @given(case=operation.as_strategy())
         @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
         def holds(case):
-            if isinstance(case.body, dict) and isinstance(case.body.get("max_tokens"), int):
-                case.body["max_tokens"] = min(case.body["max_tokens"], 3)
+            for name in ("max_tokens", "max_output_tokens"):
+                if isinstance(case.body, dict) and isinstance(case.body.get(name), int):
+                    case.body[name] = min(case.body[name], 3)
             case.call_and_validate(excluded_checks=LEFT_OUT)
 
         holds()
