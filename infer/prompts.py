@@ -42,11 +42,13 @@ class Prompt(NamedTuple):
       thinking_mode: what the model goes on with, in the chat format's words: "thinking" with its reasoning, "chat" with
         its answer; None for plain text.
       opening: tokens that the answer begins with, after any reasoning.
+      begun: whether its first token was put in front of what was given.
     """
 
     ids: list[int]
     thinking_mode: str | None = None
     opening: Sequence[int] = ()
+    begun: bool = False
 
 
 def plain_ids(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -113,6 +113,10 @@ class Reply:
         """Whether what comes next belongs to the reasoning."""
         return self._splitter is not None and self._splitter.kind == "reasoning"
 
+    def echo(self, token: int) -> list[Piece]:
+        """The pieces that a token of the prompt makes certain, where that is a part of the reply: it stops nothing."""
+        return self._keep("content", self._stream.push(token))
+
     def push(self, token: int) -> list[Piece]:
         """The pieces that a token makes certain."""
         return [] if self.stopped else self._split(self._stream.push(token))
@@ -188,6 +192,7 @@ class Sample:
       events: its tokens.
       finish: "stop", "length" or "error" once it has ended.
       reasoning_tokens: of its tokens, those of the reasoning, which come first.
+      echoed: how many of its first tokens are the prompt's.
     """
 
     reply: Reply
@@ -195,6 +200,7 @@ class Sample:
     events: list[Event] = dataclasses.field(default_factory=list)
     finish: Finish | None = None
     reasoning_tokens: int = 0
+    echoed: int = 0
 
     def push(self, event: Event) -> list[Piece]:
         """Takes a token and returns the pieces that it makes certain."""
@@ -202,11 +208,19 @@ class Sample:
         self.reasoning_tokens += self.reply.reasoning
         # A text also stops where its grammar leaves nothing to add: that token is a part of it.
         said = event.finish != "error" and event.id not in self.stop_ids
-        pieces = self.reply.push(event.id) if said else []
+        if len(self.events) <= self.echoed:
+            pieces = self.reply.echo(event.id)
+        else:
+            pieces = self.reply.push(event.id) if said else []
         if event.finish or self.reply.stopped:
             pieces += self.reply.finish()
             self.finish = "stop" if self.reply.stopped else event.finish
         return pieces
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens that were generated so far."""
+        return max(0, len(self.events) - self.echoed)
 
     @property
     def cut(self) -> bool:

@@ -61,7 +61,7 @@ class Answer:
                 said["tool_calls"] = [{"index": i, **call} for i, call in enumerate(written["tool_calls"])]
             if "unparsed_tool_calls" in written:
                 said["unparsed_tool_calls"] = written["unparsed_tool_calls"]
-        logprobs = self._logprobs([update.event])
+        logprobs = self._logprobs(update.number, [update.event], first=len(choice.events) == 1)
         if said or finish or logprobs:
             common = {"index": update.number, "finish_reason": finish, "logprobs": logprobs}
             yield self._chunk(common | ({"delta": said} if self._chat else {"text": said.get("content", "")}))
@@ -88,13 +88,19 @@ class Answer:
     def _choice(self, number: int, choice: Sample) -> dict[str, Any]:
         written = choice.reply.message()
         finish = self._completion.finish_reason(choice)
-        common = {"index": number, "finish_reason": finish, "logprobs": self._logprobs(choice.events)}
+        common = {"index": number, "finish_reason": finish, "logprobs": self._logprobs(number, choice.events)}
         if self._chat:
             return common | {"message": {"role": "assistant", **written}}
         return common | {"text": written["content"]}
 
-    def _logprobs(self, events: Sequence[Event]) -> dict[str, Any] | None:
-        """Log-probabilities of tokens, in the form of the body's kind; None if they are not asked for."""
+    def _logprobs(self, number: int, events: Sequence[Event], *, first: bool = True) -> dict[str, Any] | None:
+        """Log-probabilities of tokens of a choice, in the form of the body's kind; None if they are not asked for.
+
+        Args:
+          number: of the choice.
+          events: the tokens.
+          first: whether they are its first ones.
+        """
         if not self._body.wants_logprobs:
             return None
         if self._chat:
@@ -106,6 +112,8 @@ class Answer:
         }
         if self._body.alternatives:
             found["top_logprobs"] = [{name(id): value for id, value in event.alternatives} for event in events]
+        if first and (echoed := self._completion.first_echoed(number)) is not None:
+            found = {key: [name(echoed) if key == "tokens" else None, *values] for key, values in found.items()}
         return found
 
 

@@ -175,8 +175,9 @@ class CompletionBody(Body):
     """A text to continue, or its token ids, which are taken as they are; or a list of texts or of lists of ids."""
 
     prompt: str | Tokens | Prompts[str] | Prompts[Tokens]
+    max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
-    echo: Literal[False] | None = None
+    echo: bool | None = None
     suffix: str | None = None
     best_of: int | None = Field(None, ge=1, le=MOST_SAMPLES)
 
@@ -345,6 +346,8 @@ def _check_together(body: ChatBody | CompletionBody) -> None:
             raise BodyError("top_logprobs is for log-probabilities; expected logprobs true beside it", "top_logprobs")
         body.check_thinking()
         return
+    if body.max_tokens == 0 and not body.echo:
+        raise BodyError("max_tokens is 0; expected at least 1, or echo true beside it", "max_tokens")
     if body.suffix:
         raise BodyError(
             "suffix is not supported: this model continues texts and fills no gaps; expected null", "suffix"

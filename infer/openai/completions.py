@@ -123,15 +123,25 @@ class Completion:
         self.body, self.model = body, model
         self.requests: list[Request] = []
         self.choices: list[Sample] = []
+        echo = isinstance(body, CompletionBody) and bool(body.echo)
+        self._echoes_first: list[bool] = []  # of each prompt, whether its first token is a part of the answer
         for number, prompt in enumerate(_encode_prompts(body, model)):
+            check_ids(prompt.ids, model.config)
             request = self._request(prompt, (seed + number * self._each) % 2**32, salt)
             # The next turn of a conversation has another prompt; the same line of a job, run again, has the same calls.
             ids = np.asarray(prompt.ids, "<i4").tobytes()
             origin = hashlib.sha256(ids + b"%d" % request.sampling.seed).digest()
-            stops = request.stops(model.config)
+            stops, echoed = request.stops(model.config), 0
+            if echo:
+                request, echoed = _echoing(request), len(prompt.ids) - 1
             self.requests.append(request)
+            self._echoes_first.append(echo and not prompt.begun)
             self.choices += [
-                Sample(Reply(model.tokenizer, body.stops, prompt.thinking_mode, origin + b"/%d" % sample), stops)
+                Sample(
+                    Reply(model.tokenizer, body.stops, prompt.thinking_mode, origin + b"/%d" % sample),
+                    stops,
+                    echoed=echoed,
+                )
                 for sample in range(self._each)
             ]
         self._cached: dict[int, int] = {}  # by prompt
@@ -141,14 +151,13 @@ class Completion:
     def _request(self, prompt: Prompt, seed: int, salt: bytes) -> Request:
         body, model = self.body, self.model
         defaults = model.defaults
-        check_ids(prompt.ids, model.config)
         thinks, budget = prompt.thinking_mode == "thinking", None
         if thinks and isinstance(body, ChatBody) and body.thinking:
             budget = body.thinking.budget_tokens
         room = model.max_length - len(prompt.ids)
         return Request(
             prompt.ids,
-            max_tokens=body.limit or max(1, min(defaults.max_tokens, room)),
+            max_tokens=max(1, min(defaults.max_tokens, room)) if body.limit is None else body.limit,
             sampling=_sampling(body, dataclasses.replace(defaults.sampling, seed=seed)),
             stop_ids=defaults.stop_ids,
             n=self._each,
@@ -173,7 +182,8 @@ class Completion:
     @property
     def prompt_tokens(self) -> int:
         """Tokens of the prompts, all together."""
-        return sum(len(request.prompt) for request in self.requests)
+        echoed = sum(choice.echoed for choice in self.choices[:: self._each])
+        return sum(len(request.prompt) for request in self.requests) + echoed
 
     @property
     def cached(self) -> int:
@@ -183,7 +193,13 @@ class Completion:
     @property
     def new_tokens(self) -> int:
         """Tokens generated so far, all choices together."""
-        return sum(len(choice.events) for choice in self.choices)
+        return sum(choice.new_tokens for choice in self.choices)
+
+    def first_echoed(self, number: int) -> int | None:
+        """The token that a choice's own follow in its answer, if it shows the first one of its prompt, which has no
+        log-probability."""
+        prompt = number // self._each
+        return self.requests[prompt].prompt[0] if self._echoes_first[prompt] else None
 
     @property
     def reasoning_tokens(self) -> int:
@@ -196,7 +212,10 @@ class Completion:
         choice = self.choices[index]
         self._cached[event.request] = event.cached
         self._drafts[index] = event.drafts
-        pieces = choice.push(event)
+        pieces: list[Piece] = []
+        if not choice.events and (first := self.first_echoed(index)) is not None:
+            pieces += choice.reply.echo(first)
+        pieces += choice.push(event)
         return Update(index, choice, event, pieces, choice.reply.call_pieces() if choice.finish else [])
 
     def drafts(self) -> list[Acceptance]:
@@ -219,6 +238,23 @@ class Completion:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
 
 
+def _echoing(request: Request) -> Request:
+    """A request whose samples begin with what its prompt says after its first token, to learn how probable that is.
+
+    Raises:
+      ValueError: that would change what follows, or there is nothing to say.
+    """
+    for name in ("frequency_penalty", "presence_penalty"):
+        if getattr(request.sampling, name):
+            raise BodyError(f"{name} counts what is generated, which echo would change; expected 0 beside echo", name)
+    first, *others = request.prompt
+    if not others and not request.max_tokens:
+        raise BodyError(
+            "max_tokens is 0 and the prompt one token, before which nothing stands; expected more", "prompt"
+        )
+    return dataclasses.replace(request, prompt=[first], opening=others, max_tokens=len(others) + request.max_tokens)
+
+
 def _encode_prompts(body: ChatBody | CompletionBody, model: Model) -> Iterator[Prompt]:
     if isinstance(body, ChatBody):
         yield _encode_chat(body, model)
@@ -226,7 +262,11 @@ def _encode_prompts(body: ChatBody | CompletionBody, model: Model) -> Iterator[P
     for prompt in body.prompts:
         if not prompt:
             raise BodyError("prompt is empty; expected some text", "prompt")
-        yield Prompt(plain_ids(model.tokenizer, prompt) if isinstance(prompt, str) else prompt)
+        if isinstance(prompt, str):
+            ids = plain_ids(model.tokenizer, prompt)
+            yield Prompt(ids, begun=len(ids) > len(model.tokenizer.encode(prompt)))
+        else:
+            yield Prompt(prompt)
 
 
 def _encode_chat(body: ChatBody, model: Model) -> Prompt:

@@ -124,7 +124,8 @@ class Running:
             await self.aclose()
             raise ApiError(500, failure, kind="server_error", code="not_finite")
         self.duration = time.monotonic() - self._begun
-        self._metrics.generated_tokens.inc()
+        if self._newest.choice.new_tokens:
+            self._metrics.generated_tokens.inc()
         return self._newest
 
 

@@ -3,30 +3,13 @@
 import openai
 import pytest
 
-from tests.infer.serving import LENGTH, SLOTS, serving
-from tests.models import two
-from v4_jax.infer.engine.sampling import Sampling
-from v4_jax.infer.engine.scheduler import Engine
-from v4_jax.infer.openai.completions import Defaults, Model
+from tests.infer.serving import serving, small_parts
 from v4_jax.tokenizer import ByteTokenizer
 
 
 @pytest.fixture(scope="session")
 def parts():
-    """An engine, and what it serves."""
-    tiny = two()
-    engine = Engine(
-        tiny.config,
-        tiny.params,
-        slots=SLOTS,
-        max_length=LENGTH,
-        prefill_chunk=32,
-        policy="float32",
-        cache_dtype="float32",
-    )
-    engine.compile()
-    defaults = Defaults(Sampling(), (tiny.config.eos_token_id,), 8)
-    return engine, Model("tiny", tiny.config, ByteTokenizer(320), defaults, LENGTH, SLOTS)
+    return small_parts(ByteTokenizer(320))
 
 
 @pytest.fixture(scope="module")

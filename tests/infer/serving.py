@@ -6,13 +6,34 @@ import time
 
 import uvicorn
 
+from tests.models import two
 from v4_jax.infer.engine.requests import Event
+from v4_jax.infer.engine.sampling import Sampling
+from v4_jax.infer.engine.scheduler import Engine
+from v4_jax.infer.openai.completions import Defaults, Model
 from v4_jax.infer.openai.connections import ConnectionLimits, http_protocol
 from v4_jax.infer.openai.server import make_app
 from v4_jax.infer.openai.service import Service
 
 HELLO = [{"role": "user", "content": "Hello"}]
 SLOTS, LENGTH, MOST = 2, 1536, 4
+
+
+def small_parts(tokenizer):
+    """An engine, and what it serves."""
+    tiny = two()
+    engine = Engine(
+        tiny.config,
+        tiny.params,
+        slots=SLOTS,
+        max_length=LENGTH,
+        prefill_chunk=32,
+        policy="float32",
+        cache_dtype="float32",
+    )
+    engine.compile()
+    defaults = Defaults(Sampling(), (tiny.config.eos_token_id,), 8)
+    return engine, Model("tiny", tiny.config, tokenizer, defaults, LENGTH, SLOTS)
 
 
 @contextlib.contextmanager

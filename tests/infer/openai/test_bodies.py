@@ -55,7 +55,8 @@ def test_limits_and_stops():
         ([], "the body is a list; expected an object", None),
         ({}, 'the body has neither "messages" nor "prompt"', None),
         ({"prompt": "x", "foo": 1}, "foo is not supported; legal fields are ", "foo"),
-        ({"prompt": "x", "echo": True}, "echo is True: input should be False", "echo"),
+        ({"prompt": "x", "echo": 1}, "echo is 1: input should be a valid boolean", "echo"),
+        ({"prompt": "x", "max_tokens": 0}, "max_tokens is 0; expected at least 1, or echo true", "max_tokens"),
         ({"prompt": "x", "suffix": "y"}, "suffix is not supported: ", "suffix"),
         ({"prompt": "x", "best_of": 2}, "best_of is 2 and n 1; ", "best_of"),
         ({"prompt": ["x", [1]]}, "prompt is ['x', [1]]: ", "prompt"),
@@ -165,6 +166,19 @@ def test_each_of_several_prompts_is_a_request():
     update = together.push(Event(1, 1, 65, -0.5, "length"))
     assert update.number == 3 and Answer(together, "x").answer()["choices"][3]["text"] == ">"
     assert usage(together)["prompt_tokens"] == sum(len(one.prompt) for one in alone)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"frequency_penalty": 1}, "frequency_penalty counts what is generated, which echo would change"),
+        ({"prompt": [5], "max_tokens": 0}, "max_tokens is 0 and the prompt one token"),
+    ],
+)
+def test_an_echo_that_would_say_something_else_is_refused(fields, sentence):
+    model = Model("tiny", two().config, ByteTokenizer(320), Defaults(Sampling(), (1,), 8), 2048)
+    with pytest.raises(BodyError, match=sentence):
+        Completion(read_body({"prompt": "x", "echo": True} | fields), model, 0)
 
 
 def test_samples_are_counted_before_anything_is_made():

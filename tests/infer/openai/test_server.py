@@ -9,6 +9,7 @@ import threading
 import time
 
 import httpx
+import numpy as np
 import openai
 import pytest
 import schemathesis
@@ -17,12 +18,14 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from tests.infer.serving import HELLO, LENGTH, MOST, SLOTS, Slow, serving, until
+from tests.models import two
 from v4_jax import chat
 from v4_jax.infer.engine.requests import Request
 from v4_jax.infer.openai.connections import ConnectionLimits
 from v4_jax.infer.openai.request_log import report
 from v4_jax.infer.openai.server import Limits, make_app
 from v4_jax.infer.openai.service import Overloaded, Service, ServiceDown
+from v4_jax.infer.score import Scorer, TextToScore
 
 JSON = {"Content-Type": "application/json"}
 
@@ -89,6 +92,36 @@ def test_several_texts_are_each_continued(client):
     assert text == [choice.text for choice in whole.choices]
     with pytest.raises(openai.BadRequestError, match="token id 9999 is outside"):
         client.completions.create(prompt=[[5], [9999]], **asked)
+
+
+def test_an_echo_says_how_probable_the_prompt_is(client, parts):
+    """As scored by the model itself, whatever stop ids are in it, and what follows is what follows without an echo."""
+    config, params = two().config, two().params
+    ids = [0, *parts[1].tokenizer.encode("Hello"), config.eos_token_id, *parts[1].tokenizer.encode("lo!")]
+    scorer = Scorer(config, longest=len(ids), policy="float32", cache_dtype="float32", batch=1, chunk=32)
+    [score] = scorer.score(params, [TextToScore(1, ids)])
+    asked = dict(model="tiny", prompt=ids, max_tokens=3, temperature=1, seed=5, logit_bias={1: -100})
+    plain = client.completions.create(**asked).choices[0]
+    for echoed in (
+        client.completions.create(**asked, echo=True, logprobs=1, stop="lo!"),
+        client.completions.create(**asked | {"max_tokens": 0}, echo=True, logprobs=1),
+    ):
+        choice, found = echoed.choices[0], echoed.choices[0].logprobs
+        new = echoed.usage.completion_tokens
+        assert echoed.usage.prompt_tokens == len(ids) and len(found.tokens) == len(ids) + new and new in (0, 3)
+        assert choice.text == parts[1].tokenizer.decode(ids) + (plain.text if new else "")
+        assert found.token_logprobs[0] is None and found.top_logprobs[0] is None and choice.finish_reason == "length"
+        values = np.asarray(found.token_logprobs[1 : len(ids)])
+        np.testing.assert_allclose(values, score.logprobs, rtol=0, atol=1e-4)
+    text, tokens = "", []
+    for chunk in client.completions.create(**asked, echo=True, logprobs=1, stream=True):
+        text += chunk.choices[0].text
+        tokens += chunk.choices[0].logprobs.tokens
+    assert text == parts[1].tokenizer.decode(ids) + plain.text and len(tokens) == len(ids) + 3
+    # Of a text, what was given alone: each of its tokens comes after the one that begins a text.
+    given = client.completions.create(model="tiny", prompt="Hello", max_tokens=0, echo=True, logprobs=0).choices[0]
+    assert given.text == "Hello" and given.logprobs.tokens == list("Hello")
+    np.testing.assert_allclose(given.logprobs.token_logprobs, score.logprobs[:5], rtol=0, atol=1e-4)
 
 
 def test_a_stop_string_ends_an_answer(client):
@@ -408,7 +441,7 @@ def test_each_request_has_a_line_without_its_prompt(parts, caplog):
             next(iter(stream))
         httpx.get(f"{address}/no%0Apath")
         until(lambda: service.active == 0 and parts[0].idle)
-    lines = caplog.messages
+    lines = [line for line in caplog.messages if not line.startswith("reads ")]
     assert "secret" not in " ".join(lines) and all("\n" not in line for line in lines)
     for line, expected in zip(
         lines,
