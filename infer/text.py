@@ -86,22 +86,31 @@ class Reply:
       stops: strings that end the reply where they occur in its content.
       thinking_mode: the chat prompt's; None for plain continuation, which is all "content".
       origin: what tells this reply from others of a conversation; its calls' ids follow from it.
+      one_call: whether it ends with its first call of a tool.
 
     Attributes:
       text: what the model wrote so far, by kind.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stops: Sequence[str], thinking_mode: str | None, origin: bytes = b""
+        self,
+        tokenizer: Tokenizer,
+        stops: Sequence[str],
+        thinking_mode: str | None,
+        origin: bytes = b"",
+        one_call: bool = False,
     ) -> None:
         self._stream, self._stops, self._origin = tokenizer.stream(), StopStrings(stops), origin
         self._splitter = chat.StreamSplitter(thinking_mode) if thinking_mode else None
+        self._calls, self._one_call = chat.CallStream(), one_call
+        self._streamed: list[tuple[str, str]] = []  # the calls that were said of the block so far: name and arguments
+        self._new_calls: list[CallPiece] = []
         self.text: dict[str, str] = {}
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string was met."""
-        return self._stops.stopped
+        """Whether it is over before the model ends it: a stop string was met, or the one call is there."""
+        return self._stops.stopped or (self._one_call and self._calls.complete > 0)
 
     @property
     def stop_string(self) -> str | None:
@@ -143,18 +152,47 @@ class Reply:
             found["reasoning_content"] = reasoning
         if block := self.text.get("tool_calls"):
             calls, unparsed, _ = chat.read_tool_calls(block)
+            calls = calls[:1] if self._one_call else calls
             if calls:
                 found["tool_calls"] = [{"id": self._call_id(number), **call} for number, call in enumerate(calls)]
             if unparsed:
                 found["unparsed_tool_calls"] = unparsed
         return found
 
-    def call_pieces(self) -> list[CallPiece]:
-        """The calls, once the reply is finished."""
-        return [
-            CallPiece(number, call["id"], call["function"]["name"], call["function"]["arguments"])
-            for number, call in enumerate(self.message().get("tool_calls", ()))
-        ]
+    def take_calls(self, *, final: bool) -> list[CallPiece]:
+        """What is new of the calls, at most one piece for each.
+
+        Args:
+          final: whether the reply is finished: then calls that were not followed while they were written come, too. One
+            that cannot be read after all stays as it is, and is a part of what the message has unparsed.
+        """
+        if final:
+            after = 0
+            for call in self.message().get("tool_calls", ()):
+                name, arguments = call["function"]["name"], call["function"]["arguments"]
+                places = range(after, len(self._streamed))
+                same = (
+                    i for i in places if self._streamed[i][0] == name and arguments.startswith(self._streamed[i][1])
+                )
+                place = next(same, len(self._streamed))
+                begun = place < len(self._streamed)
+                rest = arguments.removeprefix(self._streamed[place][1]) if begun else arguments
+                self._add_call(place, None if begun else name, rest)
+                after = place + 1
+        found: dict[int, CallPiece] = {}
+        for piece in self._new_calls:
+            before = found.get(piece.number)
+            found[piece.number] = before._replace(arguments=before.arguments + piece.arguments) if before else piece
+        self._new_calls = []
+        return list(found.values())
+
+    def _add_call(self, number: int, name: str | None, arguments: str) -> None:
+        if name is not None:
+            self._streamed.append((name, ""))
+        elif not arguments:
+            return
+        self._streamed[number] = self._streamed[number][0], self._streamed[number][1] + arguments
+        self._new_calls.append(CallPiece(number, self._call_id(number), name, arguments))
 
     def _call_id(self, number: int) -> str:
         return "call_" + hashlib.sha256(self._origin + b"/%d" % number).hexdigest()[:24]
@@ -179,6 +217,11 @@ class Reply:
         if not text:
             return []
         self.text[kind] = self.text.get(kind, "") + text
+        if kind == "tool_calls":
+            for delta in self._calls.feed(text):
+                self._add_call(*delta)
+            if self.stopped:  # what begins another call
+                self.text[kind] = self.text[kind].removesuffix(self._calls.unread)
         return [(kind, text)]
 
 

@@ -80,6 +80,7 @@ class MessagesAnswer:
             "cache_read_input_tokens": completion.cached,
             "cache_creation_input_tokens": 0,
             "output_tokens": completion.new_tokens,
+            "output_tokens_details": {"thinking_tokens": completion.reasoning_tokens},
         }
 
 

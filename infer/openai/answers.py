@@ -14,7 +14,7 @@ from v4_jax.infer.engine.requests import Event
 from v4_jax.infer.openai.api import Api, ApiError, Question, openai_error, server_sent
 from v4_jax.infer.openai.bodies import ChatBody, read_body
 from v4_jax.infer.openai.completions import Completion, Update
-from v4_jax.infer.text import Sample
+from v4_jax.infer.text import CallPiece, Sample
 
 _STREAMED = {"content": "content", "reasoning": "reasoning_content"}  # kinds of text that come as they are written
 
@@ -47,20 +47,17 @@ class Answer:
                 yield self._chunk({"index": number, "delta": said, "finish_reason": None, "logprobs": None})
 
     def update(self, update: Update) -> Iterator[bytes]:
-        """A chunk, if there is something to say. Tool calls come whole, when all of them are certain."""
+        """A chunk, if there is something to say."""
         choice = update.choice
         said: dict[str, Any] = {}
         for kind, text in update.pieces:
             if text and (name := _STREAMED.get(kind)):
                 said[name] = said.get(name, "") + text
-        finish = None
-        if choice.finish:
-            written = choice.reply.message()
-            finish = self._completion.finish_reason(choice)
-            if "tool_calls" in written:
-                said["tool_calls"] = [{"index": i, **call} for i, call in enumerate(written["tool_calls"])]
-            if "unparsed_tool_calls" in written:
-                said["unparsed_tool_calls"] = written["unparsed_tool_calls"]
+        if update.calls:
+            said["tool_calls"] = [_call(piece) for piece in update.calls]
+        finish = self._completion.finish_reason(choice)
+        if finish and (unparsed := choice.reply.message().get("unparsed_tool_calls")):
+            said["unparsed_tool_calls"] = unparsed
         logprobs = self._logprobs(update.number, [update.event], first=len(choice.events) == 1)
         if said or finish or logprobs:
             common = {"index": update.number, "finish_reason": finish, "logprobs": logprobs}
@@ -117,6 +114,14 @@ class Answer:
         return found
 
 
+def _call(piece: CallPiece) -> dict[str, Any]:
+    """What a stream says of a call."""
+    if piece.name is None:
+        return {"index": piece.number, "function": {"arguments": piece.arguments}}
+    called = {"name": piece.name, "arguments": piece.arguments}
+    return {"index": piece.number, "id": piece.id, "type": "function", "function": called}
+
+
 def token_logprobs(completion: Completion, event: Event) -> dict[str, Any]:
     """A token's log-probability, and those of the most probable ones in its place, as chats have them."""
 
@@ -148,6 +153,7 @@ def usage(completion: Completion) -> dict[str, Any]:
         "prompt_cache_miss_tokens": prompt - cached,
         "prompt_tokens_details": {"cached_tokens": cached},
         "completion_tokens_details": {
+            "reasoning_tokens": completion.reasoning_tokens,
             "accepted_prediction_tokens": accepted,
             "rejected_prediction_tokens": offered - accepted,
             "drafts_by_position": [one._asdict() for one in drafts],

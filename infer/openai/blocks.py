@@ -71,13 +71,16 @@ class GrowingBlocks:
 
     def update(self, update: Update) -> Iterator[Step]:
         """What a token does to them."""
+        for call in update.calls:
+            if call.name is None:
+                yield from self._grow(call.arguments)
         for kind, text in update.pieces:
             if kind in _KINDS:
                 yield from self._add(_KINDS[kind], text)
         for call in update.calls:
             if call.name is not None:
                 yield from self._begin(Block("call", id=call.id, name=call.name))
-            yield from self._grow(call.arguments)
+                yield from self._grow(call.arguments)
         if update.choice.finish:
             message = update.choice.reply.message()
             if message.get("unparsed_tool_calls"):  # is a part of what was said, and read as such when it comes back

@@ -124,6 +124,7 @@ class Completion:
         self.requests: list[Request] = []
         self.choices: list[Sample] = []
         echo = isinstance(body, CompletionBody) and bool(body.echo)
+        one_call = isinstance(body, ChatBody) and body.parallel_tool_calls is False
         self._echoes_first: list[bool] = []  # of each prompt, whether its first token is a part of the answer
         for number, prompt in enumerate(_encode_prompts(body, model)):
             check_ids(prompt.ids, model.config)
@@ -138,7 +139,7 @@ class Completion:
             self._echoes_first.append(echo and not prompt.begun)
             self.choices += [
                 Sample(
-                    Reply(model.tokenizer, body.stops, prompt.thinking_mode, origin + b"/%d" % sample),
+                    Reply(model.tokenizer, body.stops, prompt.thinking_mode, origin + b"/%d" % sample, one_call),
                     stops,
                     echoed=echoed,
                 )
@@ -216,7 +217,7 @@ class Completion:
         if not choice.events and (first := self.first_echoed(index)) is not None:
             pieces += choice.reply.echo(first)
         pieces += choice.push(event)
-        return Update(index, choice, event, pieces, choice.reply.call_pieces() if choice.finish else [])
+        return Update(index, choice, event, pieces, choice.reply.take_calls(final=choice.finish is not None))
 
     def drafts(self) -> list[Acceptance]:
         """How the drafts of all choices fared, by depth."""

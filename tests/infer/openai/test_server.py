@@ -17,9 +17,10 @@ import starlette.testclient
 from hypothesis import HealthCheck, given, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from tests.infer.serving import HELLO, LENGTH, MOST, SLOTS, Slow, serving, until
+from tests.infer.serving import HELLO, LENGTH, MOST, SLOTS, Scripted, Slow, serving, until
 from tests.models import two
 from v4_jax import chat
+from v4_jax.chat.protocol import EOS, THINK_CLOSE
 from v4_jax.infer.engine.requests import Request
 from v4_jax.infer.openai.connections import ConnectionLimits
 from v4_jax.infer.openai.request_log import report
@@ -165,6 +166,38 @@ def test_a_tool_that_must_be_called(client, parts):
     forced = client.chat.completions.create(**asked, tool_choice=chosen, extra_body={"thinking": thinking})
     message = forced.choices[0].message
     assert message.reasoning_content and message.content == "" and message.unparsed_tool_calls.startswith(begun)
+
+
+def test_calls_stream_as_they_are_written(parts):
+    """Arguments piece by piece, under the ids of the whole answer; one call alone where no more are wanted."""
+    text = 'Mind the "gap".\n' * 5
+    parameter = f'<｜DSML｜parameter name="text" string="true">{text}</｜DSML｜parameter>\n'
+    first = chat.begin_tool_call("say") + parameter + "</｜DSML｜invoke>\n"
+    second = chat.begin_tool_call("stop").strip().split("\n")[-1] + "\n\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>"
+    asked = dict(model="tiny", messages=HELLO, max_tokens=500, seed=1)
+    engine = Scripted(parts[1], *[first + second + EOS] * 2, *[f"why{THINK_CLOSE}{first}{second}{EOS}"] * 2)
+    with serving((engine, parts[1])) as (address, service):
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        whole = client.chat.completions.create(**asked).choices[0]
+        assert whole.finish_reason == "tool_calls" and len(whole.message.tool_calls) == 2
+        assert json.loads(whole.message.tool_calls[0].function.arguments) == {"text": text}
+        with client.chat.completions.stream(**asked) as stream:
+            chunks = [event.chunk for event in stream if event.type == "chunk"]
+            final = stream.get_final_completion().choices[0]
+        deltas = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
+        assert len(deltas) > 50 and final.finish_reason == "tool_calls"
+        assert all(isinstance(delta.function.name, str) == bool(delta.id) for delta in deltas)
+        for one, other in zip(final.message.tool_calls, whole.message.tool_calls, strict=True):
+            assert (one.id, one.function.name) == (other.id, other.function.name)
+            assert one.function.arguments == other.function.arguments
+        asked |= dict(parallel_tool_calls=False, reasoning_effort="high")
+        alone = client.chat.completions.create(**asked)
+        [call] = alone.choices[0].message.tool_calls
+        assert call.function.name == "say" and alone.choices[0].finish_reason == "tool_calls"
+        assert alone.usage.completion_tokens_details.reasoning_tokens == 4  # three letters and the end of it
+        *_, last = client.chat.completions.create(**asked, stream=True)
+        assert last.choices[0].finish_reason == "tool_calls"
+        until(lambda: service.active == 0 and engine.idle)
 
 
 def test_an_answer_that_keeps_to_a_schema(client, parts):
