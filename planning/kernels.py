@@ -25,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from v4_jax.planning.hlo import Computation, Instruction, Program
+from v4_jax.planning.turns import with_turns
 
 PATIENCE = 300  # seconds for all kernels that a process is left with; the analysis of some has not been seen to end
 
@@ -35,11 +36,17 @@ _OPTIONS = "--xla_tpu_check_llo_types=false --xla_jf_dump_static_llo_profile_to=
 Likeness = tuple[str, ...]
 
 
-def likeness(computation: Computation, kernel: Instruction) -> Likeness:
-    """What two calls of the same kernel have in common."""
+def likeness(computation: Computation, kernel: Instruction, bounds: int = 0) -> Likeness:
+    """What two calls of the same kernel have in common.
+
+    Args:
+      computation: what the kernel is called in.
+      kernel: the call.
+      bounds: how many sizes of its grid it lacks as operands, because they were given.
+    """
     operands = (shape for name in kernel.operands for shape in computation.instructions[name].shapes)
     shapes = (f"{shape.dtype}{list(shape.dimensions)}" for shape in (*operands, *kernel.shapes))
-    return (kernel.name.partition(".")[0], *shapes)
+    return (kernel.name.partition(".")[0], *["s32[]"] * bounds, *shapes)
 
 
 def cycles(closed: Any, topology: str, mesh: Mesh) -> dict[Likeness, int]:
@@ -52,7 +59,9 @@ def cycles(closed: Any, topology: str, mesh: Mesh) -> dict[Likeness, int]:
     """
     with tempfile.TemporaryDirectory() as folder:
         for number, equation in enumerate(_distinct(closed.jaxpr)):
-            Path(folder, f"{number}.kernel").write_bytes(_exported(equation, mesh))
+            counted = with_turns(equation)
+            bounds = len(equation.invars) - len(counted.invars)
+            Path(folder, f"{number}.{bounds}.kernel").write_bytes(_exported(counted, mesh))
         found = {}
         while list(Path(folder).glob("*.kernel")):
             options = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {_OPTIONS}{folder}"
@@ -126,10 +135,14 @@ def main() -> None:
         shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=place) for aval in kernel.in_avals]
         with jax.sharding.set_mesh(mesh):
             text = jax.jit(kernel.call).lower(*shapes).compile().as_text()
+        bounds = int(path.name.split(".")[1])
         for computation in Program(text or "").computations.values():
             for instruction in computation.instructions.values():
                 if instruction.is_kernel and (counted := _profile(Path(folder), instruction.name)):
-                    print(json.dumps({"likeness": likeness(computation, instruction), "cycles": counted}), flush=True)
+                    print(
+                        json.dumps({"likeness": likeness(computation, instruction, bounds), "cycles": counted}),
+                        flush=True,
+                    )
         path.unlink()
     Path(folder, "begun").unlink(missing_ok=True)
 

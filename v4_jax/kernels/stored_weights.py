@@ -3,6 +3,10 @@
 Decoding bounds a step with few rows. E4M3 goes to the matrix unit as it is, as in `linear/tpu.py`. E2M1 becomes E4M3,
 by integers and four codes at a time, which is exact where the scales of a weight tile lie within a factor of 2^11 of
 one another; where they do not, it becomes bfloat16, two codes at a time.
+
+Few rows are spread: each becomes eight, of which the b-th has the inputs of every eighth block of 32 and zeros. Their
+products with a run of eight blocks are sums over one block each, which are scaled instead of the weights, and E2M1
+becomes E4M3 by a shift.
 """
 
 from __future__ import annotations
@@ -17,11 +21,13 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from v4_jax.kernels.block_scales import LANES, block_lines, by_scaled_rows, product, repeat_lanes
+from v4_jax.kernels.block_scales import LANES, SUBLANES, block_lines, by_scaled_rows, product, repeat_lanes
 from v4_jax.number_formats import E2M1, E4M3, FP4_BLOCK, FP8_BLOCK, BlockScaled, Weight
 
 STRIP = 256  # outputs at a time: the widest matrix unit
 CHUNKS = (1024, 512, 256, 128)  # inputs at a time, the largest that divides K
+SPREAD_ROWS = 16  # are spread at most: eight times as many then fill the matrix unit
+RUN = SUBLANES * FP4_BLOCK[1]  # inputs of eight blocks
 E4M3_RANGE = 11  # binades from the lowest to the highest scale that E2M1 can have in normal E4M3 numbers
 E4M3_SHIFT = 6  # what E2M1 gains in E4M3 under the highest scale, in binades
 
@@ -102,7 +108,31 @@ def tiles(arrays: Sequence[Any], form: Form, columns: int) -> list[Tile]:
     return [codes, Tile((rows, columns), 1) if form.across else Tile((columns, width), 0)]
 
 
-def multiply(rows: Any, tile: Sequence[Any], form: Form, first: Any, store: Callable[[Any, Array], None]) -> None:
+def spread_shape(rows: int, depth: int, form: Form) -> tuple[int, int] | None:
+    """The shape of rows [rows, depth] that `spread` makes for `multiply`; None where they are taken as they are."""
+    if form.block != FP4_BLOCK or rows > SPREAD_ROWS or depth % RUN:
+        return None
+    return rows * SUBLANES, depth
+
+
+def spread(rows: Any, wide: Any) -> None:
+    """Writes rows [M, K] to `wide` [8 M, K]: row 8 m + b has the inputs of blocks b, b + 8, ... of row m.
+
+    Both are references, bfloat16.
+    """
+    count, depth = rows.shape
+    shape = (SUBLANES, RUN)
+    block = jax.lax.broadcasted_iota(jnp.int32, shape, 1) >> (FP4_BLOCK[1].bit_length() - 1)
+    own = block == jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    for k in range(0, depth, RUN):
+        some = rows[:, k : k + RUN].astype(jnp.float32)
+        parts = [jnp.where(own, jnp.broadcast_to(some[m : m + 1], shape), 0.0) for m in range(count)]
+        wide[:, k : k + RUN] = jnp.concatenate(parts, axis=0).astype(wide.dtype)
+
+
+def multiply(
+    rows: Any, tile: Sequence[Any], form: Form, first: Any, store: Callable[[Any, Array], None], wide: Any = None
+) -> None:
     """Multiplies rows by a tile of a weight.
 
     Args:
@@ -111,6 +141,7 @@ def multiply(rows: Any, tile: Sequence[Any], form: Form, first: Any, store: Call
       form: the weight's form.
       first: number of the tile's first output among the weight's.
       store: takes the place (`pl.ds`) of each strip among the tile's outputs, and the products [M, strip] float32.
+      wide: reference of the same rows as `spread` writes them, where `spread_shape` gives a shape.
     """
     codes, *scales = tile
     (count, depth), columns = rows.shape, codes.shape[0]
@@ -167,6 +198,19 @@ def multiply(rows: Any, tile: Sequence[Any], form: Form, first: Any, store: Call
                 lambda k: _as_bfloat16(codes[here, k : k + chunk], repeat_lanes(exponents, FP4_BLOCK[1], k, chunk))
             )
 
+        def spread_out(here: Any, start: Any) -> Array:
+            del start
+            scales = scales_of(here) if form.across else scales_of(here).T  # [K / 32, strip]
+            total = jnp.zeros((SUBLANES * count, strip), jnp.float32)
+            for k in range(0, depth, RUN):
+                line = scales[k // FP4_BLOCK[1] : (k + RUN) // FP4_BLOCK[1]]
+                found = product(wide[:, k : k + RUN], _unscaled_e4m3(codes[here, k : k + RUN]))
+                total += found * jnp.concatenate([line] * count, axis=0)
+            return jnp.sum(total.reshape(count, SUBLANES, strip), axis=1) * 2.0**E4M3_SHIFT
+
+        if wide is not None:
+            each_strip(spread_out)
+            return
         everything = scales_of(slice(None))
         highest, lowest = jnp.max(everything), jnp.min(everything)
         near = (lowest * 2.0**E4M3_RANGE >= highest) & (highest >= 2.0**-100) & (highest <= 2.0**100)
@@ -197,6 +241,16 @@ def _as_e4m3(codes: Array, exponents: Array) -> Array:
     keep = from_half - _shift_right(from_half, 7)
     value = (magnitude + from_one + exponents) & keep
     return pltpu.bitcast(value | (quad & _each(0x80)), E4M3)
+
+
+def _unscaled_e4m3(codes: Array) -> Array:
+    """E2M1 codes [R, C] over 2^6: [R, C] E4M3, exactly.
+
+    Both formats have numbers below their normal ones, so that the exponent and the fraction only move: .5 becomes the
+    half of E4M3's lowest normal number. The matrix unit meets such numbers in released E4M3 weights too.
+    """
+    quad = pltpu.bitcast(pltpu.bitcast(codes, jnp.int4).astype(jnp.int8), jnp.int32)  # with its sign in bits 3 to 7
+    return pltpu.bitcast(((quad << 2) & _each(7 << 2)) | (quad & _each(0x80)), E4M3)
 
 
 def _each(bits: int) -> int:

@@ -22,6 +22,7 @@ from v4_jax.cache.entries import Entries
 from v4_jax.cache.rows import LANES, WORD_CHANNELS, batch_rows
 from v4_jax.kernels.attention.reference import MASKED
 from v4_jax.kernels.memory import kept_in_hbm
+from v4_jax.kernels.turns import about
 from v4_jax.natural import quotient
 from v4_jax.sharding import collectives
 
@@ -222,9 +223,13 @@ def _kernel(
             jnp.zeros((heads, 1)),
             *(jnp.zeros((heads, WORD_CHANNELS)) for _ in range(parts)),
         )
-        state = jax.lax.fori_loop(0, both, at_once, state)
-        jax.lax.fori_loop(both, ahead, ask_next, None)
-        largest, amount, *sums = jax.lax.fori_loop(both, here, attend_alone, state)
+        whole, rest = (slots // ROWS, 1) if count > 1 else (1, slots // ROWS)
+        with about(whole):
+            state = jax.lax.fori_loop(0, both, at_once, state)
+        with about(1):
+            jax.lax.fori_loop(both, ahead, ask_next, None)
+        with about(rest):
+            largest, amount, *sums = jax.lax.fori_loop(both, here, attend_alone, state)
         maximum[pl.ds(query, 1), :] = _across(largest)
         total[pl.ds(query, 1), :] = _across(amount)
         halves = [x[:, half : half + LANES] for half in (0, LANES) for x in sums]
@@ -235,7 +240,8 @@ def _kernel(
         ask(0, 0, chunk)
         return carry
 
-    jax.lax.fori_loop(0, chunks[start], ask_first, None)
+    with about(slots // ROWS):
+        jax.lax.fori_loop(0, chunks[start], ask_first, None)
     jax.lax.fori_loop(0, count, each, None)
 
 

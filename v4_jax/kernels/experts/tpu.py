@@ -33,7 +33,7 @@ from jax.experimental.pallas import tpu as pltpu
 from v4_jax.kernels import stored_weights
 from v4_jax.kernels.block_scales import LANES
 from v4_jax.kernels.memory import kept_in_hbm
-from v4_jax.kernels.stored_weights import Form, Tile, in_memory, multiply, tiles
+from v4_jax.kernels.stored_weights import Form, Tile, in_memory, multiply, spread, spread_shape, tiles
 from v4_jax.number_formats import BlockScaled, Weight, bytes_of
 
 ROWS = 128  # at most: the tile of rows of the grouped product
@@ -98,10 +98,11 @@ def experts(
     forms, arrays = [form for _, form in pairs], [array for arrays, _ in pairs for array in arrays]
     x, arrays = kept_in_hbm(x, arrays, interpret=interpret)
     cut = [tiles(*pair, width) for pair, width in zip(pairs, widths, strict=True)]
+    wide = spread_shape(rows, depth, forms[0]), spread_shape(rows, hidden, forms[2])
     whole = pl.BlockSpec(memory_space=pltpu.VMEM)
     per_expert = sum(w.nbytes if isinstance(w, BlockScaled) else bytes_of(w) for w in weights) // (layers * count)
     return pl.pallas_call(
-        functools.partial(_kernel, forms=forms, cut=cut, limit=limit),
+        functools.partial(_kernel, forms=forms, cut=cut, limit=limit, wide=wide),
         in_specs=[
             *[pl.BlockSpec(memory_space=pltpu.SMEM)] * 2,
             *[whole] * 3,
@@ -115,6 +116,7 @@ def experts(
             pltpu.VMEM((rows, columns), x.dtype),
             pltpu.VMEM((rows, hidden), x.dtype),
             pltpu.SemaphoreType.DMA((2, 2)),
+            *[pltpu.VMEM(shape, x.dtype) for shape in wide if shape],
             *[pltpu.VMEM((2, *tile.shape), a.dtype) for a, tile in zip(arrays, itertools.chain(*cut), strict=True)],
         ],
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_BYTES),
@@ -148,11 +150,16 @@ def _kernel(
     forms: list[Form],
     cut: list[list[Tile]],
     limit: float,
+    wide: Sequence[Any],
 ) -> None:
-    """All visits: `ids` [T, K] are those of `assigned`, for the scalar unit."""
+    """All visits: `ids` [T, K] are those of `assigned`, for the scalar unit; x and the hidden activations are spread to
+    references of the shapes `wide`, where these are not None."""
     sources, others = _apart(rest, cut)
     out, visits, seen, gate, hidden, arrived, *buffers = others
+    wide_x, wide_hidden = (buffers.pop(0) if shape else None for shape in wide)
     places, _ = _apart(buffers, cut)
+    if wide_x is not None:
+        spread(x, wide_x)
     found = _list_visits(ids, visits, seen)
     out[...] = jnp.zeros_like(out)
     (of_hidden, of_outputs) = (tile[0].shape[0] for tile in cut[1:])
@@ -201,8 +208,8 @@ def _kernel(
                 active = jnp.where(chosen, active * weight, 0.0)
                 hidden[:, _shifted(here, first)] = active.astype(hidden.dtype)
 
-            multiply(x, w1, forms[0], first, store_gate)
-            multiply(x, w3, forms[1], first, store_hidden)
+            multiply(x, w1, forms[0], first, store_gate, wide_x)
+            multiply(x, w3, forms[1], first, store_hidden, wide_x)
             return carry
 
         def take_outputs(step: Any, carry: None) -> None:
@@ -214,10 +221,12 @@ def _kernel(
             def add(here: Any, products: Array) -> None:
                 out[:, _shifted(here, first)] += products.astype(x.dtype).astype(jnp.float32)
 
-            multiply(hidden, w2, forms[2], first, add)
+            multiply(hidden, w2, forms[2], first, add, wide_hidden)
             return carry
 
         jax.lax.fori_loop(0, steps[0], take_hidden, None)
+        if wide_hidden is not None:
+            spread(hidden, wide_hidden)
         jax.lax.fori_loop(0, steps[1], take_outputs, None)
         return carry
 

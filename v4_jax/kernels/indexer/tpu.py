@@ -23,6 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.cache.entries import Entries
 from v4_jax.kernels.memory import kept_in_hbm
+from v4_jax.kernels.turns import about
 from v4_jax.layers.visible import Visible
 from v4_jax.natural import quotient
 
@@ -31,6 +32,7 @@ COLUMNS = 512  # keys of a sublane in a step, fewer where there are few keys
 FOLD = 16  # entries of a group at most: 16 maxima fill the depth of a matrix unit when the chosen are packed
 QUERIES = 16  # of a block
 SIDE_BY_SIDE = 4  # queries whose products are taken at once
+ROUNDS = 12  # of a search for a threshold: 4 to 19 with scores of several shapes, 8,192 to 262,144 of them
 SLOTS = 512  # places that are packed at once
 ROOM = 16  # rows of the table beside the entries, for digits
 UNROLLED = 16  # pages that are asked for without a loop
@@ -200,7 +202,7 @@ def _best_entries(
     if scored:
         outputs.append(jax.ShapeDtypeStruct((batch, count + padding, slots), jnp.float32))
     state = (cut.queries, SUBLANES, LANES)
-    found = pl.pallas_call(
+    call = pl.pallas_call(
         functools.partial(
             _kernel, cut=cut, blocks=blocks, top=top, scored=scored, page=page, unroll=1 if interpret else UNROLLED
         ),
@@ -234,7 +236,9 @@ def _best_entries(
         ),
         interpret=interpret,
         name="best_entries",
-    )(*scalars, queries, weights, *operands)
+    )
+    with about(cut.steps):
+        found = call(*scalars, queries, weights, *operands)
     numbers = found[0][:, :count, :top]
     return (found[1][:, :count, :top] if scored else None), numbers
 
@@ -292,7 +296,8 @@ def _kernel(
             )
             return carry
 
-        jax.lax.fori_loop(ahead[block], cut.chunks * cut.group, clear, None)
+        with about(cut.chunks * cut.group - cut.steps):
+            jax.lax.fori_loop(ahead[block], cut.chunks * cut.group, clear, None)
         for t in tokens:
             query = block * cut.queries + t
             wanted[t] = jnp.full((SUBLANES, LANES), high[query] - low[query], jnp.int32)
@@ -407,7 +412,8 @@ def _threshold(
                 counts += reached(ranks[:, :, pl.ds(lanes, LANES)], lanes).astype(jnp.int32)
             return counts
 
-        return _total(jax.lax.fori_loop(0, used, chunk, zero))
+        with about(cut.chunks):
+            return _total(jax.lax.fori_loop(0, used, chunk, zero))
 
     def count_maxima(rank: Array) -> Array:
         counts = zero
@@ -449,7 +455,8 @@ def _threshold(
         searched = low < high
         return jnp.where(searched & ~enough, middle + 1, low), jnp.where(searched & enough, middle, high)
 
-    limit = jax.lax.while_loop(lambda state: _any(state[0] < state[1]), halve, (low, high))[0]
+    with about(0):  # equal scores are rare
+        limit = jax.lax.while_loop(lambda state: _any(state[0] < state[1]), halve, (low, high))[0]
     return lowest, jnp.where(reach > k, limit, TIED)
 
 
@@ -500,7 +507,8 @@ def _narrow(
         )
 
     state = (jnp.int32(0), lowest, highest, reach, jnp.zeros(k.shape, jnp.int32))
-    _, lowest, _, reach, beyond = jax.lax.while_loop(cond, body, state)
+    with about(ROUNDS):
+        _, lowest, _, reach, beyond = jax.lax.while_loop(cond, body, state)
     return lowest, reach, beyond
 
 

@@ -1,0 +1,52 @@
+"""What a plan counts of kernels whose loops depend on the data."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+
+from v4_jax.kernels.turns import about
+from v4_jax.planning.turns import with_turns
+
+
+def _kernel(turns, out):
+    @pl.when(pl.program_id(0) == 0)
+    def _():
+        out[0] = 0
+
+    def body(i, carry):
+        out[0] += 1
+        return carry
+
+    jax.lax.fori_loop(0, turns[0], body, None)
+    with about(5):
+        jax.lax.fori_loop(0, turns[0], body, None)
+
+    def halve(x):
+        out[0] += 100
+        return x // 2
+
+    with about(7):
+        jax.lax.while_loop(lambda x: x > 0, halve, turns[0])
+
+
+def _count(steps, turns, said):
+    def call(steps, turns):
+        kernel = pl.pallas_call(
+            _kernel, grid=(steps,), out_shape=jax.ShapeDtypeStruct((1,), jnp.int32), interpret=True, name="count"
+        )
+        with about(3):
+            return kernel(turns)
+
+    closed = jax.make_jaxpr(call)(steps, turns)
+    (equation,) = (e for e in closed.eqns if e.primitive.name == "pallas_call")
+    counted = with_turns(equation) if said else equation
+    operands = (steps, turns)[len(equation.invars) - len(counted.invars) :]
+    return jax.jit(lambda *x: counted.primitive.bind(*x, **counted.params))(*operands)[0].item()
+
+
+@pytest.mark.parametrize(("said", "turns", "steps"), [(False, 2, 2), (True, 5, 3)])
+def test_loops_and_grids_turn_as_often_as_is_said(said, turns, steps):
+    """A grid of 2 steps that is said to have 3; loops of 2 turns said to have 5 and 7, and one of which nothing is."""
+    halvings = 7 if said else 2
+    assert _count(jnp.int32(2), jnp.array([2], jnp.int32), said) == steps * (2 + turns + 100 * halvings)
