@@ -61,8 +61,10 @@ class Running:
           ApiError: it is not served, or no further.
         """
         async with contextlib.aclosing(self):
+            begun = False
             async for update in self._updates():
-                if self._first_update:
+                if not begun:
+                    begun = True
                     for event in writer.begin():
                         yield event
                 for event in writer.update(update):
@@ -88,7 +90,6 @@ class Running:
         """What each token adds."""
         completion, metrics = self.completion, self._metrics
         while (update := await self._next()) is not None:
-            self._first_update = self.first is None
             if self.first is None:
                 self.first = self.duration
                 metrics.prompt_tokens.inc(completion.prompt_tokens)
@@ -148,51 +149,79 @@ async def open_stream(
       ApiError: it is not served.
       ClientDisconnect: nobody waits for it any more.
     """
-    first = asyncio.ensure_future(anext(events, None))
+    line = _Line(events, seconds)
     try:
-        await unless_gone(request, asyncio.wait({first}, timeout=seconds))
-        if first.done():
-            first.result()
+        first = await unless_gone(request, line.get())
+        if isinstance(first, Exception):
+            raise first
     except BaseException:
-        await _drop(first, events)
+        await line.aclose()
         raise
-    return _with_comments(first, events, seconds, error_event)
+    return _with_comments(first, line, error_event)
+
+
+class _Line:
+    """Events on their way to a client, each as soon as it is there.
+
+    Args:
+      events: to hand on, until they end or fail.
+      seconds: after which silence is broken.
+    """
+
+    def __init__(self, events: AsyncIterator[bytes], seconds: float) -> None:
+        self._waiting: asyncio.Queue[bytes | Exception | None] = asyncio.Queue()
+        self._seconds = seconds
+        self._task = asyncio.create_task(self._hand_on(events))
+
+    async def get(self) -> bytes | Exception | None:
+        """The next event, or a comment if there is none for some time; what went wrong; None at the end."""
+        try:
+            async with asyncio.timeout(self._seconds):
+                return await self._waiting.get()
+        except TimeoutError:
+            return KEEP_ALIVE
+
+    def get_nowait(self) -> bytes | Exception | None:
+        """The next event, if there is one already, else no text."""
+        return b"" if self._waiting.empty() else self._waiting.get_nowait()
+
+    async def aclose(self) -> None:
+        """Ends it, wherever it is."""
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+
+    async def _hand_on(self, events: AsyncIterator[bytes]) -> None:
+        try:
+            async with contextlib.aclosing(events):  # type: ignore[type-var]
+                async for event in events:
+                    self._waiting.put_nowait(event)
+        except Exception as error:
+            self._waiting.put_nowait(error)
+        else:
+            self._waiting.put_nowait(None)
 
 
 async def _with_comments(
-    pending: asyncio.Future[bytes | None],
-    events: AsyncIterator[bytes],
-    seconds: float,
-    error_event: Callable[[ApiError], bytes],
+    item: bytes | Exception | None, line: _Line, error_event: Callable[[ApiError], bytes]
 ) -> AsyncIterator[bytes]:
-    try:
-        while True:
-            await asyncio.wait({pending}, timeout=seconds)
-            if not pending.done():
-                yield KEEP_ALIVE
-                continue
-            try:
-                event = pending.result()
-            except ApiError as error:
-                yield error_event(error)
+    """Events from the first one on; those that are there at the same time go together."""
+    async with contextlib.aclosing(line):
+        while item is not None:
+            if isinstance(item, ApiError):
+                yield error_event(item)
                 return
-            if event is None:
-                return
-            yield event
-            pending = asyncio.ensure_future(anext(events, None))
-    finally:
-        await _drop(pending, events)
+            if isinstance(item, Exception):
+                raise item
+            together = [item]
+            while isinstance(item := line.get_nowait(), bytes) and item:
+                together.append(item)
+            yield b"".join(together)
+            if item == b"":
+                item = await line.get()
 
 
-async def _drop(pending: asyncio.Future[bytes | None], events: AsyncIterator[bytes]) -> None:
-    """Ends a stream, wherever it is."""
-    pending.cancel()
-    with contextlib.suppress(asyncio.CancelledError, ApiError):
-        await pending
-    await events.aclose()  # type: ignore[attr-defined]
-
-
-async def unless_gone(request: Request, work: Awaitable[T]) -> None:
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
     """Does some work, unless the client goes away.
 
     Raises:
@@ -208,7 +237,7 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> None:
         await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ClientDisconnect()
-        await task
+        return await task
     finally:
         for one in (task, watch):
             one.cancel()

@@ -83,6 +83,7 @@ class Scripted:
 
     Attributes:
       says: what comes next, request by request; what ends with EOS stops, other texts go on until they are cut.
+      breaks_at: where its logits are no numbers: a place in what it says.
       asked: the requests so far.
     """
 
@@ -91,6 +92,7 @@ class Scripted:
     def __init__(self, model, *says):
         self._tokenizer, self._eos = model.tokenizer, model.config.eos_token_id
         self.says, self.asked, self._left = list(says), [], {}
+        self.breaks_at = LENGTH
 
     @property
     def idle(self):
@@ -99,14 +101,15 @@ class Scripted:
     def submit(self, request):
         number = len(self.asked)
         self.asked.append(request)
-        self._left[number] = self._tokenizer.encode(self.says.pop(0))[: request.max_tokens]
+        self._left[number] = self._tokenizer.encode(self.says.pop(0))[: min(request.max_tokens, self.breaks_at)]
         return number
 
     def round(self):
         events = []
         for number, left in list(self._left.items()):
             token = left.pop(0)
-            finish = "stop" if token == self._eos else None if left else "length"
+            end = "length" if self.breaks_at == LENGTH else "error"
+            finish = "stop" if token == self._eos else None if left else end
             events.append(Event(number, 0, token, -0.5, finish))
             if finish:
                 del self._left[number]

@@ -198,3 +198,13 @@ def test_errors_and_keys_have_anthropics_form(served, parts):
         assert client_of(address, api_key="one").messages.create(**ASKED | {"max_tokens": 1}).content
         assert client_of(address, api_key=None, auth_token="one").messages.create(**ASKED | {"max_tokens": 1}).content
         assert httpx.post(f"{address}/messages", json={}).status_code == 401
+
+
+def test_what_goes_wrong_later_is_an_event(scripted):
+    engine, client = scripted
+    engine.says, engine.breaks_at = ["Sure."], 3
+    events = client.messages.create(**ASKED, stream=True)
+    assert next(iter(events)).type == "message_start"
+    with pytest.raises(anthropic.APIStatusError, match="are not finite numbers") as caught:
+        list(events)
+    assert caught.value.body["error"]["type"] == "api_error"

@@ -192,3 +192,10 @@ def test_errors_have_openais_form(served, client):
     assert httpx.post(f"{served[0]}/responses", json={"input": "x", "max_output_tokens": 1}).status_code == 200
     with pytest.raises(BodyError):
         read_responses([])
+
+
+def test_what_goes_wrong_later_is_an_event(scripted):
+    engine, client = scripted
+    engine.says, engine.breaks_at = ["Sure."], 3
+    *_, delta, last = client.responses.create(model="tiny", input="Hello", stream=True)
+    assert delta.type == "response.output_text.delta" and last.type == "error" and last.code == "not_finite"
