@@ -57,6 +57,12 @@ def plain_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
 
 
+def plain_prompt(tokenizer: Tokenizer, text: str) -> Prompt:
+    """A text to continue."""
+    begun = not text.startswith(tokenizer.decode([tokenizer.bos_id]))
+    return Prompt(plain_ids(tokenizer, text), begun=begun)
+
+
 def chat_prompt(
     tokenizer: Tokenizer,
     messages: Sequence[Mapping[str, Any]],

@@ -22,7 +22,7 @@ from v4_jax.infer.engine.requests import NOT_FINITE, Event, Request
 from v4_jax.infer.engine.sampling import Sampling
 from v4_jax.infer.engine.speculative import Acceptance
 from v4_jax.infer.openai.bodies import Body, BodyError, ChatBody, CompletionBody, SchemaFormat
-from v4_jax.infer.prompts import Mode, Prompt, chat_prompt, plain_ids
+from v4_jax.infer.prompts import Mode, Prompt, chat_prompt, plain_prompt
 from v4_jax.infer.text import CallPiece, Piece, Reply, Sample
 from v4_jax.tokenizer import Tokenizer
 
@@ -197,14 +197,13 @@ class Completion:
         return sum(choice.new_tokens for choice in self.choices)
 
     def first_echoed(self, number: int) -> int | None:
-        """The token that a choice's own follow in its answer, if it shows the first one of its prompt, which has no
-        log-probability."""
+        """The first token of a choice's prompt, which has no log-probability, if its answer begins with it."""
         prompt = number // self._each
         return self.requests[prompt].prompt[0] if self._echoes_first[prompt] else None
 
     @property
     def reasoning_tokens(self) -> int:
-        """Of them, those of the reasoning."""
+        """Of the tokens generated so far, those of the reasoning."""
         return sum(choice.reasoning_tokens for choice in self.choices)
 
     def push(self, event: Event) -> Update:
@@ -263,11 +262,7 @@ def _encode_prompts(body: ChatBody | CompletionBody, model: Model) -> Iterator[P
     for prompt in body.prompts:
         if not prompt:
             raise BodyError("prompt is empty; expected some text", "prompt")
-        if isinstance(prompt, str):
-            ids = plain_ids(model.tokenizer, prompt)
-            yield Prompt(ids, begun=len(ids) > len(model.tokenizer.encode(prompt)))
-        else:
-            yield Prompt(prompt)
+        yield plain_prompt(model.tokenizer, prompt) if isinstance(prompt, str) else Prompt(prompt)
 
 
 def _encode_chat(body: ChatBody, model: Model) -> Prompt:
