@@ -74,9 +74,8 @@ class ResponsesAnswer:
             yield self._event(f"{name}.done", **inside, **said, **self._of_text(block))
             if block.kind != "call":
                 yield self._event("content_part.done", **inside, part=self._part(block))
-            yield self._event(
-                "output_item.done", output_index=step.place, item=self._item(step.place, block, "completed")
-            )
+            item = self._item(step.place, block, self._status(step.place, self._growing.blocks))
+            yield self._event("output_item.done", output_index=step.place, item=item)
 
     def _of_text(self, block: Block, *, take: bool = False) -> dict[str, Any]:
         if block.kind != "text":
@@ -93,12 +92,8 @@ class ResponsesAnswer:
 
     def _response(self, blocks: list[Block], status: str | None = None) -> dict[str, Any]:
         completion, asked = self._completion, self._asked
-        cut = completion.done and completion.choices[0].finish == "length"
-        status = status or ("incomplete" if cut else "completed")
-        items = [
-            self._item(place, block, "incomplete" if cut and place + 1 == len(blocks) else "completed")
-            for place, block in enumerate(blocks)
-        ]
+        status = status or ("incomplete" if self._cut else "completed")
+        items = [self._item(place, block, self._status(place, blocks)) for place, block in enumerate(blocks)]
         return {
             "id": f"resp_{self._id}",
             "object": "response",
@@ -120,6 +115,15 @@ class ResponsesAnswer:
             "truncation": "disabled",
             **{name: getattr(asked, name) for name in _ECHOED},
         }
+
+    @property
+    def _cut(self) -> bool:
+        """Whether there was no room for more."""
+        return self._completion.choices[0].finish == "length"
+
+    def _status(self, place: int, blocks: list[Block]) -> str:
+        """Of an item that is over."""
+        return "incomplete" if self._cut and place + 1 == len(blocks) else "completed"
 
     def _item_id(self, place: int, block: Block) -> str:
         return f"{_PREFIX[block.kind]}_{self._id}_{place}"

@@ -43,8 +43,10 @@ def test_it_says_what_a_chat_says(client):
     assert whole.output_text == said.choices[0].message.content and whole.status == "incomplete"
     assert whole.incomplete_details.reason == "max_output_tokens" and whole.store is False
     assert (whole.usage.input_tokens, whole.usage.output_tokens) == (said.usage.prompt_tokens, 9)
-    *_, last = client.responses.create(input="Hello", max_output_tokens=9, stream=True, **asked)
+    *_, item, last = client.responses.create(input="Hello", max_output_tokens=9, stream=True, **asked)
     assert last.type == "response.incomplete" and last.response.output_text == whole.output_text
+    assert item.type == "response.output_item.done" and item.item == last.response.output[-1]
+    assert item.item.status == whole.output[-1].status == "incomplete"
 
 
 def test_reasoning_text_and_calls_are_items(scripted):
