@@ -1,8 +1,10 @@
-"""`v4-jax serve`: OpenAI's API over HTTP."""
+"""`v4-jax serve`: OpenAI's API and Anthropic's over HTTP."""
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import socket
 from typing import Any
 
@@ -37,14 +39,22 @@ def serve(
     body_timeout: Count = 60,
     idle_timeout: Count = 60,
     connections: Count = 1024,
+    keep_alive: Count = 15,
+    origins: OptionalText = None,
+    quiet: Flag = False,
     share_prefixes: Flag = False,
     engine: EngineOptions = EngineOptions(prefix=PrefixOptions(prefix_memory=1 << 30)),  # noqa: B008 (frozen)
 ) -> None:
-    """Serves a model over HTTP in the form of OpenAI's API: chat completions, completions, models; streamed or whole.
+    """Serves a model over HTTP by OpenAI's API (chat completions, completions, responses) and Anthropic's (messages).
+
+    Answers come streamed or whole.
 
     Reasoning comes apart from the answer, as reasoning_content, and may be asked for by reasoning_effort ("none",
     "low", "high", "max") or by DeepSeek's "thinking". /metrics is for Prometheus, /health for load balancers,
     /openapi.json says what is understood.
+
+    A line on stderr says of each request how much was read and generated and why it ended, never a prompt; another one
+    says now and then how many tokens a second that is.
 
     On SIGTERM or Ctrl-C it drains, answering the requests that it has, and exits; a second one ends it at once.
 
@@ -65,8 +75,8 @@ def serve(
       effort_profile: What the model takes its reasoning efforts for: preview, official (Flash-0731, Pro-0813), or auto,
         which its own encoding says.
       sampling: How tokens are chosen, where the request does not say.
-      keys: A file with the keys that let clients in, one a line; they send one as Authorization: Bearer KEY. Default:
-        the one in V4_JAX_API_KEY, or else everybody is let in.
+      keys: A file with the keys that let clients in, one a line; they send one as Authorization: Bearer KEY, or as
+        x-api-key: KEY. Default: the one in V4_JAX_API_KEY, or else everybody is let in.
       requests: Requests that are served or wait at the same time; further ones are turned away with 429. Default: four
         times the slots.
       max_body: Bytes of a request's body.
@@ -76,6 +86,9 @@ def serve(
       idle_timeout: Seconds that a client may leave its answer unread.
       connections: Connections at the same time. A further one takes the place of the one whose request has been missing
         longest; it is turned away with 503 if none is.
+      keep_alive: Seconds of silence after which a stream says that it is there: in line, while its prompt is read.
+      origins: Web pages whose scripts may ask (CORS), such as https://example.org, separated by commas; * is all.
+      quiet: No lines on requests and throughput.
       share_prefixes: Keep the prompts of all keys in one cache. Otherwise no key learns, from counts of cached tokens
         or from time, what another one asked.
       engine: How requests are served.
@@ -104,18 +117,38 @@ def serve(
     server = engine.build(directory, context, most=1 << 30)
     defaults = Defaults(chosen, release.stop_ids, max_tokens, mode, profile)
     served = Served(name or directory.path.name, config, tokenizer, defaults, context, server.slots)
+    service = Service(server, requests or 4 * server.slots)
     app = make_app(
-        Service(server, requests or 4 * server.slots),
+        service,
         served,
         keys=legal,
-        limits=Limits(max_body, float(timeout), float(body_timeout)),
+        limits=Limits(max_body, float(timeout), float(body_timeout), float(keep_alive)),
         share_prefixes=share_prefixes,
+        origins=[origin.strip() for origin in (origins or "").split(",") if origin.strip()],
     )
     protocol = http_protocol(ConnectionLimits(float(header_timeout), float(idle_timeout), connections))
     settings = uvicorn.Config(app, http=protocol, log_level="warning", lifespan="on")
     say(f"serving {served.name} at http://{host}:{listening.getsockname()[1]}/v1" + ("" if legal else ", without keys"))
-    runner: Any = uvicorn.Server(settings)
-    runner.run(sockets=[listening])
+    _log(quiet)
+
+    class Runner(uvicorn.Server):
+        """Says what ends it."""
+
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            say(f"{signal.Signals(sig).name}: no more requests are taken, {service.active} are answered yet")
+            super().handle_exit(sig, frame)
+
+    Runner(settings).run(sockets=[listening])
+
+
+def _log(quiet: bool) -> None:
+    """Shows what the server says of its work: all of it, or what is serious alone."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    logger = logging.getLogger("v4_jax.serve")
+    logger.addHandler(handler)
+    logger.setLevel(logging.ERROR if quiet else logging.INFO)
+    logger.propagate = False
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -2,7 +2,8 @@
 
 The encoding follows the release to the byte, also where clients mean something else: a developer's text vanishes with
 the reasoning, parts that are not "text" leave a placeholder, a key that is not known is not looked at. Here, and only
-here, messages of requests and of job files are put into the form in which the encoding says all of them.
+here, messages of requests and of job files are put into the form in which the encoding says all of them. APIs whose
+conversations are items or blocks put them as messages first (`Turns`).
 """
 
 from __future__ import annotations
@@ -79,6 +80,58 @@ def read_messages(messages: Sequence[Mapping[str, Any]], *, continues: bool | No
             f"continue_final_message, but the last message has role {last['role']!r}; expected 'assistant'"
         )
     return read
+
+
+class Turns:
+    """Collects messages from items of a conversation, of which an assistant's turn may have many.
+
+    Attributes:
+      messages: so far, for `read_messages`.
+    """
+
+    def __init__(self) -> None:
+        self.messages: list[dict[str, Any]] = []
+
+    def say(self, role: str, content: Any) -> None:
+        """A text, or parts of one. The assistant goes on with its turn; others begin one each."""
+        if role != "assistant":
+            self.messages.append({"role": role, "content": content})
+            return
+        turn = self._assistant()
+        before, added = turn["content"], content
+        if before is not None:
+            before, added = (
+                [{"type": "text", "text": one}] if isinstance(one, str) else one or [] for one in (before, content)
+            )
+            added = [*before, *added]
+        turn["content"] = added
+
+    def think(self, text: str) -> None:
+        """Reasoning, which begins a turn of the assistant's."""
+        last = self._assistant()
+        if last["content"] is not None or "tool_calls" in last:
+            last = self._assistant(new=True)
+        last["reasoning_content"] = last.get("reasoning_content", "") + text
+
+    def call(self, id: Any, name: Any, arguments: Any) -> None:
+        """A call of a tool."""
+        call = {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+        self._assistant().setdefault("tool_calls", []).append(call)
+
+    def result(self, id: Any, content: Any) -> None:
+        """What a tool returned."""
+        self.messages.append({"role": "tool", "tool_call_id": id, "content": content})
+
+    def _assistant(self, *, new: bool = False) -> dict[str, Any]:
+        if new or not self.messages or self.messages[-1]["role"] != "assistant":
+            self.messages.append({"role": "assistant", "content": None})
+        return self.messages[-1]
+
+
+def as_said(message: Mapping[str, Any]) -> str:
+    """What an assistant's message says, calls that could not be read included, as they are read when it comes back."""
+    content, unparsed = message.get("content") or "", message.get("unparsed_tool_calls")
+    return content + SEPARATOR + unparsed if unparsed else content
 
 
 def check_tools(tools: Sequence[Mapping[str, Any]] | None) -> None:

@@ -42,17 +42,25 @@ class Prompt(NamedTuple):
       thinking_mode: what the model goes on with, in the chat format's words: "thinking" with its reasoning, "chat" with
         its answer; None for plain text.
       opening: tokens that the answer begins with, after any reasoning.
+      begun: whether its first token was put in front of what was given.
     """
 
     ids: list[int]
     thinking_mode: str | None = None
     opening: Sequence[int] = ()
+    begun: bool = False
 
 
 def plain_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """Tokens of a text to continue, which begin with the begin-of-sentence token in any case."""
     ids = tokenizer.encode(text)
     return ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
+
+
+def plain_prompt(tokenizer: Tokenizer, text: str) -> Prompt:
+    """A text to continue."""
+    begun = not text.startswith(tokenizer.decode([tokenizer.bos_id]))
+    return Prompt(plain_ids(tokenizer, text), begun=begun)
 
 
 def chat_prompt(
@@ -74,7 +82,7 @@ def chat_prompt(
       profile: what the model takes its efforts for.
       opening: tokens that the answer begins with, after any reasoning.
       continues: whether the last message is to be continued; None if it is the assistant's.
-      options: "tools" and "response_format", as in `v4_jax.chat.encode`.
+      options: "tools", "response_format" and "drop_thinking", as in `v4_jax.chat.encode`.
 
     Raises:
       ValueError: the chat format cannot express a message.

@@ -56,12 +56,18 @@ class Guide:
         self._tokens = 0  # of the reasoning
         self._last: collections.deque[int] = collections.deque(maxlen=len(end))
         self._forced: collections.deque[int] = collections.deque(() if end else opening)
+        self._unread = len(self._forced)  # tokens of the opening that are yet to be read
 
     @property
     def spent(self) -> bool:
         """Whether the sample is on its own from here on."""
         pending = self._opening or self._budget is not None
-        return self._matcher is None and not self._forced and not (self._reasoning and pending)
+        return self._matcher is None and not self._forced and not self._unread and not (self._reasoning and pending)
+
+    @property
+    def opens(self) -> bool:
+        """Whether the next token that is read belongs to the opening, which no token of it ends."""
+        return self._unread > 0
 
     @property
     def constrained(self) -> bool:
@@ -90,6 +96,9 @@ class Guide:
             self._reasoning = tuple(self._last) != self._end
             if not self._reasoning:
                 self._forced.extend(self._opening)
+                self._unread = len(self._opening)
+        elif self._unread:
+            self._unread -= 1
         elif self._matcher is not None:
             self._matcher.accept(token)
             return self._matcher.finished

@@ -37,7 +37,7 @@ class Request:
       reasoning_end: tokens that end the reasoning which the prompt opened; a constraint holds only after them.
       reasoning_budget: tokens after which reasoning is ended: `reasoning_end`, or what is missing of it, is then
         generated, unless it was before.
-      opening: tokens that the answer begins with, after any reasoning.
+      opening: tokens that the answer begins with, after any reasoning; stop ids among them do not end it.
       salt: the prefix cache has nothing for it but what requests of the same salt left there.
     """
 

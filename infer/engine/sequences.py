@@ -93,7 +93,7 @@ class SequenceState:
         """
         if not math.isfinite(logprob):
             return "error"
-        complete = token in self.stops
+        complete = token in self.stops and not (self.guide is not None and self.guide.opens)
         if self.guide is not None:
             complete = complete or self.guide.read(token)
             if self.guide.spent:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from v4_jax.infer.engine.scheduler import Engine
+from v4_jax.infer.openai.answers import Answer
 from v4_jax.infer.openai.bodies import BodyError, ChatBody, CompletionBody, read_body
 from v4_jax.infer.openai.completions import Completion
 from v4_jax.infer.openai.journal import Record
@@ -194,13 +195,13 @@ def survey(numbers: Iterable[int], prepare: Prepare, lines: Lines, record: Calla
     legal, length, samples = [], 0, 0
     for number in numbers:
         try:
-            request = prepare(number).completion.request
+            requests = prepare(number).completion.requests
         except ValueError as error:
             record(refusal(number, line_id(lines[number]), error))
             continue
         legal.append(number)
-        length = max(length, len(request.prompt) + request.max_tokens)
-        samples += request.n
+        length = max(length, *(len(request.prompt) + request.max_tokens for request in requests))
+        samples += sum(request.n for request in requests)
     return Survey(legal, length, samples)
 
 
@@ -220,32 +221,38 @@ def answer_lines(
       record: takes each line's record, in the order in which they finish.
       progress: called after every token.
     """
-    running: dict[int, PreparedLine] = {}  # by the request's number
+    running: dict[int, tuple[PreparedLine, int]] = {}  # by the request's number: a line, and which of its requests
     unsubmitted = iter(numbers)
+
+    def forget(line: PreparedLine, *, cancel: bool = False) -> None:
+        for number in [number for number, (one, _) in running.items() if one is line]:
+            if cancel:
+                engine.cancel(number)
+            del running[number]
 
     def fill() -> None:
         while engine.waiting < engine.slots and (number := next(unsubmitted, None)) is not None:
             line = prepare(number)
             try:
-                running[engine.submit(line.completion.request)] = line
+                for place, request in enumerate(line.completion.requests):
+                    running[engine.submit(request)] = line, place
             except ValueError as error:  # longer than a slot, or more samples than slots
+                forget(line, cancel=True)
                 record(refusal(number, line.id, error))
 
     fill()
     for event in engine.run():
-        line = running[event.request]
-        choice, _ = line.completion.push(event)
-        if choice.cut:
+        line, place = running[event.request]
+        if line.completion.push(event._replace(request=place)).choice.cut:
             engine.cancel(event.request, event.sample)
         if failure := line.completion.failure:
-            engine.cancel(event.request)
-            del running[event.request]
+            forget(line, cancel=True)
             said = {"code": "not_finite", "message": failure, "param": None}
             record(_record(line.number, line.id, response=None, error=said))
         elif line.completion.done:
-            del running[event.request]
+            forget(line)
             name = f"batch_req_{line.number}"
-            response = {"status_code": 200, "request_id": name, "body": line.completion.answer(name)}
+            response = {"status_code": 200, "request_id": name, "body": Answer(line.completion, name).answer()}
             record(_record(line.number, line.id, response=response, error=None))
         fill()
         progress()

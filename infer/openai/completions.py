@@ -1,6 +1,6 @@
-"""Completions in OpenAI's form: what a body asks for, as a request to the engine, and its tokens as the answer.
+"""Completions: what a body asks for, as requests to the engine, and its tokens as choices that grow.
 
-An answer has its reasoning apart, as `reasoning_content`.
+How they are written is an API's business: `answers`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import dataclasses
 import functools
 import hashlib
 import time
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,11 +22,9 @@ from v4_jax.infer.engine.requests import NOT_FINITE, Event, Request
 from v4_jax.infer.engine.sampling import Sampling
 from v4_jax.infer.engine.speculative import Acceptance
 from v4_jax.infer.openai.bodies import Body, BodyError, ChatBody, CompletionBody, SchemaFormat
-from v4_jax.infer.prompts import Mode, Prompt, chat_prompt, plain_ids
-from v4_jax.infer.text import Piece, Reply, Sample
+from v4_jax.infer.prompts import Mode, Prompt, chat_prompt, plain_prompt
+from v4_jax.infer.text import CallPiece, Piece, Reply, Sample
 from v4_jax.tokenizer import Tokenizer
-
-_STREAMED = {"content": "content", "reasoning": "reasoning_content"}  # kinds of text that come as they are written
 
 
 class Defaults(NamedTuple):
@@ -79,6 +77,24 @@ class Model:
         return tuple(self.tokenizer.encode(chat.THINK_CLOSE))
 
 
+class Update(NamedTuple):
+    """What a token adds.
+
+    Attributes:
+      number: of the choice that it continues.
+      choice: that one.
+      event: the token.
+      pieces: the text that it makes certain.
+      calls: what it adds to calls of tools.
+    """
+
+    number: int
+    choice: Sample
+    event: Event
+    pieces: list[Piece]
+    calls: list[CallPiece]
+
+
 class Completion:
     """One body on its way to its answer.
 
@@ -90,9 +106,10 @@ class Completion:
 
     Attributes:
       body: as given.
-      request: for the engine.
-      choices: the answers, `request.n` of them.
-      cached: tokens of the prompt that were in the prefix cache.
+      model: as given.
+      created: when, in seconds since 1970.
+      requests: for the engine, one for each prompt; a chat has one.
+      choices: the answers, as many to each prompt as were asked for.
 
     Raises:
       ValueError: the body cannot be served: the chat format cannot express its messages, a token id is illegal, a
@@ -100,22 +117,51 @@ class Completion:
     """
 
     def __init__(self, body: ChatBody | CompletionBody, model: Model, seed: int, salt: bytes = b"") -> None:
+        self._each = body.n or 1  # choices of a prompt
         if model.slots is not None:
-            check_samples(body.n or 1, model.slots)
-        self.body, self._model = body, model
+            check_samples(self._each, model.slots)
+        self.body, self.model = body, model
+        self.requests: list[Request] = []
+        self.choices: list[Sample] = []
+        echo = isinstance(body, CompletionBody) and bool(body.echo)
+        one_call = isinstance(body, ChatBody) and body.parallel_tool_calls is False
+        self._echoes_first: list[bool] = []  # of each prompt, whether its first token is a part of the answer
+        for number, prompt in enumerate(_encode_prompts(body, model)):
+            check_ids(prompt.ids, model.config)
+            request = self._request(prompt, (seed + number * self._each) % 2**32, salt)
+            # The next turn of a conversation has another prompt; the same line of a job, run again, has the same calls.
+            ids = np.asarray(prompt.ids, "<i4").tobytes()
+            origin = hashlib.sha256(ids + b"%d" % request.sampling.seed).digest()
+            stops, echoed = request.stops(model.config), 0
+            if echo:
+                request, echoed = _echoing(request), len(prompt.ids) - 1
+            self.requests.append(request)
+            self._echoes_first.append(echo and not prompt.begun)
+            self.choices += [
+                Sample(
+                    Reply(model.tokenizer, body.stops, prompt.thinking_mode, origin + b"/%d" % sample, one_call),
+                    stops,
+                    echoed=echoed,
+                )
+                for sample in range(self._each)
+            ]
+        self._cached: dict[int, int] = {}  # by prompt
+        self._drafts: dict[int, tuple[Acceptance, ...]] = {}  # by choice
+        self.created = int(time.time())
+
+    def _request(self, prompt: Prompt, seed: int, salt: bytes) -> Request:
+        body, model = self.body, self.model
         defaults = model.defaults
-        prompt = _encode_prompt(body, model)
-        check_ids(prompt.ids, model.config)
         thinks, budget = prompt.thinking_mode == "thinking", None
         if thinks and isinstance(body, ChatBody) and body.thinking:
             budget = body.thinking.budget_tokens
         room = model.max_length - len(prompt.ids)
-        self.request = Request(
+        return Request(
             prompt.ids,
-            max_tokens=body.limit or max(1, min(defaults.max_tokens, room)),
+            max_tokens=max(1, min(defaults.max_tokens, room)) if body.limit is None else body.limit,
             sampling=_sampling(body, dataclasses.replace(defaults.sampling, seed=seed)),
             stop_ids=defaults.stop_ids,
-            n=body.n or 1,
+            n=self._each,
             top_logprobs=body.alternatives,
             constraint=_constraint(body, model),
             reasoning_end=model.reasoning_end if thinks else (),
@@ -123,16 +169,6 @@ class Completion:
             opening=prompt.opening,
             salt=salt,
         )
-        stops = self.request.stops(model.config)
-        # The next turn of a conversation has another prompt; the same line of a job, run again, has the same calls.
-        origin = hashlib.sha256(np.asarray(prompt.ids, "<i4").tobytes() + b"%d" % self.request.sampling.seed).digest()
-        self.choices = [
-            Sample(Reply(model.tokenizer, body.stops, prompt.thinking_mode, origin + b"/%d" % number), stops)
-            for number in range(self.request.n)
-        ]
-        self.cached = 0
-        self._drafts: dict[int, tuple[Acceptance, ...]] = {}  # by choice
-        self._created = int(time.time())
 
     @property
     def done(self) -> bool:
@@ -145,106 +181,55 @@ class Completion:
         return NOT_FINITE if any(choice.finish == "error" for choice in self.choices) else None
 
     @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompts, all together."""
+        echoed = sum(choice.echoed for choice in self.choices[:: self._each])
+        return sum(len(request.prompt) for request in self.requests) + echoed
+
+    @property
+    def cached(self) -> int:
+        """Tokens of the prompts that were in the prefix cache."""
+        return sum(self._cached.values())
+
+    @property
     def new_tokens(self) -> int:
         """Tokens generated so far, all choices together."""
-        return sum(len(choice.events) for choice in self.choices)
+        return sum(choice.new_tokens for choice in self.choices)
 
-    def push(self, event: Event) -> tuple[Sample, list[Piece]]:
-        """Takes a token; returns the choice that it continues, and the text that it makes certain."""
-        choice, self.cached = self.choices[event.sample], event.cached
-        self._drafts[event.sample] = event.drafts
-        return choice, choice.push(event)
+    def first_echoed(self, number: int) -> int | None:
+        """The first token of a choice's prompt, which has no log-probability, if its answer begins with it."""
+        prompt = number // self._each
+        return self.requests[prompt].prompt[0] if self._echoes_first[prompt] else None
 
-    # ---- the answer --------------------------------------------------------------------------------------------------
+    @property
+    def reasoning_tokens(self) -> int:
+        """Of the tokens generated so far, those of the reasoning."""
+        return sum(choice.reasoning_tokens for choice in self.choices)
 
-    def answer(self, name: str) -> dict[str, Any]:
-        """The completion object of this id, "chat.completion" or "text_completion"."""
-        kind = "chat.completion" if isinstance(self.body, ChatBody) else "text_completion"
-        choices = [self._answer(index, choice) for index, choice in enumerate(self.choices)]
-        return self.envelope(name, kind) | {"choices": choices, "usage": self.usage()}
+    def push(self, event: Event) -> Update:
+        """Takes a token, whose `event.request` numbers the prompts."""
+        index = event.request * self._each + event.sample
+        choice = self.choices[index]
+        self._cached[event.request] = event.cached
+        self._drafts[index] = event.drafts
+        pieces: list[Piece] = []
+        if not choice.events and (first := self.first_echoed(index)) is not None:
+            pieces += choice.reply.echo(first)
+        pieces += choice.push(event)
+        return Update(index, choice, event, pieces, choice.reply.take_calls(final=choice.finish is not None))
 
-    def chunk(self, event: Event, pieces: list[Piece]) -> dict[str, Any] | None:
-        """What a stream says about a token that was pushed and the text it made certain: a choice of a chunk.
+    def drafts(self) -> list[Acceptance]:
+        """How the drafts of all choices fared, by depth."""
+        places = list(zip(*self._drafts.values(), strict=True))
+        return [Acceptance(sum(a.offered for a in place), sum(a.accepted for a in place)) for place in places]
 
-        None while there is nothing to say. Tool calls come whole, when all of them are certain.
-        """
-        choice = self.choices[event.sample]
-        said: dict[str, Any] = {}
-        for kind, text in pieces:
-            if text and (name := _STREAMED.get(kind)):
-                said[name] = said.get(name, "") + text
-        finish = None
-        if choice.finish:
-            finish, written = self._ended(choice)
-            if "tool_calls" in written:
-                said["tool_calls"] = [{"index": i, **call} for i, call in enumerate(written["tool_calls"])]
-            if "unparsed_tool_calls" in written:
-                said["unparsed_tool_calls"] = written["unparsed_tool_calls"]
-        logprobs = self._logprobs([event])
-        if not (said or finish or logprobs):
-            return None
-        common = {"index": event.sample, "finish_reason": finish, "logprobs": logprobs}
-        if isinstance(self.body, ChatBody):
-            return common | {"delta": said}
-        return common | {"text": said.get("content", "")}
+    def finish_reason(self, choice: Sample) -> str | None:
+        """Why a choice ended, in OpenAI's words; None if it has not."""
+        return "tool_calls" if choice.finish == "stop" and "tool_calls" in choice.reply.message() else choice.finish
 
-    def envelope(self, name: str, kind: str) -> dict[str, Any]:
-        """What objects about this completion have in common."""
-        return {"id": name, "object": kind, "created": self._created, "model": self._model.name}
-
-    def usage(self) -> dict[str, Any]:
-        """Tokens read and generated; what of the prompt was cached, as DeepSeek and OpenAI say it; how drafts fared."""
-        prompt, places = len(self.request.prompt), list(zip(*self._drafts.values(), strict=True))
-        offered = [sum(one.offered for one in place) for place in places]
-        accepted = [sum(one.accepted for one in place) for place in places]
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": self.new_tokens,
-            "total_tokens": prompt + self.new_tokens,
-            "prompt_cache_hit_tokens": self.cached,
-            "prompt_cache_miss_tokens": prompt - self.cached,
-            "prompt_tokens_details": {"cached_tokens": self.cached},
-            "completion_tokens_details": {
-                "accepted_prediction_tokens": sum(accepted),
-                "rejected_prediction_tokens": sum(offered) - sum(accepted),
-                "drafts_by_position": [{"offered": a, "accepted": b} for a, b in zip(offered, accepted, strict=True)],
-            },
-        }
-
-    def _answer(self, index: int, choice: Sample) -> dict[str, Any]:
-        finish, written = self._ended(choice)
-        common = {"index": index, "finish_reason": finish, "logprobs": self._logprobs(choice.events)}
-        if isinstance(self.body, ChatBody):
-            return common | {"message": {"role": "assistant", **written}}
-        return common | {"text": written["content"]}
-
-    def _ended(self, choice: Sample) -> tuple[str | None, dict[str, Any]]:
-        """Why a choice ended, in OpenAI's words, and what it wrote."""
-        written = choice.reply.message()
-        calls_tools = choice.finish == "stop" and "tool_calls" in written
-        return "tool_calls" if calls_tools else choice.finish, written
-
-    def _logprobs(self, events: Sequence[Event]) -> dict[str, Any] | None:
-        """Log-probabilities of tokens, in the form of the body's kind; None if they are not asked for."""
-        if not self.body.wants_logprobs:
-            return None
-        if isinstance(self.body, ChatBody):
-            content = []
-            for event in events:
-                others = [self._token(*other) for other in event.alternatives]
-                content.append(self._token(event.id, event.logprob) | {"top_logprobs": others})
-            return {"content": content}
-        found: dict[str, Any] = {
-            "tokens": [self._name(event.id) for event in events],
-            "token_logprobs": [event.logprob for event in events],
-        }
-        if self.body.alternatives:
-            found["top_logprobs"] = [{self._name(id): value for id, value in event.alternatives} for event in events]
-        return found
-
-    def _name(self, id: int) -> str:
+    def token_name(self, id: int) -> str:
         """A token's text; of a part of a character its bytes, as OpenAI writes them, so that no two look alike."""
-        spelled = self._model.tokenizer.token_bytes(id)
+        spelled = self.model.tokenizer.token_bytes(id)
         if spelled is None:
             return f"token_id:{id}"
         try:
@@ -252,19 +237,32 @@ class Completion:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
 
-    def _token(self, id: int, logprob: float) -> dict[str, Any]:
-        spelled = self._model.tokenizer.token_bytes(id)
-        return {"token": self._name(id), "logprob": logprob, "bytes": None if spelled is None else list(spelled)}
+
+def _echoing(request: Request) -> Request:
+    """A request whose samples begin with what its prompt says after its first token, to learn how probable that is.
+
+    Raises:
+      ValueError: that would change what follows, or there is nothing to say.
+    """
+    for name in ("frequency_penalty", "presence_penalty"):
+        if getattr(request.sampling, name):
+            raise BodyError(f"{name} counts what is generated, which echo would change; expected 0 beside echo", name)
+    first, *others = request.prompt
+    if not others and not request.max_tokens:
+        raise BodyError(
+            "max_tokens is 0 and the prompt one token, before which nothing stands; expected more", "prompt"
+        )
+    return dataclasses.replace(request, prompt=[first], opening=others, max_tokens=len(others) + request.max_tokens)
 
 
-def _encode_prompt(body: ChatBody | CompletionBody, model: Model) -> Prompt:
+def _encode_prompts(body: ChatBody | CompletionBody, model: Model) -> Iterator[Prompt]:
     if isinstance(body, ChatBody):
-        return _encode_chat(body, model)
-    if isinstance(body.prompt, list):
-        return Prompt(body.prompt)
-    if not body.prompt:
-        raise BodyError("prompt is empty; expected some text", "prompt")
-    return Prompt(plain_ids(model.tokenizer, body.prompt))
+        yield _encode_chat(body, model)
+        return
+    for prompt in body.prompts:
+        if not prompt:
+            raise BodyError("prompt is empty; expected some text", "prompt")
+        yield plain_prompt(model.tokenizer, prompt) if isinstance(prompt, str) else Prompt(prompt)
 
 
 def _encode_chat(body: ChatBody, model: Model) -> Prompt:
@@ -272,15 +270,18 @@ def _encode_chat(body: ChatBody, model: Model) -> Prompt:
     format = body.response_format
     # A model that has begun to write a call goes on with it.
     opening = model.tokenizer.encode(chat.begin_tool_call(tool)) if forced else ()
+    template = body.chat_template_kwargs
+    options = {} if template is None or template.drop_thinking is None else {"drop_thinking": template.drop_thinking}
     return chat_prompt(
         model.tokenizer,
         body.messages,
         body.mode(model.defaults.mode),
-        profile=body.effort_profile or model.defaults.profile,
+        profile=body.profile(model.defaults.profile),
         opening=opening,
         tools=None if body.tool_choice == "none" else body.tools,
         response_format=format.json_schema.schema_ if isinstance(format, SchemaFormat) else None,
         continues=body.continue_final_message,
+        **options,
     )
 
 

@@ -6,7 +6,9 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
+from v4_jax.infer.anthropic.body import MessagesBody
 from v4_jax.infer.openai.bodies import ChatBody, CompletionBody
+from v4_jax.infer.openai.responses_body import ResponsesBody
 
 _REF = "#/components/schemas/{model}"
 
@@ -38,6 +40,10 @@ _USAGE = _object(
     "prompt_tokens completion_tokens total_tokens prompt_cache_hit_tokens prompt_cache_miss_tokens "
     "prompt_tokens_details"
 )
+_OTHER_ERROR = _object("type error", type={"const": "error"}, error=_object("type message", type=_TEXT, message=_TEXT))
+_ITEMS = {"type": "array", "items": _object("type", type=_TEXT)}
+_RESPONSE = _object("id object created_at status model output usage", object={"const": "response"}, output=_ITEMS)
+_MESSAGE = _object("id type role model content stop_reason usage", type={"const": "message"}, content=_ITEMS)
 _MODEL = _object("id object created owned_by", id=_TEXT, object={"const": "model"}, created=_WHOLE, owned_by=_TEXT)
 
 
@@ -55,21 +61,22 @@ def openapi(version: str, *, keys: bool) -> dict[str, Any]:
       version: of the server.
       keys: whether a key is asked for.
     """
-    kinds: list[tuple[Any, Any]] = [(ChatBody, "validation"), (CompletionBody, "validation")]
+    bodies = (ChatBody, CompletionBody, ResponsesBody, MessagesBody)
+    kinds: list[tuple[Any, Any]] = [(body, "validation") for body in bodies]
     _, schemas = models_json_schema(kinds, ref_template=_REF)
     security: list[dict[str, list[str]]] = [{"key": []}] if keys else []
 
     def response(text: str, schema: Any, kind: str = "application/json") -> dict[str, Any]:
         return {"description": text, "content": {kind: {"schema": schema}}}
 
-    def errors(*codes: str) -> dict[str, Any]:
-        found = {code: response(_ERRORS[code], _ERROR) for code in codes}
+    def errors(*codes: str, form: dict[str, Any] = _ERROR) -> dict[str, Any]:
+        found = {code: response(_ERRORS[code], form) for code in codes}
         if "429" in found:
             found["429"]["headers"] = {"Retry-After": {"schema": _WHOLE}}
         return found
 
-    def post(summary: str, body: str, kind: str, text: str) -> dict[str, Any]:
-        whole = response("The answer; with stream, server-sent events of its pieces.", _answer(kind, text))
+    def post(summary: str, body: str, answer: dict[str, Any], error: dict[str, Any] = _ERROR) -> dict[str, Any]:
+        whole = response("The answer; with stream, server-sent events of its pieces.", answer)
         whole["content"]["text/event-stream"] = {"schema": _TEXT}
         content = {"application/json": {"schema": {"$ref": _REF.format(model=body)}}}
         return {
@@ -77,7 +84,7 @@ def openapi(version: str, *, keys: bool) -> dict[str, Any]:
                 "summary": summary,
                 "security": security,
                 "requestBody": {"required": True, "content": content},
-                "responses": {"200": whole, **errors(*_ERRORS)},
+                "responses": {"200": whole, **errors(*_ERRORS, form=error)},
             }
         }
 
@@ -89,10 +96,16 @@ def openapi(version: str, *, keys: bool) -> dict[str, Any]:
     known = errors("401")
     return {
         "openapi": "3.1.0",
-        "info": {"title": "v4-jax", "version": version, "description": "DeepSeek-V4, in the form of OpenAI's API."},
+        "info": {
+            "title": "v4-jax",
+            "version": version,
+            "description": "DeepSeek-V4, in the forms of OpenAI's and Anthropic's APIs.",
+        },
         "paths": {
-            "/v1/chat/completions": post("Answer a conversation", "ChatBody", "chat.completion", "message"),
-            "/v1/completions": post("Continue a text", "CompletionBody", "text_completion", "text"),
+            "/v1/chat/completions": post("Answer a conversation", "ChatBody", _answer("chat.completion", "message")),
+            "/v1/completions": post("Continue a text", "CompletionBody", _answer("text_completion", "text")),
+            "/v1/responses": post("Answer a conversation of items", "ResponsesBody", _RESPONSE),
+            "/v1/messages": post("Answer a conversation, in Anthropic's form", "MessagesBody", _MESSAGE, _OTHER_ERROR),
             "/v1/models": get("The models", {"200": response("One.", listed), **known}, security=security),
             "/v1/models/{model}": get(
                 "A model",

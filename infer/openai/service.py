@@ -7,12 +7,15 @@ rounds; what comes out of a round is handed to the event loop in one call.
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from v4_jax.infer.engine.requests import Event, Request
 from v4_jax.infer.engine.scheduler import Engine
+
+LOG = logging.getLogger("v4_jax.serve")
 
 
 class Overloaded(Exception):
@@ -33,13 +36,14 @@ class Service:
     Attributes:
       engine: as given.
       most: as given.
+      generated: tokens so far, of all requests.
     """
 
     def __init__(self, engine: Engine, most: int) -> None:
-        self.engine, self.most = engine, most
+        self.engine, self.most, self.generated = engine, most, 0
         self._wanted: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._listeners: dict[int, asyncio.Queue[Event | Exception]] = {}
-        self._submitting: set[asyncio.Future[int]] = set()
+        self._submitting: set[asyncio.Future[list[int]]] = set()
         self._active = 0
         self._failure: Exception | None = None
         self._thread: threading.Thread | None = None
@@ -72,67 +76,79 @@ class Service:
             self.engine.cancel(number)
         self._fail(ServiceDown("the service is closed"))
 
-    async def tokens(self, request: Request, ended_early: Callable[[Event], bool]) -> AsyncIterator[Event]:
-        """Serves a request; leaving the iteration early frees its slots.
+    async def tokens(self, requests: Sequence[Request], ended_early: Callable[[Event], bool]) -> AsyncIterator[Event]:
+        """Serves requests that belong together; leaving the iteration early frees their slots.
+
+        Its events number the requests in the order given.
 
         Args:
-          request: legal for the engine.
+          requests: legal for the engine.
           ended_early: whether a sample is to end after an event that does not end it.
 
         Raises:
-          Overloaded: too many requests are there already.
+          Overloaded: too many are there already; these would be one more, however many they are.
           ServiceDown: the engine has failed.
-          ValueError: the engine refuses the request.
+          ValueError: the engine refuses one of the requests.
         """
         if not self.alive:
             raise ServiceDown("the engine does not run")
         if self._active >= self.most:
             raise Overloaded(f"{self._active} requests are being served or wait, and no more are taken")
         self._active += 1
-        number, left = None, set(range(request.n))
+        numbers: list[int] = []
+        left = {(place, sample) for place, request in enumerate(requests) for sample in range(request.n)}
         try:
-            number, events = await self._submit(request)
+            numbers, events = await self._submit(requests)
+            places = {number: place for place, number in enumerate(numbers)}
             while left:
                 event = await events.get()
                 if isinstance(event, Exception):
                     raise ServiceDown("the engine has failed") from event
-                if event.sample not in left:
+                number, event = event.request, event._replace(request=places[event.request])
+                which = event.request, event.sample
+                if which not in left:
                     continue  # it was ended by a token of the same round
                 early = ended_early(event)
                 if early and not event.finish:
-                    self._ask(lambda sample=event.sample: self.engine.cancel(number, sample))
+                    self._ask(lambda number=number, sample=event.sample: self.engine.cancel(number, sample))
                 if early or event.finish:
-                    left.remove(event.sample)
+                    left.remove(which)
                 yield event
         finally:
             self._active -= 1
-            if number is not None:
+            for place, number in enumerate(numbers):
                 self._listeners.pop(number, None)
-                if left:
-                    self._ask(lambda: self.engine.cancel(number))
+                if any(one == place for one, _ in left):
+                    self._ask(lambda number=number: self.engine.cancel(number))
 
-    async def _submit(self, request: Request) -> tuple[int, asyncio.Queue[Event | Exception]]:
+    async def _submit(self, requests: Sequence[Request]) -> tuple[list[int], asyncio.Queue[Event | Exception]]:
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[int] = loop.create_future()
+        answer: asyncio.Future[list[int]] = loop.create_future()
         events: asyncio.Queue[Event | Exception] = asyncio.Queue()
 
-        def resolve(number: int | None, error: Exception | None) -> None:
+        def cancel(numbers: Sequence[int]) -> None:
+            for number in numbers:
+                self.engine.cancel(number)
+
+        def resolve(numbers: list[int], error: Exception | None) -> None:
             if answer.done():  # nobody waits for it any more
-                if number is not None:
-                    self._ask(lambda: self.engine.cancel(number))
+                self._ask(lambda: cancel(numbers))
             elif error is not None:
                 answer.set_exception(error)
-            elif number is not None:
-                self._listeners[number] = events
-                answer.set_result(number)
+            else:
+                self._listeners.update(dict.fromkeys(numbers, events))
+                answer.set_result(numbers)
 
         def submit() -> None:
+            numbers: list[int] = []
             try:
-                number = self.engine.submit(request)
+                for request in requests:
+                    numbers.append(self.engine.submit(request))
             except ValueError as error:
-                loop.call_soon_threadsafe(resolve, None, error)
+                cancel(numbers)
+                loop.call_soon_threadsafe(resolve, [], error)
             else:
-                loop.call_soon_threadsafe(resolve, number, None)
+                loop.call_soon_threadsafe(resolve, numbers, None)
 
         self._submitting.add(answer)
         self._ask(submit)
@@ -161,16 +177,18 @@ class Service:
                     self._loop.call_soon_threadsafe(self._deliver, events)
         except Exception as error:
             self._failure = error
+            LOG.critical("the engine has failed (%s): requests get 503 from now on", type(error).__name__)
             self._loop.call_soon_threadsafe(self._fail, error)
             raise
 
     def _deliver(self, events: list[Event]) -> None:
+        self.generated += len(events)
         for event in events:
             if listener := self._listeners.get(event.request):
                 listener.put_nowait(event)
 
     def _fail(self, error: Exception) -> None:
-        for listener in self._listeners.values():
+        for listener in set(self._listeners.values()):
             listener.put_nowait(error)
         for answer in self._submitting:
             if not answer.done():

@@ -42,7 +42,12 @@ def test_serves_and_drains(start, model, tmp_path):
         with pytest.raises(openai.APIConnectionError):
             client.models.list()
         assert process.wait(timeout=60) in (0, -signal.SIGTERM)
-        assert "Traceback" not in process.stderr.read()
+        said = process.stderr.read()
+        assert "Traceback" not in said and "SIGTERM: no more requests are taken, 1 are answered yet" in said
+        assert re.search(
+            r"POST /v1/completions 200, 301 prompt tokens \(256 cached\), 1 new, .*: (length|stop)$", said, re.M
+        )
+        assert "GET /v1/models 401" in said and "/metrics" not in said and "Hello" not in said and "secret" not in said
         kept = {file.name.partition(".")[2] for file in (tmp_path / "pages").iterdir()}
         assert kept == {"page.pages", "tail.pages"}
     finally:

@@ -97,3 +97,82 @@ def test_what_is_said_after_calls_is_content():
     made = reply("Look." + CALLS + "\n\nDone.")
     assert made.message()["content"] == "Look.\n\nDone." and len(made.message()["tool_calls"]) == 1
     assert reply(CALLS + " Done.", ("one",)).message()["content"] == "D"
+
+
+def streamed(text, **options):
+    """What a stream says of a reply's calls: joined, and how many pieces came before the end; and the reply."""
+    made, calls, early = Reply(TOKENIZER, (), "chat", b"", **options), {}, 0
+
+    def take(final):
+        pieces = made.take_calls(final=final)
+        for piece in pieces:
+            name, arguments, id = calls.get(piece.number, (piece.name, "", piece.id))
+            assert (piece.name is None) == (piece.number in calls) and id == piece.id
+            calls[piece.number] = name, arguments + piece.arguments, id
+        return len(pieces)
+
+    for token in TOKENIZER.encode(text):
+        made.push(token)
+        early += take(final=False)
+    made.finish()
+    take(final=True)
+    return [calls[number] for number in sorted(calls)], early, made
+
+
+def parameter(name, value):
+    return f'<｜DSML｜parameter name="{name}" string="true">{value}</｜DSML｜parameter>\n'
+
+
+def another(name):
+    """How a call begins that is not the first one."""
+    return chat.begin_tool_call(name).strip().split("\n")[-1] + "\n"
+
+
+ENDS = "</｜DSML｜invoke>\n", "</｜DSML｜tool_calls>"
+
+
+@pytest.mark.parametrize(
+    ("text", "early"),
+    [
+        (chat.begin_tool_call("f") + parameter("x", "a long text") + ENDS[0] + ENDS[1], True),
+        (chat.begin_tool_call("f") + parameter("x", "a") + ENDS[0], True),  # without its outer end
+        (chat.begin_tool_call("f") + parameter("x", "a").strip() + parameter("y", "b") + ENDS[0] + ENDS[1], True),
+        (chat.begin_tool_call("f").replace('"f"', "'f'") + parameter("x", "a") + ENDS[0] + ENDS[1], False),
+        (CALLS.replace("tool_calls", "function_calls"), False),
+        (CALLS + CALLS, True),
+    ],
+)
+def test_a_stream_says_of_calls_what_the_message_has(text, early):
+    """Early where a call is written as the format has it, and at the end where it was read leniently."""
+    said, pieces, made = streamed("Look." + text)
+    calls = made.message()["tool_calls"]
+    assert said == [(call["function"]["name"], call["function"]["arguments"], call["id"]) for call in calls]
+    assert bool(pieces) == early
+
+
+def test_a_call_that_cannot_be_read_after_all_leaves_the_others_their_places():
+    twice = parameter("x", "a") * 2
+    said, _, made = streamed(
+        chat.begin_tool_call("f")
+        + twice
+        + ENDS[0]
+        + chat.begin_tool_call("g").split("\n")[-2]
+        + "\n"
+        + ENDS[0]
+        + ENDS[1]
+    )
+    assert [call[:2] for call in said] == [("f", '{"x": "a"'), ("g", "{}")] and len({id for *_, id in said}) == 2
+    assert [call["function"]["name"] for call in made.message()["tool_calls"]] == ["g"]
+    assert "parameter" in made.message()["unparsed_tool_calls"]
+
+
+def test_one_call_may_be_all():
+    invoke = another("f") + parameter("x", "a") + ENDS[0]
+    two = chat.begin_tool_call("f") + parameter("x", "a") + ENDS[0] + invoke + ENDS[1]
+    assert len(streamed("Look." + two)[2].message()["tool_calls"]) == 2
+    said, _, made = streamed("Look." + two, one_call=True)
+    assert made.stopped and len(said) == 1 and made.message().keys() == {"content", "tool_calls"}
+    assert made.message()["content"] == "Look." and len(made.message()["tool_calls"]) == 1
+    lenient = two.replace("tool_calls", "function_calls")  # which is not followed, and read to its end
+    said, _, made = streamed(lenient, one_call=True)
+    assert not made.stopped and len(said) == len(made.message()["tool_calls"]) == 1

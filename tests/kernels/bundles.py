@@ -24,7 +24,8 @@ RECORD = "RECORD_BUNDLES"  # in the environment: write the counts down instead o
 MOST = 0.05  # by which a kernel may grow, and shrinks without a word
 
 _TOTAL = re.compile(r"total scheduled bundles:\s+(\d+)")
-_KERNEL = re.compile(r"%([\w\-]+?)(?:\.\d+)? = [^\n]* custom-call\(")
+_OPERATION = re.compile(r"%([\w.\-]+) = [^\n]* custom-call\(")
+_KERNEL = re.compile(r'%([\w.\-]+) = [^\n]* custom_call_target="tpu_custom_call"')
 
 
 class Bundles:
@@ -46,8 +47,12 @@ class Bundles:
         shutil.rmtree(self._folder)
         self._folder.mkdir()
 
-    def finish(self, case: str) -> None:
+    def finish(self, case: str, text: str) -> None:
         """Compares what has been compiled since the start with what is recorded for a case.
+
+        Args:
+          case: its name.
+          text: of the compiled program, which says what of it are kernels.
 
         Raises:
           AssertionError: a kernel has grown, or is not known.
@@ -55,14 +60,14 @@ class Bundles:
         if self._late:
             warnings.warn("libtpu was started before it could be told to count bundles: make tpu counts", stacklevel=2)
             return
-        counts: Counter[str] = Counter()
+        kernels, counts = set(_KERNEL.findall(text)), Counter[str]()
         for path in self._folder.glob("*schedule-analysis_final_bundles.txt"):
-            text = path.read_text()
-            total, kernel = _TOTAL.search(text), _KERNEL.search(text)
-            if total and kernel:
-                counts[kernel[1]] += int(total[1])
+            said = path.read_text()
+            total, operation = _TOTAL.search(said), _OPERATION.search(said)
+            if total and operation and operation[1] in kernels:
+                counts[operation[1].partition(".")[0]] += int(total[1])
         assert counts, "the compiler counted nothing: the program was kept from another run, or an option has gone"
-        self._found[case] = dict(counts)
+        self._found[case] = dict(sorted(counts.items()))
         if RECORD not in os.environ:
             judge(case, self._found[case], self._recorded["bundles"].get(case, {}), self._recorded.get("libtpu"))
 

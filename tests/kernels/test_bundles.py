@@ -54,6 +54,13 @@ def test_what_cannot_be_compared_is_asked_for():
         judged(1000, libtpu="0.9")
 
 
+PROGRAM = """
+  %matmul.1 = f32[8]{0} custom-call(%x), custom_call_target="tpu_custom_call", backend_config={}
+  ROOT %matmul.2 = f32[8]{0} custom-call(%matmul.1), custom_call_target="tpu_custom_call"
+  %offload.4 = f32[8]{0} custom-call(%x), custom_call_target="AsyncOffload"
+"""
+
+
 def dumped(name, total, opcode="custom-call"):
     """What the compiler writes of an operation."""
     folder = os.environ["LIBTPU_INIT_ARGS"].split("--xla_jf_dump_to=")[1].split()[0]
@@ -72,7 +79,8 @@ def test_counts_are_read_recorded_and_compared(monkeypatch):
     dumped("matmul.1", 400)
     dumped("matmul.2", 100)
     dumped("copy.3", 30, opcode="copy")
-    counting.finish("case[v6e]")
+    dumped("offload.4", 70)
+    counting.finish("case[v6e]", PROGRAM)
     counting.write()
     assert json.loads(bundles.RECORDED.read_text()) == {"libtpu": "1.0", "bundles": {"case[v6e]": {"matmul": 500}}}
 
@@ -80,10 +88,10 @@ def test_counts_are_read_recorded_and_compared(monkeypatch):
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "")
     again = bundles.Bundles()
     dumped("matmul.1", 520)
-    again.finish("case[v6e]")
+    again.finish("case[v6e]", PROGRAM)
     again.start()
     with pytest.raises(AssertionError, match="the compiler counted nothing"):
-        again.finish("case[v6e]")
+        again.finish("case[v6e]", PROGRAM)
     again.write()
     assert json.loads(bundles.RECORDED.read_text())["bundles"] == {"case[v6e]": {"matmul": 500}}
 
@@ -92,5 +100,5 @@ def test_a_compiler_that_was_started_before_is_not_asked(monkeypatch):
     monkeypatch.setattr(bundles, "tpu_devices", described(1))
     counting = bundles.Bundles()
     with pytest.warns(UserWarning, match="libtpu was started before it could be told to count"):
-        counting.finish("case[v6e]")
+        counting.finish("case[v6e]", PROGRAM)
     counting.write()

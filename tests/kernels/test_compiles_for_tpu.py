@@ -56,7 +56,7 @@ def build(request, bundles):
         bundles.start()
         placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
         compiled = jax.jit(function).lower(*placed).compile()
-        bundles.finish(request.node.name)
+        bundles.finish(request.node.name, compiled.as_text())
         return compiled
 
     return build

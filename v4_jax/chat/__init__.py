@@ -1,9 +1,11 @@
 """The chat format: messages to prompt text, and the model's text back to a message.
 
 `encode` writes a conversation as the release does, byte for byte; `parse` reads a finished reply, strictly;
-`StreamSplitter` sorts a reply into reasoning, content and tool calls while it is still being generated, leniently.
+`StreamSplitter` sorts a reply into reasoning, content and tool calls while it is still being generated, leniently, and
+`CallStream` follows the calls.
 """
 
+from v4_jax.chat.call_stream import CallDelta, CallStream
 from v4_jax.chat.efforts import PROFILES, REASONING_EFFORTS, EffortProfile, effort_prefix, read_profile
 from v4_jax.chat.encoding import EncodeError, begin_tool_call, encode, open_answer
 from v4_jax.chat.parsing import ParseError, StreamSplitter, parse, parse_tool_calls
@@ -20,6 +22,8 @@ __all__ = [
     "TASKS",
     "THINKING_MODES",
     "THINK_CLOSE",
+    "CallDelta",
+    "CallStream",
     "EffortProfile",
     "EncodeError",
     "ParseError",

@@ -6,7 +6,7 @@ formed, is still shown to whoever is reading it.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 from v4_jax.chat import protocol
@@ -14,13 +14,13 @@ from v4_jax.chat import protocol
 # The text between the fields of the templates is the grammar. One tool-call block is
 #   CALLS_OPEN newline (INVOKE_OPEN name NAME_CLOSE parameters INVOKE_CLOSE newline)* CALLS_CLOSE
 # where parameters are one per line, and a call without any leaves an empty line.
-_CALLS_OPEN, _CALLS_CLOSE = (text.strip("\n") for text in protocol.literals(protocol.TOOL_CALLS))
-_INVOKE_OPEN, _NAME_CLOSE, _INVOKE_CLOSE = (text.strip("\n") for text in protocol.literals(protocol.INVOKE))
-_PARAMETER_OPEN, _KIND_OPEN, _KIND_CLOSE, _PARAMETER_CLOSE = protocol.literals(protocol.PARAMETER)
-_CALLS_START = protocol.SEPARATOR + _CALLS_OPEN  # as it stands after the content
+CALLS_OPEN, CALLS_CLOSE = (text.strip("\n") for text in protocol.literals(protocol.TOOL_CALLS))
+INVOKE_OPEN, NAME_CLOSE, INVOKE_CLOSE = (text.strip("\n") for text in protocol.literals(protocol.INVOKE))
+PARAMETER_OPEN, KIND_OPEN, KIND_CLOSE, PARAMETER_CLOSE = protocol.literals(protocol.PARAMETER)
+_CALLS_START = protocol.SEPARATOR + CALLS_OPEN  # as it stands after the content
 
 # What no argument may hold. The other special tokens may occur: a model can write a file that speaks of them.
-_TAG_TOKENS = (protocol.DSML, protocol.EOS)
+TAG_TOKENS = (protocol.DSML, protocol.EOS)
 
 
 class ParseError(ValueError):
@@ -50,10 +50,10 @@ def parse(text: str, thinking_mode: str) -> dict[str, Any]:
     reasoning = ""
     if thinking_mode == "thinking":
         reasoning = reader.until(protocol.THINK_CLOSE, "the reasoning")
-        _check_plain(reasoning, "the reasoning")
+        check_plain(reasoning, "the reasoning")
 
     content, stop = reader.until_first((protocol.EOS, _CALLS_START), "the content")
-    _check_plain(content, "the content")
+    check_plain(content, "the content")
     tool_calls = []
     if stop == _CALLS_START:
         tool_calls = list(_read_calls(reader))
@@ -77,7 +77,7 @@ def parse_tool_calls(block: str) -> list[dict[str, Any]]:
         ParseError: The block is partial or malformed.
     """
     reader = _Reader(block)
-    reader.expect(_CALLS_OPEN, "at the start of the tool calls")
+    reader.expect(CALLS_OPEN, "at the start of the tool calls")
     calls = list(_read_calls(reader))
     if not reader.at_end():
         reader.fail("the end of the text after the tool calls")
@@ -126,27 +126,27 @@ class _Reader:
 def _read_calls(reader: _Reader) -> Iterator[dict[str, Any]]:
     """Reads what follows the opening tag of a tool-call block, its closing tag included."""
     reader.expect("\n", "after the opening tag")
-    while reader.accept(_INVOKE_OPEN):
-        name = reader.until(_NAME_CLOSE, "the tool's name")
-        _check_plain(name, "a tool's name", _TAG_TOKENS)
+    while reader.accept(INVOKE_OPEN):
+        name = reader.until(NAME_CLOSE, "the tool's name")
+        check_plain(name, "a tool's name", TAG_TOKENS)
         reader.expect("\n", "after the tool's name")
         arguments: dict[str, str] = {}
-        while reader.accept(_PARAMETER_OPEN):
-            parameter = reader.until(_KIND_OPEN, "the parameter's name")
-            kind = reader.until(_KIND_CLOSE, "the parameter's kind")
-            value = reader.until(_PARAMETER_CLOSE, "the parameter's value")
+        while reader.accept(PARAMETER_OPEN):
+            parameter = reader.until(KIND_OPEN, "the parameter's name")
+            kind = reader.until(KIND_CLOSE, "the parameter's kind")
+            value = reader.until(PARAMETER_CLOSE, "the parameter's value")
             # A tag in here means that one was not closed: two parameters would be read as one.
-            _check_plain(parameter + value, "a parameter", _TAG_TOKENS)
+            check_plain(parameter + value, "a parameter", TAG_TOKENS)
             reader.expect("\n", "after the parameter")
             if parameter in arguments:
                 raise ParseError(f"tool {name!r} is called with parameter {parameter!r} twice; once is legal")
             arguments[parameter] = _read_value(parameter, kind, value)
         if not arguments:
             reader.accept("\n")
-        reader.expect(_INVOKE_CLOSE, f"or a parameter in the call of {name!r}")
+        reader.expect(INVOKE_CLOSE, f"or a parameter in the call of {name!r}")
         reader.expect("\n", "after the call")
         yield tool_call(name, arguments)
-    reader.expect(_CALLS_CLOSE, "or a call in the tool calls")
+    reader.expect(CALLS_CLOSE, "or a call in the tool calls")
 
 
 def tool_call(name: str, arguments: Mapping[str, str]) -> dict[str, Any]:
@@ -178,7 +178,8 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")  # json.loads takes NaN and Infinity, other languages do not
 
 
-def _check_plain(text: str, what: str, tokens: Iterable[str] = protocol.SPECIAL_TOKENS) -> None:
+def check_plain(text: str, what: str, tokens: Iterable[str] = protocol.SPECIAL_TOKENS) -> None:
+    """Raises ParseError if a text holds one of some special tokens."""
     for token in tokens:
         if token in text:
             raise ParseError(f"found the special token {token!r} inside {what}, which must be plain text")
@@ -213,6 +214,7 @@ class StreamSplitter:
         thinking_mode: The mode of the prompt; "thinking" begins with reasoning, "chat" with content.
 
     Attributes:
+        kind: Of the text that comes next, as far as is known.
         ended: Whether EOS was seen. What is fed after it is not part of the reply and is ignored.
 
     Raises:
@@ -221,7 +223,7 @@ class StreamSplitter:
 
     def __init__(self, thinking_mode: str) -> None:
         protocol.check_thinking_mode(thinking_mode)
-        self._kind = "reasoning" if thinking_mode == "thinking" else "content"
+        self.kind = "reasoning" if thinking_mode == "thinking" else "content"
         self._held = ""
         self.ended = False
 
@@ -232,30 +234,30 @@ class StreamSplitter:
         pieces: list[tuple[str, str]] = []
         text = self._held + text
         while not self.ended:
-            markers = _MARKERS[self._kind]
+            markers = _MARKERS[self.kind]
             at, marker = min(((text.find(m), m) for m in markers if m in text), default=(-1, ""))
             if not marker:
                 break
-            pieces.append((self._kind, text[:at]))
+            pieces.append((self.kind, text[:at]))
             text = text[at + len(marker) :]
             following = markers[marker]
             if following is None:
                 self.ended, text = True, ""
             else:
-                self._kind = following
+                self.kind = following
                 if following == "tool_calls":
                     text = marker.lstrip("\n") + text  # the block keeps its tag
-        self._held = "" if self.ended else _possible_marker(text, _MARKERS[self._kind])
-        pieces.append((self._kind, text.removesuffix(self._held)))
+        self._held = "" if self.ended else possible_marker(text, _MARKERS[self.kind])
+        pieces.append((self.kind, text.removesuffix(self._held)))
         return [(kind, piece) for kind, piece in pieces if piece]
 
     def finish(self) -> list[tuple[str, str]]:
         """Returns what was still held back, of the current kind: nothing follows that could make it a marker."""
         piece, self._held = self._held, ""
-        return [(self._kind, piece)] if piece else []
+        return [(self.kind, piece)] if piece else []
 
 
-def _possible_marker(text: str, markers: dict[str, str | None]) -> str:
+def possible_marker(text: str, markers: Collection[str]) -> str:
     """Returns the longest end of `text` that is the beginning of a marker."""
     longest = min(len(text), max(map(len, markers)) - 1)
     for length in range(longest, 0, -1):

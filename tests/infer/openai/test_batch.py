@@ -114,3 +114,23 @@ def test_logits_that_are_not_finite_are_their_lines_error(model):
     assert records[0]["response"] is None and records[0]["error"]["code"] == "not_finite"
     assert "are not finite numbers" in records[0]["error"]["message"]
     assert records[1]["error"] is None and records[1]["response"]["body"]["choices"][0]["text"]
+
+
+def test_a_line_of_several_prompts_is_one_answer(model):
+    prepared = PreparedLine(1, "a", Completion(read_body({"prompt": ["x", "y"]}), model, 0))
+    records, asked = [], []
+
+    class Engine:
+        slots, waiting = 2, 0
+
+        def submit(self, request):
+            asked.append(request)
+            return len(asked) - 1
+
+        def run(self):
+            return iter((Event(1, 0, 66, -0.5, "length"), Event(0, 0, 65, -0.5, "length")))
+
+    answer_lines(Engine(), [1], lambda number: prepared, records.append, lambda: None)
+    assert asked == prepared.completion.requests and len(asked) == 2
+    [answer] = records
+    assert [choice["text"] for choice in answer["response"]["body"]["choices"]] == [">", "?"]  # bytes, from id 3 on

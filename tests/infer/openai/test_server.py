@@ -1,91 +1,29 @@
 """The server, asked by OpenAI's own client, and tried against its own OpenAPI page."""
 
 import asyncio
-import contextlib
 import json
-import socket
 import threading
 import time
 
 import httpx
+import numpy as np
 import openai
 import pytest
 import schemathesis
 import starlette.testclient
-import uvicorn
 from hypothesis import HealthCheck, given, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
+from tests.infer.serving import HELLO, LENGTH, MOST, SLOTS, Scripted, serving, until
 from tests.models import two
 from v4_jax import chat
+from v4_jax.chat.protocol import EOS, THINK_CLOSE
 from v4_jax.infer.engine.requests import Request
-from v4_jax.infer.engine.sampling import Sampling
-from v4_jax.infer.engine.scheduler import Engine
-from v4_jax.infer.openai.completions import Defaults, Model
-from v4_jax.infer.openai.connections import ConnectionLimits, http_protocol
-from v4_jax.infer.openai.server import Limits, make_app
+from v4_jax.infer.openai.server import make_app
 from v4_jax.infer.openai.service import Overloaded, Service, ServiceDown
-from v4_jax.tokenizer import ByteTokenizer
+from v4_jax.infer.score import Scorer, TextToScore
 
 JSON = {"Content-Type": "application/json"}
-HELLO = [{"role": "user", "content": "Hello"}]
-SLOTS, LENGTH, MOST = 2, 1536, 4
-
-
-@pytest.fixture(scope="module")
-def parts():
-    tiny = two()
-    engine = Engine(
-        tiny.config,
-        tiny.params,
-        slots=SLOTS,
-        max_length=LENGTH,
-        prefill_chunk=32,
-        policy="float32",
-        cache_dtype="float32",
-    )
-    engine.compile()
-    defaults = Defaults(Sampling(), (tiny.config.eos_token_id,), 8)
-    return engine, Model("tiny", tiny.config, ByteTokenizer(320), defaults, LENGTH, SLOTS)
-
-
-@contextlib.contextmanager
-def serving(parts, connections=None, **options):
-    """A running server: its address and its service."""
-    service = Service(parts[0], MOST)
-    app = make_app(service, parts[1], **options)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app, http=http_protocol(connections or ConnectionLimits()), port=0, log_level="error", lifespan="on"
-        )
-    )
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", service
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
-@pytest.fixture(scope="module")
-def served(parts):
-    with serving(parts) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(served):
-    return openai.OpenAI(base_url=f"{served[0]}/v1", api_key="none", max_retries=0)
-
-
-def until(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_models(client):
@@ -95,6 +33,13 @@ def test_models(client):
         client.models.retrieve("other")
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="other", prompt="x")
+
+
+def test_paths_do_without_their_version(served):
+    client = openai.OpenAI(base_url=served[0], api_key="none", max_retries=0)
+    assert client.models.retrieve("tiny").id == "tiny"
+    assert client.completions.create(model="tiny", prompt="x", max_tokens=1).choices
+    assert client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=1).choices
 
 
 def test_a_chat_whole_and_streamed(client, parts):
@@ -126,6 +71,53 @@ def test_a_completion_of_text_and_of_tokens(client, parts):
     assert len(text.choices[0].logprobs.tokens) == text.usage.completion_tokens
     pieces = [chunk.choices[0].text for chunk in client.completions.create(prompt="Hello", stream=True, **asked)]
     assert "".join(pieces) == text.choices[0].text
+
+
+def test_several_texts_are_each_continued(client):
+    """As each alone; more of them than there are slots."""
+    asked = dict(model="tiny", max_tokens=5, temperature=0)
+    prompts = ["Hello", "ab", "c"]
+    alone = [client.completions.create(prompt=prompt, **asked) for prompt in prompts]
+    whole = client.completions.create(prompt=prompts, **asked)
+    assert [choice.index for choice in whole.choices] == [0, 1, 2]
+    assert [choice.text for choice in whole.choices] == [one.choices[0].text for one in alone]
+    assert whole.usage.total_tokens == sum(one.usage.total_tokens for one in alone)
+    text = [""] * 3
+    for chunk in client.completions.create(prompt=prompts, stream=True, **asked):
+        text[chunk.choices[0].index] += chunk.choices[0].text
+    assert text == [choice.text for choice in whole.choices]
+    with pytest.raises(openai.BadRequestError, match="token id 9999 is outside"):
+        client.completions.create(prompt=[[5], [9999]], **asked)
+
+
+def test_an_echo_says_how_probable_the_prompt_is(client, parts):
+    """As scored by the model itself, whatever stop ids are in it, and what follows is what follows without an echo."""
+    config, params = two().config, two().params
+    ids = [0, *parts[1].tokenizer.encode("Hello"), config.eos_token_id, *parts[1].tokenizer.encode("lo!")]
+    scorer = Scorer(config, longest=len(ids), policy="float32", cache_dtype="float32", batch=1, chunk=32)
+    [score] = scorer.score(params, [TextToScore(1, ids)])
+    asked = dict(model="tiny", prompt=ids, max_tokens=3, temperature=1, seed=5, logit_bias={1: -100})
+    plain = client.completions.create(**asked).choices[0]
+    for echoed in (
+        client.completions.create(**asked, echo=True, logprobs=1, stop="lo!"),
+        client.completions.create(**asked | {"max_tokens": 0}, echo=True, logprobs=1),
+    ):
+        choice, found = echoed.choices[0], echoed.choices[0].logprobs
+        new = echoed.usage.completion_tokens
+        assert echoed.usage.prompt_tokens == len(ids) and len(found.tokens) == len(ids) + new and new in (0, 3)
+        assert choice.text == parts[1].tokenizer.decode(ids) + (plain.text if new else "")
+        assert found.token_logprobs[0] is None and found.top_logprobs[0] is None and choice.finish_reason == "length"
+        values = np.asarray(found.token_logprobs[1 : len(ids)])
+        np.testing.assert_allclose(values, score.logprobs, rtol=0, atol=1e-4)
+    text, tokens = "", []
+    for chunk in client.completions.create(**asked, echo=True, logprobs=1, stream=True):
+        text += chunk.choices[0].text
+        tokens += chunk.choices[0].logprobs.tokens
+    assert text == parts[1].tokenizer.decode(ids) + plain.text and len(tokens) == len(ids) + 3
+    # Of a text, what was given alone: each of its tokens comes after the one that begins a text.
+    given = client.completions.create(model="tiny", prompt="Hello", max_tokens=0, echo=True, logprobs=0).choices[0]
+    assert given.text == "Hello" and given.logprobs.tokens == list("Hello")
+    np.testing.assert_allclose(given.logprobs.token_logprobs, score.logprobs[:5], rtol=0, atol=1e-4)
 
 
 def test_a_stop_string_ends_an_answer(client):
@@ -169,6 +161,38 @@ def test_a_tool_that_must_be_called(client, parts):
     forced = client.chat.completions.create(**asked, tool_choice=chosen, extra_body={"thinking": thinking})
     message = forced.choices[0].message
     assert message.reasoning_content and message.content == "" and message.unparsed_tool_calls.startswith(begun)
+
+
+def test_calls_stream_as_they_are_written(parts):
+    """Arguments piece by piece, under the ids of the whole answer; one call alone where no more are wanted."""
+    text = 'Mind the "gap".\n' * 5
+    parameter = f'<｜DSML｜parameter name="text" string="true">{text}</｜DSML｜parameter>\n'
+    first = chat.begin_tool_call("say") + parameter + "</｜DSML｜invoke>\n"
+    second = chat.begin_tool_call("stop").strip().split("\n")[-1] + "\n\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>"
+    asked = dict(model="tiny", messages=HELLO, max_tokens=500, seed=1)
+    engine = Scripted(parts[1], *[first + second + EOS] * 2, *[f"why{THINK_CLOSE}{first}{second}{EOS}"] * 2)
+    with serving((engine, parts[1])) as (address, service):
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        whole = client.chat.completions.create(**asked).choices[0]
+        assert whole.finish_reason == "tool_calls" and len(whole.message.tool_calls) == 2
+        assert json.loads(whole.message.tool_calls[0].function.arguments) == {"text": text}
+        with client.chat.completions.stream(**asked) as stream:
+            chunks = [event.chunk for event in stream if event.type == "chunk"]
+            final = stream.get_final_completion().choices[0]
+        deltas = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
+        assert len(deltas) > 50 and final.finish_reason == "tool_calls"
+        assert all(isinstance(delta.function.name, str) == bool(delta.id) for delta in deltas)
+        for one, other in zip(final.message.tool_calls, whole.message.tool_calls, strict=True):
+            assert (one.id, one.function.name) == (other.id, other.function.name)
+            assert one.function.arguments == other.function.arguments
+        asked |= dict(parallel_tool_calls=False, reasoning_effort="high")
+        alone = client.chat.completions.create(**asked)
+        [call] = alone.choices[0].message.tool_calls
+        assert call.function.name == "say" and alone.choices[0].finish_reason == "tool_calls"
+        assert alone.usage.completion_tokens_details.reasoning_tokens == 4  # three letters and the end of it
+        *_, last = client.chat.completions.create(**asked, stream=True)
+        assert last.choices[0].finish_reason == "tool_calls"
+        until(lambda: service.active == 0 and engine.idle)
 
 
 def test_an_answer_that_keeps_to_a_schema(client, parts):
@@ -261,48 +285,6 @@ def test_errors_have_openais_form(served, method, path, options, status):
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
-def test_limits(parts):
-    with serving(parts, limits=Limits(body_bytes=1000, seconds=0.0)) as (address, service):
-        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
-        with pytest.raises(openai.APIStatusError, match="more than the 1,000 bytes") as caught:
-            client.completions.create(model="tiny", prompt="x" * 1000)
-        assert caught.value.status_code == 413
-        with pytest.raises(openai.APIStatusError, match="took longer than 0 s") as caught:
-            client.completions.create(model="tiny", prompt="x")
-        assert caught.value.status_code == 408 and caught.value.response.headers["x-should-retry"] == "false"
-        until(lambda: service.active == 0 and parts[0].idle)
-
-
-def test_half_sent_requests_shut_nobody_out(parts):
-    """Whatever they leave out, they are ended."""
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n"
-    limits = ConnectionLimits(header_seconds=0.5, connections=8)
-    with serving(parts, limits, limits=Limits(body_seconds=0.5)) as (address, _):
-        url = httpx.URL(address)
-
-        def opened(text):
-            found = socket.create_connection((url.host, url.port), timeout=30)
-            found.sendall(text)
-            return found
-
-        def answer(one):
-            with one, contextlib.suppress(ConnectionResetError):
-                return b"".join(iter(lambda: one.recv(4096), b""))
-            return b""
-
-        halves = [
-            opened(text) for text in (b"", b"POST", head, head[:-5], head + b"X: y\r\n", b"GET /health HTTP/1.1\r\n")
-        ]
-        bodies = [opened(head + b"\r\n" + body) for body in (b"", b'{"prompt": ')]
-        assert [answer(half) for half in halves] == [b""] * len(halves)
-        for body in bodies:
-            said = answer(body)
-            assert said.startswith(b"HTTP/1.1 408 ") and b"the body took longer than 0.5 s" in said
-        again = head + b"\r\n" + b'{"prompt": "x", "max_tokens": 1}'.ljust(100) + b"GET /hea"  # and half a second one
-        assert answer(opened(again)).startswith(b"HTTP/1.1 200 OK")
-        assert httpx.get(f"{address}/health").status_code == 200
-
-
 def test_keys_are_kept_apart_in_the_prefix_cache(parts):
     """What the engine is asked; that another salt finds nothing is the prefix cache's test."""
 
@@ -310,8 +292,8 @@ def test_keys_are_kept_apart_in_the_prefix_cache(parts):
         service, seen = Service(parts[0], MOST), []
         app = make_app(service, parts[1], **options)
 
-        async def tokens(request, ended_early):
-            seen.append(request.salt)
+        async def tokens(requests, ended_early):
+            seen.extend(request.salt for request in requests)
             raise Overloaded("seen")
             yield
 
@@ -377,51 +359,11 @@ def test_keys(parts):
                 openai.OpenAI(
                     base_url=f"{address}/v1", api_key=key.strip() + ("x" if key == "one " else "")
                 ).models.list()
-        assert httpx.get(f"{address}/v1/models").headers["WWW-Authenticate"] == "Bearer"
+        for path in ("/v1/models", "/models", "/models/tiny"):
+            assert httpx.get(address + path).headers["WWW-Authenticate"] == "Bearer"
+        for path in ("/completions", "/chat/completions"):
+            assert httpx.post(address + path, json={}).status_code == 401
         assert httpx.get(f"{address}/health").json() == {"status": "ok"}
-
-
-class Slow:
-    """An engine that takes its time."""
-
-    def __init__(self, engine):
-        self._engine = engine
-
-    def __getattr__(self, name):
-        return getattr(self._engine, name)
-
-    def round(self):
-        time.sleep(0.02)
-        return self._engine.round()
-
-
-def test_overload_is_turned_away_and_dropped_clients_leave(parts):
-    """As many streams as there may be; one more is told to come back; all leave, and everything is free again."""
-    with serving((Slow(parts[0]), parts[1])) as (address, service):
-        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
-        long = dict(model="tiny", prompt="Hello", max_tokens=1500, seed=1)
-        streams = [client.completions.create(**long, stream=True) for _ in range(SLOTS)]
-        for stream in streams:
-            next(stream)
-        waiting = [threading.Thread(target=_give_up, args=(address, long)) for _ in range(MOST - SLOTS)]
-        for thread in waiting:
-            thread.start()
-        until(lambda: service.active == MOST)
-        with pytest.raises(openai.RateLimitError, match="4 requests are being served or wait") as caught:
-            client.completions.create(model="tiny", prompt="x")
-        assert caught.value.response.headers["Retry-After"] == "1"
-        for thread in waiting:
-            thread.join()
-        until(lambda: service.active == SLOTS)
-        for stream in streams:
-            stream.close()
-        until(lambda: service.active == 0 and parts[0].idle)
-        assert client.completions.create(model="tiny", prompt="x", max_tokens=1).choices
-
-
-def _give_up(address, body):
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{address}/v1/completions", json=body, timeout=2)
 
 
 def test_metrics(served, client):
@@ -463,7 +405,7 @@ def test_closing_fails_what_is_left(parts):
     async def scenario():
         service = Service(parts[0], MOST)
         await service.start()
-        tokens = service.tokens(Request([3, 4, 5], 1500, stop_ids=()), lambda event: False)
+        tokens = service.tokens([Request([3, 4, 5], 1500, stop_ids=())], lambda event: False)
         await anext(tokens)
         await service.close()
         with pytest.raises(ServiceDown):
@@ -477,7 +419,10 @@ def test_closing_fails_what_is_left(parts):
 # A legal body may still not fit the model.
 LEFT_OUT = [positive_data_acceptance]
 
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{model}", "/health", "/metrics")
+PATHS = (
+    *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"),
+    *("/v1/models", "/v1/models/{model}", "/health", "/metrics"),
+)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -490,8 +435,9 @@ def test_the_page_holds(served, path):
         @given(case=operation.as_strategy())
         @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
         def holds(case):
-            if isinstance(case.body, dict) and isinstance(case.body.get("max_tokens"), int):
-                case.body["max_tokens"] = min(case.body["max_tokens"], 3)
+            for name in ("max_tokens", "max_output_tokens"):
+                if isinstance(case.body, dict) and isinstance(case.body.get(name), int):
+                    case.body[name] = min(case.body[name], 3)
             case.call_and_validate(excluded_checks=LEFT_OUT)
 
         holds()

@@ -1,0 +1,1 @@
+"""Anthropic's Messages API beside OpenAI's: bodies and answers in its form."""
