@@ -80,7 +80,7 @@ def test_on_a_mesh(three, tokens, mesh, table):
 
 def test_rows_without_pages_leave_those_of_others_alone(three, tokens):
     """A row beyond its pages loses its entries, and nobody else does."""
-    cache = given_pages(Place().cache(three.config, 2, 384, "float32", pages=3), [[2, 0, 1], [-1, -1, -1]])
+    cache = given_pages(Place().cache(three.config, 2, 384, "float32", pages=7), [[2, 0, 1], [-1, -1, -1]])
     expected = fed(three, three.cache(2, 384), tokens)
     firsts = np.concatenate([np.repeat([True, False], pair) for pair in zip(*LENGTHS, strict=True)])
     found = fed(three, cache, tokens)
@@ -92,7 +92,7 @@ def test_what_is_not_finite_stays_with_its_row(three, tokens):
     """A row whose activations overflow leaves nothing in its pages that another row would notice."""
     expected = fed(three, three.cache(2, 384), tokens)
     table = [[1, 0, 2], [3, 4, -1]]
-    cache = given_pages(Place().cache(three.config, 2, 384, "float32", pages=5), table)
+    cache = given_pages(Place().cache(three.config, 2, 384, "float32", pages=7), table)
     broken = three.params | {"embed": jnp.full_like(three.params["embed"], jnp.nan)}
     output = three._replace(params=broken)(tokens[:, :256], cache=cache)
     assert np.isnan(output.logits).all()

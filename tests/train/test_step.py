@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests.models import three
+from tests.models import jitted, three
 from v4_jax import Policy, declarations
 from v4_jax.layer_stack import by_layer
 from v4_jax.layers.stages import Stage
@@ -74,27 +74,32 @@ def whole(train, rows):
     return step(state, cut(rows, 1), None)
 
 
+@pytest.fixture(scope="module")
+def outputs(tiny, model, rows):
+    """What the trunk and the MTP block return of the rows."""
+    call = functools.partial(jitted(model), tiny.params, segment_ids=rows.segment_ids, return_routing=True)
+    trunk = call(rows.tokens)
+    return trunk, call(trunk.streams, jnp.pad(rows.tokens[:, 1:], [(0, 0), (0, 1)]), method="mtp")
+
+
 def pairs(a, b):
     flat = jax.tree_util.tree_flatten_with_path(a)[0]
     yield from ((jax.tree_util.keystr(path), x, y) for (path, x), y in zip(flat, jax.tree.leaves(b), strict=True))
 
 
-def test_losses_by_hand(tiny, model, rows, whole):
+def test_losses_by_hand(outputs, rows, whole):
     """Means over the targets inside documents, of the logits that `__call__` and `mtp` return."""
-    call = functools.partial(model.apply, {"params": tiny.params}, segment_ids=rows.segment_ids, return_routing=True)
-    trunk = call(rows.tokens)
-    following = jnp.pad(rows.tokens[:, 1:], [(0, 0), (0, 1)])
-    mtp = call(trunk.streams, following, method="mtp")
-    metrics = whole[1]
+    (trunk, mtp), metrics = outputs, whole[1]
+    tokens, segments = np.asarray(rows.tokens), np.asarray(rows.segment_ids)
     for output, ahead, name in ((trunk, 1, "loss"), (mtp, 2, "mtp_loss")):
         logprobs, total, count = np.asarray(jax.nn.log_softmax(output.logits)), 0.0, 0
         for row in range(ROWS):
             for i in range(LENGTH - ahead):
-                segment = rows.segment_ids[row, i]
-                if segment and segment == rows.segment_ids[row, i + ahead]:
-                    total, count = total - logprobs[row, i, rows.tokens[row, i + ahead]], count + 1
+                segment = segments[row, i]
+                if segment and segment == segments[row, i + ahead]:
+                    total, count = total - logprobs[row, i, tokens[row, i + ahead]], count + 1
         np.testing.assert_allclose(metrics[name], total / count, rtol=1e-5)
-    valid = np.asarray(rows.segment_ids) > 0
+    valid = segments > 0
     np.testing.assert_allclose(metrics["tokens"], valid.sum())
     divergence = np.asarray(trunk.statistics.indexer_loss)[:, valid].mean()
     np.testing.assert_allclose(metrics["indexer_loss"], divergence, rtol=1e-4)
@@ -104,11 +109,8 @@ def test_losses_by_hand(tiny, model, rows, whole):
     np.testing.assert_allclose(metrics["total_loss"], expected, rtol=1e-5)
 
 
-def test_router_biases_get_their_experts_load(tiny, model, rows, whole):
-    call = functools.partial(model.apply, {"params": tiny.params}, segment_ids=rows.segment_ids, return_routing=True)
-    trunk = call(rows.tokens)
-    mtp = call(trunk.streams, jnp.pad(rows.tokens[:, 1:], [(0, 0), (0, 1)]), method="mtp")
-    seen = 0
+def test_router_biases_get_their_experts_load(tiny, outputs, whole):
+    (trunk, mtp), seen = outputs, 0
     for prefix, load in by_layer(tiny.config, jnp.concatenate([trunk.statistics.load, mtp.statistics.load])):
         before, after = (functools.reduce(lambda t, key: t[key], prefix, p) for p in (tiny.params, whole[0].params))
         before, after = (tree.get("block", tree) for tree in (before, after))
@@ -201,7 +203,8 @@ def test_indexer_stage_has_no_other_gradient(tiny, rows):
     model = tiny.model.clone(stage=Stage(dense=True, indexer_loss=True))
     weights = Weights(model=0.0, indexer=1.0)
     counts = Counts.of(rows)
-    gradient = jax.grad(lambda params: objective(model, params, rows, counts, weights)[0], allow_int=True)(tiny.params)
+    loss = lambda params: objective(model, params, rows, counts, weights)[0]  # noqa: E731
+    gradient = jax.jit(jax.grad(loss, allow_int=True))(tiny.params)
     declared = jax.tree.leaves(declarations(tiny.config), is_leaf=is_parameter)
     for parameter, leaf in zip(declared, jax.tree.leaves(gradient), strict=True):
         if parameter.group in ("muon", "adamw"):
