@@ -14,7 +14,7 @@ from v4_jax.checkpoint.converted import MANIFEST
 from v4_jax.checkpoint.released import INDEX, SINGLE
 from v4_jax.checkpoint.trained import steps
 from v4_jax.commands import info_report as card
-from v4_jax.commands.shared.console import CommandError, bad_input, show
+from v4_jax.commands.shared.console import CommandError, bad_input, say, show
 from v4_jax.commands.shared.contexts import check_length
 from v4_jax.commands.shared.options import JsonFlag, OptionalSize
 from v4_jax.commands.shared.sizes import parse_size
@@ -59,6 +59,8 @@ def info(model: Subject, *, context: OptionalSize = None, as_json: JsonFlag = Fa
         print(json.dumps(card.as_json(config, context, profile), indent=2))
     else:
         show(card.render(config, context, profile))
+    if Path(model).is_dir() and not holds_weights(Path(model)):
+        say(f"{model} has a config.json and no weights: nothing else was checked")
 
 
 def _check_headers(path: Path) -> None:

@@ -25,7 +25,9 @@ def distributed_top_k(scores: Array, numbers: Array, top: int, axes: Axes) -> Ar
       equals; -1 for none.
     """
     for axis in reversed(axes):
-        scores, numbers = (all_gather(x, (axis,), -1) for x in (scores, numbers))
+        bits = jax.lax.bitcast_convert_type(scores, jnp.int32)  # both travel at once
+        bits, numbers = jnp.moveaxis(all_gather(jnp.stack([bits, numbers], axis=-2), (axis,), -1), -2, 0)
+        scores = jax.lax.bitcast_convert_type(bits, jnp.float32)
         falling, numbers = jax.lax.sort((-scores, numbers), num_keys=2)
         scores, numbers = -falling[..., :top], numbers[..., :top]
     return jnp.where(scores > -jnp.inf, numbers, -1)

@@ -6,6 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
+from tests.conftest import DATA
 from v4_jax import Config, costs
 from v4_jax.commands import info_report as info
 from v4_jax.commands.shared.sizes import format_size, parse_size, share_text
@@ -42,6 +43,15 @@ def test_the_card_for_people():
         *("at 1M tokens", "90.19G", "118.85G", "3,360.0", "3.70 GB", "50.40 GB", "10.0%", "9.9%", "7.3%", "2.0%"),
     ):
         assert said in text, said
+
+
+def test_a_directory_without_weights(run, tmp_path):
+    """Its card is that of the same configuration, and what was not checked is said."""
+    (tmp_path / "config.json").write_text((DATA / "flash-tiny" / "config.json").read_text())
+    alone, whole = run("info", tmp_path, "--json"), run("info", DATA / "flash-tiny", "--json")
+    assert alone.code == whole.code == 0
+    assert json.loads(alone.out)["parameters"] == json.loads(whole.out)["parameters"]
+    assert alone.err == f"{tmp_path} has a config.json and no weights: nothing else was checked\n" and not whole.err
 
 
 def test_layers_that_never_repeat():
