@@ -81,6 +81,7 @@ _SERVING = Rules(
         "group_input": None,
         "head_dim": None,
         "ids": None,
+        "index_weights": None,
         "latent": None,
         "layers": None,
         "q_lora": None,

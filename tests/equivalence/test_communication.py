@@ -114,12 +114,11 @@ def test_one_token(tiny, mesh):
     heads, own = c.num_attention_heads, c.num_attention_heads // tensor
     largest = max(rows * c.hidden_size, rows * heads * c.head_dim, rows * c.index_n_heads * c.index_head_dim)
     named = {
-        # the heads' queries and weights, where heads are shared out but entries need all of them; scores and numbers
+        # the heads' queries, where heads are shared out but entries need all of them; scores and numbers
         # of each device's best candidates, mesh axis by mesh axis
         "all-gather": [
             (rows, heads, c.head_dim),
             (rows, c.index_n_heads, c.index_head_dim),
-            (rows, c.index_n_heads),
             *((rows, 2, c.index_topk * count) for count in (2, 8)),
         ],
         # softmax statistics and sums; shares of the output projection, the experts and the embedding

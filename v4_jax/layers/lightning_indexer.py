@@ -53,8 +53,9 @@ class LightningIndexer(Module):
         heads, size = c.index_n_heads, c.index_head_dim
         y = jax.lax.stop_gradient(y)
         wq_b = self.linear("wq_b", (heads * size, c.q_lora_rank), ("index_heads", "latent"), config=c)
+        # Small enough that every device makes the weights of all heads: to join them would take longer.
         project = self.linear(
-            "weights_proj", (heads, c.hidden_size), ("index_heads", "embed"), config=c, storage="bf16"
+            "weights_proj", (heads, c.hidden_size), ("index_weights", "embed"), config=c, storage="bf16"
         )
         keys = Compressor(
             config=c,
@@ -68,7 +69,6 @@ class LightningIndexer(Module):
             name="compressor",
         )(y, layout, open_blocks, stored)
         weights = linear(y, project, self.policy.compute_dtype).astype(jnp.float32)
-        weights = all_gather(weights, self.split.shared("index_heads"), -1)
         return keys, weights * (size * heads) ** -0.5, wq_b
 
 
