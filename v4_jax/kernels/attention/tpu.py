@@ -26,7 +26,6 @@ from jax.experimental.pallas import tpu as pltpu
 from v4_jax.cache.entries import Entries
 from v4_jax.kernels.attention.reference import MASKED
 from v4_jax.kernels.memory import kept_in_hbm
-from v4_jax.kernels.turns import about
 from v4_jax.layers.visible import Visible
 from v4_jax.natural import quotient
 
@@ -125,7 +124,6 @@ def window_attention(
             tiles=tiles,
             room=room,
             block=block,
-            most=0 if entries is None else -(-entries.count // max(block, 1)),
             scale=size**-0.5 * _LOG2E,
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -204,8 +202,8 @@ def _bounds(low: Array, high: Array, tile: int, tiles: int, block: int) -> Array
     return jnp.stack([jnp.minimum(first, last), last, whole_first, whole_last], axis=-1)
 
 
-def _kernel(*refs: Any, heads: int, tiles: int, room: int, block: int, most: int, scale: float) -> None:
-    """A grid step: one tile of each of `step` batch rows, over `most` blocks of entries at most.
+def _kernel(*refs: Any, heads: int, tiles: int, room: int, block: int, scale: float) -> None:
+    """A grid step: one tile of each of `step` batch rows.
 
     Refs: [layer, bounds,] ranges [step, tile, 4], queries [step, rows, C], [keys [step, length, C],] [entries
     [layers, B, E, C],] maximum and total [step, tile, heads], weighted [step, rows, C]; scratch: largest and sums
@@ -317,8 +315,7 @@ def _kernel(*refs: Any, heads: int, tiles: int, room: int, block: int, most: int
             return carry
 
         if block:
-            with about(most):
-                jax.lax.fori_loop(bound(row, 0), bound(row, 1), each_block, None)
+            jax.lax.fori_loop(bound(row, 0), bound(row, 1), each_block, None)
         amount = jnp.sum(sums[...], axis=1, keepdims=True)
         maximum[row] = _across(largest[...] * (1 / _LOG2E), heads)
         total[row] = _across(jnp.broadcast_to(amount, largest.shape), heads)
