@@ -65,7 +65,8 @@ All numbers are per device: one chip, or half a chip on tpu7x.
   it is three times the FLOPs, and master weights and moments read and written once.
 
 Weights are in the released formats, the cache in bfloat16. Loops are multiplied out. What depends on the data counts as
-on the mean, at the end of a full context and with experts evenly chosen.
+on the mean, at the end of a full context and with experts evenly chosen. Rows without an estimate were compiled before
+`plan` had one, and before most of the kernels.
 
 """
 COLUMNS = (
