@@ -90,6 +90,7 @@ def bench(
     if profile is not None and profile.exists() and not profile.is_dir():
         raise CommandError(f"--profile {profile} is a file; expected a directory, or a name to make one of")
     whole = config_of(model)
+    layers_of_model = whole.num_hidden_layers
     if layers is not None:
         with bad_input("--layers: "):
             whole = whole.first_layers(layers)
@@ -114,7 +115,7 @@ def bench(
     del run, weights  # what follows has the devices to itself
     result = card.Result(
         model=model,
-        layers_of_model=config_of(model).num_hidden_layers,
+        layers_of_model=layers_of_model,
         job=job,
         mesh=made,
         topology=topology,

@@ -49,8 +49,10 @@ def info(model: Subject, *, context: OptionalSize = None, as_json: JsonFlag = Fa
       context: Tokens in the sequence, such as 131072, 128K or 1M. Default: 1M, or the model's most if that is less.
       as_json: Write the numbers as one JSON object.
     """
-    config = config_of(model)
-    _check_headers(Path(model))
+    config, path = config_of(model), Path(model)
+    if weights := holds_weights(path):
+        with bad_input(), open_checkpoint(path):  # which accounts for all tensors
+            pass
     longest = config.max_position_embeddings
     context = min(_DEFAULT_CONTEXT, longest) if context is None else context
     check_length(config, context)
@@ -59,19 +61,8 @@ def info(model: Subject, *, context: OptionalSize = None, as_json: JsonFlag = Fa
         print(json.dumps(card.as_json(config, context, profile), indent=2))
     else:
         show(card.render(config, context, profile))
-    if Path(model).is_dir() and not holds_weights(Path(model)):
+    if path.is_dir() and not weights:
         say(f"{model} has a config.json and no weights: nothing else was checked")
-
-
-def _check_headers(path: Path) -> None:
-    """Opens a directory that holds weights, or says that it does, and accounts for all of its tensors.
-
-    Raises:
-      CommandError: something is missing or damaged.
-    """
-    if holds_weights(path):
-        with bad_input(), open_checkpoint(path):
-            pass
 
 
 def holds_weights(path: Path) -> bool:

@@ -76,8 +76,10 @@ def plan(
     with bad_input("--"):
         chips = Topology.parse(topology)
     whole = config_of(model)
-    sizes: dict[str, Any] = {"devices": chips.devices, "context": context, "batch": batch, "chunk": chunk}
-    workload = Workload.of(job_of(whole, task, **sizes, preset=preset, dtype=dtype), chips)
+    job = job_of(
+        whole, task, devices=chips.devices, context=context, batch=batch, chunk=chunk, preset=preset, dtype=dtype
+    )
+    workload = Workload.of(job, chips)
     estimates = _chosen(workload, mesh) if mesh else _best(workload, preset)
     attempts = []
     for one in estimates[:MOST]:

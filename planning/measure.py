@@ -96,8 +96,7 @@ class Executable:
 
 def free_bytes(mesh: Mesh) -> int | None:
     """Bytes that each device of a mesh has to give; of a host's memory, its processors' share. None if nothing says."""
-    devices = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
-    told = [device.memory_stats() or {} for device in devices]
+    devices, told = _own(mesh)
     if told and all("bytes_limit" in one for one in told):
         return min(one["bytes_limit"] - one.get("bytes_in_use", 0) for one in told)
     meminfo = Path("/proc/meminfo")
@@ -171,10 +170,15 @@ class Run:
 
 def peak_bytes(mesh: Mesh) -> int | None:
     """The most bytes that any of this process's devices has had in use; None where they do not say."""
-    devices = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
-    told = [device.memory_stats() or {} for device in devices]
+    _, told = _own(mesh)
     most = [one["peak_bytes_in_use"] for one in told if "peak_bytes_in_use" in one]
     return max(most) if most and len(most) == len(told) else None
+
+
+def _own(mesh: Mesh) -> tuple[list[Any], list[dict[str, int]]]:
+    """This process's devices of a mesh, and what each tells of its memory."""
+    devices = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    return devices, [device.memory_stats() or {} for device in devices]
 
 
 def _training_state(executable: Executable) -> Any:

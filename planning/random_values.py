@@ -6,7 +6,6 @@ its place in its array, and each device computes its own straight into the forma
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -93,4 +92,4 @@ def _weight(config: Architecture, parameter: Parameter, shape: Any, seed: int) -
 
 
 def _placed(draw: Any, shapes: Any) -> Any:
-    return jax.jit(functools.partial(draw), out_shardings=jax.tree.map(lambda x: x.sharding, shapes))()
+    return jax.jit(draw, out_shardings=jax.tree.map(lambda x: x.sharding, shapes))()

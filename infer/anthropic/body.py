@@ -16,11 +16,12 @@ from v4_jax.infer.openai.bodies import (
     Seed,
     Strict,
     TopK,
+    check_known,
     read_body,
     validated,
 )
 
-_HINTS = ("type", "cache_control")  # which change no text
+_HINTS = ("cache_control",)  # which change no text
 
 
 class Thinking(Strict):
@@ -134,16 +135,16 @@ def _messages(asked: MessagesBody) -> list[dict[str, Any]]:
 def _read_block(turns: Turns, role: str, block: dict[str, Any], where: str) -> None:
     kind = block.get("type")
     if kind == "text":
-        _check(block, ("text", "citations"), where)
+        check_known(block, ("text", "citations"), where, _HINTS)
         turns.say(role, [{"type": "text", "text": block.get("text")}])
     elif kind == "thinking" and role == "assistant":
-        _check(block, ("thinking", "signature"), where)
+        check_known(block, ("thinking", "signature"), where, _HINTS)
         turns.think(_text(block, "thinking", where))
     elif kind == "tool_use" and role == "assistant":
-        _check(block, ("id", "name", "input", "caller"), where)
+        check_known(block, ("id", "name", "input", "caller"), where, _HINTS)
         turns.call(block.get("id"), block.get("name"), block.get("input"))
     elif kind == "tool_result" and role == "user":
-        _check(block, ("tool_use_id", "content", "is_error"), where)
+        check_known(block, ("tool_use_id", "content", "is_error"), where, _HINTS)
         content = block.get("content")
         if block.get("is_error"):  # for which the chat format has no other place
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
@@ -163,22 +164,14 @@ def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
         raise BodyError(
             f"{where} is of type {tool['type']!r:.80}, which is not supported; expected 'custom'", f"{where}.type"
         )
-    _check(tool, ("name", "description", "input_schema"), where, "strict", "defer_loading", "eager_input_streaming")
+    hints = (*_HINTS, "strict", "defer_loading", "eager_input_streaming")
+    check_known(tool, ("name", "description", "input_schema"), where, hints)
     function = {
         "name": tool.get("name"),
         "description": tool.get("description"),
         "parameters": tool.get("input_schema"),
     }
     return {"type": "function", "function": {key: value for key, value in function.items() if value is not None}}
-
-
-def _check(block: dict[str, Any], known: tuple[str, ...], where: str, *hints: str) -> None:
-    """Refuses what is not known, unless it is empty."""
-    for key, value in block.items():
-        if key not in (*_HINTS, *hints, *known) and value not in (None, "", [], {}, False):
-            raise BodyError(
-                f"{where}.{key:.80} is not supported; legal fields are {', '.join(known)}", f"{where}.{key:.80}"
-            )
 
 
 def _text(block: dict[str, Any], key: str, where: str) -> str:

@@ -338,6 +338,25 @@ def validated(kind: type[B], content: Any) -> B:
         raise _explained(error, content, kind) from None
 
 
+def check_known(item: Mapping[str, Any], known: Sequence[str], where: str, hints: Sequence[str] = ()) -> None:
+    """Checks that a part of a body, of which the type is known, holds nothing else, unless it is empty.
+
+    Args:
+      item: the part.
+      known: fields that say something.
+      where: its place in the body.
+      hints: fields that may be there and change no answer.
+
+    Raises:
+      BodyError: a field is neither.
+    """
+    for key, value in item.items():
+        if key not in ("type", *hints, *known) and value not in (None, "", [], {}, False):
+            raise BodyError(
+                f"{where}.{key:.80} is not supported; legal fields are {', '.join(known)}", f"{where}.{key:.80}"
+            )
+
+
 def _check_together(body: ChatBody | CompletionBody) -> None:
     """Refuses fields that mean nothing without another."""
     if body.stream_options is not None and not body.stream:

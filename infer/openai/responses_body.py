@@ -22,11 +22,13 @@ from v4_jax.infer.openai.bodies import (
     Strict,
     TextFormat,
     TopK,
+    check_known,
     read_body,
     validated,
 )
 
 LOGPROBS = "message.output_text.logprobs"
+_HINTS = ("id", "status")  # which change no text
 
 
 class Reasoning(Strict):
@@ -158,7 +160,7 @@ def _messages(asked: ResponsesBody) -> list[dict[str, Any]]:
 
 
 def _read_message(turns: Turns, item: dict[str, Any], where: str) -> None:
-    _check(item, ("role", "content"), where, hints=("phase",))
+    check_known(item, ("role", "content"), where, (*_HINTS, "phase"))
     role = item.get("role")
     if role not in ("user", "assistant", "system", "developer"):
         raise BodyError(f"{where}.role is {role!r:.80}; expected user, assistant, system or developer", f"{where}.role")
@@ -166,7 +168,7 @@ def _read_message(turns: Turns, item: dict[str, Any], where: str) -> None:
 
 
 def _read_reasoning(turns: Turns, item: dict[str, Any], where: str) -> None:
-    _check(item, ("content", "summary"), where)
+    check_known(item, ("content", "summary"), where, _HINTS)
     parts = item.get("content") or item.get("summary") or []
     if not isinstance(parts, list) or not all(isinstance(x, dict) and isinstance(x.get("text"), str) for x in parts):
         raise BodyError(f"{where}.content is {parts!r:.80}; expected parts with text", f"{where}.content")
@@ -174,12 +176,12 @@ def _read_reasoning(turns: Turns, item: dict[str, Any], where: str) -> None:
 
 
 def _read_call(turns: Turns, item: dict[str, Any], where: str) -> None:
-    _check(item, ("call_id", "name", "arguments"), where)
+    check_known(item, ("call_id", "name", "arguments"), where, _HINTS)
     turns.call(item.get("call_id"), item.get("name"), item.get("arguments"))
 
 
 def _read_output(turns: Turns, item: dict[str, Any], where: str) -> None:
-    _check(item, ("call_id", "output"), where, hints=("name",))
+    check_known(item, ("call_id", "output"), where, (*_HINTS, "name"))
     turns.result(item.get("call_id"), item.get("output"))
 
 
@@ -198,15 +200,5 @@ def _tool(tool: dict[str, Any], number: int) -> dict[str, Any]:
             f"tools.{number} is of type {tool.get('type')!r:.80}, which is not supported; expected 'function'", "tools"
         )
     known = ("name", "description", "parameters")
-    _check(tool, known, f"tools.{number}", hints=("strict", "defer_loading"))
+    check_known(tool, known, f"tools.{number}", (*_HINTS, "strict", "defer_loading"))
     return {"type": "function", "function": {name: tool[name] for name in known if tool.get(name) is not None}}
-
-
-def _check(item: dict[str, Any], known: tuple[str, ...], where: str, hints: tuple[str, ...] = ()) -> None:
-    """Refuses what is not known, unless it is empty."""
-    legal = ("type", "id", "status", *hints, *known)
-    for key, value in item.items():
-        if key not in legal and value not in (None, "", [], {}, False):
-            raise BodyError(
-                f"{where}.{key:.80} is not supported; legal fields are {', '.join(known)}", f"{where}.{key:.80}"
-            )

@@ -234,7 +234,7 @@ def _as_e4m3(codes: Array, exponents: Array) -> Array:
     exponent bits and the first of the fraction, a is right from 1 on up to a constant; .5 lies one step of a too high,
     and 0 is no power of two.
     """
-    quad = pltpu.bitcast(pltpu.bitcast(codes, jnp.int4).astype(jnp.int8), jnp.int32)  # with its sign in bits 3 to 7
+    quad = _quads(codes)
     magnitude = (quad << 2) & _each(7 << 2)
     from_one = _shift_right((magnitude + _each(0x80 - (2 << 2))) & _each(0x80), 5)
     from_half = (magnitude + _each(0x80 - (1 << 2))) & _each(0x80)
@@ -249,8 +249,13 @@ def _unscaled_e4m3(codes: Array) -> Array:
     Both formats have numbers below their normal ones, so that the exponent and the fraction only move: .5 becomes the
     half of E4M3's lowest normal number. The matrix unit meets such numbers in released E4M3 weights too.
     """
-    quad = pltpu.bitcast(pltpu.bitcast(codes, jnp.int4).astype(jnp.int8), jnp.int32)  # with its sign in bits 3 to 7
+    quad = _quads(codes)
     return pltpu.bitcast(((quad << 2) & _each(7 << 2)) | (quad & _each(0x80)), E4M3)
+
+
+def _quads(codes: Array) -> Array:
+    """E2M1 codes [R, C] to [R / 4, C] int32: four rows as the bytes of a word, each with its sign in bits 3 to 7."""
+    return pltpu.bitcast(pltpu.bitcast(codes, jnp.int4).astype(jnp.int8), jnp.int32)
 
 
 def _each(bits: int) -> int:
