@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import Array
 
 from v4_jax.architecture import Architecture
@@ -48,8 +49,44 @@ def stacked(decided: Sequence[Decided]) -> Decided:
     return jax.tree.map(stack, *decided, is_leaf=lambda node: node is None)
 
 
+class Cut(struct.PyTreeNode):
+    """A layer's array that was cut out of the stack of all layers, in which a kernel reads it instead.
+
+    To cut it out takes an operation for each array and layer, which the compiler leaves out where nobody uses `value`.
+
+    Attributes:
+      value: [...] the array.
+      stack: [layers, ...] those of all layers.
+      layer: int32 number of the layer among them.
+    """
+
+    value: Any
+    stack: Any
+    layer: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the layer's array."""
+        return self.value.shape
+
+    @property
+    def dtype(self) -> Any:
+        """Its dtype."""
+        return self.value.dtype
+
+
+def uncut(tree: Any) -> Any:
+    """The tree with plain arrays in place of those that know where they were cut out."""
+    return jax.tree.map(lambda x: x.value if isinstance(x, Cut) else x, tree, is_leaf=lambda x: isinstance(x, Cut))
+
+
+def stack_of(x: Array | Cut) -> tuple[Array, Any]:
+    """An array as one of the stack [layers, ...] of all layers, and its number there."""
+    return (x.stack, x.layer) if isinstance(x, Cut) else (x[None], 0)
+
+
 def in_stack(values: Any, stacks: Any, layer: Any) -> Any:
-    """A layer's parameters, the block-scaled matrices among them knowing where in the stacks of all layers they lie.
+    """A layer's parameters, knowing where in the stacks of all layers they lie, but for the matrices of experts.
 
     Args:
       values: tree of the layer's parameters, as cut out of the stacks.
@@ -58,9 +95,9 @@ def in_stack(values: Any, stacks: Any, layer: Any) -> Any:
     """
 
     def place(value: Any, stack: Any) -> Any:
-        if not isinstance(value, BlockScaled) or value.ndim != 2:
-            return value
-        return value.replace(stack=Stack(stack.codes, stack.scales, layer))
+        if not isinstance(value, BlockScaled):
+            return Cut(value, stack, layer)
+        return value.replace(stack=Stack(stack.codes, stack.scales, layer)) if value.ndim == 2 else value
 
     return jax.tree.map(place, values, stacks, is_leaf=lambda node: isinstance(node, BlockScaled))
 

@@ -20,6 +20,7 @@ from jax import Array
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from v4_jax.architecture import Architecture, Period
+from v4_jax.layer_stack import Cut
 from v4_jax.number_formats import BlockScaled
 from v4_jax.sharding.axes import Rules, sharding
 from v4_jax.sharding.split import UNSPLIT, Split
@@ -146,6 +147,7 @@ class Module(nn.Module, kw_only=True):
         dtype: Any = jnp.float32,
         gather: bool = True,
         matrices: int = 1,
+        stacked: bool = False,
     ) -> Any:
         """Declares a parameter and returns its value: an array, or a `BlockScaled` where one was loaded.
 
@@ -163,6 +165,7 @@ class Module(nn.Module, kw_only=True):
           dtype: dtype of a fresh parameter.
           gather: False returns the device's shard as it is stored.
           matrices: see `Parameter`.
+          stacked: whether the user takes a `Cut`, which an array is where layers are stacked.
 
         Raises:
           ValueError: a supplied value has another shape than declared.
@@ -181,11 +184,12 @@ class Module(nn.Module, kw_only=True):
             raise ValueError(
                 f"{self.prefix}{released}: the given value has shape {tuple(value.shape)}, expected {stored}"
             )
-        if not gather:
-            return value
-        if isinstance(value, BlockScaled) and self.split.used(shape, axes) != stored:
-            value = value.replace(stack=None)  # gathered, it lies elsewhere
-        return self.split.gather(value, axes)
+        moved = gather and self.split.used(shape, axes) != stored  # gathered, it lies elsewhere
+        if isinstance(value, Cut) and (moved or not stacked):
+            value = value.value
+        if isinstance(value, BlockScaled) and moved:
+            value = value.replace(stack=None)
+        return self.split.gather(value, axes) if moved else value
 
     def linear(
         self,
@@ -208,6 +212,7 @@ class Module(nn.Module, kw_only=True):
             group="muon",
             init=normal(config),
             matrices=matrices,
+            stacked=True,
         )
 
     def norm(self, name: str, size: int, *, released: str | None = None) -> Any:
@@ -220,6 +225,7 @@ class Module(nn.Module, kw_only=True):
             storage="bf16",
             group="adamw",
             init=nn.initializers.ones,
+            stacked=True,
         )
 
 

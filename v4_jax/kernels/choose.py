@@ -61,6 +61,7 @@ from v4_jax.kernels.rotary.reference import Steps
 from v4_jax.kernels.router import reference as router
 from v4_jax.kernels.router import tpu as router_tpu
 from v4_jax.kernels.stored_weights import one_in_stack
+from v4_jax.layer_stack import uncut
 from v4_jax.layers.rotary import Turn
 from v4_jax.layers.visible import Visible
 from v4_jax.layout import Layout
@@ -181,7 +182,7 @@ def norm_rotate(x: Array, weight: Array | None, turn: Turn | None, steps: Steps)
     """See `rotary.reference.norm_rotate`."""
     plain = functools.partial(rotary.norm_rotate, steps=steps)
     if not rotary_tpu.supports(x.shape, x.dtype, turn):
-        return plain(x, weight, turn)
+        return plain(x, uncut(weight), turn)
     kernel = functools.partial(rotary_tpu.norm_rotate, steps=steps, interpret=interpreting())
     return _without_gradients(plain, tpu=kernel)(x, weight, turn)
 
@@ -197,7 +198,7 @@ def attention_output(plain: Form, partials: Sequence[Any], sink: Array, turn: Tu
       dtype: of the result.
     """
     if not rotary_tpu.supports(partials[0].weighted.shape, jnp.dtype(dtype), turn):
-        return plain(partials, sink, turn, dtype)
+        return plain(partials, uncut(sink), turn, dtype)
     kernel = functools.partial(rotary_tpu.attention_output, dtype=dtype, interpret=interpreting())
     return _without_gradients(functools.partial(plain, dtype=dtype), tpu=kernel)(list(partials), sink, turn)
 
@@ -230,7 +231,7 @@ def cross_sites(streams: Array, output: Array, mix: Array, site: Site, numbers: 
 def _boundary(name: str, streams: Array, numbers: Numbers) -> Form:
     default = functools.partial(getattr(hyper_connections, name), numbers=numbers)
     if not hyper_connections_tpu.supports(streams, numbers):
-        return default
+        return lambda *operands: default(*uncut(operands))
     kernel = functools.partial(getattr(hyper_connections_tpu, name), numbers=numbers, interpret=interpreting())
     return _without_gradients(default, tpu=kernel)
 
@@ -351,7 +352,7 @@ def expert_of_all(plain: Form, x: Array, weights: Sequence[Weight], *, limit: fl
         )
 
     if not (all(isinstance(weight, BlockScaled) for weight in weights) and experts_tpu.supports(x, weights)):
-        return plain(x, list(weights))
+        return plain(x, uncut(list(weights)))
     return _without_gradients(plain, tpu=kernel)(x, list(weights))
 
 
@@ -366,7 +367,7 @@ def best_experts(affinities: Array, scores: Array, top: int, factor: float) -> t
 
 def _expanded(weight: Weight, dtype: Any) -> Array:
     """A plain weight as it is: the product casts it, or need not."""
-    return dequantise(weight, dtype) if isinstance(weight, BlockScaled) else weight
+    return dequantise(weight, dtype) if isinstance(weight, BlockScaled) else uncut(weight)
 
 
 def _with_gradients(function: Form, *, default: Form | None = None, **forms: Form) -> Form:
@@ -393,14 +394,20 @@ def _with_gradients(function: Form, *, default: Form | None = None, **forms: For
 
 
 def _without_gradients(default: Form, **forms: Form) -> Form:
-    """A function that runs the platform's form, which has no gradients: where they are asked for, the default runs."""
+    """A function that runs the platform's form, which has no gradients: where they are asked for, the default runs.
+
+    The default gets arrays as they are; the form reads those that were cut out of a stack there.
+    """
+
+    def plain(*operands: Any) -> Any:
+        return default(*uncut(operands))
 
     @jax.custom_vjp
     def call(*operands: Any) -> Any:
-        return by_platform(*operands, default=default, **forms)
+        return by_platform(*operands, default=plain, **forms)
 
     def forward(*operands: Any) -> tuple[Any, Any]:
-        return jax.vjp(default, *operands)
+        return jax.vjp(plain, *operands)
 
     def backward(pull: Any, gradient: Any) -> Any:
         return pull(gradient)

@@ -212,6 +212,7 @@ class Attention(Module):
             storage="f32",
             group="adamw",
             init=nn.initializers.zeros,
+            stacked=True,
         )
         return AttentionWeights(wq_a, wq_b, wkv, wo_a, wo_b, q_norm, kv_norm, sink)
 

@@ -21,6 +21,7 @@ from v4_jax.kernels import choose
 from v4_jax.kernels.choose import norm_rotate
 from v4_jax.kernels.compressor.tpu import CompressorWeights
 from v4_jax.kernels.rotary.reference import Steps
+from v4_jax.layer_stack import uncut
 from v4_jax.layers.linear import linears
 from v4_jax.layout import SHORT, Blocks, Layout
 from v4_jax.natural import remainder
@@ -86,6 +87,7 @@ class Compressor(Module):
             storage="f32",
             group="adamw",
             init=nn.initializers.zeros,
+            stacked=True,
         )
         norm = self.norm("norm", width)
 
@@ -98,7 +100,8 @@ class Compressor(Module):
             """All entries at once, and the open blocks after them."""
             before = after = None
             with jax.named_scope("compressor.project"):
-                projections = jnp.concatenate([values, gates + ape[remainder(layout.phase, ratio)]], axis=-1)
+                shifted = gates + uncut(ape)[remainder(layout.phase, ratio)]
+                projections = jnp.concatenate([values, shifted], axis=-1)
             if open_blocks is not None:
                 before, after = open_blocks.advance(projections, layout, past, self.split)
             elif self.split.sequence:

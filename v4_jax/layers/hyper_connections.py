@@ -5,6 +5,7 @@ Technical report, section 2.2; the arithmetic is in `v4_jax.kernels.hyper_connec
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -97,9 +98,9 @@ def _declare(module: Any, rows: int, gates: int) -> tuple[Array, Array, Array]:
         storage="f32",
         group="muon",
         init=normal(c),
+        stacked=True,
     )
-    base = module.declare(
-        "base", (rows,), (None,), released="base", storage="f32", group="adamw", init=nn.initializers.zeros
-    )
-    scale = module.declare("scale", (gates,), (None,), released="scale", storage="f32", group="adamw", init=_SMALL)
+    vector = functools.partial(module.declare, axes=(None,), storage="f32", group="adamw", stacked=True)
+    base = vector("base", (rows,), released="base", init=nn.initializers.zeros)
+    scale = vector("scale", (gates,), released="scale", init=_SMALL)
     return weight, base, scale

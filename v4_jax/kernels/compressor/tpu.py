@@ -25,6 +25,8 @@ from v4_jax.cache.rows import LANES, StoredRows, batch_rows
 from v4_jax.kernels.memory import kept_in_hbm
 from v4_jax.kernels.rotary.reference import Steps
 from v4_jax.kernels.rotary.tpu import rounded, settled
+from v4_jax.kernels.vectors import vector, vector_spec
+from v4_jax.layer_stack import Cut, stack_of
 from v4_jax.layout import Layout
 from v4_jax.sharding import collectives
 
@@ -40,8 +42,8 @@ class CompressorWeights(NamedTuple):
       norm: [width] of the norm.
     """
 
-    ape: Array
-    norm: Array
+    ape: Array | Cut
+    norm: Array | Cut
 
 
 class _Numbers(NamedTuple):
@@ -94,7 +96,7 @@ def step(
     Returns:
       Ring and entries of all layers, with what is new.
     """
-    (batch, size, _), rows, ratio = projected[0].shape, entries.rows, len(weights.ape)
+    (batch, size, _), rows, ratio = projected[0].shape, entries.rows, weights.ape.shape[0]
     ring, stored, turn = open_blocks.rows.arrays[0], rows.arrays[0], layout.closing_turn(ratio)
     numbers = _Numbers(
         ratio=ratio,
@@ -106,10 +108,12 @@ def step(
         steps=steps,
     )
     device = collectives.index(entries.axes)
+    (ape, layer), (norm, _) = map(stack_of, weights)
+    where = (open_blocks.layer, entries.layer, layer, device)
     sealed = jnp.zeros((batch,), jnp.int32) if layout.sealed is None else layout.sealed
     for token in range(size):  # one after another: a token's block reads what the tokens before it have stored
         scalars = [
-            jnp.stack([jnp.asarray(x, jnp.int32) for x in (open_blocks.layer, entries.layer, token, device)]),
+            jnp.stack([jnp.asarray(x, jnp.int32) for x in (token, *where)]),
             open_blocks.start,
             layout.total,
             sealed,
@@ -120,7 +124,7 @@ def step(
         ring, stored = _step(
             scalars,
             [x[:, token, None] for x in projected],
-            weights,
+            [ape, norm],
             [x[:, token, None] for x in turn],
             ring,
             stored,
@@ -134,7 +138,7 @@ def step(
 def _step(
     scalars: list[Array],
     projected: list[Array],
-    weights: CompressorWeights,
+    weights: list[Array],
     turn: list[Array],
     ring: Array,
     stored: Array,
@@ -142,16 +146,18 @@ def _step(
     dtype: Any,
     interpret: bool,
 ) -> tuple[Array, Array]:
-    """The same of one token: operands [B, 1, ...]."""
+    """The same of one token: operands [B, 1, ...], weights of all layers."""
     batch, channels = ring.shape[1], ring.shape[3]
 
     def by_row(x: Array) -> pl.BlockSpec:
         return pl.BlockSpec((None, *x.shape[1:]), lambda b, *_: (b, 0, 0))
 
-    def whole(x: Array) -> pl.BlockSpec:
-        return pl.BlockSpec(x.shape, lambda b, *_: (0, 0), pipeline_mode=pl.Buffered(1))
+    def number(b: Any, shared: Any, *_: Any) -> Any:
+        del b
+        return shared[3]
 
-    ape, norm = weights.ape, weights.norm.astype(jnp.float32)[None]
+    ape, norm = weights
+    of_layer = pl.BlockSpec((None, *ape.shape[1:]), lambda *given: (number(*given), 0, 0), pipeline_mode=pl.Buffered(1))
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     line = stored.shape[3:] if numbers.words else (ROWS * 4 // stored.dtype.itemsize, stored.shape[3])
     values, (ring, stored) = kept_in_hbm(projected[0], [ring, stored], interpret=interpret)
@@ -162,7 +168,7 @@ def _step(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(batch,),
-            in_specs=[*map(by_row, [*projected, *turn]), whole(ape), whole(norm), anywhere, anywhere],
+            in_specs=[*map(by_row, [*projected, *turn]), of_layer, vector_spec(norm, number), anywhere, anywhere],
             out_specs=[anywhere, anywhere],
             scratch_shapes=[
                 pltpu.VMEM((2, ROWS, channels), jnp.float32),
@@ -180,7 +186,7 @@ def _step(
             dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_BYTES, disable_bounds_checks=True
         ),
         cost_estimate=pl.CostEstimate(
-            flops=0, bytes_accessed=2 * 4 * batch * ROWS * channels + ape.nbytes, transcendentals=0
+            flops=0, bytes_accessed=2 * 4 * batch * ROWS * channels + ape[0].nbytes, transcendentals=0
         ),
         interpret=interpret,
         name="compress",
@@ -191,10 +197,10 @@ def _step(
 def _kernel(*refs: Any, numbers: _Numbers, dtype: Any) -> None:
     """A grid step: one row's token.
 
-    Refs: numbers of ring's layer, entries' layer, token and device; start, total, sealed [B] [, places of entries [B]];
-    values and gates [1, P], turn [1, R] twice, ape [ratio, P], norm [1, width], ring [L, B, size, 2 P] and entries, in
-    and out; scratch: rows of the ring about the token's place, of this batch row and the next; the whole of it; rows of
-    entries; their semaphores: rows read, rows written, ring read, entry.
+    Refs: the token's number, the layers of ring, of entries and of weights, the device's number; start, total, sealed
+    [B] [, places of entries [B]]; values and gates [1, P], turn [1, R] twice, ape [ratio, P], norms [N, width], ring
+    [L, B, size, 2 P] and entries, in and out; scratch: rows of the ring about the token's place, of this batch row and
+    the next; the whole of it; rows of entries; their semaphores: rows read, rows written, ring read, entry.
     """
     shared, start, total, sealed, *refs_left = refs
     places: Any = refs_left.pop(0) if numbers.paged else None
@@ -202,7 +208,7 @@ def _kernel(*refs: Any, numbers: _Numbers, dtype: Any) -> None:
     ring, stored, *scratch = refs_left[8:]
     near, history, line, near_in, near_out, history_in, line_moved = scratch
     ratio, size, width = numbers.ratio, numbers.size, numbers.width
-    row, rows, token = pl.program_id(0), pl.num_programs(0), shared[2]
+    row, rows, token = pl.program_id(0), pl.num_programs(0), shared[0]
     slot, overlap = row & 1, values.shape[1] > width
 
     def position(b: Any) -> Any:
@@ -218,14 +224,14 @@ def _kernel(*refs: Any, numbers: _Numbers, dtype: Any) -> None:
 
     def about(b: Any) -> Any:
         first = pl.multiple_of(place(b) & -ROWS, ROWS)
-        return ring.at[shared[0], b, pl.ds(first, ROWS), :]
+        return ring.at[shared[1], b, pl.ds(first, ROWS), :]
 
     def fetch(b: Any, into: Any) -> None:
         pltpu.make_async_copy(about(b), near.at[into], near_in.at[into]).start()
 
         @pl.when(ends(b))
         def _() -> None:
-            pltpu.make_async_copy(ring.at[shared[0], b], history.at[into], history_in.at[into]).start()
+            pltpu.make_async_copy(ring.at[shared[1], b], history.at[into], history_in.at[into]).start()
 
     def written(b: Any, out_of: Any) -> Any:
         return pltpu.make_async_copy(near.at[out_of], about(b), near_out.at[out_of])
@@ -246,7 +252,7 @@ def _kernel(*refs: Any, numbers: _Numbers, dtype: Any) -> None:
 
     @pl.when(ends(row))
     def _() -> None:
-        pltpu.make_async_copy(ring.at[shared[0], row], history.at[slot], history_in.at[slot]).wait()
+        pltpu.make_async_copy(ring.at[shared[1], row], history.at[slot], history_in.at[slot]).wait()
         index = jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
         age = place(row) - index
         age = jnp.where(age < 0, age + size, age)
@@ -257,7 +263,11 @@ def _kernel(*refs: Any, numbers: _Numbers, dtype: Any) -> None:
             before = (age >= ratio) & (age < 2 * ratio) & (position(row) >= ratio)
             sets.append((before, 0, half))
         entry = settled(
-            rounded(_pooled(held, sets, width), dtype), norm[...], (cos[...], sin[...]), numbers.steps, dtype
+            rounded(_pooled(held, sets, width), dtype),
+            vector(norm, shared[3]),
+            (cos[...], sin[...]),
+            numbers.steps,
+            dtype,
         )
         entry = jnp.where(jnp.abs(entry) < jnp.inf, entry, 0.0)
         number = position(row) >> (ratio.bit_length() - 1)
@@ -267,8 +277,8 @@ def _kernel(*refs: Any, numbers: _Numbers, dtype: Any) -> None:
         else:
             devices = jnp.int32(numbers.devices)
             there, where = row, jax.lax.div(number, devices)
-            inside = (jax.lax.rem(number, devices) == shared[3]) & (where < stored.shape[2])
-        pl.when(inside)(lambda: _store(entry, stored, shared[1], there, where, line, line_moved.at[0], numbers.words))
+            inside = (jax.lax.rem(number, devices) == shared[4]) & (where < stored.shape[2])
+        pl.when(inside)(lambda: _store(entry, stored, shared[2], there, where, line, line_moved.at[0], numbers.words))
 
     @pl.when(row == rows - 1)
     def _() -> None:

@@ -11,6 +11,7 @@ bfloat16 are exact, so that the matrix unit computes as it would in float32.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.kernels.hyper_connections.reference import Numbers, Site
+from v4_jax.kernels.memory import kept_in_hbm
+from v4_jax.kernels.vectors import vector, vector_spec
+from v4_jax.layer_stack import stack_of
 
 LANES = 128
 CHUNKS = (512, 256, 128)  # channels at a time, the largest that divides D
@@ -68,12 +72,17 @@ def _call(
     block = min(tokens, LANES)
 
     def along(columns: int) -> pl.BlockSpec:
-        return pl.BlockSpec((block, columns), lambda i: (i, 0))
+        return pl.BlockSpec((block, columns), lambda i, layer: (i, 0))
 
-    def whole(x: Array) -> pl.BlockSpec:
-        return pl.BlockSpec(x.shape, lambda i: (0, 0), pipeline_mode=pl.Buffered(1))
+    def number(i: Any, layer: Any) -> Any:
+        del i
+        return layer[0]
 
-    on_lanes = pl.BlockSpec((gates, block), lambda i: (0, i))
+    def matrix(stack: Array) -> pl.BlockSpec:
+        return pl.BlockSpec((None, *stack.shape[1:]), lambda i, layer: (layer[0], 0, 0), pipeline_mode=pl.Buffered(1))
+
+    layer: Any = 0
+    on_lanes = pl.BlockSpec((gates, block), lambda i, layer: (0, i))
     operands, in_specs = [streams.reshape(tokens, width)], [along(width)]
     shapes, out_specs, flops, moved = [], [], 0, streams.nbytes
     if output is not None and mix is not None:
@@ -83,34 +92,38 @@ def _call(
         out_specs.append(along(width))
         moved += streams.nbytes + output.nbytes
     if site is not None:
-        operands += [site.weight, site.base[None], site.scale[None], site.norm.astype(jnp.float32)[None]]
-        in_specs += [whole(x) for x in operands[-4:]]
+        pairs = [stack_of(x) for x in site]
+        layer = pairs[0][1]
+        operands[0], stacks = kept_in_hbm(operands[0], [stack for stack, _ in pairs], interpret=interpret)
+        operands += stacks
+        in_specs += [matrix(stacks[0]), *(vector_spec(stack, number) for stack in stacks[1:])]
         shapes += [
             jax.ShapeDtypeStruct((tokens, channels), streams.dtype),
             jax.ShapeDtypeStruct((gates, tokens), jnp.float32),
         ]
         out_specs += [along(channels), on_lanes]
-        flops, moved = 6 * tokens * site.weight.size, moved + streams.nbytes // hc + site.weight.nbytes
+        size_of_weight = math.prod(site.weight.shape)
+        flops, moved = 6 * tokens * size_of_weight, moved + streams.nbytes // hc + 4 * size_of_weight
     buffers = 2 * max(block, 16) * 2 * (width + channels) * 2 + (hc + gates) * width * 4
     vmem = min(VMEM_MOST, VMEM_SPARE + buffers)
     outputs = pl.pallas_call(
         functools.partial(_kernel, numbers=numbers, writes=output is not None, enters=site is not None),
-        grid=(pl.cdiv(tokens, block),),
-        in_specs=in_specs,
-        out_specs=out_specs,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1, grid=(pl.cdiv(tokens, block),), in_specs=in_specs, out_specs=out_specs
+        ),
         out_shape=shapes,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=vmem),
         cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0),
         interpret=interpret,
         name="hyper_connections",
-    )(*operands)
+    )(jnp.asarray(layer, jnp.int32).reshape(1), *operands)
     return tuple(
         x.reshape(-1, batch, size) if x.shape[0] == gates and x.dtype == jnp.float32 else x.reshape(batch, size, -1)
         for x in outputs
     )
 
 
-def _kernel(*refs: Any, numbers: Numbers, writes: bool, enters: bool) -> None:
+def _kernel(layer: Any, *refs: Any, numbers: Numbers, writes: bool, enters: bool) -> None:
     given, hc = iter(refs), numbers.streams
     old = next(given)
     if writes:
@@ -122,12 +135,14 @@ def _kernel(*refs: Any, numbers: Numbers, writes: bool, enters: bool) -> None:
         _write_back(streams, old, output, _turned(mix[...], _FIRST), hc)
     if enters:
         y, after = given
-        mixes = _gated(_projected(streams, weight, numbers.norm_eps), base[...], scale[...], hc)
+        mixes = _gated(
+            _projected(streams, weight, numbers.norm_eps), vector(base, layer[0]), vector(scale, layer[0]), hc
+        )
         before = jax.nn.sigmoid(mixes[:hc]) + numbers.eps
         after[:hc] = 2 * jax.nn.sigmoid(mixes[hc : 2 * hc])
         for place, line in enumerate(_sinkhorn([mixes[i : i + 1] for i in range(2 * hc, len(mixes))], numbers)):
             after[hc + place : hc + place + 1] = line
-        _collapse(y, streams, _turned(before, _FIRST), norm, numbers)
+        _collapse(y, streams, _turned(before, _FIRST), lambda here: vector(norm, layer[0], here), numbers)
 
 
 def _gated(mixes: Array, base: Array, scale: Array, hc: int) -> Array:
@@ -239,7 +254,7 @@ def _sinkhorn(logits: list[Array], numbers: Numbers) -> list[Array]:
     return list(jax.lax.fori_loop(0, numbers.iterations - 1, step, tuple(matrix), unroll=True))
 
 
-def _collapse(y: Any, streams: Any, before: Array, norm: Any, numbers: Numbers) -> None:
+def _collapse(y: Any, streams: Any, before: Array, norm: Callable[[Any], Array], numbers: Numbers) -> None:
     """The streams' weighted sum, in their dtype, and normed."""
     tokens, channels = y.shape
 
@@ -253,6 +268,6 @@ def _collapse(y: Any, streams: Any, before: Array, norm: Any, numbers: Numbers) 
     scale = jax.lax.rsqrt(jnp.sum(squares, axis=1, keepdims=True) / channels + numbers.norm_eps)
 
     def normalise(here: Callable[[int], Any], _: None) -> None:
-        y[:, here(0)] = (y[:, here(0)].astype(jnp.float32) * scale * norm[:, here(0)]).astype(y.dtype)
+        y[:, here(0)] = (y[:, here(0)].astype(jnp.float32) * scale * norm(here(0))).astype(y.dtype)
 
     _by_chunks(channels, normalise)

@@ -23,6 +23,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.kernels.rotary.reference import Steps
+from v4_jax.kernels.vectors import vector, vector_spec
+from v4_jax.layer_stack import stack_of
 from v4_jax.layers.rotary import Turn
 from v4_jax.number_formats import E2M1, E4M3, INDEX_BLOCK, KV_BLOCK, round_to, shared_scale
 
@@ -45,25 +47,24 @@ def norm_rotate(x: Array, weight: Array | None, turn: Turn | None, steps: Steps,
     tokens, width = batch * size, heads * channels
     block = _block(tokens, width)
     along = functools.partial(_along, block)
-    operands, specs = [x.reshape(tokens, width)], [along(width)]
+    operands, specs, layer = [x.reshape(tokens, width)], [along(width)], 0
     if weight is not None:
-        operands.append(weight.astype(jnp.float32)[None])
-        specs.append(pl.BlockSpec((1, channels), lambda i: (0, 0)))
+        stack, layer = stack_of(weight)
+        operands.append(stack)
+        specs.append(vector_spec(stack, _number))
     if turn is not None:
         operands += [part.reshape(tokens, -1) for part in turn]
         specs += [along(turn.channels)] * 2
     out = (width,) if heads == 1 else (heads, channels)
     found = pl.pallas_call(
         functools.partial(_norm_rotate, steps=steps, norm=weight is not None, rotary=turn is not None, heads=heads),
-        grid=(pl.cdiv(tokens, block),),
-        in_specs=specs,
-        out_specs=along(*out),
+        grid_spec=_over_tokens(pl.cdiv(tokens, block), specs, along(*out)),
         out_shape=jax.ShapeDtypeStruct((tokens, *out), x.dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_BYTES),
         cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=2 * x.nbytes, transcendentals=0),
         interpret=interpret,
         name="norm_rotate",
-    )(*operands)
+    )(jnp.asarray(layer, jnp.int32).reshape(1), *operands)
     return found.reshape(x.shape)
 
 
@@ -74,13 +75,23 @@ def _block(tokens: int, width: int) -> int:
 
 def _along(block: int, *shape: int) -> pl.BlockSpec:
     """A block of tokens of an array [tokens, *shape]."""
-    return pl.BlockSpec((block, *shape), lambda i: (i, *(0 for _ in shape)))
+    return pl.BlockSpec((block, *shape), lambda i, layer: (i, *(0 for _ in shape)))
 
 
-def _norm_rotate(*refs: Any, steps: Steps, norm: bool, rotary: bool, heads: int) -> None:
+def _number(i: Any, layer: Any) -> Any:
+    del i
+    return layer[0]
+
+
+def _over_tokens(blocks: int, in_specs: list[pl.BlockSpec], out_spec: pl.BlockSpec) -> Any:
+    """A grid over blocks of tokens, with the number of the parameters' layer for a scalar."""
+    return pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=1, grid=(blocks,), in_specs=in_specs, out_specs=out_spec)
+
+
+def _norm_rotate(layer: Any, *refs: Any, steps: Steps, norm: bool, rotary: bool, heads: int) -> None:
     given = iter(refs)
     x = next(given)
-    weight = next(given)[...] if norm else None
+    weight = vector(next(given), layer[0]) if norm else None
     turn = (next(given)[...], next(given)[...]) if rotary else None
     out = next(given)
     channels = x.shape[1] // heads
@@ -189,13 +200,12 @@ def attention_output(
             weighted.reshape(tokens, heads, channels),
         ]
         specs += [along(heads), along(heads), along(heads, channels)]
-    operands += [sink.astype(jnp.float32)[None], *(part.reshape(tokens, -1) for part in turn)]
-    specs += [pl.BlockSpec((1, heads), lambda i: (0, 0)), along(turn.channels), along(turn.channels)]
+    stack, layer = stack_of(sink)
+    operands += [stack, *(part.reshape(tokens, -1) for part in turn)]
+    specs += [vector_spec(stack, _number), along(turn.channels), along(turn.channels)]
     found = pl.pallas_call(
         _attention_output,
-        grid=(pl.cdiv(tokens, block),),
-        in_specs=specs,
-        out_specs=along(width),
+        grid_spec=_over_tokens(pl.cdiv(tokens, block), specs, along(width)),
         out_shape=jax.ShapeDtypeStruct((tokens, width), dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_BYTES),
         cost_estimate=pl.CostEstimate(
@@ -203,18 +213,19 @@ def attention_output(
         ),
         interpret=interpret,
         name="attention_output",
-    )(*operands)
+    )(jnp.asarray(layer, jnp.int32).reshape(1), *operands)
     return found.reshape(batch, size, width)
 
 
-def _attention_output(*refs: Any) -> None:
+def _attention_output(layer: Any, *refs: Any) -> None:
     *given, sink, cos, sin, out = refs
+    sinks = vector(sink, layer[0])
     parts = [given[i : i + 3] for i in range(0, len(given), 3)]
     heads, channels = parts[0][2].shape[1:]
-    largest = functools.reduce(jnp.maximum, (maximum[...] for maximum, _, _ in parts), sink[...])
+    largest = functools.reduce(jnp.maximum, (maximum[...] for maximum, _, _ in parts), sinks)
     shares = [jnp.exp(maximum[...] - largest) for maximum, _, _ in parts]
     amounts = (total[...] * share for (_, total, _), share in zip(parts, shares, strict=True))
-    denominator = functools.reduce(jnp.add, amounts, jnp.exp(sink[...] - largest))
+    denominator = functools.reduce(jnp.add, amounts, jnp.exp(sinks - largest))
     for first in range(0, heads, HEADS):
         count = min(HEADS, heads - first)
         own = slice(first, first + count)
