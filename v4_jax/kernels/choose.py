@@ -12,6 +12,7 @@ Pallas kernel, or `cpu.py`, written so that XLA:CPU makes quick code of it. Laye
     matmul                   einsum                         weights' gradients with a second axis     one row as two
     products_with,           products with `dequantise`     reference                                 kernel, of E4M3
     grouped_product
+    partial_products         the same, one by one         reference                                 one kernel
     best_entries             running top-k over blocks      reference                                 kernel
     attend_picked            caller's, over a gathered copy reference                                 kernel
     compress                 caller's, all rows at once  reference                                 row by row
@@ -54,6 +55,7 @@ from v4_jax.kernels.indexer import selection
 from v4_jax.kernels.indexer import tpu as indexer_tpu
 from v4_jax.kernels.linear import cpu as linear_cpu
 from v4_jax.kernels.linear import reference as linear
+from v4_jax.kernels.linear import shares as linear_shares
 from v4_jax.kernels.linear import tpu as linear_tpu
 from v4_jax.kernels.rotary import reference as rotary
 from v4_jax.kernels.rotary import tpu as rotary_tpu
@@ -254,6 +256,15 @@ def products_with(x: Array, weights: Sequence[Weight], dtype: Any) -> list[Array
     if not all(linear_tpu.supports(weight, dtype) for weight in weights):
         return plain(x, weights)
     return _without_gradients(plain, tpu=kernel)(x, list(weights))
+
+
+def partial_products(x: Array, weights: Sequence[Any], dtypes: Sequence[Any], share: Any, devices: int) -> Array:
+    """See `linear.reference.partial_products`."""
+    plain = functools.partial(linear.partial_products, devices=devices, dtypes=dtypes)
+    if not linear_shares.supports(x, weights, dtypes, devices):
+        return plain(x, list(weights), share)
+    kernel = functools.partial(linear_shares.partial_products, devices=devices, interpret=interpreting())
+    return _without_gradients(plain, tpu=kernel)(x, list(weights), share)
 
 
 def grouped_product(x: Array, weight: Weight, dtype: Any) -> Array:

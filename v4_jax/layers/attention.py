@@ -24,7 +24,7 @@ from v4_jax.layers.compressor import Compressed, Compressor
 from v4_jax.layers.entry_attention import attend_picked
 from v4_jax.layers.indexer_loss import Attended, Scored, indexer_loss
 from v4_jax.layers.lightning_indexer import LightningIndexer, index_queries, select
-from v4_jax.layers.linear import grouped_linear, linear, linears
+from v4_jax.layers.linear import Projection, grouped_linear, linear, project
 from v4_jax.layers.partial_softmax import Partial, log_denominator, merge, merge_devices
 from v4_jax.layers.query_blocks import Queries, QueryBlock, by_query_blocks
 from v4_jax.layers.rotary import Turn
@@ -116,9 +116,14 @@ class Attention(Module):
         split, heads, size = self.split, c.num_attention_heads, c.head_dim
         turn = layout.turn(self.roles.ratio)
         wq_a, wq_b, wkv, wo_a, wo_b, q_norm, kv_norm, sink = self.weights()
+        compressor, indexer = self._compressors()
 
         with jax.named_scope("attention.project"):
-            latent, keys = linears(y, [wq_a, wkv], dtype)
+            wanted = [Projection(wq_a, dtype), Projection(wkv, dtype)]
+            for part in (compressor, indexer):
+                wanted += part.projections() if part is not None else []
+            alike = split.shared("heads") if cache is not None else ()  # gradients want whole weights
+            latent, keys, *projected = project(y, wanted, alike)
             latent = norm_rotate(latent, q_norm, None, Steps(c.rms_norm_eps))
             keys = self.keys(keys, kv_norm, turn)
 
@@ -132,7 +137,7 @@ class Attention(Module):
                 before, rows = window.advance(keys, layout, past, split)
                 tail, cache = before(), cache.with_ring(self.window, rows)
 
-        entries, index, cache = self._compress(y, layout, cache, role_index)
+        entries, index, cache = self._compress(compressor, indexer, projected, layout, cache, role_index)
         ratio = self.roles.ratio
         shared = split.shared("heads")
         entry_axes = () if entries is None else entries.axes
@@ -236,41 +241,49 @@ class Attention(Module):
         output = grouped_linear(output.reshape(*output.shape[:2], groups, -1), wo_a, dtype)
         return linear(output.reshape(*output.shape[:2], -1), wo_b, dtype)
 
+    def _compressors(self) -> tuple[Compressor | None, LightningIndexer | None]:
+        """What the layer's role has: the compressor of its entries, and the indexer that picks them."""
+        role, c = self.roles.attention, self.config
+        if role == "sliding":
+            return None, None
+        shared: Any = dict(config=c, policy=self.policy, split=self.split)
+        compressor = Compressor(
+            prefix=self.prefix + "compressor.",
+            ratio=self.roles.ratio,
+            width=c.head_dim,
+            name="compressor",
+            **shared,
+        )
+        if role == "hca":
+            return compressor, None
+        return compressor, LightningIndexer(prefix=self.prefix + "indexer.", loss="indexer", name="indexer", **shared)
+
     def _compress(
-        self, y: Array, layout: Layout, cache: Cache | None, role_index: Any
+        self,
+        compressor: Compressor | None,
+        indexer: LightningIndexer | None,
+        projected: Sequence[Array],
+        layout: Layout,
+        cache: Cache | None,
+        role_index: Any,
     ) -> tuple[Entries | None, Index | None, Cache | None]:
-        """Runs the layer's compressors.
+        """Runs the layer's compressors on what was projected for them.
 
         Returns:
           The entries its queries may see, what they are picked by (CSA), and the cache after the chunk.
         """
-        role, ratio, c = self.roles.attention, self.roles.ratio, self.config
-        if role == "sliding":
+        role, c = self.roles.attention, self.config
+        if role == "sliding" or compressor is None:
             return None, None, cache
-        make = Compressor(
-            config=c,
-            policy=self.policy,
-            prefix=self.prefix + "compressor.",
-            ratio=ratio,
-            width=c.head_dim,
-            split=self.split,
-            name="compressor",
-        )
+        values, gates, *rest = projected
         earlier = self._earlier(cache, role, role_index, layout)
-        entries, cache = self._store(make(y, layout, *earlier), layout, cache, role, role_index)
-        if role == "hca":
+        entries, cache = self._store(compressor(values, gates, layout, *earlier), layout, cache, role, role_index)
+        if indexer is None:
             return entries, None, cache
 
-        indexer = LightningIndexer(
-            config=c,
-            policy=self.policy,
-            prefix=self.prefix + "indexer.",
-            split=self.split,
-            loss="indexer",
-            name="indexer",
-        )
+        weights, values, gates = rest
         earlier = self._earlier(cache, "index", role_index, layout)
-        compressed, weights, wq_b = indexer(y, layout, *earlier)
+        compressed, weights, wq_b = indexer(weights, values, gates, layout, *earlier)
         index_keys, cache = self._store(compressed, layout, cache, "index", role_index)
 
         def queries(x: Queries) -> Array:

@@ -5,13 +5,34 @@ A block-scaled weight is expanded for the product alone, or, on TPUs, read as it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 from jax import Array
 
 from v4_jax.kernels import choose
+from v4_jax.kernels.linear import reference
 from v4_jax.number_formats import Weight
+from v4_jax.sharding import collectives
+from v4_jax.sharding.collectives import Axes
+
+FEW_ROWS = 32  # sums of more rows take longer on their way between devices than the weights do from memory
+
+
+class Projection(NamedTuple):
+    """A product with a layer's input.
+
+    Attributes:
+      weight: [out, in].
+      dtype: of the product and its result; float32 products are those of the operands as they are.
+      detached: whether no gradient flows back to the input.
+    """
+
+    weight: Any
+    dtype: Any
+    detached: bool = False
 
 
 def linear(x: Array, weight: Weight, dtype: Any) -> Array:
@@ -22,6 +43,35 @@ def linear(x: Array, weight: Weight, dtype: Any) -> Array:
 def linears(x: Array, weights: Sequence[Weight], dtype: Any) -> list[Array]:
     """`linear` with several weights of the same input, which may thus go in one operation."""
     return choose.products_with(x, weights, dtype)
+
+
+def project(x: Array, projections: Sequence[Projection], axes: Axes = ()) -> list[Array]:
+    """Several products with a layer's input, in as few operations as there can be.
+
+    Args:
+      x: [B, S, in].
+      projections: the weights.
+      axes: mesh axes whose devices all have the same rows and the whole weights. Where rows are few, each device reads
+        a share of every weight, and the products are added up: that takes less time than to read them all.
+
+    Returns:
+      [B, S, out] for each.
+    """
+    rows, devices = math.prod(x.shape[:-1]), collectives.size(axes)
+    if devices > 1 and rows <= FEW_ROWS and all(reference.divides(p.weight, devices) for p in projections):
+        weights, dtypes = [p.weight for p in projections], [p.dtype for p in projections]
+        sums = choose.partial_products(x.reshape(rows, -1), weights, dtypes, collectives.index(axes), devices)
+        found = reference.parts(collectives.psum(sums, axes), weights)
+        return [part.astype(dtype).reshape(*x.shape[:-1], -1) for part, dtype in zip(found, dtypes, strict=True)]
+    results: dict[int, Array] = {}
+    alike: dict[tuple[Any, bool], list[int]] = {}
+    for place, projection in enumerate(projections):
+        alike.setdefault((projection.dtype, projection.detached), []).append(place)
+    for (dtype, detached), places in alike.items():
+        weights = [projections[place].weight for place in places]
+        found = linears(jax.lax.stop_gradient(x) if detached else x, weights, dtype)
+        results |= dict(zip(places, found, strict=True))
+    return [results[place] for place in range(len(projections))]
 
 
 def grouped_linear(x: Array, weight: Weight, dtype: Any) -> Array:
