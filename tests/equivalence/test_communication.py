@@ -118,7 +118,7 @@ def test_one_token(tiny, mesh):
     projected = [alike, [*alike, *2 * [projection_width(128, c.head_dim) // 2]]]
     projected.append([*alike, *2 * [entries], c.index_n_heads, *2 * [index]])
     sums = [(rows, sum(-(-width // 128) * 128 for width in widths)) for widths in projected]
-    largest = max(rows * c.hidden_size, rows * heads * c.head_dim, rows * c.index_n_heads * c.index_head_dim)
+    largest = max(rows * c.hidden_size, rows * heads * (c.head_dim + 128), rows * c.index_n_heads * c.index_head_dim)
     largest = max(largest, *(math.prod(shape) for shape in sums))
     named = {
         # the heads' queries, where heads are shared out but entries need all of them; scores and numbers
@@ -130,12 +130,13 @@ def test_one_token(tiny, mesh):
         ],
         # softmax statistics and sums; shares of the output projection, the experts and the embedding
         "all-reduce": [(rows, heads), (rows, own), (rows, own, c.head_dim), (rows, c.hidden_size), *sums],
-        "reduce-scatter": [(rows, own), (rows, own, c.head_dim)],
+        # the same of the heads that each device works on
+        "all-to-all": [(tensor, rows, own, c.head_dim + 128), (rows, own, c.head_dim + 128)],
     }
     found = served(OnMesh(tiny, mesh, "long-context"), rows, 1)
     assert not unnamed(found, named)
     assert max(math.prod(shape.dimensions) for collective in found for shape in collective.shapes) <= largest
-    assert {collective.kind for collective in found} == set(named) - (set() if tensor > 1 else {"reduce-scatter"})
+    assert {collective.kind for collective in found} == set(named) - (set() if tensor > 1 else {"all-to-all"})
 
 
 def test_training_step(tiny):

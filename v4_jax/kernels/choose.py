@@ -199,7 +199,8 @@ def attention_output(plain: Form, partials: Sequence[Any], sink: Array, turn: Tu
       turn: of the queries' positions.
       dtype: of the result.
     """
-    if not rotary_tpu.supports(partials[0].weighted.shape, jnp.dtype(dtype), turn):
+    window = partials[0]
+    if not rotary_tpu.supports(window.weighted.shape, jnp.dtype(dtype), turn):
         return plain(partials, uncut(sink), turn, dtype)
     kernel = functools.partial(rotary_tpu.attention_output, dtype=dtype, interpret=interpreting())
     return _without_gradients(functools.partial(plain, dtype=dtype), tpu=kernel)(list(partials), sink, turn)

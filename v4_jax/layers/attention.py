@@ -18,6 +18,7 @@ from v4_jax.architecture import Architecture, Layer
 from v4_jax.cache.cache import Cache, WindowRole
 from v4_jax.cache.entries import ENTRY_RATIOS, Entries, EntryRole
 from v4_jax.cache.ring import Ring, halo
+from v4_jax.kernels.attention.reference import Packed
 from v4_jax.kernels.choose import norm_rotate
 from v4_jax.kernels.rotary.reference import Steps
 from v4_jax.layers.compressor import Compressed, Compressor
@@ -25,7 +26,7 @@ from v4_jax.layers.entry_attention import attend_picked
 from v4_jax.layers.indexer_loss import Attended, Scored, indexer_loss
 from v4_jax.layers.lightning_indexer import LightningIndexer, index_queries, select
 from v4_jax.layers.linear import Projection, grouped_linear, linear, project
-from v4_jax.layers.partial_softmax import Partial, log_denominator, merge, merge_devices
+from v4_jax.layers.partial_softmax import Partial, log_denominator, merge, merge_devices, separate
 from v4_jax.layers.query_blocks import Queries, QueryBlock, by_query_blocks
 from v4_jax.layers.rotary import Turn
 from v4_jax.layers.stages import SPARSE, Stage, keep
@@ -158,7 +159,7 @@ class Attention(Module):
                         chosen = select(*scored, x.visible, c.index_topk)
                     picked = keep(chosen, "picked")
             if entries is not None and picked is None and not entry_axes:
-                partials = [attend_window(queries, x.keys, x.oldest, entries, x.visible)]
+                partials: list[Partial | Packed] = [attend_window(queries, x.keys, x.oldest, entries, x.visible)]
             else:
                 partials = [attend_window(queries, x.keys, x.oldest)]
                 if entries is not None:
@@ -169,7 +170,8 @@ class Attention(Module):
                         distant = attend_picked(visitors, entries, picked)
                     partials.append(merge_devices(distant, entry_axes, visiting))
             if entries is not None and scored is not None and self.stage.indexer_loss:
-                attended = Attended(queries, log_denominator(functools.reduce(merge, partials), sink), entries)
+                log_total = log_denominator(functools.reduce(merge, separate(partials)), sink)
+                attended = Attended(queries, log_total, entries)
                 loss = indexer_loss(attended, scored, picked, x.visible, shared)
             with jax.named_scope("attention.output"):
                 output = self.output(partials, sink, x.queries.turn, wo_a, wo_b)
@@ -234,7 +236,7 @@ class Attention(Module):
         return norm_rotate(queries, None, turn, Steps(c.rms_norm_eps))
 
     @nn.nowrap
-    def output(self, partials: Sequence[Partial], sink: Array, turn: Turn, wo_a: Any, wo_b: Any) -> Array:
+    def output(self, partials: Sequence[Partial | Packed], sink: Array, turn: Turn, wo_a: Any, wo_b: Any) -> Array:
         """[B, Q, D] from what the queries attended, of this device's groups."""
         dtype, groups = self.policy.compute_dtype, self.split.share("o_groups", self.config.o_groups)
         output = attention_output(partials, sink, turn, dtype)

@@ -6,16 +6,18 @@ The window's keys, the entries of one block or another, the entries on this devi
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from v4_jax.kernels.attention.reference import MASKED
+from v4_jax.kernels.attention.reference import MASKED, STATISTICS, Packed
 from v4_jax.kernels.choose import products, weighted
 from v4_jax.sharding import collectives
-from v4_jax.sharding.collectives import Axes, pmax, psum, reduce_scatter
+from v4_jax.sharding.collectives import Axes, pmax, psum
 
 
 class Partial(NamedTuple):
@@ -90,28 +92,49 @@ def log_denominator(partial: Partial, sink: Array) -> Array:
     return jnp.logaddexp(partial.maximum + jnp.log(partial.total), sink)
 
 
-def merge_devices(partial: Partial, axes: Axes, heads: Axes) -> Partial:
+def merge_devices(partial: Partial, axes: Axes, heads: Axes) -> Partial | Packed:
     """Merges the softmaxes of all devices along `axes`, which each saw other keys.
 
     Args:
       partial: this device's, for all heads that any device along `heads` works on.
       axes: mesh axes over which the keys are split.
       heads: those of them along which the heads' work is shared: a device gets its own heads back.
+
+    Returns:
+      The merged softmax, or, where no axes but `heads` split the keys, what is left to merge.
     """
-    if not axes:
-        return partial
-    maximum = pmax(partial.maximum, axes)
-    rescale = jnp.exp(partial.maximum - maximum)
     rest = tuple(axis for axis in axes if axis not in heads)
-
-    def total(x: Array) -> Array:
-        return psum(reduce_scatter(x, heads, 2), rest)
-
     if heads:
-        own = partial.maximum.shape[2] // collectives.size(heads)
-        mine = collectives.index(heads) * own
-        maximum = jax.lax.dynamic_slice_in_dim(maximum, mine, own, axis=2)
-    return Partial(maximum, total(partial.total * rescale), total(partial.weighted * rescale[..., None]))
+        own = packed(partial)
+        by_device = own.reshape(*own.shape[:2], collectives.size(heads), -1, own.shape[-1])
+        parts = Packed(collectives.all_to_all(by_device, heads, 2))
+        if not rest:
+            return parts
+        partial = functools.reduce(merge, separate([parts]))
+    if not rest:
+        return partial
+    maximum = pmax(partial.maximum, rest)
+    rescale = jnp.exp(partial.maximum - maximum)
+    return Partial(maximum, psum(partial.total * rescale, rest), psum(partial.weighted * rescale[..., None], rest))
+
+
+def packed(partial: Partial) -> Array:
+    """A partial softmax in one array, see `Packed`: [B, Q, H, C + 128]."""
+    statistics = jnp.stack([partial.maximum, partial.total], axis=-1)
+    room = [(0, 0)] * (statistics.ndim - 1) + [(0, STATISTICS - 2)]
+    return jnp.concatenate([partial.weighted, jnp.pad(statistics, room)], axis=-1)
+
+
+def separate(partials: Sequence[Partial | Packed]) -> list[Partial]:
+    """Partial softmaxes one by one, each in arrays of its own."""
+    found = []
+    for some in partials:
+        if isinstance(some, Packed):
+            size = some.parts.shape[-1] - STATISTICS
+            found += [Partial(x[..., size], x[..., size + 1], x[..., :size]) for x in some.parts]
+        else:
+            found.append(some)
+    return found
 
 
 def _logits(queries: Array, keys: Array) -> Array:

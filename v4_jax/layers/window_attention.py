@@ -12,8 +12,9 @@ from jax import Array
 
 from v4_jax.cache.entries import Entries
 from v4_jax.kernels import choose
+from v4_jax.kernels.attention.reference import Packed
 from v4_jax.layers.entry_attention import attend_range
-from v4_jax.layers.partial_softmax import Partial, attend, finish, merge, nothing
+from v4_jax.layers.partial_softmax import Partial, attend, finish, merge, nothing, separate
 from v4_jax.layers.rotary import Turn, rotate
 from v4_jax.layers.visible import Visible
 
@@ -56,7 +57,7 @@ def attend_in_parts(
     return partial.maximum, partial.total, partial.weighted
 
 
-def attention_output(partials: Sequence[Partial], sink: Array, turn: Turn, dtype: Any) -> Array:
+def attention_output(partials: Sequence[Partial | Packed], sink: Array, turn: Turn, dtype: Any) -> Array:
     """What queries attended, rotated back: [B, Q, H * C] of `dtype`.
 
     Args:
@@ -68,8 +69,8 @@ def attention_output(partials: Sequence[Partial], sink: Array, turn: Turn, dtype
     return choose.attention_output(output_in_parts, partials, sink, turn, dtype)
 
 
-def output_in_parts(partials: Sequence[Partial], sink: Array, turn: Turn, dtype: Any) -> Array:
+def output_in_parts(partials: Sequence[Partial | Packed], sink: Array, turn: Turn, dtype: Any) -> Array:
     """The same by plain JAX."""
-    output = finish(functools.reduce(merge, partials), sink).astype(dtype)
+    output = finish(functools.reduce(merge, separate(partials)), sink).astype(dtype)
     output = rotate(output, turn, inverse=True)
     return output.reshape(*output.shape[:2], -1)
