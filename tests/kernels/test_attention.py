@@ -13,7 +13,8 @@ import pytest
 from v4_jax.cache.entries import Entries
 from v4_jax.cache.rows import StoredRows
 from v4_jax.kernels.attention.tpu import MASKED, supports, window_attention
-from v4_jax.layers.partial_softmax import Partial, finish, merge
+from v4_jax.layers.partial_softmax import finish, merge
+from v4_jax.layers.partials import Partial
 from v4_jax.layers.visible import Visible
 from v4_jax.layers.window_attention import attend_in_parts, attend_window
 from v4_jax.sharding.platform import interpreted

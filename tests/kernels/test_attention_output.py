@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from v4_jax.kernels.attention.reference import MASKED, Packed
+from v4_jax.kernels.attention.reference import MASKED
 from v4_jax.kernels.rotary import tpu
-from v4_jax.layers.partial_softmax import attend, finish, merge, packed, separate
+from v4_jax.layers.partial_softmax import attend, finish, merge
+from v4_jax.layers.partials import Packed, packed, separate
 from v4_jax.layers.rotary import turn
 from v4_jax.layers.window_attention import output_in_parts
 

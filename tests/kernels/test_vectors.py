@@ -12,7 +12,7 @@ from v4_jax.kernels.hyper_connections.reference import Numbers, Site
 from v4_jax.kernels.rotary import tpu as rotary
 from v4_jax.kernels.rotary.reference import Steps
 from v4_jax.layer_stack import Cut, stack_of, uncut
-from v4_jax.layers.partial_softmax import Partial
+from v4_jax.layers.partials import Partial
 from v4_jax.layers.rotary import Turn
 
 LAYERS = 19  # more than one block of lines, and the last one not full

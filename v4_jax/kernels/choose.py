@@ -6,6 +6,7 @@ Pallas kernel, or `cpu.py`, written so that XLA:CPU makes quick code of it. Laye
     function                 reference                      cpu                                       tpu
     products, weighted       einsum                         keys' gradients as sums, of few heads     reference
     window_attention         caller's, part by part         reference                                 kernel
+    window_step              caller's, read in order      reference                                 one kernel, in place
     index_scores             einsum                         head by head                              reference
     enter_site, leave_site,  formulas of the report         reference                                 one kernel
     cross_sites
@@ -63,7 +64,9 @@ from v4_jax.kernels.rotary.reference import Steps
 from v4_jax.kernels.router import reference as router
 from v4_jax.kernels.router import tpu as router_tpu
 from v4_jax.kernels.stored_weights import one_in_stack
+from v4_jax.kernels.window import tpu as window_tpu
 from v4_jax.layer_stack import uncut
+from v4_jax.layers.partials import Packed, Partial, packed, shape_of
 from v4_jax.layers.rotary import Turn
 from v4_jax.layers.visible import Visible
 from v4_jax.layout import Layout
@@ -109,6 +112,31 @@ def window_attention(
         return plain(queries, keys, oldest, entries, visible)
     kernel = functools.partial(attention_tpu.window_attention, interpret=interpreting())
     return _without_gradients(plain, tpu=kernel)(queries, keys, oldest, entries, visible)
+
+
+def window_step(
+    plain: Form, queries: Array, keys: Array, ring: Ring, layout: Layout, past: int
+) -> tuple[Partial | Packed, StoredRows]:
+    """See `layers.window_attention.attend_ring` for all arguments but the first. It has no gradients.
+
+    Args:
+      plain: the same, in whose place the kernel runs in programs for TPUs.
+      queries: [B, Q, H, C].
+      keys: [B, Q, C].
+      ring: earlier keys.
+      layout: of the chunk.
+      past: tokens before its own that a query sees.
+    """
+    if not window_tpu.supports(queries, ring):
+        partial, rows = plain(queries, keys, ring, layout, past)
+        return partial, rows
+
+    def default(queries: Array, keys: Array, ring: Ring, layout: Layout) -> tuple[Packed, StoredRows]:
+        partial, rows = plain(queries, keys, ring, layout, past)
+        return Packed(packed(partial)[None]), rows
+
+    kernel = functools.partial(window_tpu.step, past=past, interpret=interpreting())
+    return by_platform(queries, keys, ring, layout, default=default, tpu=kernel)
 
 
 def index_scores(queries: Array, weights: Array, keys: Array) -> Array:
@@ -199,8 +227,7 @@ def attention_output(plain: Form, partials: Sequence[Any], sink: Array, turn: Tu
       turn: of the queries' positions.
       dtype: of the result.
     """
-    window = partials[0]
-    if not rotary_tpu.supports(window.weighted.shape, jnp.dtype(dtype), turn):
+    if not rotary_tpu.supports(shape_of(partials[0]), jnp.dtype(dtype), turn):
         return plain(partials, uncut(sink), turn, dtype)
     kernel = functools.partial(rotary_tpu.attention_output, dtype=dtype, interpret=interpreting())
     return _without_gradients(functools.partial(plain, dtype=dtype), tpu=kernel)(list(partials), sink, turn)

@@ -18,7 +18,7 @@ from v4_jax.architecture import Architecture, Layer
 from v4_jax.cache.cache import Cache, WindowRole
 from v4_jax.cache.entries import ENTRY_RATIOS, Entries, EntryRole
 from v4_jax.cache.ring import Ring, halo
-from v4_jax.kernels.attention.reference import Packed
+from v4_jax.cache.rows import StoredRows
 from v4_jax.kernels.choose import norm_rotate
 from v4_jax.kernels.rotary.reference import Steps
 from v4_jax.layers.compressor import Compressed, Compressor
@@ -26,12 +26,14 @@ from v4_jax.layers.entry_attention import attend_picked
 from v4_jax.layers.indexer_loss import Attended, Scored, indexer_loss
 from v4_jax.layers.lightning_indexer import LightningIndexer, index_queries, select
 from v4_jax.layers.linear import Projection, grouped_linear, linear, project
-from v4_jax.layers.partial_softmax import Partial, log_denominator, merge, merge_devices, separate
+from v4_jax.layers.partial_softmax import log_denominator, merge, merge_devices
+from v4_jax.layers.partials import Packed, Partial, separate
 from v4_jax.layers.query_blocks import Queries, QueryBlock, by_query_blocks
 from v4_jax.layers.rotary import Turn
 from v4_jax.layers.stages import SPARSE, Stage, keep
-from v4_jax.layers.window_attention import attend_window, attention_output
-from v4_jax.layout import Layout
+from v4_jax.layers.visible import Visible
+from v4_jax.layers.window_attention import attend_ring, attend_window, attention_output
+from v4_jax.layout import SHORT, Layout
 from v4_jax.parameters import Module
 from v4_jax.policy import Policy
 from v4_jax.sharding.collectives import all_gather, psum
@@ -129,14 +131,10 @@ class Attention(Module):
             keys = self.keys(keys, kv_norm, turn)
 
         past = c.sliding_window - 1
-        with jax.named_scope("attention.window_cache"):
-            if cache is None:
-                tail = halo(keys, jnp.zeros((y.shape[0], past, size), dtype), split)
-            else:
-                window = cache.window(self.window, layer, layout.cached, dtype)
-                keys = window.rows.stored(keys)
-                before, rows = window.advance(keys, layout, past, split)
-                tail, cache = before(), cache.with_ring(self.window, rows)
+        ring = None if cache is None else cache.window(self.window, layer, layout.cached, dtype)
+        if ring is not None:
+            keys = ring.rows.stored(keys)
+        few = ring is not None and not split.sequence and layout.size <= SHORT  # they attend the ring itself
 
         entries, index, cache = self._compress(compressor, indexer, projected, layout, cache, role_index)
         ratio = self.roles.ratio
@@ -147,10 +145,10 @@ class Attention(Module):
             low, high = layout.visible_here(ratio) if entry_axes else layout.visible(ratio)
         visiting = tuple(axis for axis in shared if axis in entry_axes)  # all heads visit what such an axis splits
 
-        def block(x: QueryBlock) -> tuple[Array, Array | None, Array | None]:
+        def block(x: QueryBlock) -> tuple[Array, Array | None, Array | None, StoredRows | None]:
             with jax.named_scope("attention.queries"):
                 queries = self.queries(x.queries.latent, wq_b, x.queries.turn)
-            picked = loss = scored = None
+            picked = loss = scored = stored = None
             if index is not None and x.queries.index_weights is not None:
                 scored = Scored(index.queries(x.queries), x.queries.index_weights, index.keys)
                 if not self.stage.dense:
@@ -158,24 +156,30 @@ class Attention(Module):
                     if chosen is None:
                         chosen = select(*scored, x.visible, c.index_topk)
                     picked = keep(chosen, "picked")
-            if entries is not None and picked is None and not entry_axes:
-                partials: list[Partial | Packed] = [attend_window(queries, x.keys, x.oldest, entries, x.visible)]
+            at_once = x.keys is not None and entries is not None and picked is None and not entry_axes
+            window: Partial | Packed
+            if at_once:
+                window = attend_window(queries, x.keys, x.oldest, entries, x.visible)
+            elif x.keys is not None:
+                window = attend_window(queries, x.keys, x.oldest)
             else:
-                partials = [attend_window(queries, x.keys, x.oldest)]
-                if entries is not None:
-                    visitors = all_gather(queries, visiting, 2)
-                    if picked is None:
-                        distant = attend_window(visitors, None, None, entries, x.visible)
-                    else:
-                        distant = attend_picked(visitors, entries, picked)
-                    partials.append(merge_devices(distant, entry_axes, visiting))
+                assert ring is not None
+                window, stored = attend_ring(queries, keys, ring, layout, past)
+            partials = [window]
+            if entries is not None and not at_once:
+                visitors = all_gather(queries, visiting, 2)
+                if picked is None:
+                    distant = attend_window(visitors, None, None, entries, x.visible)
+                else:
+                    distant = attend_picked(visitors, entries, picked)
+                partials.append(merge_devices(distant, entry_axes, visiting))
             if entries is not None and scored is not None and self.stage.indexer_loss:
                 log_total = log_denominator(functools.reduce(merge, separate(partials)), sink)
                 attended = Attended(queries, log_total, entries)
                 loss = indexer_loss(attended, scored, picked, x.visible, shared)
             with jax.named_scope("attention.output"):
                 output = self.output(partials, sink, x.queries.turn, wo_a, wo_b)
-            return output, picked, loss
+            return output, picked, loss, stored
 
         queries = Queries(
             latent=latent,
@@ -187,8 +191,20 @@ class Attention(Module):
             index_weights=None if index is None else index.weights,
             picks=picks,
         )
-        wide = cache is not None and platform_of_mesh() == "tpu"  # gradients take the forms that hold logits
-        output, picked, loss = by_query_blocks(block, tail, keys, queries, heads, wide=wide)
+        if few:
+            seen = Visible(low, high, jnp.min(low), jnp.max(high))
+            output, picked, loss, rows = block(QueryBlock(queries, None, seen))
+        else:
+            with jax.named_scope("attention.window_cache"):
+                if ring is None:
+                    tail, rows = halo(keys, jnp.zeros((y.shape[0], past, size), dtype), split), None
+                else:
+                    before, rows = ring.advance(keys, layout, past, split)
+                    tail = before()
+            wide = cache is not None and platform_of_mesh() == "tpu"  # gradients take the forms that hold logits
+            output, picked, loss, _ = by_query_blocks(block, tail, keys, queries, heads, wide=wide)
+        if cache is not None and rows is not None:
+            cache = cache.with_ring(self.window, rows)
         return keep(psum(output, split.shared("o_groups")), "attention"), cache, picked, loss
 
     # Parts of a sublayer that stages have too, not wrapped: profiles name them by the scopes that callers open.

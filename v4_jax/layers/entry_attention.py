@@ -8,7 +8,8 @@ from jax import Array
 
 from v4_jax.cache.entries import Entries
 from v4_jax.kernels import choose
-from v4_jax.layers.partial_softmax import Partial, attend, merge, nothing
+from v4_jax.layers.partial_softmax import attend, merge, nothing
+from v4_jax.layers.partials import Partial
 from v4_jax.layers.visible import Visible
 from v4_jax.sharding import collectives
 

@@ -7,31 +7,16 @@ The window's keys, the entries of one block or another, the entries on this devi
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from v4_jax.kernels.attention.reference import MASKED, STATISTICS, Packed
+from v4_jax.kernels.attention.reference import MASKED
 from v4_jax.kernels.choose import products, weighted
+from v4_jax.layers.partials import Packed, Partial, packed, separate
 from v4_jax.sharding import collectives
 from v4_jax.sharding.collectives import Axes, pmax, psum
-
-
-class Partial(NamedTuple):
-    """Softmax over some of the keys, in a form that can be merged with the rest (all float32).
-
-    Attributes:
-      maximum: [B, Q, H] largest logit; no gradient flows to it.
-      total: [B, Q, H] sum of exp(logit - maximum).
-      weighted: [B, Q, H, C] sum of exp(logit - maximum) * value.
-    """
-
-    maximum: Array
-    total: Array
-    weighted: Array
 
 
 def nothing(queries: Array) -> Partial:
@@ -116,25 +101,6 @@ def merge_devices(partial: Partial, axes: Axes, heads: Axes) -> Partial | Packed
     maximum = pmax(partial.maximum, rest)
     rescale = jnp.exp(partial.maximum - maximum)
     return Partial(maximum, psum(partial.total * rescale, rest), psum(partial.weighted * rescale[..., None], rest))
-
-
-def packed(partial: Partial) -> Array:
-    """A partial softmax in one array, see `Packed`: [B, Q, H, C + 128]."""
-    statistics = jnp.stack([partial.maximum, partial.total], axis=-1)
-    room = [(0, 0)] * (statistics.ndim - 1) + [(0, STATISTICS - 2)]
-    return jnp.concatenate([partial.weighted, jnp.pad(statistics, room)], axis=-1)
-
-
-def separate(partials: Sequence[Partial | Packed]) -> list[Partial]:
-    """Partial softmaxes one by one, each in arrays of its own."""
-    found = []
-    for some in partials:
-        if isinstance(some, Packed):
-            size = some.parts.shape[-1] - STATISTICS
-            found += [Partial(x[..., size], x[..., size + 1], x[..., :size]) for x in some.parts]
-        else:
-            found.append(some)
-    return found
 
 
 def _logits(queries: Array, keys: Array) -> Array:

@@ -11,12 +11,16 @@ import jax.numpy as jnp
 from jax import Array
 
 from v4_jax.cache.entries import Entries
+from v4_jax.cache.ring import Ring
+from v4_jax.cache.rows import StoredRows
 from v4_jax.kernels import choose
-from v4_jax.kernels.attention.reference import Packed
 from v4_jax.layers.entry_attention import attend_range
-from v4_jax.layers.partial_softmax import Partial, attend, finish, merge, nothing, separate
+from v4_jax.layers.partial_softmax import attend, finish, merge, nothing
+from v4_jax.layers.partials import Packed, Partial, separate
 from v4_jax.layers.rotary import Turn, rotate
 from v4_jax.layers.visible import Visible
+from v4_jax.layout import Layout
+from v4_jax.sharding.split import UNSPLIT
 
 
 def attend_window(
@@ -55,6 +59,32 @@ def attend_in_parts(
     if partial is None:
         partial = nothing(queries)
     return partial.maximum, partial.total, partial.weighted
+
+
+@jax.named_scope("attention.window")
+def attend_ring(
+    queries: Array, keys: Array, ring: Ring, layout: Layout, past: int
+) -> tuple[Partial | Packed, StoredRows]:
+    """Stores a short chunk's keys, and attends its queries' windows.
+
+    Args:
+      queries: [B, Q, H, C], at most `SHORT` of each row.
+      keys: [B, Q, C] of the same tokens, as they are stored.
+      ring: the last keys of each row, and room for the chunk's.
+      layout: where the chunk's tokens stand, on all devices.
+      past: tokens before its own that a query sees.
+
+    Returns:
+      Attention over the window, and the rings of all layers with the chunk's keys.
+    """
+    return choose.window_step(step_in_parts, queries, keys, ring, layout, past)
+
+
+def step_in_parts(queries: Array, keys: Array, ring: Ring, layout: Layout, past: int) -> tuple[Partial, StoredRows]:
+    """The same with the window read in order."""
+    before, rows = ring.advance(keys, layout, past, UNSPLIT)
+    seen = jnp.concatenate([before(), keys], axis=1)
+    return attend_window(queries, seen, layout.first + past), rows
 
 
 def attention_output(partials: Sequence[Partial | Packed], sink: Array, turn: Turn, dtype: Any) -> Array:

@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax.numpy as jnp
 from jax import Array
 
 from v4_jax.policy import einsum
 
 MASKED = -1e30  # finite, so that a query with nothing to see stays free of NaN
-STATISTICS = 128  # channels that follow those of a softmax's sum in `Packed`: a TPU register's
-
-
-class Packed(NamedTuple):
-    """Partial softmaxes (`layers.partial_softmax`), each in one array: as they travel, and as kernels take them.
-
-    Attributes:
-      parts: [n, B, Q, H, C + 128] float32: a `Partial`'s `weighted`, its `maximum` and `total`, and zeros.
-    """
-
-    parts: Array
 
 
 def products(queries: Array, keys: Array) -> Array:

@@ -22,10 +22,10 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from v4_jax.kernels.attention.reference import STATISTICS, Packed
 from v4_jax.kernels.rotary.reference import Steps
 from v4_jax.kernels.vectors import vector, vector_spec
 from v4_jax.layer_stack import stack_of
+from v4_jax.layers.partials import STATISTICS, Packed, shape_of
 from v4_jax.layers.rotary import Turn
 from v4_jax.number_formats import E2M1, E4M3, INDEX_BLOCK, KV_BLOCK, round_to, shared_scale
 
@@ -186,10 +186,8 @@ def _hadamard(rows: Array) -> Array:
 
 
 def attention_output(partials: Sequence[Any], sink: Array, turn: Turn, dtype: Any, *, interpret: bool = False) -> Array:
-    """See `layers.window_attention.attention_output`; the first is a `Partial`, others may be `Packed`. Not
-    differentiable.
-    """
-    batch, size, heads, channels = partials[0].weighted.shape
+    """See `layers.window_attention.attention_output`; not differentiable."""
+    batch, size, heads, channels = shape_of(partials[0])
     tokens, width = batch * size, heads * channels
     count = sum(len(some.parts) if isinstance(some, Packed) else 1 for some in partials)
     block = _block(tokens, width * count)
