@@ -18,6 +18,7 @@ Pallas kernel, or `cpu.py`, written so that XLA:CPU makes quick code of it. Laye
     attend_picked            caller's, over a gathered copy reference                                 kernel
     compress                 caller's, all rows at once  reference                                 row by row
     norm_rotate              one after the other            reference                                 one kernel
+    settle                   norm_rotate one by one       reference                                 one kernel
     attention_output         caller's                       reference                                 one kernel
     map_groups               tiles of each group in turn    reference                                 caller's kernel
     few_rows_experts,        caller's, by groups of rows    reference                                 one kernel
@@ -58,9 +59,10 @@ from v4_jax.kernels.linear import cpu as linear_cpu
 from v4_jax.kernels.linear import reference as linear
 from v4_jax.kernels.linear import shares as linear_shares
 from v4_jax.kernels.linear import tpu as linear_tpu
+from v4_jax.kernels.rotary import parts as rotary_parts
 from v4_jax.kernels.rotary import reference as rotary
 from v4_jax.kernels.rotary import tpu as rotary_tpu
-from v4_jax.kernels.rotary.reference import Steps
+from v4_jax.kernels.rotary.reference import Projection, Settle, Steps
 from v4_jax.kernels.router import reference as router
 from v4_jax.kernels.router import tpu as router_tpu
 from v4_jax.kernels.stored_weights import one_in_stack
@@ -97,7 +99,8 @@ def window_attention(
     oldest: Array | None,
     entries: Entries | None,
     visible: Visible | None,
-) -> tuple[Array, Array, Array]:
+    together: bool = False,
+) -> Partial | Packed:
     """See `attention.tpu.window_attention` for all arguments but the first.
 
     Args:
@@ -107,11 +110,26 @@ def window_attention(
       oldest: where each query's window may begin.
       entries: the entries.
       visible: which of them the queries see.
+      together: whether to return one `Packed` softmax.
     """
     if not attention_tpu.supports(queries):
-        return plain(queries, keys, oldest, entries, visible)
-    kernel = functools.partial(attention_tpu.window_attention, interpret=interpreting())
-    return _without_gradients(plain, tpu=kernel)(queries, keys, oldest, entries, visible)
+        return _handed_on(plain, together)(queries, keys, oldest, entries, visible)
+
+    def kernel(*operands: Any) -> Partial | Packed:
+        found = attention_tpu.window_attention(*operands, together=together, interpret=interpreting())
+        return found if isinstance(found, Packed) else Partial(*found)
+
+    return _without_gradients(_handed_on(plain, together), tpu=kernel)(queries, keys, oldest, entries, visible)
+
+
+def _handed_on(plain: Form, together: bool) -> Form:
+    """The form, whose partial softmax is `packed`, or its parts one by one."""
+
+    def call(*operands: Any) -> Any:
+        partial = Partial(*plain(*operands))
+        return Packed(packed(partial)[None]) if together else partial
+
+    return call
 
 
 def window_step(
@@ -157,7 +175,9 @@ def best_entries(
     return by_platform(queries, weights, keys, visible, default=plain, tpu=kernel)
 
 
-def attend_picked(plain: Form, queries: Array, entries: Entries, local: Array) -> tuple[Array, ...]:
+def attend_picked(
+    plain: Form, queries: Array, entries: Entries, local: Array, together: bool = False
+) -> Partial | Packed:
     """Attention of each query over its own entries.
 
     Args:
@@ -166,14 +186,16 @@ def attend_picked(plain: Form, queries: Array, entries: Entries, local: Array) -
       queries: [B, Q, H, C].
       entries: the entries.
       local: [B, Q, K] int32 local numbers of those to attend, -1 for none.
+      together: whether to return one `Packed` softmax.
     """
-
-    def copying(*operands: Any) -> tuple[Array, ...]:
-        return tuple(plain(*operands))
-
+    copying = _handed_on(plain, together)
     if not csa_tpu.supports(queries, entries):
         return copying(queries, entries, local)
-    kernel = functools.partial(csa_tpu.attend_picked, interpret=interpreting())
+
+    def kernel(*operands: Any) -> Partial | Packed:
+        found = csa_tpu.attend_picked(*operands, together=together, interpret=interpreting())
+        return found if isinstance(found, Packed) else Partial(*found)
+
     return _without_gradients(copying, tpu=kernel)(queries, entries, local)
 
 
@@ -215,6 +237,21 @@ def norm_rotate(x: Array, weight: Array | None, turn: Turn | None, steps: Steps)
         return plain(x, uncut(weight), turn)
     kernel = functools.partial(rotary_tpu.norm_rotate, steps=steps, interpret=interpreting())
     return _without_gradients(plain, tpu=kernel)(x, weight, turn)
+
+
+def settle(sums: Array, projections: Sequence[Projection]) -> list[Array]:
+    """See `rotary.reference.settle`."""
+
+    def plain(sums: Array, thens: Sequence[Settle | None]) -> list[Array]:
+        return rotary.settle(sums, projections, uncut(thens))
+
+    def kernel(sums: Array, thens: Sequence[Settle | None]) -> list[Array]:
+        return rotary_parts.settle(sums, projections, thens, interpret=interpreting())
+
+    thens = [projection.then for projection in projections]
+    if not rotary_parts.supports(projections):
+        return plain(sums, thens)
+    return by_platform(sums, thens, default=plain, tpu=kernel)
 
 
 def attention_output(plain: Form, partials: Sequence[Any], sink: Array, turn: Turn, dtype: Any) -> Array:

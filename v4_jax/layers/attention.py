@@ -20,12 +20,12 @@ from v4_jax.cache.entries import ENTRY_RATIOS, Entries, EntryRole
 from v4_jax.cache.ring import Ring, halo
 from v4_jax.cache.rows import StoredRows
 from v4_jax.kernels.choose import norm_rotate
-from v4_jax.kernels.rotary.reference import Steps
+from v4_jax.kernels.rotary.reference import Projection, Settle, Steps
 from v4_jax.layers.compressor import Compressed, Compressor
 from v4_jax.layers.entry_attention import attend_picked
 from v4_jax.layers.indexer_loss import Attended, Scored, indexer_loss
 from v4_jax.layers.lightning_indexer import LightningIndexer, index_queries, select
-from v4_jax.layers.linear import Projection, grouped_linear, linear, project
+from v4_jax.layers.linear import grouped_linear, linear, project
 from v4_jax.layers.partial_softmax import log_denominator, merge, merge_devices
 from v4_jax.layers.partials import Packed, Partial, separate
 from v4_jax.layers.query_blocks import Queries, QueryBlock, by_query_blocks
@@ -122,13 +122,14 @@ class Attention(Module):
         compressor, indexer = self._compressors()
 
         with jax.named_scope("attention.project"):
-            wanted = [Projection(wq_a, dtype), Projection(wkv, dtype)]
+            wanted = [
+                Projection(wq_a, dtype, then=Settle(q_norm, None, Steps(c.rms_norm_eps))),
+                Projection(wkv, dtype, then=Settle(kv_norm, turn, self.key_steps)),
+            ]
             for part in (compressor, indexer):
                 wanted += part.projections() if part is not None else []
             alike = split.shared("heads") if cache is not None else ()  # gradients want whole weights
             latent, keys, *projected = project(y, wanted, alike)
-            latent = norm_rotate(latent, q_norm, None, Steps(c.rms_norm_eps))
-            keys = self.keys(keys, kv_norm, turn)
 
         past = c.sliding_window - 1
         ring = None if cache is None else cache.window(self.window, layer, layout.cached, dtype)
@@ -169,9 +170,9 @@ class Attention(Module):
             if entries is not None and not at_once:
                 visitors = all_gather(queries, visiting, 2)
                 if picked is None:
-                    distant = attend_window(visitors, None, None, entries, x.visible)
+                    distant = attend_window(visitors, None, None, entries, x.visible, bool(visiting))
                 else:
-                    distant = attend_picked(visitors, entries, picked)
+                    distant = attend_picked(visitors, entries, picked, bool(visiting))
                 partials.append(merge_devices(distant, entry_axes, visiting))
             if entries is not None and scored is not None and self.stage.indexer_loss:
                 log_total = log_denominator(functools.reduce(merge, separate(partials)), sink)
@@ -242,7 +243,12 @@ class Attention(Module):
     @nn.nowrap
     def keys(self, projected: Array, kv_norm: Array, turn: Turn) -> Array:
         """Keys, which are the values too, [B, S, C] from what `wkv` projects."""
-        return norm_rotate(projected, kv_norm, turn, Steps(self.config.rms_norm_eps, self.policy.rounding("keys")))
+        return norm_rotate(projected, kv_norm, turn, self.key_steps)
+
+    @property
+    def key_steps(self) -> Steps:
+        """What becomes of projected keys."""
+        return Steps(self.config.rms_norm_eps, self.policy.rounding("keys"))
 
     @nn.nowrap
     def queries(self, latent: Array, wq_b: Any, turn: Turn) -> Array:

@@ -20,9 +20,8 @@ from v4_jax.cache.rows import StoredRows
 from v4_jax.kernels import choose
 from v4_jax.kernels.choose import norm_rotate
 from v4_jax.kernels.compressor.tpu import CompressorWeights
-from v4_jax.kernels.rotary.reference import Steps
+from v4_jax.kernels.rotary.reference import Projection, Steps
 from v4_jax.layer_stack import uncut
-from v4_jax.layers.linear import Projection
 from v4_jax.layout import SHORT, Blocks, Layout
 from v4_jax.natural import remainder
 from v4_jax.parameters import Module

@@ -13,9 +13,9 @@ from v4_jax.architecture import RATIO_OF_ROLE, Architecture
 from v4_jax.cache.entries import Entries
 from v4_jax.cache.ring import Ring
 from v4_jax.kernels.choose import best_entries, norm_rotate
-from v4_jax.kernels.rotary.reference import Steps
+from v4_jax.kernels.rotary.reference import Projection, Steps
 from v4_jax.layers.compressor import Compressed, Compressor
-from v4_jax.layers.linear import Projection, linear
+from v4_jax.layers.linear import linear
 from v4_jax.layers.rotary import Turn
 from v4_jax.layers.visible import Visible
 from v4_jax.layout import Layout

@@ -7,32 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax import Array
 
 from v4_jax.kernels import choose
 from v4_jax.kernels.linear import reference
+from v4_jax.kernels.rotary.reference import Projection
 from v4_jax.number_formats import Weight
 from v4_jax.sharding import collectives
 from v4_jax.sharding.collectives import Axes
 
 FEW_ROWS = 32  # sums of more rows take longer on their way between devices than the weights do from memory
-
-
-class Projection(NamedTuple):
-    """A product with a layer's input.
-
-    Attributes:
-      weight: [out, in].
-      dtype: of the product and its result; float32 products are those of the operands as they are.
-      detached: whether no gradient flows back to the input.
-    """
-
-    weight: Any
-    dtype: Any
-    detached: bool = False
 
 
 def linear(x: Array, weight: Weight, dtype: Any) -> Array:
@@ -55,14 +42,14 @@ def project(x: Array, projections: Sequence[Projection], axes: Axes = ()) -> lis
         a share of every weight, and the products are added up: that takes less time than to read them all.
 
     Returns:
-      [B, S, out] for each.
+      [B, S, out] for each, and what is to become of it done.
     """
     rows, devices = math.prod(x.shape[:-1]), collectives.size(axes)
     if devices > 1 and rows <= FEW_ROWS and all(reference.divides(p.weight, devices) for p in projections):
         weights, dtypes = [p.weight for p in projections], [p.dtype for p in projections]
         sums = choose.partial_products(x.reshape(rows, -1), weights, dtypes, collectives.index(axes), devices)
-        found = reference.parts(collectives.psum(sums, axes), weights)
-        return [part.astype(dtype).reshape(*x.shape[:-1], -1) for part, dtype in zip(found, dtypes, strict=True)]
+        found = choose.settle(collectives.psum(sums, axes), projections)
+        return [part.reshape(*x.shape[:-1], -1) for part in found]
     results: dict[int, Array] = {}
     alike: dict[tuple[Any, bool], list[int]] = {}
     for place, projection in enumerate(projections):
@@ -71,6 +58,9 @@ def project(x: Array, projections: Sequence[Projection], axes: Axes = ()) -> lis
         weights = [projections[place].weight for place in places]
         found = linears(jax.lax.stop_gradient(x) if detached else x, weights, dtype)
         results |= dict(zip(places, found, strict=True))
+    for place, projection in enumerate(projections):
+        if (then := projection.then) is not None:
+            results[place] = choose.norm_rotate(results[place], then.norm, then.turn, then.steps)
     return [results[place] for place in range(len(projections))]
 
 

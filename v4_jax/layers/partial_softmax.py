@@ -77,7 +77,7 @@ def log_denominator(partial: Partial, sink: Array) -> Array:
     return jnp.logaddexp(partial.maximum + jnp.log(partial.total), sink)
 
 
-def merge_devices(partial: Partial, axes: Axes, heads: Axes) -> Partial | Packed:
+def merge_devices(partial: Partial | Packed, axes: Axes, heads: Axes) -> Partial | Packed:
     """Merges the softmaxes of all devices along `axes`, which each saw other keys.
 
     Args:
@@ -90,13 +90,13 @@ def merge_devices(partial: Partial, axes: Axes, heads: Axes) -> Partial | Packed
     """
     rest = tuple(axis for axis in axes if axis not in heads)
     if heads:
-        own = packed(partial)
+        own = partial.parts[0] if isinstance(partial, Packed) else packed(partial)
         by_device = own.reshape(*own.shape[:2], collectives.size(heads), -1, own.shape[-1])
         parts = Packed(collectives.all_to_all(by_device, heads, 2))
         if not rest:
             return parts
         partial = functools.reduce(merge, separate([parts]))
-    if not rest:
+    if not rest or isinstance(partial, Packed):
         return partial
     maximum = pmax(partial.maximum, rest)
     rescale = jnp.exp(partial.maximum - maximum)

@@ -29,7 +29,8 @@ def attend_window(
     oldest: Array | None,
     entries: Entries | None = None,
     visible: Visible | None = None,
-) -> Partial:
+    together: bool = False,
+) -> Partial | Packed:
     """Attention of a block of queries over its window, or all visible entries, or both.
 
     Args:
@@ -38,15 +39,16 @@ def attend_window(
       oldest: [B, Q] int32 the first of the keys that a query's document has, see `QueryBlock`.
       entries: the entries, of which those that lie here are attended. None: no entries.
       visible: which of them the queries see.
+      together: whether to return one `Packed` softmax, to be handed to other devices.
     """
     with jax.named_scope("attention.window" if entries is None else "attention.hca"):
-        return Partial(*choose.window_attention(attend_in_parts, queries, keys, oldest, entries, visible))
+        return choose.window_attention(attend_in_parts, queries, keys, oldest, entries, visible, together)
 
 
 def attend_in_parts(
     queries: Array, keys: Array | None, oldest: Array | None, entries: Entries | None, visible: Visible | None
-) -> tuple[Array, Array, Array]:
-    """The same by plain JAX: the window, and entries block by block. The parts of a `Partial`."""
+) -> Partial:
+    """The same by plain JAX: the window, and entries block by block."""
     partial = None
     if keys is not None and oldest is not None:
         number, own = jnp.arange(keys.shape[1]), jnp.arange(queries.shape[1])[:, None]
@@ -58,7 +60,7 @@ def attend_in_parts(
         partial = distant if partial is None else merge(partial, distant)
     if partial is None:
         partial = nothing(queries)
-    return partial.maximum, partial.total, partial.weighted
+    return partial
 
 
 @jax.named_scope("attention.window")
@@ -80,7 +82,9 @@ def attend_ring(
     return choose.window_step(step_in_parts, queries, keys, ring, layout, past)
 
 
-def step_in_parts(queries: Array, keys: Array, ring: Ring, layout: Layout, past: int) -> tuple[Partial, StoredRows]:
+def step_in_parts(
+    queries: Array, keys: Array, ring: Ring, layout: Layout, past: int
+) -> tuple[Partial | Packed, StoredRows]:
     """The same with the window read in order."""
     before, rows = ring.advance(keys, layout, past, UNSPLIT)
     seen = jnp.concatenate([before(), keys], axis=1)

@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from v4_jax.cache.ring import Ring
 from v4_jax.cache.rows import StoredRows
 from v4_jax.kernels.attention.reference import MASKED
+from v4_jax.kernels.attention.tpu import statistics
 from v4_jax.kernels.memory import kept_in_hbm
 from v4_jax.layers.partials import STATISTICS, Packed
 from v4_jax.layout import SHORT, Layout
@@ -179,7 +180,6 @@ def _kernel(
     shares = jnp.where(visible, jnp.exp(logits - largest), 0.0)
     amount = jnp.sum(shares, axis=1, keepdims=True)
     out[:, : every.shape[1]] = jnp.dot(shares.astype(jnp.bfloat16), every, preferred_element_type=jnp.float32)
-    lane = iota((count * heads, STATISTICS), 1)
-    out[:, every.shape[1] :] = jnp.where(lane == 0, largest, jnp.where(lane == 1, amount, 0.0))
+    out[:, every.shape[1] :] = statistics(largest, amount)
     for token, copy in enumerate(copies):
         pl.when(token < fresh)(copy.wait)
