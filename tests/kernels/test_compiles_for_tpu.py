@@ -24,9 +24,9 @@ from v4_jax.kernels.hyper_connections.reference import Numbers, Site
 from v4_jax.kernels.hyper_connections.tpu import cross
 from v4_jax.kernels.linear.shares import partial_products
 from v4_jax.kernels.linear.tpu import matmul
+from v4_jax.kernels.output.tpu import attention_output
 from v4_jax.kernels.rotary.parts import settle
 from v4_jax.kernels.rotary.reference import Projection, Settle, Steps
-from v4_jax.kernels.rotary.tpu import attention_output
 from v4_jax.kernels.window.tpu import step
 from v4_jax.layer_stack import Cut
 from v4_jax.layers.entry_attention import attend_picked
@@ -37,7 +37,7 @@ from v4_jax.layers.partial_softmax import finish
 from v4_jax.layers.partials import STATISTICS, Packed
 from v4_jax.layers.rotary import Turn
 from v4_jax.layers.visible import Visible
-from v4_jax.layers.window_attention import attend_window
+from v4_jax.layers.window_attention import attend_window, attention_end
 from v4_jax.layout import SHORT, Layout
 from v4_jax.number_formats import E2M1, E4M3, E8M0, FP4_BLOCK, FP8_BLOCK, BlockScaled, Stack, scale_shape
 from v4_jax.sharding.split import UNSPLIT
@@ -402,3 +402,30 @@ def test_end_of_attention(build, rows, heads, devices):
     sink = shape(jnp.float32, LAYERS, heads)
     compiled = build(run, *parts, sink, turned, turned, shape(jnp.int32))
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "rows", "devices"), [("flash", 1, 8), ("flash", 6, 4), ("pro", 1, 8)], ids=lambda x: str(x)
+)
+def test_end_of_a_sublayer(build, model, rows, devices):
+    """Merging and both products in one call: weights are read where they lie."""
+    config = getattr(Config, model)()
+    heads, groups, size = config.num_attention_heads // devices, config.o_groups // devices, config.head_dim
+    middle = groups * config.o_lora_rank
+    stacks = [
+        weight("e4m3", LAYERS, middle, heads * size // groups),
+        weight("e4m3", LAYERS, config.hidden_size, middle),
+    ]
+
+    def run(window, distant, sink, cos, sin, stacks, number):
+        weights = [
+            BlockScaled(one.codes[0], one.scales[0], one.block, Stack(one.codes, one.scales, number)) for one in stacks
+        ]
+        partials, turned = [Packed(window), Packed(distant)], Turn(cos, sin)
+        return attention_end(partials, cuts(sink, number), turned, tuple(weights), groups=groups, dtype=jnp.bfloat16)
+
+    parts = [shape(jnp.float32, count, rows, 1, heads, size + STATISTICS) for count in (1, devices)]
+    turned, sink = shape(jnp.float32, rows, 1, 64), shape(jnp.float32, LAYERS, heads)
+    compiled = build(run, *parts, sink, turned, turned, stacks, shape(jnp.int32))
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 1
+    assert compiled.memory_analysis().temp_size_in_bytes < SPARE and copied(compiled) == 0
