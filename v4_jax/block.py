@@ -20,7 +20,7 @@ from v4_jax.layer_stack import in_stack, role_index
 from v4_jax.layers.attention import Attention
 from v4_jax.layers.draft_attention import DraftAttention, Taps
 from v4_jax.layers.experts import Experts
-from v4_jax.layers.hyper_connections import HyperConnection, apart, leave
+from v4_jax.layers.hyper_connections import HyperConnection, apart, leave, nothing_left
 from v4_jax.layers.mixture_of_experts import MixtureOfExperts
 from v4_jax.layers.stages import SPARSE, Remat, Stage, rematerialised
 from v4_jax.layout import Layout
@@ -38,17 +38,29 @@ class Carry(struct.PyTreeNode):
       cache: None without one.
       taps: [T + 1, B, S, D] the mean over the streams after each of `dspark_target_layer_ids` so far, and a last place
         for what layers in a scan have that are none of them; None if nobody asks for it.
+      left: output [B, S, D] of the last sublayer, and its mix, still to be written back to the streams: the next one
+        does that in the operation in which it reads them. A layer that is given one hands one on; None: none is.
     """
 
     streams: Array
     cache: Cache | None
     taps: Array | None = None
+    left: tuple[Array, Array] | None = None
 
     @classmethod
     def of(cls, streams: Array, cache: Cache | None, config: Architecture, *, taps: bool) -> Carry:
         """What the first layer gets."""
         shape = len(config.dspark_target_layer_ids) + 1, *streams.shape[:2], config.hidden_size
-        return cls(streams, cache, jnp.zeros(shape, streams.dtype) if taps else None)
+        if taps:
+            return cls(streams, cache, jnp.zeros(shape, streams.dtype))
+        # Where a backward pass keeps what is carried, an output beside the streams would be a quarter more.
+        return cls(streams, cache, left=None if cache is None else nothing_left(streams, config))
+
+    def written(self, config: Architecture) -> Carry:
+        """The same with everything written back to the streams."""
+        if self.left is None:
+            return self
+        return self.replace(streams=leave(self.streams, *self.left, config), left=None)
 
     def tapped(self, config: Architecture, layer: Any) -> Carry:
         """The same with the tap of the layer that has just run, if it has one."""
@@ -122,7 +134,7 @@ class Block(Module):
         """
         c = self.config
         site = HyperConnection(config=c, prefix=self.prefix + "hc_attn_", split=self.split, name="hc_attn")
-        streams, y, mix = site(carry.streams, self.norm("attn_norm", c.hidden_size))
+        streams, y, mix = site(carry.streams, self.norm("attn_norm", c.hidden_size), carry.left)
         make = functools.partial(
             Attention if context.taps is None else DraftAttention,
             config=c,
@@ -152,7 +164,8 @@ class Block(Module):
         )
         z, decided = ffn(y, context.tokens, context.layout.valid, stacked, replay.experts)
         decided = Decided(decided.routing.replace(entries=picked), decided.statistics.replace(indexer_loss=loss))
-        return carry.replace(streams=leave(streams, z, mix, c), cache=cache), decided
+        after = carry.replace(streams=streams, cache=cache, left=(z, mix))
+        return after.written(c) if carry.left is None else after, decided
 
 
 class PeriodBlocks(nn.Module):

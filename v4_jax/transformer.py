@@ -458,7 +458,7 @@ class Transformer(Module):
                 decided.extend(jax.tree.map(lambda x, repeat=repeat: x[repeat], repeated))
         for i in range(period.stop, c.num_hidden_layers):
             carry = run(i, carry)
-        return carry, decided
+        return carry.written(c), decided
 
 
 def _output(

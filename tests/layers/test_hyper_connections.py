@@ -11,7 +11,7 @@ import pytest
 
 from v4_jax import Config
 from v4_jax.kernels.hyper_connections.reference import mix_streams, sinkhorn
-from v4_jax.layers.hyper_connections import HyperConnection, StreamCollapse, apart, expand, joined, leave
+from v4_jax.layers.hyper_connections import HyperConnection, StreamCollapse, apart, expand, joined, leave, nothing_left
 
 CONFIG = dataclasses.replace(Config.tiny(), hidden_size=16, compress_ratios=(0, 0, 4, 128, 4, 128, 4, 0))
 
@@ -159,3 +159,11 @@ def test_bfloat16_streams_are_mixed_in_float32(site):
 def test_expand_copies():
     x = jnp.arange(6.0).reshape(1, 2, 3)
     np.testing.assert_array_equal(expand(x, 4), joined(np.repeat(np.asarray(x)[:, :, None], 4, axis=2)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_nothing_left_leaves_streams_as_they_are(dtype):
+    streams = joined(jax.random.normal(jax.random.key(0), (2, 3, 4, 16))).astype(dtype)
+    found = leave(streams, *nothing_left(streams, CONFIG), CONFIG)
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(streams, np.float32))

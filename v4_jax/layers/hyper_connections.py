@@ -42,6 +42,14 @@ def leave(streams: Array, output: Array, mix: Array, config: Architecture) -> Ar
     return choose.leave_site(streams, output, mix, _numbers(config))
 
 
+def nothing_left(streams: Array, config: Architecture) -> tuple[Array, Array]:
+    """An output and its mix that leave streams [B, S, hc * D] as they are."""
+    hc, tokens = config.hc_mult, streams.shape[:2]
+    mix = jnp.concatenate([jnp.zeros(hc), jnp.eye(hc).reshape(-1)])
+    output = jnp.zeros((*tokens, streams.shape[-1] // hc), streams.dtype)
+    return output, jnp.broadcast_to(mix[:, None, None], (len(mix), *tokens))
+
+
 class HyperConnection(Module):
     """A site's mixing weights; `prefix` is e.g. `layers.3.hc_attn_`."""
 
