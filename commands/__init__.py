@@ -13,7 +13,9 @@ import io
 import os
 import re
 import sys
+import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from v4_jax import __version__
@@ -41,6 +43,9 @@ VERBS = {
     "plot": "a training run's metrics, or several runs', as curves in a PNG",
     "verify": "compare two checkpoints, tensor by tensor, or check one alone",
 }
+
+# Those that compile programs for the devices that are there, and keep them. `bench` measures that, too.
+COMPILING = ("demo", "generate", "score", "batch", "serve", "eval", "train")
 
 
 def entry() -> None:
@@ -126,7 +131,7 @@ def _dispatch(arguments: list[str]) -> int:
     try:
         with contextlib.redirect_stderr(box):
             call = tyro.cli(
-                _parsed(function),
+                _parsed(function, keeps=name in COMPILING),
                 prog=f"{PROGRAM} {name}",
                 description=description,
                 args=arguments[1:],
@@ -139,14 +144,38 @@ def _dispatch(arguments: list[str]) -> int:
     return call() or 0
 
 
-def _parsed(function: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:
-    """The function with its arguments bound and not yet called, so that parsing and running can be told apart."""
+def _parsed(function: Callable[..., Any], *, keeps: bool) -> Callable[..., Callable[[], Any]]:
+    """The function with its arguments bound and not yet called, so that parsing and running can be told apart.
+
+    Args:
+      function: the verb.
+      keeps: whether it keeps what it compiles, and has the option that says where.
+    """
 
     @functools.wraps(function)
     def bind(*positional: Any, **named: Any) -> Callable[[], Any]:
         return functools.partial(function, *positional, **named)
 
-    return bind
+    if not keeps:
+        return bind
+
+    from v4_jax.commands.shared.compilation_cache import HELP, CompilationCache, keep_programs
+
+    def bind_and_keep(*positional: Any, compilation_cache: Path | None, **named: Any) -> Callable[[], Any]:
+        def call() -> Any:
+            keep_programs(compilation_cache)
+            return function(*positional, **named)
+
+        return call
+
+    option = inspect.Parameter("compilation_cache", inspect.Parameter.KEYWORD_ONLY, default=None)
+    signature = inspect.signature(function)
+    signature = signature.replace(parameters=[*signature.parameters.values(), option])
+    hints = typing.get_type_hints(function, include_extras=True)
+    bind_and_keep.__signature__ = signature  # type: ignore[attr-defined]
+    bind_and_keep.__annotations__ = hints | {"compilation_cache": CompilationCache}
+    bind_and_keep.__doc__ = f"{function.__doc__}\n  {option.name}: {HELP}"
+    return bind_and_keep
 
 
 def _sentence(box: str) -> str:
