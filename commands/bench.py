@@ -158,8 +158,7 @@ def _placed(job: Job, mesh: str | None, preset: str | None) -> tuple[Job, Mesh, 
         say(f"note: --mesh {format_mesh(best.mesh)}, which plan ranks first")
         job = dataclasses.replace(job, mesh=best.mesh, preset=best.preset)
         return job, make_mesh(job.mesh), topology
-    native = job.dtype == "native"
-    made = here.place(job.config, mesh, job.preset, batch=job.batch, length=job.chunk, native=native).mesh  # type: ignore[arg-type]
+    made = here.place(job.config, mesh, job.preset, batch=job.batch, length=job.chunk, dtype=job.dtype).mesh  # type: ignore[arg-type]
     made = make_mesh(job.mesh, every[:1]) if made is None else made
     job = dataclasses.replace(job, mesh=dict(made.shape))
     return job, made, topology_of(list(made.devices.flat))

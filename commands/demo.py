@@ -114,7 +114,7 @@ def _recall(directory: ModelDirectory) -> None:
     _step(4, f"Recall: {len(prompts)} texts of {LENGTH:,} characters, split over {count} devices ({mesh})")
     print(f"Each tells {TOLD} records, a key of letters with a number, and ends with the key of one of them:\n")
     print(f"  {_shortened(questions[0])}\n", flush=True)
-    place = devices.place(config, mesh, "long-context", batch=len(prompts), length=CHUNK, native=True)
+    place = devices.place(config, mesh, "long-context", batch=len(prompts), length=CHUNK, dtype="native")
     engine = Engine(
         config,
         directory.load("native", place),

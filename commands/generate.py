@@ -111,7 +111,7 @@ def generate(
       draft: What guesses tokens ahead in every step: none; mtp:N, N tokens, up to 4, by the multi-token-prediction
         block; dspark; or auto, what the model has. The reply is that of none, sooner.
       mesh: How to spread the model over all devices: sizes of data, seq, expert and tensor, such as
-        seq=4,expert=2. Default: one device.
+        seq=4,expert=2; one, for one device; or auto, the best that fits, which is the default.
       preset: Which mesh axes split what; long-context splits long prompts over all axes but data.
       distributed: This is one of several processes, one per host, that run the same command together.
       show_reasoning: Write reasoning and answer under headings where stdout is not a terminal.
@@ -129,7 +129,7 @@ def generate(
         limits = Limits.of(len(encoded.ids), max_tokens, context, config)
         reply = Reply(tokenizer, stop, encoded.thinking_mode, str(encoded.ids).encode())
     check_mode(mode if encoded.thinking_mode else None, limits.context, profile)
-    where = place(config, mesh, preset, batch=1, native=dtype == "native")
+    where = place(config, mesh, preset, batch=1, dtype=dtype, context=limits.allocated, cache=cache)
     params = directory.load(dtype, where)
     with bad_input():
         engine = Engine(

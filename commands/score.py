@@ -61,7 +61,7 @@ def score(
       policy: Precision of the computation; released is bfloat16 with the release's rounding of keys and values.
       cache_dtype: Number format of the cache; auto is the policy's.
       mesh: How to spread the model over all devices: sizes of data, seq, expert and tensor, such as
-        seq=4,expert=2. Default: one device.
+        seq=4,expert=2; one, for one device; or auto, the best that fits, which is the default.
       preset: Which mesh axes split what; long-context splits long prompts over all axes but data.
       distributed: This is one of several processes, one per host, that run the same command together.
     """
@@ -74,14 +74,15 @@ def score(
     with bad_input(f"{name}: "):
         # splitlines() would also split at characters that JSON strings may hold, such as U+2028
         texts = read_texts(read_text(input).split("\n"), directory.config, directory.tokenizer, bos=not no_bos)
-    where = place(directory.config, mesh, preset, batch=min(batch, len(texts)), native=dtype == "native")
+    batch, longest = min(batch, len(texts)), max(len(text.tokens) for text in texts)
+    where = place(directory.config, mesh, preset, batch=batch, dtype=dtype, context=longest, cache=cache)
     with bad_input():
         scorer = Scorer(
             directory.config,
-            longest=max(len(text.tokens) for text in texts),
+            longest=longest,
             policy=policy,
             cache_dtype=cache,
-            batch=min(batch, len(texts)),
+            batch=batch,
             chunk=chunk,
             place=where,
         )

@@ -128,7 +128,7 @@ def _place(settings: Settings, config: Config) -> Place:
     place = Place()
     for stage in settings.stages:
         rows = stage.rows // stage.microbatches
-        place = devices.place(config, settings.mesh, "train", batch=rows, length=stage.length, native=False)
+        place = devices.place(config, settings.mesh, "train", batch=rows, length=stage.length, dtype="float32")
     return place
 
 

@@ -59,15 +59,19 @@ def keep_programs(chosen: Path | None) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING)
 
 
-def default_directory(environment: Mapping[str, str]) -> Path:
-    """The user's own, by the XDG base directory specification, which has relative paths ignored.
+def user_directory(environment: Mapping[str, str]) -> Path:
+    """What this program keeps for a user, by the XDG base directory specification, which has relative paths ignored.
 
     Raises:
       RuntimeError: nothing says where the user's home is.
     """
     base = Path(environment.get("XDG_CACHE_HOME", ""))
-    base = base if base.is_absolute() else Path.home() / ".cache"
-    return base / "v4_jax" / "programs" / _machine()
+    return (base if base.is_absolute() else Path.home() / ".cache") / "v4_jax"
+
+
+def default_directory(environment: Mapping[str, str]) -> Path:
+    """Where compiled programs are kept, if nothing says otherwise; errors as of `user_directory`."""
+    return user_directory(environment) / "programs" / _machine()
 
 
 def _machine() -> str:

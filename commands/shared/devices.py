@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 
 import jax
 
+from v4_jax.cache.cache import CacheDtype
 from v4_jax.commands.shared.console import CommandError, only_errors, say
-from v4_jax.commands.shared.options import Preset
+from v4_jax.commands.shared.meshes import choose_mesh
+from v4_jax.commands.shared.options import Dtype, Preset
 from v4_jax.config import Config
 from v4_jax.placement import Place, alternatives, check_mesh
+from v4_jax.planning.mesh_choice import Demand
 from v4_jax.sharding.axes import ShardingError
 from v4_jax.sharding.mesh import make_mesh, parse_mesh
+
+MESH = "V4_JAX_MESH"  # of the environment: what --mesh is where it is not given
+ONE, AUTO = "one", "auto"
 
 _DEVICE_COUNT = "xla_force_host_platform_device_count"
 
@@ -72,22 +79,61 @@ def _number(variable: str) -> int | None:
     return int(value) if value and value.isdecimal() else None
 
 
-def place(config: Config, mesh: str | None, preset: Preset, *, batch: int, native: bool, length: int = 1) -> Place:
+def names_mesh(mesh: str | None) -> bool:
+    """Whether sizes of axes are given, by the option or the environment."""
+    return (mesh or os.environ.get(MESH) or AUTO) not in (ONE, AUTO)
+
+
+def place(
+    config: Config,
+    mesh: str | None,
+    preset: Preset,
+    *,
+    batch: int,
+    dtype: Dtype,
+    length: int = 1,
+    context: int | None = None,
+    cache: CacheDtype = "bfloat16",
+) -> Place:
     """The mesh that `--mesh` names, after checking that the model and rows [batch, length] split over it.
 
+    Args:
+      config: the architecture.
+      mesh: sizes of the axes, "one" device, or "auto", the best that fits. None is what V4_JAX_MESH of the environment
+        says, or else auto, where the devices are several.
+      preset: which mesh axes split what.
+      batch: rows.
+      dtype: format of the weights.
+      length: tokens of a row and call.
+      context: tokens that a row has room for; None where no mesh can be chosen, but one device.
+      cache: format of the cache.
+
     Raises:
-      CommandError: no such mesh can be made of these devices, or the model does not split so; the sentence says what
-        is legal.
+      CommandError: no such mesh can be made of these devices, the model does not split so, or none has room; the
+        sentence says what is legal.
     """
-    if mesh is None:
-        if jax.device_count() > 1 and jax.default_backend() != "cpu":  # virtual CPU devices are one processor
-            say(f"note: using 1 of {jax.device_count()} devices; --mesh spreads the work over all of them")
+    if mesh is None and context is not None:
+        mesh = os.environ.get(MESH) or AUTO
+    if mesh not in (None, ONE):
+        enough_threads()  # before anything asks for the devices
+    if mesh is None and jax.device_count() > 1 and jax.default_backend() != "cpu":
+        say(f"note: using 1 of {jax.device_count()} devices; mesh spreads the work over all of them")
+    if mesh in (None, ONE):
         return Place()
+    if mesh == AUTO:
+        if context is None:
+            raise CommandError("mesh auto is for commands that generate; expected sizes of axes, or one")
+        if jax.device_count() == 1:
+            return Place()
+        chosen = choose_mesh(Demand(config, context, batch, preset, dtype, cache))
+        if chosen is None:
+            return Place()
+        return Place(make_mesh(chosen, jax.devices()[: math.prod(chosen.values())]), preset)
+    native = dtype == "native"
     try:
         sizes = parse_mesh(mesh)
     except ShardingError as error:
-        raise CommandError(str(error)) from None
-    enough_threads()
+        raise CommandError(f"{error}; or one, or auto") from None
     try:
         made = make_mesh(sizes)
         check_mesh(config, made, preset, batch=batch, length=length, native=native)
