@@ -31,6 +31,7 @@ VERBS = {
     "demo": "the two-minute tour on an embedded tiny model",
     "info": "parameters, FLOPs and cache of a model, against DeepSeek-V3.2",
     "generate": "continue a prompt or answer a chat, streaming",
+    "chat": "a conversation at the terminal",
     "score": "log-probabilities of given texts, JSON lines in and out",
     "batch": "answer a file of requests, many at a time, resumable",
     "serve": "OpenAI's API over HTTP, many requests at a time",
@@ -45,7 +46,7 @@ VERBS = {
 }
 
 # Those that compile programs for the devices that are there, and keep them. `bench` measures that, too.
-COMPILING = ("demo", "generate", "score", "batch", "serve", "eval", "train")
+COMPILING = ("demo", "generate", "chat", "score", "batch", "serve", "eval", "train")
 
 
 def entry() -> None:

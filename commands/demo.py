@@ -16,7 +16,7 @@ import numpy as np
 from v4_jax import chat, checkpoint
 from v4_jax.checkpoint import Comparison
 from v4_jax.commands import info_report as card
-from v4_jax.commands.generate import Limits, stream
+from v4_jax.commands.generate import Limits
 from v4_jax.commands.info_report import make_table
 from v4_jax.commands.shared import devices
 from v4_jax.commands.shared.console import CommandError, bad_input, progress_bar, say, show
@@ -24,6 +24,7 @@ from v4_jax.commands.shared.engines import compile_engine
 from v4_jax.commands.shared.models import ModelDirectory
 from v4_jax.commands.shared.options import Count, OptionalFile
 from v4_jax.commands.shared.reply import Writer
+from v4_jax.commands.shared.streaming import stream
 from v4_jax.commands.verify_report import kinds_table
 from v4_jax.infer.chunks import chunk_size
 from v4_jax.infer.engine.requests import Request

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import re
 import sys
@@ -11,10 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from v4_jax.chat import EffortProfile
-from v4_jax.commands.shared.console import CommandError, bad_input, progress_bar, read_json, read_text, say
+from v4_jax.commands.shared.chat_files import read_chat
+from v4_jax.commands.shared.console import CommandError, bad_input, read_text, say
 from v4_jax.commands.shared.contexts import DEFAULT_MAX_TOKENS, check_length, check_mode, room
 from v4_jax.commands.shared.devices import join, place
-from v4_jax.commands.shared.engines import compile_engine, describe_drafts
 from v4_jax.commands.shared.models import ModelDirectory, cache_format
 from v4_jax.commands.shared.options import (
     CacheFormat,
@@ -34,15 +33,14 @@ from v4_jax.commands.shared.options import (
 )
 from v4_jax.commands.shared.reply import Writer
 from v4_jax.commands.shared.sampling import SamplingOptions
+from v4_jax.commands.shared.streaming import Outcome, stream
 from v4_jax.config import Config
 from v4_jax.infer.checks import check_ids, check_precision
 from v4_jax.infer.chunks import chunk_size
 from v4_jax.infer.engine.drafters import choose_drafter
-from v4_jax.infer.engine.requests import NOT_FINITE, Request
+from v4_jax.infer.engine.requests import Request
 from v4_jax.infer.engine.sampling import Sampling
 from v4_jax.infer.engine.scheduler import Engine
-from v4_jax.infer.engine.speculative import Acceptance
-from v4_jax.infer.generate import Generation
 from v4_jax.infer.prompts import Mode, Prompt, chat_prompt, plain_ids
 from v4_jax.infer.text import Reply
 from v4_jax.policy import PolicyName
@@ -188,92 +186,6 @@ class Limits(NamedTuple):
         return cls(max_tokens, context, room(prompt + max_tokens, longest))
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """A finished generation.
-
-    Attributes:
-      generation: its counts and times.
-      compile_seconds: time spent compiling.
-      ids: the tokens generated, a final stop token included.
-      logprobs: their log-probabilities.
-      finish: "stop" (a stop token), "stop string" or "length".
-      acceptance: how many drafts were right, by depth.
-    """
-
-    generation: Generation
-    compile_seconds: float
-    ids: list[int]
-    logprobs: list[float]
-    finish: str
-    acceptance: list[Acceptance]
-
-    def speed(self) -> dict[str, Any]:
-        """Counts and times, prefill and decoding apart; the first token counts as prefill."""
-        run = self.generation
-        return {
-            "prompt_tokens": run.prompt_tokens,
-            "prefill_seconds": round(run.prefill_seconds, 4),
-            "new_tokens": run.new_tokens,
-            "decode_seconds": round(run.decode_seconds, 4),
-            "compile_seconds": round(self.compile_seconds, 4),
-            "drafts": [one._asdict() for one in self.acceptance],
-        }
-
-    def summary(self) -> str:
-        """One line for the reader."""
-        run, ends = self.generation, {"stop": "end of text", "length": "token limit"}
-
-        def rate(tokens: int, seconds: float) -> str:
-            return f"{tokens} tokens in {seconds:.2f} s ({tokens / max(seconds, 1e-9):,.1f} tokens/s)"
-
-        return (
-            f"prefill {rate(run.prompt_tokens, run.prefill_seconds)}, "
-            f"decode {rate(run.new_tokens - run.first_tokens, run.decode_seconds)}, "
-            f"compiled in {self.compile_seconds:.1f} s, ended by {ends.get(self.finish, self.finish)}"
-            + (f", {drafts}" if (drafts := describe_drafts(self.acceptance)) else "")
-        )
-
-
-def stream(engine: Engine, request: Request, reply: Reply, writer: Writer | None) -> Outcome:
-    """Generates from one prompt, feeding the reply and writing its pieces as they become certain.
-
-    Args:
-      engine: runs the model.
-      request: what to continue; the text of a token that stops it is not part of the reply.
-      reply: collects the text.
-      writer: shows it; None to show nothing.
-    """
-    compile_seconds = compile_engine(engine)
-    made: list[int] = []
-    logprobs: list[float] = []
-    finish = "length"
-    with progress_bar("reading the prompt", "tokens") as report:
-        generation = Generation(engine, [request], lambda done, total: report("", done, total))
-        running = iter(generation)
-        first = next(running)
-    try:
-        for event in itertools.chain([first], running):
-            if event.finish == "error":
-                raise CommandError(f"{NOT_FINITE} (after {len(made)} tokens)")
-            made.append(event.id)
-            logprobs.append(event.logprob)
-            finish = event.finish or finish
-            pieces = reply.push(event.id) if event.finish != "stop" else []
-            if writer:
-                writer.write(pieces)
-            if reply.stopped:
-                finish = "stop string"
-                break
-        last = reply.finish()
-        if writer:
-            writer.write(last)
-    finally:
-        if writer:
-            writer.finish()
-    return Outcome(generation, compile_seconds, made, logprobs, finish, engine.acceptance)
-
-
 def _encode_prompt(
     tokenizer: Tokenizer,
     config: Config,
@@ -294,7 +206,7 @@ def _encode_prompt(
     if tokens is not None:
         return Prompt(_token_ids(tokens, config))
     if chat_file is not None:
-        messages, options = _read_chat(chat_file)
+        messages, options = read_chat(chat_file)
         with bad_input(f"{chat_file}: "):
             return chat_prompt(tokenizer, messages, mode, profile=profile, **options)
     if prompt is None:
@@ -315,23 +227,6 @@ def _token_ids(text: str, config: Config) -> list[int]:
     ids = [int(word) for word in words]
     check_ids(ids, config)
     return ids
-
-
-def _read_chat(path: Path) -> tuple[list[Any], dict[str, Any]]:
-    """The messages of a chat file and the options of the encoding that it sets."""
-    content = read_json(path)
-    options: dict[str, Any] = {}
-    if isinstance(content, dict):
-        if unknown := sorted(set(content) - {"messages", "tools", "response_format"}):
-            raise CommandError(f'{path} has the keys {unknown}; expected "messages", "tools" and "response_format"')
-        options = {key: content[key] for key in ("tools", "response_format") if key in content}
-        content = content.get("messages")
-    if not isinstance(content, list) or not all(isinstance(message, dict) for message in content):
-        raise CommandError(f"{path} does not hold a list of messages; expected objects with a role and a content")
-    for number, message in enumerate(content, 1):
-        if message.get("role") == "user" and not message.get("content"):
-            raise CommandError(f"{path}: message {number} of the user has no content; expected text")
-    return content, options
 
 
 def _as_json(outcome: Outcome, reply: Reply, prompt: Prompt, sampling: Sampling) -> dict[str, Any]:
