@@ -123,25 +123,34 @@ def _dispatch(arguments: list[str]) -> int:
 
     import tyro
 
+    from v4_jax.commands.shared.hints import of_options
+
     function: Callable[..., Any] = getattr(importlib.import_module(f"v4_jax.commands.{name}"), name)
     # tyro takes the arguments' help from the docstring, line breaks included, and drops the examples, which are what
     # help is read for.
     function.__doc__ = re.sub(r"\n {4}(?=\S)", " ", inspect.cleandoc(function.__doc__ or ""))
     description = function.__doc__.split("\n\nArgs:\n")[0]
+
+    def parse(words: list[str]) -> Any:
+        return tyro.cli(
+            _parsed(function, keeps=name in COMPILING),
+            prog=f"{PROGRAM} {name}",
+            description=description,
+            args=words,
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            call = tyro.cli(
-                _parsed(function, keeps=name in COMPILING),
-                prog=f"{PROGRAM} {name}",
-                description=description,
-                args=arguments[1:],
-                config=(tyro.conf.OmitArgPrefixes,),
-            )
+            call = parse(arguments[1:])
     except SystemExit as end:
         if end.code != _BAD_INPUT:
             raise
-        return _refuse(f"{_sentence(box.getvalue())} (see {PROGRAM} {name} --help)", name)
+        with contextlib.redirect_stdout(io.StringIO()) as told, contextlib.suppress(SystemExit):
+            parse(["--help"])
+        hints = of_options(arguments[1:], re.findall(r"--[a-z][\w-]*", told.getvalue()), f"{PROGRAM} {name}")
+        return _refuse(f"{_sentence(box.getvalue())}{hints} (see {PROGRAM} {name} --help)", name)
     return call() or 0
 
 

@@ -20,6 +20,7 @@ from v4_jax.commands.shared.engines import EngineOptions, describe_drafts
 from v4_jax.commands.shared.models import ModelDirectory
 from v4_jax.commands.shared.options import Count, Flag, Int, Model, OptionalSize, OptionalText, Profile
 from v4_jax.commands.shared.sampling import SamplingOptions
+from v4_jax.commands.shared.speed import memory_text, rate_text
 from v4_jax.infer.prompts import Mode
 
 InputFile = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INPUT", help_behavior_hint="")]
@@ -146,6 +147,7 @@ def batch(
     if done:
         say(f"{len(done)} of {len(mine)} requests are answered already")
     started, tokens = time.perf_counter(), 0
+    first: float | None = None
     try:
         with working("reading the requests"):
             needed = survey([number for number in mine if number not in done], prepare, lines, record)
@@ -157,8 +159,9 @@ def batch(
             with progress_bar("answering", "requests") as report:
 
                 def progress() -> None:
-                    nonlocal tokens
+                    nonlocal tokens, first
                     tokens += 1
+                    first = time.perf_counter() - started if first is None else first
                     rate = tokens / (time.perf_counter() - started)
                     report(f"{rate:,.1f} tokens/s", len(done), len(mine))
 
@@ -173,8 +176,9 @@ def batch(
         raise
     seconds = time.perf_counter() - started
     say(
-        f"answered {len(mine)} requests, {failed} of them with an error now; {tokens} tokens in {seconds:.2f} s "
-        f"({tokens / max(seconds, 1e-9):,.1f} tokens/s)"
+        f"answered {len(mine)} requests, {failed} of them with an error now; {rate_text(tokens, seconds)}, "
+        + (f"first token after {first:.2f} s, " if first is not None else "")
+        + memory_text()
     )
     if leads:
         try:

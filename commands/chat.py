@@ -124,7 +124,7 @@ def chat(
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
         say("Ctrl-C stops an answer, Ctrl-D leaves, /help lists commands.")
-    with _history(terminal and not no_history):
+    with _history(terminal, kept=not no_history):
         Session(running, conversation, chosen, release.stop_ids, max_tokens, quiet, terminal).run()
     running.close()
 
@@ -360,8 +360,11 @@ class Session:
 
 
 @contextlib.contextmanager
-def _history(wanted: bool) -> Iterator[None]:
-    """Lines of earlier chats for the arrow keys, where there is a place for them."""
+def _history(terminal: bool, *, kept: bool) -> Iterator[None]:
+    """Arrow keys at a terminal, which find lines of earlier chats where they are kept and there is a place for them."""
+    if not terminal:
+        yield
+        return
     try:
         import readline
 
@@ -369,13 +372,13 @@ def _history(wanted: bool) -> Iterator[None]:
     except (ImportError, RuntimeError):
         yield
         return
-    if wanted:
+    if kept:
         with contextlib.suppress(OSError):
             readline.read_history_file(path)
     try:
         yield
     finally:
-        if wanted:
+        if kept:
             with contextlib.suppress(OSError):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.touch(mode=0o600)

@@ -24,6 +24,7 @@ from v4_jax.commands.shared.engines import compile_engine
 from v4_jax.commands.shared.models import ModelDirectory
 from v4_jax.commands.shared.options import Count, OptionalFile
 from v4_jax.commands.shared.reply import Writer
+from v4_jax.commands.shared.speed import memory_text
 from v4_jax.commands.shared.streaming import stream
 from v4_jax.commands.verify_report import kinds_table
 from v4_jax.infer.chunks import chunk_size
@@ -140,7 +141,7 @@ def _recall(directory: ModelDirectory) -> None:
     window, picked = config.sliding_window, config.index_topk
     say(
         f"read {generation.prompt_tokens:,} tokens in {generation.prefill_seconds + generation.decode_seconds:.1f} s, "
-        f"after compiling for {compiled:.0f} s"
+        f"first token after {generation.prefill_seconds:.1f} s, after compiling for {compiled:.0f} s; {memory_text()}"
     )
     print(
         f"\nThe window of full attention is {window} tokens. All else comes through compressed entries, one for four "

@@ -21,6 +21,7 @@ from v4_jax.commands.shared.console import (
 from v4_jax.commands.shared.devices import join, place
 from v4_jax.commands.shared.models import ModelDirectory, cache_format
 from v4_jax.commands.shared.options import CacheFormat, Count, Dtype, File, Flag, Model, OptionalText, Preset
+from v4_jax.commands.shared.speed import memory_text, rate_text
 from v4_jax.infer.score import ScoreError, Scorer, read_texts, write_lines
 from v4_jax.policy import PolicyName
 
@@ -117,7 +118,7 @@ def score(
     seconds = time.perf_counter() - started
     mean = math.fsum(total) / max(count, 1)
     say(
-        f"scored {len(texts)} texts, {count} tokens in {seconds:.2f} s ({count / seconds:,.1f} tokens/s), "
+        f"scored {len(texts)} texts, {rate_text(count, seconds)}, {memory_text()}, "
         f"mean log-probability {mean:.4f}, perplexity {math.exp(min(-mean, 700)):,.2f}"
         + (f"; {failed} of them have an error instead: log-probabilities that are not finite numbers" if failed else "")
     )

@@ -12,11 +12,12 @@ from typing import Any
 from v4_jax.commands.shared.console import CommandError, progress_bar
 from v4_jax.commands.shared.engines import compile_engine, describe_drafts
 from v4_jax.commands.shared.reply import Writer
-from v4_jax.commands.shared.speed import memory_text, peak_memory, rate_text
+from v4_jax.commands.shared.speed import memory_text, rate_text
 from v4_jax.infer.engine.requests import NOT_FINITE, Event, Request
 from v4_jax.infer.engine.scheduler import Engine
 from v4_jax.infer.engine.speculative import Acceptance
 from v4_jax.infer.generate import Generation
+from v4_jax.infer.memory import peak_memory
 from v4_jax.infer.text import Reply
 
 _ENDS = {"stop": "end of text", "length": "token limit"}
