@@ -15,6 +15,7 @@ from v4_jax.commands import INTERRUPTED
 from v4_jax.commands.shared import devices
 from v4_jax.commands.shared.console import CommandError, bad_input, needs, say, show, working
 from v4_jax.commands.shared.options import Flag
+from v4_jax.commands.train_report import DryRun
 from v4_jax.config import Config
 from v4_jax.placement import Place
 
@@ -29,7 +30,7 @@ Words = Annotated[
 ]
 
 
-def train(words: Words = (), /, *, fields: Flag = False, distributed: Flag = False) -> int:
+def train(words: Words = (), /, *, fields: Flag = False, dry_run: Flag = False, distributed: Flag = False) -> int:
     """Trains a model: from released weights, from a run of this command, or from nothing.
 
     A run lives in a directory, which the settings name. The same command again continues it after whatever ended it:
@@ -39,6 +40,7 @@ def train(words: Words = (), /, *, fields: Flag = False, distributed: Flag = Fal
     Examples:
       v4-jax train --fields
       v4-jax train flash.yaml
+      v4-jax train flash.yaml --dry-run
       v4-jax train flash.yaml optimizer.learning_rate=1e-4 stages.0.steps=2000
       v4-jax plot runs/flash
       v4-jax export runs/flash trained
@@ -46,6 +48,8 @@ def train(words: Words = (), /, *, fields: Flag = False, distributed: Flag = Fal
     Args:
       words: A YAML file, and settings to change in it, as in optimizer.learning_rate=1e-4.
       fields: List every setting with its default, and end.
+      dry_run: Check settings, data and whether the state fits, say what the run would do, and end; nothing is trained
+        or written. Exit code 1: it does not fit.
       distributed: Join the other processes of the job, each with devices of its own.
     """
     with needs("train"):
@@ -59,22 +63,31 @@ def train(words: Words = (), /, *, fields: Flag = False, distributed: Flag = Fal
     path = None if "=" in words[0] else Path(words[0])
     with bad_input():
         settings = read_settings(path, words if path is None else words[1:])
-    return _train(settings, distributed)
+    return _train(settings, distributed, dry_run)
 
 
-def _train(settings: Settings, distributed: bool) -> int:
+def _train(settings: Settings, distributed: bool, dry_run: bool) -> int:
     with needs("train"):
         from v4_jax.train.metrics import Metrics
-        from v4_jax.train.setup import Origin, locked, notes, open_rows, open_run
+        from v4_jax.train.setup import Origin, check_run, locked, notes, open_rows, open_run
 
     devices.join(distributed)
     with bad_input():
         origin = Origin.of(settings)
         place = _place(settings, origin.config)
         rows = open_rows(settings, origin, say)
-        open_run(settings, origin)
+        if dry_run:
+            check_run(settings, origin)
+        else:
+            open_run(settings, origin)
     for note in notes(settings, origin.config):
         say(f"note: {note}")
+    if dry_run:
+        with bad_input():
+            found = DryRun.of(settings, origin, place, rows)
+        print("\n".join(found.facts()))
+        show(found.table())
+        return 0 if found.fits else 1
     with contextlib.ExitStack() as stack:
         with bad_input():
             stack.enter_context(locked(settings.run))
