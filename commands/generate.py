@@ -36,6 +36,7 @@ from v4_jax.commands.shared.options import (
     Profile,
     Texts,
 )
+from v4_jax.commands.shared.profiling import check_profile, profiled
 from v4_jax.commands.shared.reply import Writer
 from v4_jax.commands.shared.sampling import SamplingOptions
 from v4_jax.commands.shared.sizes import bytes_text
@@ -82,6 +83,7 @@ def generate(
     as_json: JsonFlag = False,
     output: OptionalFile = None,
     verbose: Flag = False,
+    profile: OptionalFile = None,
 ) -> None:
     """Continues a prompt or answers a chat, writing the text as it comes.
 
@@ -128,23 +130,25 @@ def generate(
       show_reasoning: Write reasoning and answer under headings where stdout is not a terminal.
       as_json: Write one JSON object at the end: reply, token ids, log-probabilities, speed.
       output: A file to write in place of stdout; it appears when the reply is complete.
+      profile: A directory for a trace of the first 64 chunks and steps, for XProf or Perfetto.
       verbose: Say on stderr what was loaded, what the model reads, and how it computes.
     """
     join(distributed)
     if output is not None:
         check_output(output)
+    check_profile(profile)
     directory = ModelDirectory.open(model)
     config, tokenizer, defaults = directory.config, directory.tokenizer(), directory.generation_defaults()
-    cache, profile = cache_format(cache_dtype, policy), directory.effort_profile(effort_profile, mode)
+    cache, efforts = cache_format(cache_dtype, policy), directory.effort_profile(effort_profile, mode)
     sources = Sources(prompt, prompt_file, chat_file, tokens)
     with bad_input():
         chosen = sampling.over(defaults, seed)
         check_precision(config, policy, cache)
         choose_drafter(config, draft)
-        encoded = _encode_prompt(tokenizer, config, sources, raw, system, mode, profile)
+        encoded = _encode_prompt(tokenizer, config, sources, raw, system, mode, efforts)
         limits = Limits.of(len(encoded.ids), max_tokens, context, config)
         reply = Reply(tokenizer, stop, encoded.thinking_mode, str(encoded.ids).encode())
-    check_mode(mode if encoded.thinking_mode else None, limits.context, profile)
+    check_mode(mode if encoded.thinking_mode else None, limits.context, efforts)
     where = place(config, mesh, preset, batch=1, dtype=dtype, context=limits.allocated, cache=cache)
     started = time.perf_counter()
     params = directory.load(dtype, where)
@@ -178,7 +182,8 @@ def generate(
         terminal = output is None and sys.stdout.isatty()
         writer = Writer(file, show_reasoning=terminal or show_reasoning, headings=show_reasoning)
     request = Request(encoded.ids, limits.max_tokens, chosen, defaults.stop_ids)
-    outcome = stream(engine, request, reply, writer)
+    with profiled(engine, profile):
+        outcome = stream(engine, request, reply, writer)
     if as_json:
         print(json.dumps(_as_json(outcome, reply, encoded, chosen), ensure_ascii=False), file=file)
     else:

@@ -14,7 +14,8 @@ from rich.table import Table
 from v4_jax.commands import INTERRUPTED
 from v4_jax.commands.shared import devices
 from v4_jax.commands.shared.console import CommandError, bad_input, needs, say, show, working
-from v4_jax.commands.shared.options import Flag
+from v4_jax.commands.shared.options import Flag, OptionalFile
+from v4_jax.commands.shared.profiling import check_profile
 from v4_jax.commands.train_report import DryRun
 from v4_jax.config import Config
 from v4_jax.placement import Place
@@ -30,7 +31,15 @@ Words = Annotated[
 ]
 
 
-def train(words: Words = (), /, *, fields: Flag = False, dry_run: Flag = False, distributed: Flag = False) -> int:
+def train(
+    words: Words = (),
+    /,
+    *,
+    fields: Flag = False,
+    dry_run: Flag = False,
+    profile: OptionalFile = None,
+    distributed: Flag = False,
+) -> int:
     """Trains a model: from released weights, from a run of this command, or from nothing.
 
     A run lives in a directory, which the settings name. The same command again continues it after whatever ended it:
@@ -50,6 +59,7 @@ def train(words: Words = (), /, *, fields: Flag = False, dry_run: Flag = False, 
       fields: List every setting with its default, and end.
       dry_run: Check settings, data and whether the state fits, say what the run would do, and end; nothing is trained
         or written. Exit code 1: it does not fit.
+      profile: A directory for a trace of three steps after the first two, for XProf or Perfetto.
       distributed: Join the other processes of the job, each with devices of its own.
     """
     with needs("train"):
@@ -63,10 +73,11 @@ def train(words: Words = (), /, *, fields: Flag = False, dry_run: Flag = False, 
     path = None if "=" in words[0] else Path(words[0])
     with bad_input():
         settings = read_settings(path, words if path is None else words[1:])
-    return _train(settings, distributed, dry_run)
+    check_profile(profile)
+    return _train(settings, distributed, dry_run, profile)
 
 
-def _train(settings: Settings, distributed: bool, dry_run: bool) -> int:
+def _train(settings: Settings, distributed: bool, dry_run: bool, profile: Path | None) -> int:
     with needs("train"):
         from v4_jax.train.metrics import Metrics
         from v4_jax.train.setup import Origin, check_run, locked, notes, open_rows, open_run
@@ -93,10 +104,12 @@ def _train(settings: Settings, distributed: bool, dry_run: bool) -> int:
             stack.enter_context(locked(settings.run))
             metrics = None if jax.process_index() else Metrics(settings.run, tensorboard=settings.log.tensorboard)
         stack.enter_context(metrics or contextlib.nullcontext())
-        return _run(settings, origin, place, rows, metrics)
+        return _run(settings, origin, place, rows, metrics, profile)
 
 
-def _run(settings: Settings, origin: Origin, place: Place, rows: PackedRows, metrics: Metrics | None) -> int:
+def _run(
+    settings: Settings, origin: Origin, place: Place, rows: PackedRows, metrics: Metrics | None, profile: Path | None
+) -> int:
     from v4_jax.train.checkpoints import SaveError
     from v4_jax.train.loop import Trainer, TrainingError
     from v4_jax.train.metrics import Report
@@ -121,6 +134,7 @@ def _run(settings: Settings, origin: Origin, place: Place, rows: PackedRows, met
                 report,
                 say,
                 compiling=_compiling,
+                profile=profile,
             ).run()
     except (SaveError, TrainingError) as error:
         raise CommandError(str(error)) from None

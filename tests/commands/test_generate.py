@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import numpy as np
@@ -157,6 +158,14 @@ def test_output_and_verbose(run, model, reply, tmp_path):
     found = json.loads((tmp_path / "reply").read_text())
     assert found["content"] == made["content"] and found["speed"]["peak_bytes"] > 10**7
     assert found["speed"]["first_token_seconds"] == found["speed"]["prefill_seconds"]
+
+
+def test_profile(run, model, tmp_path):
+    result = run("generate", model, *FAST, "--tokens", "5", "--profile", tmp_path / "trace")
+    assert result.code == 0 and re.search(rf"profile: \d+ rounds in {tmp_path}/trace", result.err), result.err
+    (trace,) = (tmp_path / "trace").rglob("*.xplane.pb")
+    assert len(trace.read_bytes()) > 1000 and "first token after" in result.err
+    assert "--profile " in run("generate", model, "--tokens", "5", "--profile", trace).err
 
 
 def test_reasoning_is_told_apart(run, model, reply, tokenizer):

@@ -115,6 +115,14 @@ def test_dry_run(run, settings, tmp_path, texts, monkeypatch):
         assert (wrong.code, wrong.out) == (2, "") and sentence in wrong.err, (change, wrong)
 
 
+def test_profile(run, settings, tmp_path):
+    """A run traces steps after the first two, of which this one has no more than one."""
+    result = run("train", settings(), "stages.0.steps=3", "--profile", tmp_path / "trace")
+    assert result.code == 0, result.err
+    assert len(list((tmp_path / "trace").rglob("*.xplane.pb"))) == 1
+    assert "--profile " in run("train", settings(), "--profile", tmp_path / "run.yaml").err
+
+
 def test_killed(start, run, settings, tmp_path):
     """Killed without warning, on several devices, the run loses what came after its newest checkpoint, and no more."""
     mesh = "data=2,expert=2,tensor=2"
