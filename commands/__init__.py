@@ -42,6 +42,7 @@ VERBS = {
     "bench": "run a program on the devices there are: measured time, by part, against the plan's estimate",
     "train": "continued pretraining with Muon, from released weights or from nothing",
     "plot": "a training run's metrics, or several runs', as curves in a PNG",
+    "completion": "what the Tab key adds to a command, for bash and zsh",
     "verify": "compare two checkpoints, tensor by tensor, or check one alone",
 }
 
@@ -133,7 +134,7 @@ def _dispatch(arguments: list[str]) -> int:
 
     def parse(words: list[str]) -> Any:
         return tyro.cli(
-            _parsed(function, keeps=name in COMPILING),
+            parsed(function, keeps=name in COMPILING),
             prog=f"{PROGRAM} {name}",
             description=description,
             args=words,
@@ -154,7 +155,7 @@ def _dispatch(arguments: list[str]) -> int:
     return call() or 0
 
 
-def _parsed(function: Callable[..., Any], *, keeps: bool) -> Callable[..., Callable[[], Any]]:
+def parsed(function: Callable[..., Any], *, keeps: bool) -> Callable[..., Callable[[], Any]]:
     """The function with its arguments bound and not yet called, so that parsing and running can be told apart.
 
     Args:
