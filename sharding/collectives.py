@@ -47,6 +47,14 @@ def reduce_scatter(x: Array, axes: Axes, dimension: int) -> Array:
     return jax.lax.psum_scatter(x, axes, scatter_dimension=dimension % x.ndim, tiled=True)
 
 
+def all_to_all(x: Array, axes: Axes, dimension: int) -> Array:
+    """Hands each device its part of `dimension`, which has one for each of them: [devices, ...], by where it came from.
+
+    The other dimensions of `x` follow, without this one.
+    """
+    return jax.lax.all_to_all(x, axes, split_axis=dimension, concat_axis=0)
+
+
 def from_left(x: Array, first: Array, axes: Axes) -> Array:
     """The left neighbour's `x`; `first` on the first device: the halo of a sequence split in contiguous shards."""
     if not axes:

@@ -112,7 +112,14 @@ def test_one_token(tiny, mesh):
     c, rows = tiny.config, 2
     tensor = 2 if "tensor" in mesh else 1
     heads, own = c.num_attention_heads, c.num_attention_heads // tensor
-    largest = max(rows * c.hidden_size, rows * heads * c.head_dim, rows * c.index_n_heads * c.index_head_dim)
+    # what devices with the same rows project shares of: queries' latents and keys, what is compressed, head weights
+    alike = [c.q_lora_rank, c.head_dim]
+    entries, index = [projection_width(4, width) // 2 for width in (c.head_dim, c.index_head_dim)]
+    projected = [alike, [*alike, *2 * [projection_width(128, c.head_dim) // 2]]]
+    projected.append([*alike, *2 * [entries], c.index_n_heads, *2 * [index]])
+    sums = [(rows, sum(-(-width // 128) * 128 for width in widths)) for widths in projected]
+    largest = max(rows * c.hidden_size, rows * heads * (c.head_dim + 128), rows * c.index_n_heads * c.index_head_dim)
+    largest = max(largest, *(math.prod(shape) for shape in sums))
     named = {
         # the heads' queries, where heads are shared out but entries need all of them; scores and numbers
         # of each device's best candidates, mesh axis by mesh axis
@@ -122,13 +129,14 @@ def test_one_token(tiny, mesh):
             *((rows, 2, c.index_topk * count) for count in (2, 8)),
         ],
         # softmax statistics and sums; shares of the output projection, the experts and the embedding
-        "all-reduce": [(rows, heads), (rows, own), (rows, own, c.head_dim), (rows, c.hidden_size)],
-        "reduce-scatter": [(rows, own), (rows, own, c.head_dim)],
+        "all-reduce": [(rows, heads), (rows, own), (rows, own, c.head_dim), (rows, c.hidden_size), *sums],
+        # the same of the heads that each device works on
+        "all-to-all": [(tensor, rows, own, c.head_dim + 128), (rows, own, c.head_dim + 128)],
     }
     found = served(OnMesh(tiny, mesh, "long-context"), rows, 1)
     assert not unnamed(found, named)
     assert max(math.prod(shape.dimensions) for collective in found for shape in collective.shapes) <= largest
-    assert {collective.kind for collective in found} == set(named) - (set() if tensor > 1 else {"reduce-scatter"})
+    assert {collective.kind for collective in found} == set(named) - (set() if tensor > 1 else {"all-to-all"})
 
 
 def test_training_step(tiny):

@@ -13,7 +13,8 @@ import pytest
 from v4_jax.cache.entries import Entries
 from v4_jax.cache.rows import StoredRows
 from v4_jax.kernels.attention.tpu import MASKED, supports, window_attention
-from v4_jax.layers.partial_softmax import Partial, finish, merge
+from v4_jax.layers.partial_softmax import finish, merge
+from v4_jax.layers.partials import Partial, separate
 from v4_jax.layers.visible import Visible
 from v4_jax.layers.window_attention import attend_in_parts, attend_window
 from v4_jax.sharding.platform import interpreted
@@ -185,3 +186,12 @@ def test_gradients_and_what_is_unsupported_take_plain_jax():
     with interpreted():
         found = attend_window(few, keys, oldest, entries, visible)
     np.testing.assert_array_equal(found.weighted, attend_in_parts(few, keys, oldest, entries, visible)[2])
+
+
+@pytest.mark.parametrize("name", ["decode", "prefill, whole blocks and edges", "entries alone"])
+def test_all_in_one_array(name):
+    """As devices hand it on: the same numbers."""
+    operands = inputs(CASES[name])
+    packed = window_attention(*operands, together=True, interpret=True)
+    for found, expected in zip(separate([packed])[0], run("kernel", *operands), strict=True):
+        np.testing.assert_array_equal(found, expected)

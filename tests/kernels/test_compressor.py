@@ -15,6 +15,7 @@ from v4_jax.cache.ring import SPARE, Ring
 from v4_jax.cache.rows import StoredRows
 from v4_jax.kernels.compressor.tpu import supports
 from v4_jax.layers.compressor import Compressor
+from v4_jax.layers.linear import project
 from v4_jax.layout import Layout
 from v4_jax.policy import Policy
 from v4_jax.sharding.platform import interpreted
@@ -55,7 +56,11 @@ class Case:
         page = PLACES // 4 if self.paged else 0
         held = Entries(entries, LAYER, self.policy.compute_dtype, table=self.table, page=page)
         assert supports(blocks, held, self.module.width)
-        found = self.module.apply(self.params, y, layout, blocks, held)
+
+        def compress(module, y):
+            return module(*project(y, module.projections()), layout, blocks, held)
+
+        found = self.module.apply(self.params, y, method=compress)
         assert found.fresh is None
         return found.open_blocks, found.stored
 

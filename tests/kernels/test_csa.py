@@ -15,6 +15,7 @@ from v4_jax.cache.rows import StoredRows
 from v4_jax.kernels import choose
 from v4_jax.kernels.csa.tpu import MASKED, attend_picked, supports
 from v4_jax.layers.entry_attention import attend_copies
+from v4_jax.layers.partials import separate
 from v4_jax.sharding.platform import interpreted
 
 
@@ -111,3 +112,11 @@ def test_gradients_and_what_is_unsupported_take_copies():
     with interpreted():
         found = choose.attend_picked(attend_copies, few, entries, local)
     np.testing.assert_array_equal(found[2], attend_copies(few, entries, local).weighted)
+
+
+def test_all_in_one_array():
+    """As devices hand it on: the same numbers."""
+    queries, entries, local = inputs(CASES["a block and more"])
+    packed = attend_picked(queries, entries, local, together=True, interpret=True)
+    for found, expected in zip(separate([packed])[0], run(queries, entries, local, "kernel"), strict=True):
+        np.testing.assert_array_equal(found, expected)

@@ -13,8 +13,9 @@ import pytest
 
 from v4_jax import Config, Transformer, declarations, init_cache
 from v4_jax.kernels import choose
-from v4_jax.kernels.linear import reference
+from v4_jax.kernels.linear import reference, shares
 from v4_jax.kernels.linear.tpu import MANY, ROWS, matmul, one_row, supports
+from v4_jax.layer_stack import Cut
 from v4_jax.layers.linear import grouped_linear, linear, linears
 from v4_jax.number_formats import E2M1, E4M3, E8M0, FP8_BLOCK, BlockScaled, Stack, dequantise, quantise
 from v4_jax.parameters import is_parameter
@@ -231,3 +232,54 @@ def test_a_model_reads_every_layer_where_it_lies(monkeypatch):
     assert len(given) - in_stacks == 2 * 5 <= in_stacks
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=2.0**-5 * float(abs(other).max()))
+
+
+def shared_weights(depth, layers=2):
+    """Weights of a layer in every form, as one of a stack's and alone."""
+    scaled, across = weight_of(layers, 128, depth), weight_of(layers, 2 * depth, depth, seed=1)
+    wide, narrow = (random(seed, layers, size, depth).astype(jnp.bfloat16) for seed, size in ((2, 384), (3, 16)))
+    return [scaled, across, wide, narrow]
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize(("rows", "devices"), [(1, 2), (5, 4), (32, 1)])
+def test_shares_of_the_inputs(rows, devices, stacked):
+    """Every device's share of E4M3 and bfloat16 weights: the kernel, the reference, and their sum, in float64."""
+    depth = 128 * devices
+    x, stacks, layer = rows_of(rows, depth), shared_weights(depth), 1
+    cuts = [jax.tree.map(lambda x: x[layer], stack) for stack in stacks]
+    dtypes = [jnp.bfloat16] * 2 + [jnp.float32] * 2
+    given = [
+        in_stack(stack, layer)[1]
+        if isinstance(stack, BlockScaled)
+        else Cut(jnp.zeros_like(cut), stack, jnp.int32(layer))
+        for stack, cut in zip(stacks, cuts, strict=True)
+    ]
+    assert shares.supports(x, cuts, dtypes, devices)
+    total = [0.0] * len(cuts)
+    for device in range(devices):
+        own = slice(device * 128, (device + 1) * 128)
+        plain = reference.partial_products(x, cuts, jnp.int32(device), devices=devices, dtypes=dtypes)
+        found = shares.partial_products(
+            x, given if stacked else cuts, jnp.int32(device), devices=devices, interpret=True
+        )
+        for i, cut in enumerate(cuts):
+            w = np.asarray(dequantise(cut, jnp.float32), np.float64)[:, own]
+            exact, bound = np.asarray(x, np.float64)[:, own] @ w.T, abs(np.asarray(x, np.float64))[:, own] @ abs(w).T
+            for sums in (plain, found):
+                part = np.asarray(reference.parts(sums, cuts)[i], np.float64)
+                assert part.shape == exact.shape and (abs(part - exact) <= 128 * 2.0**-24 * bound).all()
+            total[i] = total[i] + exact
+    for cut, summed in zip(cuts, total, strict=True):
+        w = np.asarray(dequantise(cut, jnp.float32), np.float64)
+        np.testing.assert_allclose(summed, np.asarray(x, np.float64) @ w.T, rtol=1e-9, atol=1e-9)
+
+
+def test_what_shares_are_made_of():
+    x, weight = rows_of(2, 256), weight_of(128, 256)
+    assert reference.divides(weight, 2) and not reference.divides(weight, 4)
+    assert reference.divides(random(0, 8, 6), 3) and not reference.divides(random(0, 8, 6), 4)
+    assert not shares.supports(x, [weight], [jnp.float32], 2)  # the weight would have to be expanded
+    assert not shares.supports(x, [random(0, 128, 256)], [jnp.float32], 2)
+    assert not shares.supports(x.astype(jnp.float32), [weight], [jnp.bfloat16], 2)
+    assert not shares.supports(rows_of(2, 128), [weight_of(128, 128)], [jnp.bfloat16], 2)

@@ -12,6 +12,7 @@ from v4_jax.kernels.hyper_connections.reference import Numbers, Site
 from v4_jax.kernels.rotary import tpu as rotary
 from v4_jax.kernels.rotary.reference import Steps
 from v4_jax.layer_stack import Cut, stack_of, uncut
+from v4_jax.layers.partials import Partial
 from v4_jax.layers.rotary import Turn
 
 LAYERS = 19  # more than one block of lines, and the last one not full
@@ -44,7 +45,7 @@ def test_in_a_stack(layer):
         return rotary.norm_rotate(numbers(11, 1, 3, CHANNELS), norm, turn, Steps(1e-6), interpret=True)
 
     def output(sink):
-        return rotary.attention_output([partial], sink, turn, jnp.bfloat16, interpret=True)
+        return rotary.attention_output([Partial(*partial)], sink, turn, jnp.bfloat16, interpret=True)
 
     for call, given in ((enter, site), (rotate, norm), (output, sink)):
         stacked = jax.tree.map(lambda x: cut(x, layer), given)

@@ -6,16 +6,19 @@ Pallas kernel, or `cpu.py`, written so that XLA:CPU makes quick code of it. Laye
     function                 reference                      cpu                                       tpu
     products, weighted       einsum                         keys' gradients as sums, of few heads     reference
     window_attention         caller's, part by part         reference                                 kernel
+    window_step              caller's, read in order      reference                                 one kernel, in place
     index_scores             einsum                         head by head                              reference
     enter_site, leave_site,  formulas of the report         reference                                 one kernel
     cross_sites
     matmul                   einsum                         weights' gradients with a second axis     one row as two
     products_with,           products with `dequantise`     reference                                 kernel, of E4M3
     grouped_product
+    partial_products         the same, one by one         reference                                 one kernel
     best_entries             running top-k over blocks      reference                                 kernel
     attend_picked            caller's, over a gathered copy reference                                 kernel
     compress                 caller's, all rows at once  reference                                 row by row
     norm_rotate              one after the other            reference                                 one kernel
+    settle                   norm_rotate one by one       reference                                 one kernel
     attention_output         caller's                       reference                                 one kernel
     map_groups               tiles of each group in turn    reference                                 caller's kernel
     few_rows_experts,        caller's, by groups of rows    reference                                 one kernel
@@ -54,14 +57,18 @@ from v4_jax.kernels.indexer import selection
 from v4_jax.kernels.indexer import tpu as indexer_tpu
 from v4_jax.kernels.linear import cpu as linear_cpu
 from v4_jax.kernels.linear import reference as linear
+from v4_jax.kernels.linear import shares as linear_shares
 from v4_jax.kernels.linear import tpu as linear_tpu
+from v4_jax.kernels.rotary import parts as rotary_parts
 from v4_jax.kernels.rotary import reference as rotary
 from v4_jax.kernels.rotary import tpu as rotary_tpu
-from v4_jax.kernels.rotary.reference import Steps
+from v4_jax.kernels.rotary.reference import Projection, Settle, Steps
 from v4_jax.kernels.router import reference as router
 from v4_jax.kernels.router import tpu as router_tpu
 from v4_jax.kernels.stored_weights import one_in_stack
+from v4_jax.kernels.window import tpu as window_tpu
 from v4_jax.layer_stack import uncut
+from v4_jax.layers.partials import Packed, Partial, packed, shape_of
 from v4_jax.layers.rotary import Turn
 from v4_jax.layers.visible import Visible
 from v4_jax.layout import Layout
@@ -92,7 +99,8 @@ def window_attention(
     oldest: Array | None,
     entries: Entries | None,
     visible: Visible | None,
-) -> tuple[Array, Array, Array]:
+    together: bool = False,
+) -> Partial | Packed:
     """See `attention.tpu.window_attention` for all arguments but the first.
 
     Args:
@@ -102,11 +110,51 @@ def window_attention(
       oldest: where each query's window may begin.
       entries: the entries.
       visible: which of them the queries see.
+      together: whether to return one `Packed` softmax.
     """
     if not attention_tpu.supports(queries):
-        return plain(queries, keys, oldest, entries, visible)
-    kernel = functools.partial(attention_tpu.window_attention, interpret=interpreting())
-    return _without_gradients(plain, tpu=kernel)(queries, keys, oldest, entries, visible)
+        return _handed_on(plain, together)(queries, keys, oldest, entries, visible)
+
+    def kernel(*operands: Any) -> Partial | Packed:
+        found = attention_tpu.window_attention(*operands, together=together, interpret=interpreting())
+        return found if isinstance(found, Packed) else Partial(*found)
+
+    return _without_gradients(_handed_on(plain, together), tpu=kernel)(queries, keys, oldest, entries, visible)
+
+
+def _handed_on(plain: Form, together: bool) -> Form:
+    """The form, whose partial softmax is `packed`, or its parts one by one."""
+
+    def call(*operands: Any) -> Any:
+        partial = Partial(*plain(*operands))
+        return Packed(packed(partial)[None]) if together else partial
+
+    return call
+
+
+def window_step(
+    plain: Form, queries: Array, keys: Array, ring: Ring, layout: Layout, past: int
+) -> tuple[Partial | Packed, StoredRows]:
+    """See `layers.window_attention.attend_ring` for all arguments but the first. It has no gradients.
+
+    Args:
+      plain: the same, in whose place the kernel runs in programs for TPUs.
+      queries: [B, Q, H, C].
+      keys: [B, Q, C].
+      ring: earlier keys.
+      layout: of the chunk.
+      past: tokens before its own that a query sees.
+    """
+    if not window_tpu.supports(queries, ring):
+        partial, rows = plain(queries, keys, ring, layout, past)
+        return partial, rows
+
+    def default(queries: Array, keys: Array, ring: Ring, layout: Layout) -> tuple[Packed, StoredRows]:
+        partial, rows = plain(queries, keys, ring, layout, past)
+        return Packed(packed(partial)[None]), rows
+
+    kernel = functools.partial(window_tpu.step, past=past, interpret=interpreting())
+    return by_platform(queries, keys, ring, layout, default=default, tpu=kernel)
 
 
 def index_scores(queries: Array, weights: Array, keys: Array) -> Array:
@@ -127,7 +175,9 @@ def best_entries(
     return by_platform(queries, weights, keys, visible, default=plain, tpu=kernel)
 
 
-def attend_picked(plain: Form, queries: Array, entries: Entries, local: Array) -> tuple[Array, ...]:
+def attend_picked(
+    plain: Form, queries: Array, entries: Entries, local: Array, together: bool = False
+) -> Partial | Packed:
     """Attention of each query over its own entries.
 
     Args:
@@ -136,14 +186,16 @@ def attend_picked(plain: Form, queries: Array, entries: Entries, local: Array) -
       queries: [B, Q, H, C].
       entries: the entries.
       local: [B, Q, K] int32 local numbers of those to attend, -1 for none.
+      together: whether to return one `Packed` softmax.
     """
-
-    def copying(*operands: Any) -> tuple[Array, ...]:
-        return tuple(plain(*operands))
-
+    copying = _handed_on(plain, together)
     if not csa_tpu.supports(queries, entries):
         return copying(queries, entries, local)
-    kernel = functools.partial(csa_tpu.attend_picked, interpret=interpreting())
+
+    def kernel(*operands: Any) -> Partial | Packed:
+        found = csa_tpu.attend_picked(*operands, together=together, interpret=interpreting())
+        return found if isinstance(found, Packed) else Partial(*found)
+
     return _without_gradients(copying, tpu=kernel)(queries, entries, local)
 
 
@@ -187,6 +239,21 @@ def norm_rotate(x: Array, weight: Array | None, turn: Turn | None, steps: Steps)
     return _without_gradients(plain, tpu=kernel)(x, weight, turn)
 
 
+def settle(sums: Array, projections: Sequence[Projection]) -> list[Array]:
+    """See `rotary.reference.settle`."""
+
+    def plain(sums: Array, thens: Sequence[Settle | None]) -> list[Array]:
+        return rotary.settle(sums, projections, uncut(thens))
+
+    def kernel(sums: Array, thens: Sequence[Settle | None]) -> list[Array]:
+        return rotary_parts.settle(sums, projections, thens, interpret=interpreting())
+
+    thens = [projection.then for projection in projections]
+    if not rotary_parts.supports(projections):
+        return plain(sums, thens)
+    return by_platform(sums, thens, default=plain, tpu=kernel)
+
+
 def attention_output(plain: Form, partials: Sequence[Any], sink: Array, turn: Turn, dtype: Any) -> Array:
     """See `layers.window_attention.attention_output` for all arguments but the first.
 
@@ -197,7 +264,7 @@ def attention_output(plain: Form, partials: Sequence[Any], sink: Array, turn: Tu
       turn: of the queries' positions.
       dtype: of the result.
     """
-    if not rotary_tpu.supports(partials[0].weighted.shape, jnp.dtype(dtype), turn):
+    if not rotary_tpu.supports(shape_of(partials[0]), jnp.dtype(dtype), turn):
         return plain(partials, uncut(sink), turn, dtype)
     kernel = functools.partial(rotary_tpu.attention_output, dtype=dtype, interpret=interpreting())
     return _without_gradients(functools.partial(plain, dtype=dtype), tpu=kernel)(list(partials), sink, turn)
@@ -254,6 +321,15 @@ def products_with(x: Array, weights: Sequence[Weight], dtype: Any) -> list[Array
     if not all(linear_tpu.supports(weight, dtype) for weight in weights):
         return plain(x, weights)
     return _without_gradients(plain, tpu=kernel)(x, list(weights))
+
+
+def partial_products(x: Array, weights: Sequence[Any], dtypes: Sequence[Any], share: Any, devices: int) -> Array:
+    """See `linear.reference.partial_products`."""
+    plain = functools.partial(linear.partial_products, devices=devices, dtypes=dtypes)
+    if not linear_shares.supports(x, weights, dtypes, devices):
+        return plain(x, list(weights), share)
+    kernel = functools.partial(linear_shares.partial_products, devices=devices, interpret=interpreting())
+    return _without_gradients(plain, tpu=kernel)(x, list(weights), share)
 
 
 def grouped_product(x: Array, weight: Weight, dtype: Any) -> Array:

@@ -18,19 +18,22 @@ from v4_jax.architecture import Architecture, Layer
 from v4_jax.cache.cache import Cache, WindowRole
 from v4_jax.cache.entries import ENTRY_RATIOS, Entries, EntryRole
 from v4_jax.cache.ring import Ring, halo
+from v4_jax.cache.rows import StoredRows
 from v4_jax.kernels.choose import norm_rotate
-from v4_jax.kernels.rotary.reference import Steps
+from v4_jax.kernels.rotary.reference import Projection, Settle, Steps
 from v4_jax.layers.compressor import Compressed, Compressor
 from v4_jax.layers.entry_attention import attend_picked
 from v4_jax.layers.indexer_loss import Attended, Scored, indexer_loss
 from v4_jax.layers.lightning_indexer import LightningIndexer, index_queries, select
-from v4_jax.layers.linear import grouped_linear, linear, linears
-from v4_jax.layers.partial_softmax import Partial, log_denominator, merge, merge_devices
+from v4_jax.layers.linear import grouped_linear, linear, project
+from v4_jax.layers.partial_softmax import log_denominator, merge, merge_devices
+from v4_jax.layers.partials import Packed, Partial, separate
 from v4_jax.layers.query_blocks import Queries, QueryBlock, by_query_blocks
 from v4_jax.layers.rotary import Turn
 from v4_jax.layers.stages import SPARSE, Stage, keep
-from v4_jax.layers.window_attention import attend_window, attention_output
-from v4_jax.layout import Layout
+from v4_jax.layers.visible import Visible
+from v4_jax.layers.window_attention import attend_ring, attend_window, attention_output
+from v4_jax.layout import SHORT, Layout
 from v4_jax.parameters import Module
 from v4_jax.policy import Policy
 from v4_jax.sharding.collectives import all_gather, psum
@@ -116,23 +119,25 @@ class Attention(Module):
         split, heads, size = self.split, c.num_attention_heads, c.head_dim
         turn = layout.turn(self.roles.ratio)
         wq_a, wq_b, wkv, wo_a, wo_b, q_norm, kv_norm, sink = self.weights()
+        compressor, indexer = self._compressors()
 
         with jax.named_scope("attention.project"):
-            latent, keys = linears(y, [wq_a, wkv], dtype)
-            latent = norm_rotate(latent, q_norm, None, Steps(c.rms_norm_eps))
-            keys = self.keys(keys, kv_norm, turn)
+            wanted = [
+                Projection(wq_a, dtype, then=Settle(q_norm, None, Steps(c.rms_norm_eps))),
+                Projection(wkv, dtype, then=Settle(kv_norm, turn, self.key_steps)),
+            ]
+            for part in (compressor, indexer):
+                wanted += part.projections() if part is not None else []
+            alike = split.shared("heads") if cache is not None else ()  # gradients want whole weights
+            latent, keys, *projected = project(y, wanted, alike)
 
         past = c.sliding_window - 1
-        with jax.named_scope("attention.window_cache"):
-            if cache is None:
-                tail = halo(keys, jnp.zeros((y.shape[0], past, size), dtype), split)
-            else:
-                window = cache.window(self.window, layer, layout.cached, dtype)
-                keys = window.rows.stored(keys)
-                before, rows = window.advance(keys, layout, past, split)
-                tail, cache = before(), cache.with_ring(self.window, rows)
+        ring = None if cache is None else cache.window(self.window, layer, layout.cached, dtype)
+        if ring is not None:
+            keys = ring.rows.stored(keys)
+        few = ring is not None and not split.sequence and layout.size <= SHORT  # they attend the ring itself
 
-        entries, index, cache = self._compress(y, layout, cache, role_index)
+        entries, index, cache = self._compress(compressor, indexer, projected, layout, cache, role_index)
         ratio = self.roles.ratio
         shared = split.shared("heads")
         entry_axes = () if entries is None else entries.axes
@@ -141,10 +146,10 @@ class Attention(Module):
             low, high = layout.visible_here(ratio) if entry_axes else layout.visible(ratio)
         visiting = tuple(axis for axis in shared if axis in entry_axes)  # all heads visit what such an axis splits
 
-        def block(x: QueryBlock) -> tuple[Array, Array | None, Array | None]:
+        def block(x: QueryBlock) -> tuple[Array, Array | None, Array | None, StoredRows | None]:
             with jax.named_scope("attention.queries"):
                 queries = self.queries(x.queries.latent, wq_b, x.queries.turn)
-            picked = loss = scored = None
+            picked = loss = scored = stored = None
             if index is not None and x.queries.index_weights is not None:
                 scored = Scored(index.queries(x.queries), x.queries.index_weights, index.keys)
                 if not self.stage.dense:
@@ -152,23 +157,30 @@ class Attention(Module):
                     if chosen is None:
                         chosen = select(*scored, x.visible, c.index_topk)
                     picked = keep(chosen, "picked")
-            if entries is not None and picked is None and not entry_axes:
-                partials = [attend_window(queries, x.keys, x.oldest, entries, x.visible)]
+            at_once = x.keys is not None and entries is not None and picked is None and not entry_axes
+            window: Partial | Packed
+            if at_once:
+                window = attend_window(queries, x.keys, x.oldest, entries, x.visible)
+            elif x.keys is not None:
+                window = attend_window(queries, x.keys, x.oldest)
             else:
-                partials = [attend_window(queries, x.keys, x.oldest)]
-                if entries is not None:
-                    visitors = all_gather(queries, visiting, 2)
-                    if picked is None:
-                        distant = attend_window(visitors, None, None, entries, x.visible)
-                    else:
-                        distant = attend_picked(visitors, entries, picked)
-                    partials.append(merge_devices(distant, entry_axes, visiting))
+                assert ring is not None
+                window, stored = attend_ring(queries, keys, ring, layout, past)
+            partials = [window]
+            if entries is not None and not at_once:
+                visitors = all_gather(queries, visiting, 2)
+                if picked is None:
+                    distant = attend_window(visitors, None, None, entries, x.visible, bool(visiting))
+                else:
+                    distant = attend_picked(visitors, entries, picked, bool(visiting))
+                partials.append(merge_devices(distant, entry_axes, visiting))
             if entries is not None and scored is not None and self.stage.indexer_loss:
-                attended = Attended(queries, log_denominator(functools.reduce(merge, partials), sink), entries)
+                log_total = log_denominator(functools.reduce(merge, separate(partials)), sink)
+                attended = Attended(queries, log_total, entries)
                 loss = indexer_loss(attended, scored, picked, x.visible, shared)
             with jax.named_scope("attention.output"):
                 output = self.output(partials, sink, x.queries.turn, wo_a, wo_b)
-            return output, picked, loss
+            return output, picked, loss, stored
 
         queries = Queries(
             latent=latent,
@@ -180,8 +192,20 @@ class Attention(Module):
             index_weights=None if index is None else index.weights,
             picks=picks,
         )
-        wide = cache is not None and platform_of_mesh() == "tpu"  # gradients take the forms that hold logits
-        output, picked, loss = by_query_blocks(block, tail, keys, queries, heads, wide=wide)
+        if few:
+            seen = Visible(low, high, jnp.min(low), jnp.max(high))
+            output, picked, loss, rows = block(QueryBlock(queries, None, seen))
+        else:
+            with jax.named_scope("attention.window_cache"):
+                if ring is None:
+                    tail, rows = halo(keys, jnp.zeros((y.shape[0], past, size), dtype), split), None
+                else:
+                    before, rows = ring.advance(keys, layout, past, split)
+                    tail = before()
+            wide = cache is not None and platform_of_mesh() == "tpu"  # gradients take the forms that hold logits
+            output, picked, loss, _ = by_query_blocks(block, tail, keys, queries, heads, wide=wide)
+        if cache is not None and rows is not None:
+            cache = cache.with_ring(self.window, rows)
         return keep(psum(output, split.shared("o_groups")), "attention"), cache, picked, loss
 
     # Parts of a sublayer that stages have too, not wrapped: profiles name them by the scopes that callers open.
@@ -219,7 +243,12 @@ class Attention(Module):
     @nn.nowrap
     def keys(self, projected: Array, kv_norm: Array, turn: Turn) -> Array:
         """Keys, which are the values too, [B, S, C] from what `wkv` projects."""
-        return norm_rotate(projected, kv_norm, turn, Steps(self.config.rms_norm_eps, self.policy.rounding("keys")))
+        return norm_rotate(projected, kv_norm, turn, self.key_steps)
+
+    @property
+    def key_steps(self) -> Steps:
+        """What becomes of projected keys."""
+        return Steps(self.config.rms_norm_eps, self.policy.rounding("keys"))
 
     @nn.nowrap
     def queries(self, latent: Array, wq_b: Any, turn: Turn) -> Array:
@@ -229,48 +258,56 @@ class Attention(Module):
         return norm_rotate(queries, None, turn, Steps(c.rms_norm_eps))
 
     @nn.nowrap
-    def output(self, partials: Sequence[Partial], sink: Array, turn: Turn, wo_a: Any, wo_b: Any) -> Array:
+    def output(self, partials: Sequence[Partial | Packed], sink: Array, turn: Turn, wo_a: Any, wo_b: Any) -> Array:
         """[B, Q, D] from what the queries attended, of this device's groups."""
         dtype, groups = self.policy.compute_dtype, self.split.share("o_groups", self.config.o_groups)
         output = attention_output(partials, sink, turn, dtype)
         output = grouped_linear(output.reshape(*output.shape[:2], groups, -1), wo_a, dtype)
         return linear(output.reshape(*output.shape[:2], -1), wo_b, dtype)
 
+    def _compressors(self) -> tuple[Compressor | None, LightningIndexer | None]:
+        """What the layer's role has: the compressor of its entries, and the indexer that picks them."""
+        role, c = self.roles.attention, self.config
+        if role == "sliding":
+            return None, None
+        shared: Any = dict(config=c, policy=self.policy, split=self.split)
+        compressor = Compressor(
+            prefix=self.prefix + "compressor.",
+            ratio=self.roles.ratio,
+            width=c.head_dim,
+            name="compressor",
+            **shared,
+        )
+        if role == "hca":
+            return compressor, None
+        return compressor, LightningIndexer(prefix=self.prefix + "indexer.", loss="indexer", name="indexer", **shared)
+
     def _compress(
-        self, y: Array, layout: Layout, cache: Cache | None, role_index: Any
+        self,
+        compressor: Compressor | None,
+        indexer: LightningIndexer | None,
+        projected: Sequence[Array],
+        layout: Layout,
+        cache: Cache | None,
+        role_index: Any,
     ) -> tuple[Entries | None, Index | None, Cache | None]:
-        """Runs the layer's compressors.
+        """Runs the layer's compressors on what was projected for them.
 
         Returns:
           The entries its queries may see, what they are picked by (CSA), and the cache after the chunk.
         """
-        role, ratio, c = self.roles.attention, self.roles.ratio, self.config
-        if role == "sliding":
+        role, c = self.roles.attention, self.config
+        if role == "sliding" or compressor is None:
             return None, None, cache
-        make = Compressor(
-            config=c,
-            policy=self.policy,
-            prefix=self.prefix + "compressor.",
-            ratio=ratio,
-            width=c.head_dim,
-            split=self.split,
-            name="compressor",
-        )
+        values, gates, *rest = projected
         earlier = self._earlier(cache, role, role_index, layout)
-        entries, cache = self._store(make(y, layout, *earlier), layout, cache, role, role_index)
-        if role == "hca":
+        entries, cache = self._store(compressor(values, gates, layout, *earlier), layout, cache, role, role_index)
+        if indexer is None:
             return entries, None, cache
 
-        indexer = LightningIndexer(
-            config=c,
-            policy=self.policy,
-            prefix=self.prefix + "indexer.",
-            split=self.split,
-            loss="indexer",
-            name="indexer",
-        )
+        weights, values, gates = rest
         earlier = self._earlier(cache, "index", role_index, layout)
-        compressed, weights, wq_b = indexer(y, layout, *earlier)
+        compressed, weights, wq_b = indexer(weights, values, gates, layout, *earlier)
         index_keys, cache = self._store(compressed, layout, cache, "index", role_index)
 
         def queries(x: Queries) -> Array:

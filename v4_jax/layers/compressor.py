@@ -20,9 +20,8 @@ from v4_jax.cache.rows import StoredRows
 from v4_jax.kernels import choose
 from v4_jax.kernels.choose import norm_rotate
 from v4_jax.kernels.compressor.tpu import CompressorWeights
-from v4_jax.kernels.rotary.reference import Steps
+from v4_jax.kernels.rotary.reference import Projection, Steps
 from v4_jax.layer_stack import uncut
-from v4_jax.layers.linear import linears
 from v4_jax.layout import SHORT, Blocks, Layout
 from v4_jax.natural import remainder
 from v4_jax.parameters import Module
@@ -60,28 +59,17 @@ class Compressor(Module):
     width: int
     index: bool = False
 
-    @nn.compact
-    def __call__(self, y: Array, layout: Layout, open_blocks: Ring | None, stored: Entries | None) -> Compressed:
-        """Compresses a chunk.
-
-        Args:
-          y: [B, S, D] normed input of the layer.
-          layout: where its tokens stand.
-          open_blocks: projections of the last tokens of each row, or None without a cache.
-          stored: earlier entries, to which those of a short chunk are added; None without a cache.
-        """
-        c, ratio, width = self.config, self.ratio, self.width
-        blocks_per_token = span(ratio) // ratio
-        channels = blocks_per_token * width
-        shape, axes = (channels, c.hidden_size), ("compressed", "embed")
+    def setup(self) -> None:  # noqa: D102 called by Linen
+        c = self.config
+        shape, axes = (self.blocks_per_token * self.width, c.hidden_size), ("compressed", "embed")
         # With overlap, one matrix serves the block after a token's own, another the token's own block.
-        wkv, wgate = (
-            self.linear(name, shape, axes, config=c, storage="bf16", matrices=blocks_per_token)
+        self.value_weight, self.gate_weight = (
+            self.linear(name, shape, axes, config=c, storage="bf16", matrices=self.blocks_per_token)
             for name in ("wkv", "wgate")
         )
-        ape = self.declare(
+        self.place_gates = self.declare(
             "ape",
-            (ratio, channels),
+            (self.ratio, shape[0]),
             (None, "compressed"),
             released="ape",
             storage="f32",
@@ -89,10 +77,36 @@ class Compressor(Module):
             init=nn.initializers.zeros,
             stacked=True,
         )
-        norm = self.norm("norm", width)
+        self.norm_weight = self.norm("norm", self.width)
 
-        with jax.named_scope("compressor.project"):
-            values, gates = linears(y, [wkv, wgate], jnp.float32)
+    @property
+    def blocks_per_token(self) -> int:
+        """Blocks that a token is part of: 2 where they overlap."""
+        return span(self.ratio) // self.ratio
+
+    def projections(self) -> list[Projection]:
+        """What makes values and gates of the layer's input; no gradient flows from index keys to it."""
+        weights = self.value_weight, self.gate_weight
+        return [Projection(weight, jnp.float32, detached=self.index) for weight in weights]
+
+    def __call__(
+        self,
+        values: Array,
+        gates: Array,
+        layout: Layout,
+        open_blocks: Ring | None,
+        stored: Entries | None,
+    ) -> Compressed:
+        """Compresses a chunk.
+
+        Args:
+          values: [B, S, P] float32 projections of the layer's normed input.
+          gates: likewise.
+          layout: where its tokens stand.
+          open_blocks: projections of the last tokens of each row, or None without a cache.
+          stored: earlier entries, to which those of a short chunk are added; None without a cache.
+        """
+        c, ratio, norm, ape = self.config, self.ratio, self.norm_weight, self.place_gates
         blocks, past = layout.blocks(ratio), span(ratio) - 1
         steps = Steps(c.rms_norm_eps, self.policy.rounding("index" if self.index else "keys"))
 
@@ -105,16 +119,16 @@ class Compressor(Module):
             if open_blocks is not None:
                 before, after = open_blocks.advance(projections, layout, past, self.split)
             elif self.split.sequence:
-                first = jnp.zeros((y.shape[0], past, projections.shape[-1]), projections.dtype)
+                first = jnp.zeros((values.shape[0], past, projections.shape[-1]), projections.dtype)
                 before = lambda: halo(projections, first, self.split)  # noqa: E731
 
             @jax.named_scope("compressor.pool")
             def compress() -> Array:
                 own, previous = _gather(projections, before() if before else None, blocks, ratio)
-                entries = _pool(own, previous if blocks_per_token == 2 else None, blocks)
+                entries = _pool(own, previous if self.blocks_per_token == 2 else None, blocks)
                 return norm_rotate(entries.astype(self.policy.compute_dtype), norm, blocks.turn, steps)
 
-            if open_blocks is None or y.shape[1] >= ratio:
+            if open_blocks is None or values.shape[1] >= ratio:
                 return compress(), after
             # In most decoding steps no block ends, and entries that do not exist are never stored.
             nothing = jax.eval_shape(compress)

@@ -8,7 +8,8 @@ from jax import Array
 
 from v4_jax.cache.entries import Entries
 from v4_jax.kernels import choose
-from v4_jax.layers.partial_softmax import Partial, attend, merge, nothing
+from v4_jax.layers.partial_softmax import attend, merge, nothing
+from v4_jax.layers.partials import Packed, Partial
 from v4_jax.layers.visible import Visible
 from v4_jax.sharding import collectives
 
@@ -16,9 +17,9 @@ ENTRY_BLOCK = 128  # entries that HCA attends at once
 
 
 @jax.named_scope("attention.csa")
-def attend_picked(queries: Array, entries: Entries, picked: Array) -> Partial:
+def attend_picked(queries: Array, entries: Entries, picked: Array, together: bool = False) -> Partial | Packed:
     """Attention of each query over its own entries `picked` [B, Q, K] (-1 for none), as far as they lie here."""
-    return Partial(*choose.attend_picked(attend_copies, queries, entries, entries.local(picked)))
+    return choose.attend_picked(attend_copies, queries, entries, entries.local(picked), together)
 
 
 def attend_copies(queries: Array, entries: Entries, local: Array) -> Partial:

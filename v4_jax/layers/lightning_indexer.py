@@ -5,7 +5,6 @@ Technical report, section 2.3.1.
 
 from __future__ import annotations
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -14,7 +13,7 @@ from v4_jax.architecture import RATIO_OF_ROLE, Architecture
 from v4_jax.cache.entries import Entries
 from v4_jax.cache.ring import Ring
 from v4_jax.kernels.choose import best_entries, norm_rotate
-from v4_jax.kernels.rotary.reference import Steps
+from v4_jax.kernels.rotary.reference import Projection, Steps
 from v4_jax.layers.compressor import Compressed, Compressor
 from v4_jax.layers.linear import linear
 from v4_jax.layers.rotary import Turn
@@ -34,30 +33,15 @@ class LightningIndexer(Module):
     config: Architecture
     policy: Policy
 
-    @nn.compact
-    def __call__(
-        self, y: Array, layout: Layout, open_blocks: Ring | None, stored: Entries | None
-    ) -> tuple[Compressed, Array, Weight]:
-        """Prepares what the per-block selection needs.
-
-        Args:
-          y: [B, S, D] normed input of the layer, to which no gradient flows back.
-          layout: where its tokens stand.
-          open_blocks: the key compressor's, or None without a cache.
-          stored: earlier index keys; None without a cache.
-
-        Returns:
-          What comes of the key compressor, head weights [B, S, index_n_heads] float32, and the query projection.
-        """
+    def setup(self) -> None:  # noqa: D102 called by Linen
         c = self.config
         heads, size = c.index_n_heads, c.index_head_dim
-        y = jax.lax.stop_gradient(y)
-        wq_b = self.linear("wq_b", (heads * size, c.q_lora_rank), ("index_heads", "latent"), config=c)
+        self.query_weight = self.linear("wq_b", (heads * size, c.q_lora_rank), ("index_heads", "latent"), config=c)
         # Small enough that every device makes the weights of all heads: to join them would take longer.
-        project = self.linear(
+        self.head_weight = self.linear(
             "weights_proj", (heads, c.hidden_size), ("index_weights", "embed"), config=c, storage="bf16"
         )
-        keys = Compressor(
+        self.keys = Compressor(
             config=c,
             policy=self.policy,
             prefix=self.prefix + "compressor.",
@@ -67,9 +51,40 @@ class LightningIndexer(Module):
             split=self.split,
             loss=self.loss,
             name="compressor",
-        )(y, layout, open_blocks, stored)
-        weights = linear(y, project, self.policy.compute_dtype).astype(jnp.float32)
-        return keys, weights * (size * heads) ** -0.5, wq_b
+        )
+
+    def projections(self) -> list[Projection]:
+        """What makes head weights, and the key compressor's values and gates, of the layer's input, to which no
+        gradient flows back.
+        """
+        return [Projection(self.head_weight, self.policy.compute_dtype, detached=True), *self.keys.projections()]
+
+    def __call__(
+        self,
+        weights: Array,
+        values: Array,
+        gates: Array,
+        layout: Layout,
+        open_blocks: Ring | None,
+        stored: Entries | None,
+    ) -> tuple[Compressed, Array, Weight]:
+        """Prepares what the per-block selection needs.
+
+        Args:
+          weights: [B, S, index_n_heads] what `projections` make of the layer's normed input.
+          values: [B, S, P] likewise.
+          gates: [B, S, P] likewise.
+          layout: where its tokens stand.
+          open_blocks: the key compressor's, or None without a cache.
+          stored: earlier index keys; None without a cache.
+
+        Returns:
+          What comes of the key compressor, head weights [B, S, index_n_heads] float32, and the query projection.
+        """
+        c = self.config
+        keys = self.keys(values, gates, layout, open_blocks, stored)
+        scale = (c.index_head_dim * c.index_n_heads) ** -0.5
+        return keys, weights.astype(jnp.float32) * scale, self.query_weight
 
 
 @jax.named_scope("indexer.queries")

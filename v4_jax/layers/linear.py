@@ -5,13 +5,21 @@ A block-scaled weight is expanded for the product alone, or, on TPUs, read as it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from jax import Array
 
 from v4_jax.kernels import choose
+from v4_jax.kernels.linear import reference
+from v4_jax.kernels.rotary.reference import Projection
 from v4_jax.number_formats import Weight
+from v4_jax.sharding import collectives
+from v4_jax.sharding.collectives import Axes
+
+FEW_ROWS = 32  # sums of more rows take longer on their way between devices than the weights do from memory
 
 
 def linear(x: Array, weight: Weight, dtype: Any) -> Array:
@@ -22,6 +30,38 @@ def linear(x: Array, weight: Weight, dtype: Any) -> Array:
 def linears(x: Array, weights: Sequence[Weight], dtype: Any) -> list[Array]:
     """`linear` with several weights of the same input, which may thus go in one operation."""
     return choose.products_with(x, weights, dtype)
+
+
+def project(x: Array, projections: Sequence[Projection], axes: Axes = ()) -> list[Array]:
+    """Several products with a layer's input, in as few operations as there can be.
+
+    Args:
+      x: [B, S, in].
+      projections: the weights.
+      axes: mesh axes whose devices all have the same rows and the whole weights. Where rows are few, each device reads
+        a share of every weight, and the products are added up: that takes less time than to read them all.
+
+    Returns:
+      [B, S, out] for each, and what is to become of it done.
+    """
+    rows, devices = math.prod(x.shape[:-1]), collectives.size(axes)
+    if devices > 1 and rows <= FEW_ROWS and all(reference.divides(p.weight, devices) for p in projections):
+        weights, dtypes = [p.weight for p in projections], [p.dtype for p in projections]
+        sums = choose.partial_products(x.reshape(rows, -1), weights, dtypes, collectives.index(axes), devices)
+        found = choose.settle(collectives.psum(sums, axes), projections)
+        return [part.reshape(*x.shape[:-1], -1) for part in found]
+    results: dict[int, Array] = {}
+    alike: dict[tuple[Any, bool], list[int]] = {}
+    for place, projection in enumerate(projections):
+        alike.setdefault((projection.dtype, projection.detached), []).append(place)
+    for (dtype, detached), places in alike.items():
+        weights = [projections[place].weight for place in places]
+        found = linears(jax.lax.stop_gradient(x) if detached else x, weights, dtype)
+        results |= dict(zip(places, found, strict=True))
+    for place, projection in enumerate(projections):
+        if (then := projection.then) is not None:
+            results[place] = choose.norm_rotate(results[place], then.norm, then.turn, then.steps)
+    return [results[place] for place in range(len(projections))]
 
 
 def grouped_linear(x: Array, weight: Weight, dtype: Any) -> Array:

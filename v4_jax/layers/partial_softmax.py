@@ -6,7 +6,7 @@ The window's keys, the entries of one block or another, the entries on this devi
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,22 +14,9 @@ from jax import Array
 
 from v4_jax.kernels.attention.reference import MASKED
 from v4_jax.kernels.choose import products, weighted
+from v4_jax.layers.partials import Packed, Partial, packed, separate
 from v4_jax.sharding import collectives
-from v4_jax.sharding.collectives import Axes, pmax, psum, reduce_scatter
-
-
-class Partial(NamedTuple):
-    """Softmax over some of the keys, in a form that can be merged with the rest (all float32).
-
-    Attributes:
-      maximum: [B, Q, H] largest logit; no gradient flows to it.
-      total: [B, Q, H] sum of exp(logit - maximum).
-      weighted: [B, Q, H, C] sum of exp(logit - maximum) * value.
-    """
-
-    maximum: Array
-    total: Array
-    weighted: Array
+from v4_jax.sharding.collectives import Axes, pmax, psum
 
 
 def nothing(queries: Array) -> Partial:
@@ -90,28 +77,30 @@ def log_denominator(partial: Partial, sink: Array) -> Array:
     return jnp.logaddexp(partial.maximum + jnp.log(partial.total), sink)
 
 
-def merge_devices(partial: Partial, axes: Axes, heads: Axes) -> Partial:
+def merge_devices(partial: Partial | Packed, axes: Axes, heads: Axes) -> Partial | Packed:
     """Merges the softmaxes of all devices along `axes`, which each saw other keys.
 
     Args:
       partial: this device's, for all heads that any device along `heads` works on.
       axes: mesh axes over which the keys are split.
       heads: those of them along which the heads' work is shared: a device gets its own heads back.
+
+    Returns:
+      The merged softmax, or, where no axes but `heads` split the keys, what is left to merge.
     """
-    if not axes:
-        return partial
-    maximum = pmax(partial.maximum, axes)
-    rescale = jnp.exp(partial.maximum - maximum)
     rest = tuple(axis for axis in axes if axis not in heads)
-
-    def total(x: Array) -> Array:
-        return psum(reduce_scatter(x, heads, 2), rest)
-
     if heads:
-        own = partial.maximum.shape[2] // collectives.size(heads)
-        mine = collectives.index(heads) * own
-        maximum = jax.lax.dynamic_slice_in_dim(maximum, mine, own, axis=2)
-    return Partial(maximum, total(partial.total * rescale), total(partial.weighted * rescale[..., None]))
+        own = partial.parts[0] if isinstance(partial, Packed) else packed(partial)
+        by_device = own.reshape(*own.shape[:2], collectives.size(heads), -1, own.shape[-1])
+        parts = Packed(collectives.all_to_all(by_device, heads, 2))
+        if not rest:
+            return parts
+        partial = functools.reduce(merge, separate([parts]))
+    if not rest or isinstance(partial, Packed):
+        return partial
+    maximum = pmax(partial.maximum, rest)
+    rescale = jnp.exp(partial.maximum - maximum)
+    return Partial(maximum, psum(partial.total * rescale, rest), psum(partial.weighted * rescale[..., None], rest))
 
 
 def _logits(queries: Array, keys: Array) -> Array:

@@ -54,18 +54,19 @@ class QueryBlock(NamedTuple):
 
     Attributes:
       queries: the queries.
-      keys: [B, past + Q, C] all keys that the window shows any of them.
+      keys: [B, past + Q, C] all keys that the window shows any of them; None where they are in a ring.
       visible: the entries that they see.
     """
 
     queries: Queries
-    keys: Array
+    keys: Array | None
     visible: Visible
 
     @property
     def oldest(self) -> Array:
         """[B, Q] int32 which of the keys is the first of each query's document; negative where it is older than all."""
         queries = self.queries
+        assert self.keys is not None
         past = self.keys.shape[1] - queries.first.shape[1]
         return queries.first - (queries.indices[:, :1] - past)
 

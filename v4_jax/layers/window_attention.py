@@ -11,11 +11,16 @@ import jax.numpy as jnp
 from jax import Array
 
 from v4_jax.cache.entries import Entries
+from v4_jax.cache.ring import Ring
+from v4_jax.cache.rows import StoredRows
 from v4_jax.kernels import choose
 from v4_jax.layers.entry_attention import attend_range
-from v4_jax.layers.partial_softmax import Partial, attend, finish, merge, nothing
+from v4_jax.layers.partial_softmax import attend, finish, merge, nothing
+from v4_jax.layers.partials import Packed, Partial, separate
 from v4_jax.layers.rotary import Turn, rotate
 from v4_jax.layers.visible import Visible
+from v4_jax.layout import Layout
+from v4_jax.sharding.split import UNSPLIT
 
 
 def attend_window(
@@ -24,7 +29,8 @@ def attend_window(
     oldest: Array | None,
     entries: Entries | None = None,
     visible: Visible | None = None,
-) -> Partial:
+    together: bool = False,
+) -> Partial | Packed:
     """Attention of a block of queries over its window, or all visible entries, or both.
 
     Args:
@@ -33,15 +39,16 @@ def attend_window(
       oldest: [B, Q] int32 the first of the keys that a query's document has, see `QueryBlock`.
       entries: the entries, of which those that lie here are attended. None: no entries.
       visible: which of them the queries see.
+      together: whether to return one `Packed` softmax, to be handed to other devices.
     """
     with jax.named_scope("attention.window" if entries is None else "attention.hca"):
-        return Partial(*choose.window_attention(attend_in_parts, queries, keys, oldest, entries, visible))
+        return choose.window_attention(attend_in_parts, queries, keys, oldest, entries, visible, together)
 
 
 def attend_in_parts(
     queries: Array, keys: Array | None, oldest: Array | None, entries: Entries | None, visible: Visible | None
-) -> tuple[Array, Array, Array]:
-    """The same by plain JAX: the window, and entries block by block. The parts of a `Partial`."""
+) -> Partial:
+    """The same by plain JAX: the window, and entries block by block."""
     partial = None
     if keys is not None and oldest is not None:
         number, own = jnp.arange(keys.shape[1]), jnp.arange(queries.shape[1])[:, None]
@@ -53,10 +60,38 @@ def attend_in_parts(
         partial = distant if partial is None else merge(partial, distant)
     if partial is None:
         partial = nothing(queries)
-    return partial.maximum, partial.total, partial.weighted
+    return partial
 
 
-def attention_output(partials: Sequence[Partial], sink: Array, turn: Turn, dtype: Any) -> Array:
+@jax.named_scope("attention.window")
+def attend_ring(
+    queries: Array, keys: Array, ring: Ring, layout: Layout, past: int
+) -> tuple[Partial | Packed, StoredRows]:
+    """Stores a short chunk's keys, and attends its queries' windows.
+
+    Args:
+      queries: [B, Q, H, C], at most `SHORT` of each row.
+      keys: [B, Q, C] of the same tokens, as they are stored.
+      ring: the last keys of each row, and room for the chunk's.
+      layout: where the chunk's tokens stand, on all devices.
+      past: tokens before its own that a query sees.
+
+    Returns:
+      Attention over the window, and the rings of all layers with the chunk's keys.
+    """
+    return choose.window_step(step_in_parts, queries, keys, ring, layout, past)
+
+
+def step_in_parts(
+    queries: Array, keys: Array, ring: Ring, layout: Layout, past: int
+) -> tuple[Partial | Packed, StoredRows]:
+    """The same with the window read in order."""
+    before, rows = ring.advance(keys, layout, past, UNSPLIT)
+    seen = jnp.concatenate([before(), keys], axis=1)
+    return attend_window(queries, seen, layout.first + past), rows
+
+
+def attention_output(partials: Sequence[Partial | Packed], sink: Array, turn: Turn, dtype: Any) -> Array:
     """What queries attended, rotated back: [B, Q, H * C] of `dtype`.
 
     Args:
@@ -68,8 +103,8 @@ def attention_output(partials: Sequence[Partial], sink: Array, turn: Turn, dtype
     return choose.attention_output(output_in_parts, partials, sink, turn, dtype)
 
 
-def output_in_parts(partials: Sequence[Partial], sink: Array, turn: Turn, dtype: Any) -> Array:
+def output_in_parts(partials: Sequence[Partial | Packed], sink: Array, turn: Turn, dtype: Any) -> Array:
     """The same by plain JAX."""
-    output = finish(functools.reduce(merge, partials), sink).astype(dtype)
+    output = finish(functools.reduce(merge, separate(partials)), sink).astype(dtype)
     output = rotate(output, turn, inverse=True)
     return output.reshape(*output.shape[:2], -1)

@@ -26,6 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from v4_jax.cache.entries import Entries
 from v4_jax.kernels.attention.reference import MASKED
 from v4_jax.kernels.memory import kept_in_hbm
+from v4_jax.layers.partials import STATISTICS, Packed
 from v4_jax.layers.visible import Visible
 from v4_jax.natural import quotient
 
@@ -53,8 +54,9 @@ def window_attention(
     entries: Entries | None,
     visible: Visible | None,
     *,
+    together: bool = False,
     interpret: bool = False,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, Array, Array] | Packed:
     """Attention over the window, or all visible entries, or both in one softmax.
 
     Args:
@@ -63,6 +65,7 @@ def window_attention(
       oldest: [B, Q] int32 the first of the keys that a query's document has; queries do not see what comes before.
       entries: the entries. None: no entries.
       visible: which of them the queries see.
+      together: whether to return one `Packed` softmax.
       interpret: run in interpret mode, on any platform.
 
     Returns:
@@ -116,6 +119,14 @@ def window_attention(
     else:
         ranges += [nothing, nothing]
 
+    if together:
+        out = [jax.ShapeDtypeStruct((batch, count * heads, size + STATISTICS), jnp.float32)]
+        out_specs = [pl.BlockSpec((step, tile * heads, size + STATISTICS), lambda b, i, *_: (b, i, 0))]
+    else:
+        by_head = jax.ShapeDtypeStruct((batch, count, heads), jnp.float32)
+        out = [by_head, by_head, jax.ShapeDtypeStruct((batch, count * heads, size), jnp.float32)]
+        by_tile = pl.BlockSpec((step, tile, heads), lambda b, i, *_: (b, i, 0))
+        out_specs = [by_tile, by_tile, pl.BlockSpec((step, tile * heads, size), lambda b, i, *_: (b, i, 0))]
     rows, seen = tile * heads, (0 if keys is None else past + 1) + (0 if entries is None else entries.count)
     found = pl.pallas_call(
         functools.partial(
@@ -124,6 +135,7 @@ def window_attention(
             tiles=tiles,
             room=room,
             block=block,
+            together=together,
             scale=size**-0.5 * _LOG2E,
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -134,18 +146,10 @@ def window_attention(
                 pl.BlockSpec((step, rows, size), lambda b, i, *_: (b, i, 0)),
                 *specs,
             ],
-            out_specs=[
-                pl.BlockSpec((step, tile, heads), lambda b, i, *_: (b, i, 0)),
-                pl.BlockSpec((step, tile, heads), lambda b, i, *_: (b, i, 0)),
-                pl.BlockSpec((step, rows, size), lambda b, i, *_: (b, i, 0)),
-            ],
+            out_specs=out_specs,
             scratch_shapes=[pltpu.VMEM((rows, LANES), jnp.float32)] * 2 + scratch,
         ),
-        out_shape=[
-            jax.ShapeDtypeStruct((batch, count, heads), jnp.float32),
-            jax.ShapeDtypeStruct((batch, count, heads), jnp.float32),
-            jax.ShapeDtypeStruct((batch, count * heads, size), jnp.float32),
-        ],
+        out_shape=out,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_BYTES, disable_bounds_checks=True
         ),
@@ -157,6 +161,8 @@ def window_attention(
         interpret=interpret,
         name="window_attention",
     )(*scalars, jnp.stack(ranges, axis=-1), queries.reshape(batch, count * heads, size), *operands)
+    if together:
+        return Packed(found[0].reshape(1, *queries.shape[:3], size + STATISTICS))
     maximum, total, weighted = found
     return maximum, total, weighted.reshape(queries.shape)
 
@@ -202,12 +208,12 @@ def _bounds(low: Array, high: Array, tile: int, tiles: int, block: int) -> Array
     return jnp.stack([jnp.minimum(first, last), last, whole_first, whole_last], axis=-1)
 
 
-def _kernel(*refs: Any, heads: int, tiles: int, room: int, block: int, scale: float) -> None:
+def _kernel(*refs: Any, heads: int, tiles: int, room: int, block: int, together: bool, scale: float) -> None:
     """A grid step: one tile of each of `step` batch rows.
 
     Refs: [layer, bounds,] ranges [step, tile, 4], queries [step, rows, C], [keys [step, length, C],] [entries
-    [layers, B, E, C],] maximum and total [step, tile, heads], weighted [step, rows, C]; scratch: largest and sums
-    [rows, 128] [, blocks of two batch rows, two each; their semaphores].
+    [layers, B, E, C],] maximum and total [step, tile, heads], weighted [step, rows, C], or all three `together` [step,
+    rows, C + 128]; scratch: largest and sums [rows, 128] [, blocks of two batch rows, two each; their semaphores].
     """
     left = list(refs)
     layer: Any = left.pop(0) if block else None
@@ -215,7 +221,11 @@ def _kernel(*refs: Any, heads: int, tiles: int, room: int, block: int, scale: fl
     ranges, queries = left.pop(0), left.pop(0)
     keys: Any = left.pop(0) if room else None
     stack: Any = left.pop(0) if block else None
-    maximum, total, weighted, largest, sums, *buffers = left
+    packed: Any = left.pop(0) if together else None
+    maximum: Any = None if together else left.pop(0)
+    total: Any = None if together else left.pop(0)
+    weighted: Any = packed.at[:, :, pl.ds(0, queries.shape[2])] if together else left.pop(0)
+    largest, sums, *buffers = left
     blocks: Any = buffers[0] if block else None
     arrived: Any = buffers[1] if block else None
     (step, tile, _), size, dtype = ranges.shape, queries.shape[2], queries.dtype
@@ -292,7 +302,7 @@ def _kernel(*refs: Any, heads: int, tiles: int, room: int, block: int, scale: fl
         else:
             largest[...] = jnp.full(largest.shape, MASKED * _LOG2E, jnp.float32)
             sums[...] = jnp.zeros(sums.shape, jnp.float32)
-            weighted[row] = jnp.zeros(weighted.shape[1:], jnp.float32)
+            weighted[row] = jnp.zeros((tile * heads, size), jnp.float32)
 
         def entries(slot: Any) -> Array:
             found = blocks[row & 1, slot]
@@ -317,8 +327,12 @@ def _kernel(*refs: Any, heads: int, tiles: int, room: int, block: int, scale: fl
         if block:
             jax.lax.fori_loop(bound(row, 0), bound(row, 1), each_block, None)
         amount = jnp.sum(sums[...], axis=1, keepdims=True)
-        maximum[row] = _across(largest[...] * (1 / _LOG2E), heads)
-        total[row] = _across(jnp.broadcast_to(amount, largest.shape), heads)
+        most = largest[...] * (1 / _LOG2E)
+        if together:
+            packed[row, :, size:] = statistics(most, amount)
+        else:
+            maximum[row] = _across(most, heads)
+            total[row] = _across(jnp.broadcast_to(amount, largest.shape), heads)
         return carry
 
     if block:
@@ -334,6 +348,12 @@ def _by_lane(x: Array, join: Any) -> Array:
 def _repeated(x: Array, count: int) -> Array:
     """[N, 128] with the same in all lanes -> [N, count]."""
     return jnp.concatenate([x] * (count // LANES), axis=1)
+
+
+def statistics(largest: Array, total: Array) -> Array:
+    """The last channels [N, 128] of a `Packed` softmax, from columns."""
+    lane = jax.lax.broadcasted_iota(jnp.int32, (total.shape[0], STATISTICS), 1)
+    return jnp.where(lane == 0, largest, jnp.where(lane == 1, total, 0.0))
 
 
 def _across(x: Array, heads: int) -> Array:

@@ -21,8 +21,10 @@ from jax.experimental.pallas import tpu as pltpu
 from v4_jax.cache.entries import Entries
 from v4_jax.cache.rows import LANES, WORD_CHANNELS, batch_rows
 from v4_jax.kernels.attention.reference import MASKED
+from v4_jax.kernels.attention.tpu import statistics
 from v4_jax.kernels.memory import kept_in_hbm
 from v4_jax.kernels.turns import about
+from v4_jax.layers.partials import STATISTICS, Packed
 from v4_jax.natural import quotient
 from v4_jax.sharding import collectives
 
@@ -44,14 +46,15 @@ def supports(queries: Array, entries: Entries) -> bool:
 
 
 def attend_picked(
-    queries: Array, entries: Entries, local: Array, *, interpret: bool = False
-) -> tuple[Array, Array, Array]:
+    queries: Array, entries: Entries, local: Array, *, together: bool = False, interpret: bool = False
+) -> tuple[Array, Array, Array] | Packed:
     """Attention of each query over its own entries.
 
     Args:
       queries: [B, Q, H, C] bfloat16.
       entries: the entries, of kind "words".
       local: [B, Q, K] int32 local numbers of those to attend, -1 for none.
+      together: whether to return one `Packed` softmax.
       interpret: run in interpret mode, on any platform.
 
     Returns:
@@ -77,14 +80,15 @@ def attend_picked(
         queries.reshape(batch * count, heads, size),
         words.reshape(-1, *words.shape[3:]),
         place.reshape(batch * count, -1),
+        together=together,
         interpret=interpret,
     )
-    maximum, total, weighted = (x.reshape(batch, count, *x.shape[1:]) for x in found)
-    return maximum, total, weighted
+    apart = [x.reshape(batch, count, *x.shape[1:]) for x in found]
+    return Packed(apart[0][None]) if together else (apart[0], apart[1], apart[2])
 
 
-@functools.partial(jax.jit, static_argnames="interpret")
-def _attend(queries: Array, words: Array, place: Array, *, interpret: bool) -> tuple[Array, Array, Array]:
+@functools.partial(jax.jit, static_argnames=("together", "interpret"))
+def _attend(queries: Array, words: Array, place: Array, *, together: bool, interpret: bool) -> list[Array]:
     """The same of queries [N, H, C] over rows `place` [N, K] of words [R, parts, 128]."""
     (count, heads, size), parts = queries.shape, words.shape[1]
     queries, (words,) = kept_in_hbm(queries, [words], interpret=interpret)
@@ -96,7 +100,11 @@ def _attend(queries: Array, words: Array, place: Array, *, interpret: bool) -> t
     last = jnp.max(jnp.where(place >= 0, jnp.arange(1, slots + 1, dtype=jnp.int32), 0), axis=1)
     chunks = quotient(last + ROWS - 1, ROWS)
     seen = jnp.repeat(place >= 0, parts, axis=1).astype(jnp.float32)
-    by_query = jax.ShapeDtypeStruct((total, heads), jnp.float32)
+    shapes: list[tuple[int, ...]] = [(heads, size + STATISTICS)] if together else [(heads,), (heads,), (heads, size)]
+
+    def along(*shape: int) -> pl.BlockSpec:
+        return pl.BlockSpec((block, *shape), lambda i, _: (i, *(0 for _ in shape)))
+
     found = pl.pallas_call(
         functools.partial(_kernel, scale=size**-0.5, unroll=1 if interpret else ROWS),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -108,17 +116,13 @@ def _attend(queries: Array, words: Array, place: Array, *, interpret: bool) -> t
                 pl.BlockSpec((block, heads, size), lambda i, _: (i, 0, 0)),
                 pl.BlockSpec(memory_space=pl.ANY),
             ],
-            out_specs=[
-                pl.BlockSpec((block, heads), lambda i, _: (i, 0)),
-                pl.BlockSpec((block, heads), lambda i, _: (i, 0)),
-                pl.BlockSpec((block, heads, size), lambda i, _: (i, 0, 0)),
-            ],
+            out_specs=[along(*shape) for shape in shapes],
             scratch_shapes=[
                 pltpu.VMEM((2, slots * parts, LANES), jnp.int32),
                 pltpu.SemaphoreType.DMA((2, slots // ROWS)),
             ],
         ),
-        out_shape=[by_query, by_query, jax.ShapeDtypeStruct((total, heads, size), jnp.float32)],
+        out_shape=[jax.ShapeDtypeStruct((total, *shape), jnp.float32) for shape in shapes],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_BYTES, disable_bounds_checks=True
         ),
@@ -130,7 +134,7 @@ def _attend(queries: Array, words: Array, place: Array, *, interpret: bool) -> t
         interpret=interpret,
         name="attend_picked",
     )(chunks, jnp.maximum(place, 0).reshape(-1, 1, block * slots), seen[:, None], queries, words)
-    return found[0][:count], found[1][:count], found[2][:count]
+    return [x[:count] for x in found]
 
 
 def _kernel(
@@ -139,16 +143,16 @@ def _kernel(
     seen: Any,
     queries: Any,
     words: Any,
-    maximum: Any,
-    total: Any,
-    weighted: Any,
-    rows: Any,
-    arrived: Any,
-    *,
+    *refs: Any,
     scale: float,
     unroll: int,
 ) -> None:
-    """A block of queries, one after another: `rows` [2, parts * K, 128] has those of this one and of the next."""
+    """A block of queries, one after another.
+
+    Refs: largest logits and sums of each query, or one array of all; scratch: rows [2, parts * K, 128], those of this
+    query and of the next, and their semaphores.
+    """
+    *out, rows, arrived = refs
     count, heads, size = queries.shape
     parts, start = words.shape[1], pl.program_id(0) * count
     lines, slots = ROWS * parts, rows.shape[1] // parts
@@ -230,10 +234,13 @@ def _kernel(
             jax.lax.fori_loop(both, ahead, ask_next, None)
         with about(rest):
             largest, amount, *sums = jax.lax.fori_loop(both, here, attend_alone, state)
-        maximum[pl.ds(query, 1), :] = _across(largest)
-        total[pl.ds(query, 1), :] = _across(amount)
         halves = [x[:, half : half + LANES] for half in (0, LANES) for x in sums]
-        weighted[query] = jnp.concatenate(halves, axis=1)
+        if len(out) == 1:
+            out[0][query] = jnp.concatenate([*halves, statistics(largest, amount)], axis=1)
+            return carry
+        out[0][pl.ds(query, 1), :] = _across(largest)
+        out[1][pl.ds(query, 1), :] = _across(amount)
+        out[2][query] = jnp.concatenate(halves, axis=1)
         return carry
 
     def ask_first(chunk: Any, carry: None) -> None:

@@ -95,7 +95,7 @@ def matmul(x: Array, weights: Sequence[BlockScaled], *, groups: int = 1, interpr
     rows, per_group = min(count, ROWS), tiles[0] // groups
     stacked = [weight.stack for weight in weights if weight.stack is not None]
     layer = jnp.asarray(stacked[0].layer if stacked else 0, jnp.int32).reshape(1)
-    pairs = [_in_layers(weight) for weight in weights]
+    pairs = [in_layers(weight) for weight in weights]
     if stacked:
         x, codes = kept_in_hbm(x, [codes for codes, _ in pairs], interpret=interpret)
         pairs = list(zip(codes, [scales for _, scales in pairs], strict=True))
@@ -120,7 +120,7 @@ def matmul(x: Array, weights: Sequence[BlockScaled], *, groups: int = 1, interpr
     expand = count > MANY
     traffic = sum(weight.nbytes for weight in weights) + 2 * count * (inputs + sum(widths))
     return pl.pallas_call(
-        functools.partial(_kernel, firsts=firsts, across=[_across(weight) for weight in weights]),
+        functools.partial(_kernel, firsts=firsts, across=[across(weight) for weight in weights]),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(sum(tiles), pl.cdiv(count, rows)),
@@ -155,14 +155,14 @@ def _columns(widths: Sequence[int], depth: int) -> int:
     return LANES * max(size for size in range(1, min(units, most) + 1) if units % size == 0)
 
 
-def _in_layers(weight: BlockScaled) -> tuple[Array, Array]:
-    """Codes [L, N, K] and scales [L, N / 128, K / 128] of all layers, or of the only one; see `_across`."""
+def in_layers(weight: BlockScaled) -> tuple[Array, Array]:
+    """Codes [L, N, K] and scales [L, N / 128, K / 128] of all layers, or of the only one; see `across`."""
     stack = weight.stack
     codes, scales = (weight.codes[None], weight.scales[None]) if stack is None else (stack.codes, stack.scales)
-    return codes, jnp.swapaxes(scales, 1, 2) if _across(weight) else scales
+    return codes, jnp.swapaxes(scales, 1, 2) if across(weight) else scales
 
 
-def _across(weight: BlockScaled) -> bool:
+def across(weight: BlockScaled) -> bool:
     """Whether the scales come as [L, K / 128, N / 128]: XLA stores the longer axis innermost; so, they need no copy."""
     return weight.shape[0] > weight.shape[1]
 

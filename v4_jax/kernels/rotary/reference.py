@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+from flax import struct
 from jax import Array
 
+from v4_jax.kernels.linear.reference import parts
 from v4_jax.layers.norm import rms_norm
 from v4_jax.layers.rotary import Turn, rotate
 from v4_jax.number_formats import fake_quant_index, fake_quant_kv
@@ -23,6 +26,54 @@ class Steps(NamedTuple):
 
     eps: float | None = None
     rounding: Rounding = "none"
+
+
+class Settle(struct.PyTreeNode):
+    """What becomes of a product: see `norm_rotate`.
+
+    Attributes:
+      norm: [C] weight of the norm, or None.
+      turn: by how much the tokens turn, or None.
+      steps: which steps are taken.
+    """
+
+    norm: Any
+    turn: Turn | None
+    steps: Steps = struct.field(pytree_node=False)
+
+
+class Projection(NamedTuple):
+    """A product with a layer's input.
+
+    Attributes:
+      weight: [out, in].
+      dtype: of the product and its result; float32 products are those of the operands as they are.
+      detached: whether no gradient flows back to the input.
+      then: what becomes of it; None: it is handed on as it is.
+    """
+
+    weight: Any
+    dtype: Any
+    detached: bool = False
+    then: Settle | None = None
+
+
+def settle(sums: Array, projections: Sequence[Projection], thens: Sequence[Settle | None]) -> list[Array]:
+    """Products [T, out] of a layer's input, from their sums side by side.
+
+    Args:
+      sums: [T, all of them] float32, as `linear.reference.parts` has them.
+      projections: the products.
+      thens: what becomes of each.
+    """
+    found = []
+    for part, projection, then in zip(parts(sums, [p.weight for p in projections]), projections, thens, strict=True):
+        part = part.astype(projection.dtype)
+        if then is not None:
+            turn = None if then.turn is None else Turn(*(x.reshape(len(sums), 1, -1) for x in then.turn))
+            part = norm_rotate(part[:, None], then.norm, turn, then.steps)[:, 0]
+        found.append(part)
+    return found
 
 
 def norm_rotate(x: Array, weight: Array | None, turn: Turn | None, steps: Steps) -> Array:

@@ -25,6 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 from v4_jax.kernels.rotary.reference import Steps
 from v4_jax.kernels.vectors import vector, vector_spec
 from v4_jax.layer_stack import stack_of
+from v4_jax.layers.partials import STATISTICS, Packed, shape_of
 from v4_jax.layers.rotary import Turn
 from v4_jax.number_formats import E2M1, E4M3, INDEX_BLOCK, KV_BLOCK, round_to, shared_scale
 
@@ -184,27 +185,28 @@ def _hadamard(rows: Array) -> Array:
     return flat.reshape(rows.shape) * np.float32(size**-0.5)
 
 
-def attention_output(
-    parts: Sequence[tuple[Array, Array, Array]], sink: Array, turn: Turn, dtype: Any, *, interpret: bool = False
-) -> Array:
-    """See `reference.attention_output`; not differentiable."""
-    batch, size, heads, channels = parts[0][2].shape
+def attention_output(partials: Sequence[Any], sink: Array, turn: Turn, dtype: Any, *, interpret: bool = False) -> Array:
+    """See `layers.window_attention.attention_output`; not differentiable."""
+    batch, size, heads, channels = shape_of(partials[0])
     tokens, width = batch * size, heads * channels
-    block = _block(tokens, width * len(parts))
+    count = sum(len(some.parts) if isinstance(some, Packed) else 1 for some in partials)
+    block = _block(tokens, width * count)
     along = functools.partial(_along, block)
     operands, specs = [], []
-    for maximum, total, weighted in parts:
-        operands += [
-            maximum.reshape(tokens, heads),
-            total.reshape(tokens, heads),
-            weighted.reshape(tokens, heads, channels),
-        ]
+    for some in partials:
+        if isinstance(some, Packed):
+            operands.append(some.parts.reshape(-1, tokens, heads, channels + STATISTICS))
+            shape = (len(some.parts), block, heads, channels + STATISTICS)
+            specs.append(pl.BlockSpec(shape, lambda i, layer: (0, i, 0, 0)))
+            continue
+        operands += [x.reshape(tokens, heads) for x in (some.maximum, some.total)]
+        operands.append(some.weighted.reshape(tokens, heads, channels))
         specs += [along(heads), along(heads), along(heads, channels)]
     stack, layer = stack_of(sink)
     operands += [stack, *(part.reshape(tokens, -1) for part in turn)]
     specs += [vector_spec(stack, _number), along(turn.channels), along(turn.channels)]
     found = pl.pallas_call(
-        _attention_output,
+        functools.partial(_attention_output, packed=[isinstance(some, Packed) for some in partials]),
         grid_spec=_over_tokens(pl.cdiv(tokens, block), specs, along(width)),
         out_shape=jax.ShapeDtypeStruct((tokens, width), dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_BYTES),
@@ -217,22 +219,30 @@ def attention_output(
     return found.reshape(batch, size, width)
 
 
-def _attention_output(layer: Any, *refs: Any) -> None:
+def _attention_output(layer: Any, *refs: Any, packed: list[bool]) -> None:
     *given, sink, cos, sin, out = refs
-    sinks = vector(sink, layer[0])
-    parts = [given[i : i + 3] for i in range(0, len(given), 3)]
-    heads, channels = parts[0][2].shape[1:]
-    largest = functools.reduce(jnp.maximum, (maximum[...] for maximum, _, _ in parts), sinks)
-    shares = [jnp.exp(maximum[...] - largest) for maximum, _, _ in parts]
-    amounts = (total[...] * share for (_, total, _), share in zip(parts, shares, strict=True))
+    heads, left, parts = sink.shape[1], iter(given), []
+    channels = out.shape[1] // heads
+    for several in packed:  # to maximum and total [T, H, 1], and what has the sums in its first channels
+        first = next(left)
+        if several:
+            for number in range(first.shape[0]):
+                statistics = first[number, :, :, channels:]
+                parts.append((statistics[:, :, :1], statistics[:, :, 1:2], first.at[number]))
+        else:
+            parts.append((first[...][:, :, None], next(left)[...][:, :, None], next(left)))
+    sinks = vector(sink, layer[0])[:, :, None]
+    largest = functools.reduce(jnp.maximum, (maximum for maximum, _, _ in parts), sinks)
+    shares = [jnp.exp(maximum - largest) for maximum, _, _ in parts]
+    amounts = (total * share for (_, total, _), share in zip(parts, shares, strict=True))
     denominator = functools.reduce(jnp.add, amounts, jnp.exp(sinks - largest))
-    for first in range(0, heads, HEADS):
-        count = min(HEADS, heads - first)
-        own = slice(first, first + count)
+    for start in range(0, heads, HEADS):
+        count = min(HEADS, heads - start)
+        own = slice(start, start + count)
         terms = (
-            weighted[:, own, :] * (share / denominator)[:, own][:, :, None]
+            weighted[:, own, :channels] * (share / denominator)[:, own]
             for (_, _, weighted), share in zip(parts, shares, strict=True)
         )
         rows = functools.reduce(jnp.add, terms).astype(out.dtype).astype(jnp.float32)
         rows = turned(rows, cos[...], sin[...], inverse=True).astype(out.dtype)
-        out[:, first * channels : (first + count) * channels] = rows.reshape(rows.shape[0], count * channels)
+        out[:, start * channels : (start + count) * channels] = rows.reshape(rows.shape[0], count * channels)

@@ -1,0 +1,56 @@
+"""The end of attention's softmax, turned back: the TPU kernel, interpreted, and plain JAX; also on parts of devices."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from v4_jax.kernels.attention.reference import MASKED
+from v4_jax.kernels.rotary import tpu
+from v4_jax.layers.partial_softmax import attend, finish, merge
+from v4_jax.layers.partials import Packed, packed, separate
+from v4_jax.layers.rotary import turn
+from v4_jax.layers.window_attention import output_in_parts
+
+C = 128
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def softmax(seed, rows, queries, heads):
+    """Of some keys; the first query sees none of them."""
+    values = normal(seed, rows, queries, heads, C)
+    keys, mask = normal(seed + 1, rows, 9, C), jnp.ones((rows, queries, 9), bool).at[:, 0].set(False)
+    return attend(values, keys, mask)
+
+
+@pytest.mark.parametrize(("rows", "queries", "heads"), [(1, 1, 8), (3, 2, 24), (2, 17, 8)])
+@pytest.mark.parametrize("devices", [0, 1, 4])
+def test_parts_of_devices(rows, queries, heads, devices):
+    """A window, and what other devices saw, each in one array: as all of them merged."""
+    window, *others = (softmax(10 * i, rows, queries, heads) for i in range(devices + 1))
+    sink = normal(5, heads)
+    positions = jnp.arange(rows * queries, dtype=jnp.int32).reshape(rows, queries)
+    turned = turn(positions, np.geomspace(1, 1e-3, 32).astype(np.float32))
+    partials = [window, Packed(jnp.stack([packed(x) for x in others]))] if others else [window]
+    exact = np.asarray(output_in_parts([window, *others], sink, turned, jnp.float32), np.float64)
+    for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 2.0**-7)):
+        for form in (output_in_parts, functools.partial(tpu.attention_output, interpret=True)):
+            found = form(partials, sink, turned, dtype)
+            assert found.dtype == dtype and found.shape == (rows, queries, heads * C)
+            np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=tolerance, atol=tolerance)
+
+
+def test_packing_loses_nothing():
+    one = softmax(0, 2, 3, 8)
+    (again,) = separate([Packed(packed(one)[None])])
+    jax.tree.map(np.testing.assert_array_equal, one, again)
+    assert float(again.maximum[0, 0, 0]) == np.float32(MASKED) and float(again.total[0, 0, 0]) == 0
+    alone = finish(functools.reduce(merge, separate([one, Packed(packed(one)[None])])), jnp.full(8, -jnp.inf))
+    np.testing.assert_allclose(alone[:, 1:], finish(one, jnp.full(8, -jnp.inf))[:, 1:], rtol=1e-6)

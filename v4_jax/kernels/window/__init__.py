@@ -1,0 +1,1 @@
+"""A window of few tokens: stored and attended where the cache keeps it."""
