@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -81,6 +82,12 @@ def _train(settings: Settings, distributed: bool, dry_run: bool, profile: Path |
     with needs("train"):
         from v4_jax.train.metrics import Metrics
         from v4_jax.train.setup import Origin, check_run, locked, notes, open_rows, open_run
+        from v4_jax.train.trackers import Tracker, wanted
+
+    services = wanted(settings)
+    for service in services:
+        with needs(service):
+            importlib.import_module(service)
 
     devices.join(distributed)
     with bad_input():
@@ -102,7 +109,10 @@ def _train(settings: Settings, distributed: bool, dry_run: bool, profile: Path |
     with contextlib.ExitStack() as stack:
         with bad_input():
             stack.enter_context(locked(settings.run))
-            metrics = None if jax.process_index() else Metrics(settings.run, tensorboard=settings.log.tensorboard)
+            metrics = None
+            if not jax.process_index():
+                trackers = [Tracker(service, settings, say) for service in services]
+                metrics = Metrics(settings.run, tensorboard=settings.log.tensorboard, trackers=trackers)
         stack.enter_context(metrics or contextlib.nullcontext())
         return _run(settings, origin, place, rows, metrics, profile)
 

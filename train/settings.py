@@ -162,6 +162,10 @@ class LogSettings(_Section):
     """Steps between lines of metrics."""
     tensorboard: bool = True
     """Whether to write them for TensorBoard too."""
+    wandb: str | None = None
+    """A project of Weights & Biases to send them to."""
+    mlflow: str | None = None
+    """An experiment of MLflow to send them to."""
     profile: tuple[NonNegativeInt, PositiveInt] | None = None
     """First step and number of steps to record with jax.profiler, in the run's directory."""
 

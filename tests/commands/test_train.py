@@ -102,6 +102,10 @@ def test_dry_run(run, settings, tmp_path, texts, monkeypatch):
     monkeypatch.setattr("v4_jax.commands.train_report.free_bytes", lambda mesh: 1000)
     small = run("train", file, "--dry-run")
     assert small.code == 1 and "it has no room; expected a mesh of more devices" in small.out
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    missing = run("train", file, "log.wandb=project")
+    assert (missing.code, missing.err.count("\n")) == (2, 1) and not (tmp_path / "run").exists()
+    assert "wandb is not installed; it comes with pip install 'v4-jax[wandb]'" in missing.err
     (tmp_path / "bad.jsonl").write_text('{"text": 1}\n')
     for change, sentence in (
         ("stages.0.steps=0", "stages.0.steps is 0"),
