@@ -19,12 +19,15 @@ from v4_jax.commands.shared.options import Flag, OptionalFile
 from v4_jax.commands.shared.profiling import check_profile
 from v4_jax.commands.train_report import DryRun
 from v4_jax.config import Config
-from v4_jax.placement import Place
+from v4_jax.placement import Place, check_mesh
+from v4_jax.planning.mesh_choice import Demand
+from v4_jax.sharding.axes import ShardingError
+from v4_jax.sharding.mesh import abstract_mesh
 
 if TYPE_CHECKING:
     from v4_jax.train.data import PackedRows
     from v4_jax.train.metrics import Metrics
-    from v4_jax.train.settings import Settings
+    from v4_jax.train.settings import Settings, StageSettings
     from v4_jax.train.setup import Origin
 
 Words = Annotated[
@@ -161,12 +164,27 @@ def _compiling(what: str) -> Iterator[None]:
 
 
 def _place(settings: Settings, config: Config) -> Place:
-    """The mesh of the settings, which every stage's batches split evenly over."""
+    """The mesh of the settings, or the best that fits, which every stage's batches split evenly over."""
+    mesh = devices.wanted_mesh(settings.mesh)
+    if mesh == devices.AUTO:
+        first = settings.stages[0]
+        demand = Demand(config, first.length, first.rows // first.microbatches, "train", "float32", task="train")
+        return devices.best_place(demand, lambda sizes: all(_splits(config, stage, sizes) for stage in settings.stages))
     place = Place()
     for stage in settings.stages:
         rows = stage.rows // stage.microbatches
-        place = devices.place(config, settings.mesh, "train", batch=rows, length=stage.length, dtype="float32")
+        place = devices.place(config, mesh, "train", batch=rows, length=stage.length, dtype="float32")
     return place
+
+
+def _splits(config: Config, stage: StageSettings, sizes: dict[str, int]) -> bool:
+    """Whether a stage's batches split evenly over a mesh."""
+    rows = stage.rows // stage.microbatches
+    try:
+        check_mesh(config, abstract_mesh(sizes), "train", batch=rows, length=stage.length, native=False)
+    except ShardingError:
+        return False
+    return True
 
 
 def _table(fields: Iterable[tuple[str, str, str]]) -> Table:

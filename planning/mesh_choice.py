@@ -36,7 +36,8 @@ class Demand:
       rows: rows that are generated at the same time.
       preset: the sharding preset.
       dtype: format of the weights.
-      cache: format of the cache.
+      cache: format of the cache; training has none.
+      task: what the devices do: "decode", or "train", where rows are those of a microbatch.
     """
 
     config: Config
@@ -44,7 +45,8 @@ class Demand:
     rows: int
     preset: str
     dtype: Literal["native", "bfloat16", "float32"]
-    cache: CacheDtype
+    cache: CacheDtype = "bfloat16"
+    task: Literal["decode", "train"] = "decode"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Choice:
 
     Attributes:
       mesh: sizes of the mesh axes.
-      needed: bytes of weights and cache.
+      needed: bytes of weights and cache; in training, of masters and moments.
     """
 
     mesh: dict[str, int]
@@ -81,7 +83,7 @@ def device_memory(devices: Sequence[Any]) -> int:
 
 
 def rank(demand: Demand, kind: str, devices: int) -> list[Choice]:
-    """All legal meshes, the fastest decode step first by estimate; whether they fit is for `Choice.fits`.
+    """All legal meshes, the fastest step first by estimate; whether they fit is for `Choice.fits`.
 
     Of a kind of devices that is not known here only the order matters, for which a TPU's proportions stand.
 
@@ -92,17 +94,18 @@ def rank(demand: Demand, kind: str, devices: int) -> list[Choice]:
     """
     workload = Workload(
         config=demand.config,
-        task="decode",
+        task=demand.task,
         context=demand.context,
         batch=demand.rows,
-        chunk=1,
+        chunk=demand.context if demand.task == "train" else 1,
         mesh=dict.fromkeys(MESH_AXES, 1),
         preset=demand.preset,
         dtype="native" if demand.dtype == "native" else "bfloat16",
         topology=Topology(_proportions(kind), (devices,)),
     )
-    # Estimates know bfloat16, and bytes of the release's own formats are less.
-    weights, cache = (2 if dtype == "float32" else 1 for dtype in (demand.dtype, demand.cache))
+    # Estimates of a cache are bfloat16's, and those of weights are bfloat16's or the release's; of training, float32's.
+    wide = demand.dtype == "float32" and demand.task != "train"
+    weights, cache = 1 + wide, 1 + (demand.cache == "float32")
     found = candidates(workload, (demand.preset,))
     floors = sorted(found, key=lambda one: one.order[2:])
     return [Choice(one.workload.mesh, weights * one.weights + cache * one.cache) for one in floors]

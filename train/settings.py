@@ -204,7 +204,7 @@ class Settings(_Section):
     remat: Remat = "sublayers"
     """What the backward pass recomputes: "none", "sublayers" or "layers"."""
     mesh: str | None = None
-    """Devices by axis, as in data=2,seq=4,expert=2,tensor=1; one device by default."""
+    """Devices by axis, as in data=2,seq=4,expert=2,tensor=1; "one", for one device; the best that fits by default."""
 
     @property
     def steps(self) -> int:

@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import re
+from collections.abc import Callable
 
 import jax
 
@@ -79,9 +80,23 @@ def _number(variable: str) -> int | None:
     return int(value) if value and value.isdecimal() else None
 
 
+def wanted_mesh(mesh: str | None) -> str:
+    """What an option or a setting says of the mesh, or else the environment: sizes of axes, "one", or "auto"."""
+    return mesh or os.environ.get(MESH) or AUTO
+
+
 def names_mesh(mesh: str | None) -> bool:
-    """Whether sizes of axes are given, by the option or the environment."""
-    return (mesh or os.environ.get(MESH) or AUTO) not in (ONE, AUTO)
+    """Whether sizes of axes are given."""
+    return wanted_mesh(mesh) not in (ONE, AUTO)
+
+
+def best_place(demand: Demand, legal: Callable[[dict[str, int]], bool] = lambda mesh: True) -> Place:
+    """The best mesh that fits, or one device where there is no other; arguments and errors as of `choose_mesh`."""
+    enough_threads()  # before anything asks for the devices
+    chosen = choose_mesh(demand, legal) if jax.device_count() > 1 else None
+    if chosen is None:
+        return Place()
+    return Place(make_mesh(chosen, jax.devices()[: math.prod(chosen.values())]), demand.preset)
 
 
 def place(
@@ -113,22 +128,17 @@ def place(
         sentence says what is legal.
     """
     if mesh is None and context is not None:
-        mesh = os.environ.get(MESH) or AUTO
+        mesh = wanted_mesh(mesh)
     if mesh not in (None, ONE):
         enough_threads()  # before anything asks for the devices
     if mesh is None and jax.device_count() > 1 and jax.default_backend() != "cpu":
-        say(f"note: using 1 of {jax.device_count()} devices; mesh spreads the work over all of them")
+        say(f"note: using 1 of {jax.device_count()} devices; --mesh spreads the work over all of them")
     if mesh in (None, ONE):
         return Place()
     if mesh == AUTO:
         if context is None:
-            raise CommandError("mesh auto is for commands that generate; expected sizes of axes, or one")
-        if jax.device_count() == 1:
-            return Place()
-        chosen = choose_mesh(Demand(config, context, batch, preset, dtype, cache))
-        if chosen is None:
-            return Place()
-        return Place(make_mesh(chosen, jax.devices()[: math.prod(chosen.values())]), preset)
+            raise CommandError("--mesh auto is not for this command; expected sizes of axes, or one")
+        return best_place(Demand(config, context, batch, preset, dtype, cache))
     native = dtype == "native"
     try:
         sizes = parse_mesh(mesh)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -20,9 +23,16 @@ from v4_jax.planning.mesh_choice import Choice, Demand, device_memory, fewest_de
 from v4_jax.sharding.axes import MESH_AXES
 from v4_jax.sharding.mesh import format_mesh
 
+_HELD = {"decode": "weights and cache", "train": "masters and moments"}
+_OPTION = {"decode": "--mesh", "train": "mesh"}
 
-def choose_mesh(demand: Demand) -> dict[str, int] | None:
-    """Sizes of the mesh's axes, said in one line; None where no mesh of all devices is legal, which is said, too.
+
+def choose_mesh(demand: Demand, legal: Callable[[dict[str, int]], bool] = lambda mesh: True) -> dict[str, int] | None:
+    """Sizes of the mesh's axes, said in one line; None where no mesh is legal, which is said, too.
+
+    Args:
+      demand: what the devices are to hold.
+      legal: what else is asked of a mesh.
 
     Raises:
       CommandError: none fits; the sentence says what would.
@@ -31,9 +41,9 @@ def choose_mesh(demand: Demand) -> dict[str, int] | None:
     kind, count, memory = devices[0].device_kind, len(devices), device_memory(devices)
     kept = _file(demand, kind, count) if jax.process_count() == 1 else None  # several would have to agree
     choice = _read(kept) if kept else None
-    if choice is None or not choice.fits(memory):
+    if choice is None or not choice.fits(memory) or not legal(choice.mesh):
         with working("choosing a mesh"):
-            ranked = _ranked(demand, kind, count)
+            ranked = [one for one in _ranked(demand, kind, count) if legal(one.mesh)]
         if not ranked:
             say(f"note: using 1 of {count} devices: no mesh splits the model and {_rows(demand)} evenly")
             return None
@@ -45,7 +55,7 @@ def choose_mesh(demand: Demand) -> dict[str, int] | None:
     used = math.prod(choice.mesh.values())
     say(
         f"mesh: {format_mesh(choice.mesh)}, {'all' if used == count else f'{used} of'} {count} devices, "
-        f"{bytes_text(choice.needed)} of weights and cache on each (--mesh names another, --mesh one is one device)"
+        f"{bytes_text(choice.needed)} of {_HELD[demand.task]} on each ({_OPTION[demand.task]}=one is one device)"
     )
     return choice.mesh
 
@@ -74,23 +84,30 @@ def _no_room(demand: Demand, needed: int, kind: str, count: int, memory: int) ->
         # More virtual devices share the same memory.
         if jax.default_backend() != "cpu" and (more := fewest_devices(demand, kind, count, memory)):
             would.append(f"{more} such devices")
-    if demand.dtype != "native":
+    if demand.dtype != "native" and demand.task != "train":
         would.append("perhaps --dtype native")
+    fits = ", or ".join(would) or "nothing less of this model"
     return (
-        f"no mesh of {count} devices has room for {_rows(demand)} of {format_size(demand.context)} tokens: weights and "
-        f"cache take {bytes_text(needed)} of each at least, and each has {bytes_text(memory)}, of which some is for "
-        f"temporaries; what would fit: {', or '.join(would) or 'nothing less of this model'} (a --mesh of your own is "
-        "tried in any case)"
+        f"no mesh of {count} devices has room for {_rows(demand)} of {format_size(demand.context)} tokens: "
+        f"{_HELD[demand.task]} take {bytes_text(needed)} of each at least, and each has {bytes_text(memory)}, of which "
+        f"some is for temporaries; what would fit: {fits} (a mesh that is "
+        "given is tried in any case)"
     )
 
 
 def _file(demand: Demand, kind: str, count: int) -> Path | None:
     """Where a choice is remembered; None if there is no place for it."""
-    what = [__version__, demand.config.to_hf(), demand.context, demand.rows, demand.preset, demand.dtype, demand.cache]
+    what = [__version__, demand.config.to_hf(), *_plain(demand)]
     key = hashlib.sha256(json.dumps([kind, count, *what], sort_keys=True).encode()).hexdigest()[:32]
     with contextlib.suppress(RuntimeError):
         return user_directory(os.environ) / "meshes" / f"{key}.json"
     return None
+
+
+def _plain(demand: Demand) -> list[Any]:
+    """All of it but the architecture."""
+    names = (field.name for field in dataclasses.fields(demand) if field.name != "config")
+    return [getattr(demand, name) for name in names]
 
 
 def _read(path: Path) -> Choice | None:

@@ -38,7 +38,7 @@ def test_generate(run, eight, user, monkeypatch):
     alone = run("generate", eight, "--tokens", "5 6 7 8 9", *FAST, "--mesh", "one")
     spread = run("generate", eight, "--tokens", "5 6 7 8 9", *FAST)
     assert spread.code == 0 and spread.err.count("\n") == 1 and not alone.err, spread.err
-    assert re.match(r"mesh: \S+=\S+, all 8 devices, .* on each \(--mesh names another", spread.err)
+    assert re.match(r"mesh: \S+=\S+, all 8 devices, .* on each \(--mesh=one is one device", spread.err)
     assert json.loads(spread.out)["tokens"] == json.loads(alone.out)["tokens"]
     (kept,) = (user / "meshes").iterdir()
     demand = Demand(load(eight)[0], 256, 1, "long-context", "native", "float32")

@@ -99,6 +99,15 @@ def test_dry_run(run, settings, tmp_path, texts, monkeypatch):
         return float(found[1]) * {"k": 1e3, "M": 1e6}[found[2]]
 
     assert 3 * state(spread) < state(result.out) < state(adamw) / 1.2  # which has a second moment
+    with monkeypatch.context() as context:
+        context.delenv("V4_JAX_MESH")
+        chosen = run("train", file, "--dry-run")
+        two = "stages=[{steps: 1, length: 128, rows: 8}, {steps: 1, length: 128, rows: 1}]"
+        both = run("train", file, two, "--dry-run")
+    assert chosen.code == both.code == 0 and " of masters and moments on each (mesh=one is one device)" in chosen.err
+    for found, stages in ((chosen, ()), (both, (two,))):  # it is legal for every stage
+        mesh = re.search(r"mesh: (\S+), all 8 devices", found.err)[1]
+        assert f"mesh: {mesh} of 8" in found.out and run("train", file, *stages, f"mesh={mesh}", "--dry-run").code == 0
     monkeypatch.setattr("v4_jax.commands.train_report.free_bytes", lambda mesh: 1000)
     small = run("train", file, "--dry-run")
     assert small.code == 1 and "it has no room; expected a mesh of more devices" in small.out
