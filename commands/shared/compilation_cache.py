@@ -18,7 +18,7 @@ DIRECTORY, THRESHOLD = "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_CO
 OFF = "off"
 
 # Seconds of compilation from which on a program is kept. jax's default, 1, leaves out some that every command needs,
-# which are half a second of a small model's seven when all else is there. Below are dozens of files for nothing.
+# which are half a second of a small model's seven when all else is there. What is below takes no time that is felt.
 _WORTH_KEEPING = 0.1
 
 CompilationCache = Annotated[Path | None, file_reader("DIR|off"), plain]

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from v4_jax.commands.shared.console import CommandError, say
+from v4_jax.commands.shared.console import CommandError, bad_input, say
 from v4_jax.infer.engine.requests import Event
 from v4_jax.infer.engine.scheduler import Engine
 from v4_jax.profiler import Recorder
@@ -15,13 +15,17 @@ ROUNDS = 64  # that are traced: of a chunk and a step each, which is enough to s
 
 
 def check_profile(folder: Path | None) -> None:
-    """Checks that a trace can be written.
+    """Makes the directory of a trace, before hours of work for it.
 
     Raises:
-      CommandError: the directory is a file.
+      CommandError: it cannot be made, or is a file.
     """
-    if folder is not None and folder.exists() and not folder.is_dir():
+    if folder is None:
+        return
+    if folder.exists() and not folder.is_dir():
         raise CommandError(f"--profile {folder} is a file; expected a directory, or a name to make one of")
+    with bad_input("--profile: "):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 @contextlib.contextmanager
