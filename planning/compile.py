@@ -287,8 +287,10 @@ def _crash(code: int, stderr: str) -> str:
         return f"the compiler crashed{place}: {check[1].split(', metadata=')[0]}"
     if code < 0:
         return f"the compiler was ended by {signal.Signals(-code).name}, as when the machine runs out of memory"
-    last = [line for line in stderr.splitlines() if line.strip()][-1:]
-    return f"the compiler ended with code {code}: {last[0] if last else 'it said nothing'}"
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)]
+    said = (errors or lines or ["it said nothing"])[-1]
+    return f"the compiler ended with code {code}: {said}"
 
 
 def _first(message: str) -> str:

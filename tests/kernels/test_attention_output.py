@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from v4_jax.kernels.attention.reference import MASKED
-from v4_jax.kernels.rotary import tpu
+from v4_jax.kernels.output import few, tpu
 from v4_jax.layers.partial_softmax import attend, finish, merge
 from v4_jax.layers.partials import Packed, packed, separate
 from v4_jax.layers.rotary import turn
-from v4_jax.layers.window_attention import output_in_parts
+from v4_jax.layers.window_attention import attention_end, output_in_parts
+from v4_jax.number_formats import E4M3, Stack, dequantise, quantise
 
 C = 128
 
@@ -54,3 +55,35 @@ def test_packing_loses_nothing():
     assert float(again.maximum[0, 0, 0]) == np.float32(MASKED) and float(again.total[0, 0, 0]) == 0
     alone = finish(functools.reduce(merge, separate([one, Packed(packed(one)[None])])), jnp.full(8, -jnp.inf))
     np.testing.assert_allclose(alone[:, 1:], finish(one, jnp.full(8, -jnp.inf))[:, 1:], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "queries", "heads", "groups", "devices"), [(1, 1, 8, 1, 4), (2, 3, 16, 2, 0)])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_both_products(rows, queries, heads, groups, devices, stacked):
+    """The kernel that goes on to the end of the sublayer, against plain JAX in float64 bounds."""
+    window, *others = (softmax(10 * i, rows, queries, heads) for i in range(devices + 1))
+    partials = [window, Packed(jnp.stack([packed(x) for x in others]))] if others else [window]
+    positions = jnp.arange(rows * queries, dtype=jnp.int32).reshape(rows, queries)
+    turned, sink = turn(positions, np.geomspace(1, 1e-3, 32).astype(np.float32)), normal(5, heads)
+    sizes = (groups * 256, heads * C // groups), (384, groups * 256)
+    stacks = [quantise(normal(20 + i, 2, *size) / 16, E4M3) for i, size in enumerate(sizes)]
+    weights = [jax.tree.map(lambda x: x[1], stack) for stack in stacks]
+    exact = np.asarray(output_in_parts(partials, sink, turned, jnp.bfloat16), np.float64)
+    exact = exact.reshape(rows, queries, groups, -1)
+    first, second = (np.asarray(dequantise(weight, jnp.float32), np.float64) for weight in weights)
+    middle = np.einsum("bqgi,goi->bqgo", exact, first.reshape(groups, 256, -1)).reshape(rows, queries, -1)
+    expected = middle @ second.T
+
+    assert few.supports(partials, turned, weights, groups, jnp.bfloat16)
+    given = weights
+    if stacked:
+        given = [
+            jax.tree.map(jnp.zeros_like, weight).replace(stack=Stack(stack.codes, stack.scales, jnp.int32(1)))
+            for weight, stack in zip(weights, stacks, strict=True)
+        ]
+    found = few.attention_end(partials, sink, turned, given, groups=groups, dtype=jnp.bfloat16, interpret=True)
+    plain = attention_end(partials, sink, turned, tuple(weights), groups=groups, dtype=jnp.bfloat16)
+    unit = 2.0**-7 * (abs(middle) @ abs(second).T + abs(expected))  # rounded before the second product, and after
+    for one in (found, plain):
+        assert one.shape == (rows, queries, 384) and one.dtype == jnp.bfloat16
+        assert (abs(np.asarray(one, np.float64) - expected) <= unit).all()

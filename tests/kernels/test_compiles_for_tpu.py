@@ -15,18 +15,30 @@ from tests.conftest import tpu_devices
 from tests.kernels.bundles import Bundles
 from v4_jax import Config
 from v4_jax.cache.entries import Entries
+from v4_jax.cache.ring import Ring
 from v4_jax.cache.rows import StoredRows
 from v4_jax.kernels.choose import best_experts
 from v4_jax.kernels.experts.tpu import ROWS, experts
 from v4_jax.kernels.grouped_matmul.tpu import grouped_matmul
+from v4_jax.kernels.hyper_connections.reference import Numbers, Site
+from v4_jax.kernels.hyper_connections.tpu import cross
+from v4_jax.kernels.linear.shares import partial_products
 from v4_jax.kernels.linear.tpu import matmul
+from v4_jax.kernels.output.tpu import attention_output
+from v4_jax.kernels.rotary.parts import settle
+from v4_jax.kernels.rotary.reference import Projection, Settle, Steps
+from v4_jax.kernels.window.tpu import step
+from v4_jax.layer_stack import Cut
 from v4_jax.layers.entry_attention import attend_picked
 from v4_jax.layers.lightning_indexer import select
 from v4_jax.layers.linear import grouped_linear, linears
 from v4_jax.layers.mixture_of_experts import Experts, dispatch
 from v4_jax.layers.partial_softmax import finish
+from v4_jax.layers.partials import STATISTICS, Packed
+from v4_jax.layers.rotary import Turn
 from v4_jax.layers.visible import Visible
-from v4_jax.layers.window_attention import attend_window
+from v4_jax.layers.window_attention import attend_window, attention_end
+from v4_jax.layout import SHORT, Layout
 from v4_jax.number_formats import E2M1, E4M3, E8M0, FP4_BLOCK, FP8_BLOCK, BlockScaled, Stack, scale_shape
 from v4_jax.sharding.split import UNSPLIT
 
@@ -52,10 +64,10 @@ def build(request, bundles):
     mesh = jax.sharding.Mesh(np.array(tpu_devices(request.param)[:1]), ("x",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
-    def build(function, *shapes):
+    def build(function, *shapes, donated=()):
         bundles.start()
         placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
-        compiled = jax.jit(function).lower(*placed).compile()
+        compiled = jax.jit(function, donate_argnums=donated).lower(*placed).compile()
         bundles.finish(request.node.name, compiled.as_text())
         return compiled
 
@@ -279,3 +291,141 @@ def test_window_attention(build, rows, queries, heads, past, entries, dtype):
     window = 0 if keys is None else (past + queries + 128) * size
     copied_first = rows * entries * size if entries % 16 else 0
     assert compiled.memory_analysis().temp_size_in_bytes < SPARE + 4 * (rows * window + copied_first)
+
+
+LAYERS = 20
+
+
+def cuts(stacks, number):
+    """Arrays as layers get them."""
+    return jax.tree.map(lambda stack: Cut(stack[number], stack, number), stacks)
+
+
+@pytest.mark.parametrize(("streams", "width", "tokens"), [(4, 4096, 1), (4, 4096, 600), (4, 7168, 128)])
+def test_boundary_of_sublayers(build, streams, width, tokens):
+    """The site's parameters are read in their stacks: none is cut out."""
+    numbers, gates = Numbers(streams, 1e-6, 1e-6, 20), streams + streams**2
+    sizes = ((streams + gates, streams * width), (streams + gates,), (3,), (width,))
+
+    def run(x, output, mix, stacks, number):
+        return cross(x, output, mix, Site(*cuts(stacks, number)), numbers)
+
+    compiled = build(
+        run,
+        shape(jnp.bfloat16, 1, tokens, streams * width),
+        shape(jnp.bfloat16, 1, tokens, width),
+        shape(jnp.float32, gates, 1, tokens),
+        [shape(jnp.float32, LAYERS, *size) for size in sizes],
+        shape(jnp.int32),
+    )
+    assert compiled.memory_analysis().temp_size_in_bytes < SPARE
+    assert "dynamic-slice" not in compiled.as_text()
+
+
+# Flash's projections of a CSA layer's input: to latents, keys, entries' values and gates, and the indexer's.
+PROJECTED = {"e4m3": (1024, 512), "bfloat16": (1024, 1024, 64, 256, 256)}
+
+
+@pytest.mark.parametrize(("rows", "devices"), [(1, 8), (32, 4)])
+def test_shares_of_projections(build, rows, devices):
+    """What each of several devices reads of weights that they all have, where the weights lie."""
+    depth = 4096
+    stacks = [weight(form, LAYERS, width, depth) for form, widths in PROJECTED.items() for width in widths]
+
+    def run(x, stacks, number, device):
+        weights = [
+            BlockScaled(one.codes[0], one.scales[0], one.block, Stack(one.codes, one.scales, number))
+            if isinstance(one, BlockScaled)
+            else Cut(one[0], one, number)
+            for one in stacks
+        ]
+        return partial_products(x, weights, device, devices=devices)
+
+    compiled = build(run, shape(jnp.bfloat16, rows, depth), stacks, shape(jnp.int32), shape(jnp.int32))
+    assert compiled.memory_analysis().temp_size_in_bytes < SPARE and copied(compiled) == 0
+    assert "dynamic-slice" not in compiled.as_text()
+
+
+@pytest.mark.parametrize("rows", [1, 32])
+def test_what_becomes_of_projections(build, rows):
+    widths = [width for widths in PROJECTED.values() for width in widths]
+    sums = sum(-(-width // 128) * 128 for width in widths)
+
+    def run(sums, norms, cos, sin, number):
+        latent, keys = cuts(norms, number)
+        thens = [Settle(latent, None, Steps(1e-6)), Settle(keys, Turn(cos, sin), Steps(1e-6, "keys")), *[None] * 5]
+        dtypes = [jnp.bfloat16] * 2 + [jnp.float32] * 2 + [jnp.bfloat16] + [jnp.float32] * 2
+        return settle(
+            sums, [Projection(shape(jnp.bfloat16, w, 8), d) for w, d in zip(widths, dtypes, strict=True)], thens
+        )
+
+    turned = shape(jnp.float32, rows, 1, 64)
+    norms = [shape(jnp.bfloat16, LAYERS, width) for width in widths[:2]]
+    compiled = build(run, shape(jnp.float32, rows, sums), norms, turned, turned, shape(jnp.int32))
+    assert "dynamic-slice" not in compiled.as_text()
+
+
+@pytest.mark.parametrize(("rows", "queries", "heads"), [(1, 1, 8), (128, 1, 8), (3, 6, 64), (1, 9, 128)])
+def test_short_windows(build, rows, queries, heads):
+    """The ring of all layers is neither copied nor cut; it is updated in place."""
+    layers, size, past = 43, 512, 127
+    stored = jax.eval_shape(lambda: StoredRows.empty((layers, rows, past + 1 + SHORT - 1), size, dtype=jnp.bfloat16))
+
+    def run(x, keys, stored, number, start, total):
+        layout = Layout.of((rows, queries), start=start, lengths=total)
+        return step(x, keys, Ring(stored, number, start, jnp.bfloat16), layout, past=past)
+
+    arguments = (
+        shape(jnp.bfloat16, rows, queries, heads, size),
+        shape(jnp.bfloat16, rows, queries, size),
+        stored,
+        shape(jnp.int32),
+        shape(jnp.int32, rows),
+        shape(jnp.int32, rows),
+    )
+    compiled = build(run, *arguments, donated=2)
+    assert compiled.memory_analysis().temp_size_in_bytes < SPARE
+    assert not re.search(r"u16\[\d+,\d+,136,512\]\S* copy\(", compiled.as_text())
+
+
+@pytest.mark.parametrize(("rows", "heads", "devices"), [(1, 8, 8), (128, 8, 8), (2, 64, 0)])
+def test_end_of_attention(build, rows, heads, devices):
+    """A window, and what each of several devices saw."""
+    size = 512
+
+    def run(window, distant, sink, cos, sin, number):
+        partials = [Packed(window), *([Packed(distant)] if devices else [])]
+        return attention_output(partials, cuts(sink, number), Turn(cos, sin), jnp.bfloat16)
+
+    turned = shape(jnp.float32, rows, 1, 64)
+    parts = [shape(jnp.float32, count, rows, 1, heads, size + STATISTICS) for count in (1, max(devices, 1))]
+    sink = shape(jnp.float32, LAYERS, heads)
+    compiled = build(run, *parts, sink, turned, turned, shape(jnp.int32))
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "rows", "devices"), [("flash", 1, 8), ("flash", 6, 4), ("pro", 1, 8)], ids=lambda x: str(x)
+)
+def test_end_of_a_sublayer(build, model, rows, devices):
+    """Merging and both products in one call: weights are read where they lie."""
+    config = getattr(Config, model)()
+    heads, groups, size = config.num_attention_heads // devices, config.o_groups // devices, config.head_dim
+    middle = groups * config.o_lora_rank
+    stacks = [
+        weight("e4m3", LAYERS, middle, heads * size // groups),
+        weight("e4m3", LAYERS, config.hidden_size, middle),
+    ]
+
+    def run(window, distant, sink, cos, sin, stacks, number):
+        weights = [
+            BlockScaled(one.codes[0], one.scales[0], one.block, Stack(one.codes, one.scales, number)) for one in stacks
+        ]
+        partials, turned = [Packed(window), Packed(distant)], Turn(cos, sin)
+        return attention_end(partials, cuts(sink, number), turned, tuple(weights), groups=groups, dtype=jnp.bfloat16)
+
+    parts = [shape(jnp.float32, count, rows, 1, heads, size + STATISTICS) for count in (1, devices)]
+    turned, sink = shape(jnp.float32, rows, 1, 64), shape(jnp.float32, LAYERS, heads)
+    compiled = build(run, *parts, sink, turned, turned, stacks, shape(jnp.int32))
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 1
+    assert compiled.memory_analysis().temp_size_in_bytes < SPARE and copied(compiled) == 0

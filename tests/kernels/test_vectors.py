@@ -9,6 +9,7 @@ import pytest
 
 from v4_jax.kernels.hyper_connections import tpu as hyper_connections
 from v4_jax.kernels.hyper_connections.reference import Numbers, Site
+from v4_jax.kernels.output import tpu as output_kernel
 from v4_jax.kernels.rotary import tpu as rotary
 from v4_jax.kernels.rotary.reference import Steps
 from v4_jax.layer_stack import Cut, stack_of, uncut
@@ -45,7 +46,7 @@ def test_in_a_stack(layer):
         return rotary.norm_rotate(numbers(11, 1, 3, CHANNELS), norm, turn, Steps(1e-6), interpret=True)
 
     def output(sink):
-        return rotary.attention_output([Partial(*partial)], sink, turn, jnp.bfloat16, interpret=True)
+        return output_kernel.attention_output([Partial(*partial)], sink, turn, jnp.bfloat16, interpret=True)
 
     for call, given in ((enter, site), (rotate, norm), (output, sink)):
         stacked = jax.tree.map(lambda x: cut(x, layer), given)

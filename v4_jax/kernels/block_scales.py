@@ -47,6 +47,59 @@ def by_scaled_rows(rows: Any, codes: Any, here: Any, lines: Array) -> Array:
     return jnp.concatenate(totals, axis=1)
 
 
+def spread(rows: Array) -> Array:
+    """Rows [M, K] bfloat16 to [8 M, K]: row 8 m + b has the inputs of blocks b, b + 8, ... of row m, and zeros."""
+    count, depth = rows.shape
+    shape = (SUBLANES, depth)
+    block = jax.lax.broadcasted_iota(jnp.int32, shape, 1) >> (FP8_BLOCK[1].bit_length() - 1)
+    own = (block & (SUBLANES - 1)) == jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    wide = rows.astype(jnp.float32)
+    parts = [jnp.where(own, jnp.broadcast_to(wide[m : m + 1], shape), 0.0) for m in range(count)]
+    return jnp.concatenate(parts, axis=0).astype(rows.dtype)
+
+
+def by_spread_rows(wide: Any, codes: Any, scales: Array) -> Array:
+    """Rows times an E4M3 weight, whose sums over each block of inputs are scaled instead of the rows.
+
+    For few rows: the matrix unit has more of them than it needs, and all of its width for outputs.
+
+    Args:
+      wide: [8 M, K] bfloat16, see `spread`.
+      codes: reference of [N, K] E4M3.
+      scales: [K / 128, N] float32 of every output's blocks.
+
+    Returns:
+      [M, N] float32.
+    """
+    (columns, depth), count = codes.shape, wide.shape[0] // SUBLANES
+    run, strip = SUBLANES * FP8_BLOCK[1], next(size for size in (2 * LANES, LANES) if columns % size == 0)
+    found = []
+    for start in range(0, columns, strip):
+        here, total = slice(start, start + strip), jnp.zeros((SUBLANES * count, strip), jnp.float32)
+        for k in range(0, depth, run):
+            sums = product(wide[:, k : k + run], codes[here, k : k + run])
+            lines = scales[k // FP8_BLOCK[1] : (k + run) // FP8_BLOCK[1], here]
+            if len(lines) < SUBLANES:
+                lines = jnp.concatenate([lines, jnp.zeros((SUBLANES - len(lines), strip), jnp.float32)])
+            total += sums * jnp.concatenate([lines] * count)
+        found.append(jnp.sum(total.reshape(count, SUBLANES, strip), axis=1))
+    return jnp.concatenate(found, axis=1)
+
+
+def scales_of_outputs(scales: Array, start: Any, count: int, across: bool = False) -> Array:
+    """Scales [K / 128, count] float32 of each of `count` outputs from `start` on, as `block_lines` takes them.
+
+    By a product with ones and zeros, exact for powers of two.
+    """
+    blocks = scales.shape[1 if across else 0]
+    shape = (blocks, count)
+    block = (start + jax.lax.broadcasted_iota(jnp.int32, shape, 1)) >> (FP8_BLOCK[0].bit_length() - 1)
+    mine = (block == jax.lax.broadcasted_iota(jnp.int32, shape, 0)).astype(jnp.bfloat16)
+    scales = scales.astype(jnp.float32).astype(jnp.bfloat16)
+    contracted = (((1 if across else 0,), (0,)), ((), ()))
+    return jax.lax.dot_general(scales, mine, contracted, preferred_element_type=jnp.float32)
+
+
 def block_lines(scales: Array, start: Any, count: int, across: bool = False) -> Array:
     """Scales of 128 x 128 blocks [N / 128, K / 128] for `count` outputs from `start` on: [count / 16, K / 128] float32.
 

@@ -20,6 +20,7 @@ Pallas kernel, or `cpu.py`, written so that XLA:CPU makes quick code of it. Laye
     norm_rotate              one after the other            reference                                 one kernel
     settle                   norm_rotate one by one       reference                                 one kernel
     attention_output         caller's                       reference                                 one kernel
+    attention_end            the same, and products       reference                                 one kernel
     map_groups               tiles of each group in turn    reference                                 caller's kernel
     few_rows_experts,        caller's, by groups of rows    reference                                 one kernel
     expert_of_all            caller's, by products          reference                                 the same
@@ -59,6 +60,8 @@ from v4_jax.kernels.linear import cpu as linear_cpu
 from v4_jax.kernels.linear import reference as linear
 from v4_jax.kernels.linear import shares as linear_shares
 from v4_jax.kernels.linear import tpu as linear_tpu
+from v4_jax.kernels.output import few as output_few
+from v4_jax.kernels.output import tpu as output_tpu
 from v4_jax.kernels.rotary import parts as rotary_parts
 from v4_jax.kernels.rotary import reference as rotary
 from v4_jax.kernels.rotary import tpu as rotary_tpu
@@ -266,8 +269,37 @@ def attention_output(plain: Form, partials: Sequence[Any], sink: Array, turn: Tu
     """
     if not rotary_tpu.supports(shape_of(partials[0]), jnp.dtype(dtype), turn):
         return plain(partials, uncut(sink), turn, dtype)
-    kernel = functools.partial(rotary_tpu.attention_output, dtype=dtype, interpret=interpreting())
+    kernel = functools.partial(output_tpu.attention_output, dtype=dtype, interpret=interpreting())
     return _without_gradients(functools.partial(plain, dtype=dtype), tpu=kernel)(list(partials), sink, turn)
+
+
+def attention_end(
+    plain: Form,
+    partials: Sequence[Partial | Packed],
+    sink: Array,
+    turn: Turn,
+    weights: Sequence[Weight],
+    *,
+    groups: int,
+    dtype: Any,
+) -> Array:
+    """See `layers.window_attention.attention_end` for all arguments but the first.
+
+    Args:
+      plain: the same of the arrays, in whose place the kernel runs in programs for TPUs where rows are few, but where
+        gradients are asked for.
+      partials: of disjoint sets of keys.
+      sink: logits of the sink.
+      turn: of the queries' positions.
+      weights: of both products.
+      groups: matrices in the first of them.
+      dtype: of the result.
+    """
+    operands = (list(partials), sink, turn, list(weights))
+    if not output_few.supports(partials, turn, weights, groups, dtype):
+        return plain(*operands)
+    kernel = functools.partial(output_few.attention_end, groups=groups, dtype=dtype, interpret=interpreting())
+    return _without_gradients(plain, tpu=kernel)(*operands)
 
 
 def matmul(x: Array, weight: Array, dtype: Any) -> Array:

@@ -25,14 +25,14 @@ from v4_jax.layers.compressor import Compressed, Compressor
 from v4_jax.layers.entry_attention import attend_picked
 from v4_jax.layers.indexer_loss import Attended, Scored, indexer_loss
 from v4_jax.layers.lightning_indexer import LightningIndexer, index_queries, select
-from v4_jax.layers.linear import grouped_linear, linear, project
+from v4_jax.layers.linear import linear, project
 from v4_jax.layers.partial_softmax import log_denominator, merge, merge_devices
 from v4_jax.layers.partials import Packed, Partial, separate
 from v4_jax.layers.query_blocks import Queries, QueryBlock, by_query_blocks
 from v4_jax.layers.rotary import Turn
 from v4_jax.layers.stages import SPARSE, Stage, keep
 from v4_jax.layers.visible import Visible
-from v4_jax.layers.window_attention import attend_ring, attend_window, attention_output
+from v4_jax.layers.window_attention import attend_ring, attend_window, attention_end
 from v4_jax.layout import SHORT, Layout
 from v4_jax.parameters import Module
 from v4_jax.policy import Policy
@@ -261,9 +261,7 @@ class Attention(Module):
     def output(self, partials: Sequence[Partial | Packed], sink: Array, turn: Turn, wo_a: Any, wo_b: Any) -> Array:
         """[B, Q, D] from what the queries attended, of this device's groups."""
         dtype, groups = self.policy.compute_dtype, self.split.share("o_groups", self.config.o_groups)
-        output = attention_output(partials, sink, turn, dtype)
-        output = grouped_linear(output.reshape(*output.shape[:2], groups, -1), wo_a, dtype)
-        return linear(output.reshape(*output.shape[:2], -1), wo_b, dtype)
+        return attention_end(partials, sink, turn, (wo_a, wo_b), groups=groups, dtype=dtype)
 
     def _compressors(self) -> tuple[Compressor | None, LightningIndexer | None]:
         """What the layer's role has: the compressor of its entries, and the indexer that picks them."""

@@ -15,11 +15,13 @@ from v4_jax.cache.ring import Ring
 from v4_jax.cache.rows import StoredRows
 from v4_jax.kernels import choose
 from v4_jax.layers.entry_attention import attend_range
+from v4_jax.layers.linear import grouped_linear, linear
 from v4_jax.layers.partial_softmax import attend, finish, merge, nothing
 from v4_jax.layers.partials import Packed, Partial, separate
 from v4_jax.layers.rotary import Turn, rotate
 from v4_jax.layers.visible import Visible
 from v4_jax.layout import Layout
+from v4_jax.number_formats import Weight
 from v4_jax.sharding.split import UNSPLIT
 
 
@@ -101,6 +103,34 @@ def attention_output(partials: Sequence[Partial | Packed], sink: Array, turn: Tu
       dtype: of the result, and of what is rotated.
     """
     return choose.attention_output(output_in_parts, partials, sink, turn, dtype)
+
+
+def attention_end(
+    partials: Sequence[Partial | Packed],
+    sink: Array,
+    turn: Turn,
+    weights: tuple[Weight, Weight],
+    *,
+    groups: int,
+    dtype: Any,
+) -> Array:
+    """What comes of a sublayer: `attention_output`, projected by groups of heads, and from these to D: [B, Q, D].
+
+    Args:
+      partials: of disjoint sets of keys.
+      sink: [H] logits that take part in the denominator alone.
+      turn: by how much the queries' positions turned them.
+      weights: of the two products, [groups * R, H * C / groups] and [D, groups * R].
+      groups: of heads; each has its own matrix in the first weight.
+      dtype: of the result, and of what is multiplied.
+    """
+
+    def by_products(partials: Sequence[Partial | Packed], sink: Array, turn: Turn, weights: Sequence[Weight]) -> Array:
+        output = attention_output(partials, sink, turn, dtype)
+        output = grouped_linear(output.reshape(*output.shape[:2], groups, -1), weights[0], dtype)
+        return linear(output.reshape(*output.shape[:2], -1), weights[1], dtype)
+
+    return choose.attention_end(by_products, partials, sink, turn, weights, groups=groups, dtype=dtype)
 
 
 def output_in_parts(partials: Sequence[Partial | Packed], sink: Array, turn: Turn, dtype: Any) -> Array:

@@ -34,9 +34,12 @@ from v4_jax.kernels.block_scales import (
     SUBLANES,
     block_lines,
     by_scaled_rows,
+    by_spread_rows,
     product,
     repeat_lanes,
     scale_blocks,
+    scales_of_outputs,
+    spread,
 )
 from v4_jax.kernels.linear import reference
 from v4_jax.kernels.memory import kept_in_hbm
@@ -45,6 +48,7 @@ from v4_jax.number_formats import E4M3, FP8_BLOCK, BlockScaled, Weight
 TILE = 1 << 20  # codes of a weight tile at most, where 128 outputs have no more: enough to hide a grid step's overhead
 STEPS = 4  # at least, where the outputs suffice: the first tile's way from HBM is hidden by nothing
 ROWS = 256  # of a tile of rows
+FEW = 8  # rows that are spread: eight times as many are no more than the matrix unit has to have
 MANY = 512  # rows from which on a weight tile is expanded
 VMEM_BYTES = 48 << 20  # of the 64 MiB or more that every generation from v5e on has
 
@@ -181,6 +185,10 @@ def _kernel(layer: Any, x: Any, *refs: Any, firsts: list[int], across: list[bool
             def lines() -> Array:
                 return block_lines(scales[...], (tile - firsts[i]) * columns, columns, across[i])
 
+            if x.shape[0] <= FEW:
+                lines_of = scales_of_outputs(scales[...], (tile - firsts[i]) * columns, columns, across[i])
+                out[...] = by_spread_rows(spread(x[...]), codes, lines_of).astype(out.dtype)
+                return
             if not expanded:
                 out[...] = by_scaled_rows(x, codes, pl.ds(0, columns), lines()).astype(out.dtype)
                 return

@@ -50,7 +50,7 @@ def settle(
             operands += [part.reshape(tokens, -1) for part in then.turn]
             specs += [pl.BlockSpec((tokens, then.turn.channels), lambda i, layers: (0, 0))] * 2
     shapes = [jax.ShapeDtypeStruct((tokens, p.weight.shape[0]), p.dtype) for p in projections]
-    return pl.pallas_call(
+    found = pl.pallas_call(
         functools.partial(
             _kernel,
             firsts=[sum(made_up(p.weight) for p in projections[:i]) for i in range(len(projections))],
@@ -68,6 +68,7 @@ def settle(
         interpret=interpret,
         name="settle",
     )(jnp.stack([jnp.asarray(layer, jnp.int32) for layer in layers or [0]]), *operands)
+    return list(found)
 
 
 def _layer(place: int, i: Any, layers: Any) -> Any:

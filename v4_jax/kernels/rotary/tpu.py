@@ -1,4 +1,4 @@
-"""Norm, rotation and rounding of projected rows, and the end of attention's softmax, as one TPU operation each.
+"""Norm, rotation and rounding of projected rows as one TPU operation.
 
 XLA makes some fifteen operations of a norm, a rotation of interleaved pairs and a rounding in blocks, with a copy where
 heads move from lanes to rows of their own. In one token's step each of them costs more than the work itself, and in a
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,7 +24,6 @@ from jax.experimental.pallas import tpu as pltpu
 from v4_jax.kernels.rotary.reference import Steps
 from v4_jax.kernels.vectors import vector, vector_spec
 from v4_jax.layer_stack import stack_of
-from v4_jax.layers.partials import STATISTICS, Packed, shape_of
 from v4_jax.layers.rotary import Turn
 from v4_jax.number_formats import E2M1, E4M3, INDEX_BLOCK, KV_BLOCK, round_to, shared_scale
 
@@ -46,20 +44,20 @@ def norm_rotate(x: Array, weight: Array | None, turn: Turn | None, steps: Steps,
     (batch, size), channels = x.shape[:2], x.shape[-1]
     heads = 1 if x.ndim == 3 else x.shape[2]
     tokens, width = batch * size, heads * channels
-    block = _block(tokens, width)
-    along = functools.partial(_along, block)
-    operands, specs, layer = [x.reshape(tokens, width)], [along(width)], 0
+    block = block_of(tokens, width)
+    by_token = functools.partial(along, block)
+    operands, specs, layer = [x.reshape(tokens, width)], [by_token(width)], 0
     if weight is not None:
         stack, layer = stack_of(weight)
         operands.append(stack)
-        specs.append(vector_spec(stack, _number))
+        specs.append(vector_spec(stack, number))
     if turn is not None:
         operands += [part.reshape(tokens, -1) for part in turn]
-        specs += [along(turn.channels)] * 2
+        specs += [by_token(turn.channels)] * 2
     out = (width,) if heads == 1 else (heads, channels)
     found = pl.pallas_call(
         functools.partial(_norm_rotate, steps=steps, norm=weight is not None, rotary=turn is not None, heads=heads),
-        grid_spec=_over_tokens(pl.cdiv(tokens, block), specs, along(*out)),
+        grid_spec=over_tokens(pl.cdiv(tokens, block), specs, by_token(*out)),
         out_shape=jax.ShapeDtypeStruct((tokens, *out), x.dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_BYTES),
         cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=2 * x.nbytes, transcendentals=0),
@@ -69,22 +67,23 @@ def norm_rotate(x: Array, weight: Array | None, turn: Turn | None, steps: Steps,
     return found.reshape(x.shape)
 
 
-def _block(tokens: int, width: int) -> int:
+def block_of(tokens: int, width: int) -> int:
     """Tokens of a block: all, or a multiple of what a register of 16-bit numbers holds."""
     return min(tokens, max(16, BLOCK_BYTES // (4 * width) // 16 * 16))
 
 
-def _along(block: int, *shape: int) -> pl.BlockSpec:
+def along(block: int, *shape: int) -> pl.BlockSpec:
     """A block of tokens of an array [tokens, *shape]."""
     return pl.BlockSpec((block, *shape), lambda i, layer: (i, *(0 for _ in shape)))
 
 
-def _number(i: Any, layer: Any) -> Any:
+def number(i: Any, layer: Any) -> Any:
+    """The number of the parameters' layer, from what an index map is given."""
     del i
     return layer[0]
 
 
-def _over_tokens(blocks: int, in_specs: list[pl.BlockSpec], out_spec: pl.BlockSpec) -> Any:
+def over_tokens(blocks: int, in_specs: list[pl.BlockSpec], out_spec: pl.BlockSpec) -> Any:
     """A grid over blocks of tokens, with the number of the parameters' layer for a scalar."""
     return pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=1, grid=(blocks,), in_specs=in_specs, out_specs=out_spec)
 
@@ -183,66 +182,3 @@ def _hadamard(rows: Array) -> Array:
         rows.reshape(-1, size), signs, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
     )
     return flat.reshape(rows.shape) * np.float32(size**-0.5)
-
-
-def attention_output(partials: Sequence[Any], sink: Array, turn: Turn, dtype: Any, *, interpret: bool = False) -> Array:
-    """See `layers.window_attention.attention_output`; not differentiable."""
-    batch, size, heads, channels = shape_of(partials[0])
-    tokens, width = batch * size, heads * channels
-    count = sum(len(some.parts) if isinstance(some, Packed) else 1 for some in partials)
-    block = _block(tokens, width * count)
-    along = functools.partial(_along, block)
-    operands, specs = [], []
-    for some in partials:
-        if isinstance(some, Packed):
-            operands.append(some.parts.reshape(-1, tokens, heads, channels + STATISTICS))
-            shape = (len(some.parts), block, heads, channels + STATISTICS)
-            specs.append(pl.BlockSpec(shape, lambda i, layer: (0, i, 0, 0)))
-            continue
-        operands += [x.reshape(tokens, heads) for x in (some.maximum, some.total)]
-        operands.append(some.weighted.reshape(tokens, heads, channels))
-        specs += [along(heads), along(heads), along(heads, channels)]
-    stack, layer = stack_of(sink)
-    operands += [stack, *(part.reshape(tokens, -1) for part in turn)]
-    specs += [vector_spec(stack, _number), along(turn.channels), along(turn.channels)]
-    found = pl.pallas_call(
-        functools.partial(_attention_output, packed=[isinstance(some, Packed) for some in partials]),
-        grid_spec=_over_tokens(pl.cdiv(tokens, block), specs, along(width)),
-        out_shape=jax.ShapeDtypeStruct((tokens, width), dtype),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_BYTES),
-        cost_estimate=pl.CostEstimate(
-            flops=0, bytes_accessed=sum(x.nbytes for x in operands) + 2 * tokens * width, transcendentals=0
-        ),
-        interpret=interpret,
-        name="attention_output",
-    )(jnp.asarray(layer, jnp.int32).reshape(1), *operands)
-    return found.reshape(batch, size, width)
-
-
-def _attention_output(layer: Any, *refs: Any, packed: list[bool]) -> None:
-    *given, sink, cos, sin, out = refs
-    heads, left, parts = sink.shape[1], iter(given), []
-    channels = out.shape[1] // heads
-    for several in packed:  # to maximum and total [T, H, 1], and what has the sums in its first channels
-        first = next(left)
-        if several:
-            for number in range(first.shape[0]):
-                statistics = first[number, :, :, channels:]
-                parts.append((statistics[:, :, :1], statistics[:, :, 1:2], first.at[number]))
-        else:
-            parts.append((first[...][:, :, None], next(left)[...][:, :, None], next(left)))
-    sinks = vector(sink, layer[0])[:, :, None]
-    largest = functools.reduce(jnp.maximum, (maximum for maximum, _, _ in parts), sinks)
-    shares = [jnp.exp(maximum - largest) for maximum, _, _ in parts]
-    amounts = (total * share for (_, total, _), share in zip(parts, shares, strict=True))
-    denominator = functools.reduce(jnp.add, amounts, jnp.exp(sinks - largest))
-    for start in range(0, heads, HEADS):
-        count = min(HEADS, heads - start)
-        own = slice(start, start + count)
-        terms = (
-            weighted[:, own, :channels] * (share / denominator)[:, own]
-            for (_, _, weighted), share in zip(parts, shares, strict=True)
-        )
-        rows = functools.reduce(jnp.add, terms).astype(out.dtype).astype(jnp.float32)
-        rows = turned(rows, cos[...], sin[...], inverse=True).astype(out.dtype)
-        out[:, start * channels : (start + count) * channels] = rows.reshape(rows.shape[0], count * channels)

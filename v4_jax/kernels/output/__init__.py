@@ -1,0 +1,1 @@
+"""The end of an attention sublayer: partial softmaxes merged, turned back, and projected twice."""
