@@ -90,8 +90,7 @@ def _no_room(demand: Demand, needed: int, kind: str, count: int, memory: int) ->
     return (
         f"no mesh of {count} devices has room for {_rows(demand)} of {format_size(demand.context)} tokens: "
         f"{_HELD[demand.task]} take {bytes_text(needed)} of each at least, and each has {bytes_text(memory)}, of which "
-        f"some is for temporaries; what would fit: {fits} (a mesh that is "
-        "given is tried in any case)"
+        f"some is for temporaries; what would fit: {fits} (a mesh that is given is tried in any case)"
     )
 
 
