@@ -25,7 +25,7 @@ from v4_jax.kernels.rotary.tpu import supports as turns
 from v4_jax.layers.partials import Packed, Partial, shape_of
 from v4_jax.layers.rotary import Turn
 
-STRIP_BYTES = 512 << 10  # of a weight, at most, that are waited for and multiplied at once
+STRIP_BYTES = 1 << 20  # of a weight, at most, that are waited for and multiplied at once
 WEIGHT_BYTES = 40 << 20
 VMEM_BYTES = 60 << 20
 
