@@ -13,7 +13,9 @@ import io
 import os
 import re
 import sys
+import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from v4_jax import __version__
@@ -29,6 +31,7 @@ VERBS = {
     "demo": "the two-minute tour on an embedded tiny model",
     "info": "parameters, FLOPs and cache of a model, against DeepSeek-V3.2",
     "generate": "continue a prompt or answer a chat, streaming",
+    "chat": "a conversation at the terminal",
     "score": "log-probabilities of given texts, JSON lines in and out",
     "batch": "answer a file of requests, many at a time, resumable",
     "serve": "OpenAI's API over HTTP, many requests at a time",
@@ -39,8 +42,12 @@ VERBS = {
     "bench": "run a program on the devices there are: measured time, by part, against the plan's estimate",
     "train": "continued pretraining with Muon, from released weights or from nothing",
     "plot": "a training run's metrics, or several runs', as curves in a PNG",
+    "completion": "what the Tab key adds to a command, for bash and zsh",
     "verify": "compare two checkpoints, tensor by tensor, or check one alone",
 }
+
+# Those that compile programs for the devices that are there, and keep them. `bench` measures that, too.
+COMPILING = ("demo", "generate", "chat", "score", "batch", "serve", "eval", "train")
 
 
 def entry() -> None:
@@ -117,36 +124,69 @@ def _dispatch(arguments: list[str]) -> int:
 
     import tyro
 
+    from v4_jax.commands.shared.hints import of_options
+
     function: Callable[..., Any] = getattr(importlib.import_module(f"v4_jax.commands.{name}"), name)
     # tyro takes the arguments' help from the docstring, line breaks included, and drops the examples, which are what
     # help is read for.
     function.__doc__ = re.sub(r"\n {4}(?=\S)", " ", inspect.cleandoc(function.__doc__ or ""))
     description = function.__doc__.split("\n\nArgs:\n")[0]
+
+    def parse(words: list[str]) -> Any:
+        return tyro.cli(
+            parsed(function, keeps=name in COMPILING),
+            prog=f"{PROGRAM} {name}",
+            description=description,
+            args=words,
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            call = tyro.cli(
-                _parsed(function),
-                prog=f"{PROGRAM} {name}",
-                description=description,
-                args=arguments[1:],
-                config=(tyro.conf.OmitArgPrefixes,),
-            )
+            call = parse(arguments[1:])
     except SystemExit as end:
         if end.code != _BAD_INPUT:
             raise
-        return _refuse(f"{_sentence(box.getvalue())} (see {PROGRAM} {name} --help)", name)
+        with contextlib.redirect_stdout(io.StringIO()) as told, contextlib.suppress(SystemExit):
+            parse(["--help"])
+        hints = of_options(arguments[1:], re.findall(r"--[a-z][\w-]*", told.getvalue()), f"{PROGRAM} {name}")
+        return _refuse(f"{_sentence(box.getvalue())}{hints} (see {PROGRAM} {name} --help)", name)
     return call() or 0
 
 
-def _parsed(function: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:
-    """The function with its arguments bound and not yet called, so that parsing and running can be told apart."""
+def parsed(function: Callable[..., Any], *, keeps: bool) -> Callable[..., Callable[[], Any]]:
+    """The function with its arguments bound and not yet called, so that parsing and running can be told apart.
+
+    Args:
+      function: the verb.
+      keeps: whether it keeps what it compiles, and has the option that says where.
+    """
 
     @functools.wraps(function)
     def bind(*positional: Any, **named: Any) -> Callable[[], Any]:
         return functools.partial(function, *positional, **named)
 
-    return bind
+    if not keeps:
+        return bind
+
+    from v4_jax.commands.shared.compilation_cache import HELP, CompilationCache, keep_programs
+
+    def bind_and_keep(*positional: Any, compilation_cache: Path | None, **named: Any) -> Callable[[], Any]:
+        def call() -> Any:
+            keep_programs(compilation_cache)
+            return function(*positional, **named)
+
+        return call
+
+    option = inspect.Parameter("compilation_cache", inspect.Parameter.KEYWORD_ONLY, default=None)
+    signature = inspect.signature(function)
+    signature = signature.replace(parameters=[*signature.parameters.values(), option])
+    hints = typing.get_type_hints(function, include_extras=True)
+    bind_and_keep.__signature__ = signature  # type: ignore[attr-defined]
+    bind_and_keep.__annotations__ = hints | {"compilation_cache": CompilationCache}
+    bind_and_keep.__doc__ = f"{function.__doc__}\n  {option.name}: {HELP}"
+    return bind_and_keep
 
 
 def _sentence(box: str) -> str:

@@ -18,8 +18,10 @@ from v4_jax.commands.shared.contexts import DEFAULT_MAX_TOKENS, check_length, ch
 from v4_jax.commands.shared.devices import join
 from v4_jax.commands.shared.engines import EngineOptions, describe_drafts
 from v4_jax.commands.shared.models import ModelDirectory
-from v4_jax.commands.shared.options import Count, Flag, Int, Model, OptionalSize, OptionalText, Profile
+from v4_jax.commands.shared.options import Count, Flag, Int, Model, OptionalFile, OptionalSize, OptionalText, Profile
+from v4_jax.commands.shared.profiling import check_profile, profiled
 from v4_jax.commands.shared.sampling import SamplingOptions
+from v4_jax.commands.shared.speed import memory_text, rate_text
 from v4_jax.infer.prompts import Mode
 
 InputFile = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INPUT", help_behavior_hint="")]
@@ -41,6 +43,7 @@ def batch(
     part: OptionalText = None,
     as_finished: Flag = False,
     overwrite: Flag = False,
+    profile: OptionalFile = None,
     engine: EngineOptions = EngineOptions(),  # noqa: B008 (frozen)
     distributed: Flag = False,
 ) -> None:
@@ -74,6 +77,7 @@ def batch(
       part: Serve only a part of the lines, such as 2/4; the last of all parts to finish writes the output.
       as_finished: Write the answers in the order in which they finished.
       overwrite: Replace an output file that is there.
+      profile: A directory for a trace of the first 64 chunks and steps, for XProf or Perfetto.
       engine: How requests are served.
       distributed: This is one of several processes, one per host, that serve one model together.
     """
@@ -83,11 +87,12 @@ def batch(
         from v4_jax.infer.openai.completions import Model as Asked
         from v4_jax.infer.openai.journal import Journal, JournalError, Share, join_shares, journal_path
 
+    check_profile(profile)
     join(distributed)
     directory = ModelDirectory.open(model)
     engine.check(directory)
     config, tokenizer, release = directory.config, directory.tokenizer(), directory.generation_defaults()
-    profile = directory.effort_profile(effort_profile)
+    efforts = directory.effort_profile(effort_profile)
     longest = config.max_position_embeddings if context is None else check_length(config, context)
     with bad_input():
         chosen = sampling.over(release, seed)
@@ -108,7 +113,7 @@ def batch(
         "fingerprint": model_fingerprint,
         "options": {
             "mode": mode,
-            "effort_profile": profile,
+            "effort_profile": efforts,
             "raw": raw,
             "max_tokens": max_tokens,
             "context": context,
@@ -136,7 +141,7 @@ def batch(
             with bad_input(f"{output}: {len(done) - 1} of {len(mine)} answers are kept, to go on from: "):
                 journal.add(one)
 
-    defaults = Defaults(chosen, release.stop_ids, max_tokens, mode, profile)
+    defaults = Defaults(chosen, release.stop_ids, max_tokens, mode, efforts)
     asked = Asked(directory.path.name, config, tokenizer, defaults, longest, engine.slots)
 
     def prepare(number: int) -> PreparedLine:
@@ -146,23 +151,26 @@ def batch(
     if done:
         say(f"{len(done)} of {len(mine)} requests are answered already")
     started, tokens = time.perf_counter(), 0
+    first: float | None = None
     try:
         with working("reading the requests"):
             needed = survey([number for number in mine if number not in done], prepare, lines, record)
         if needed.numbers:
             length = room(needed.length, config.max_position_embeddings) if context is None else context
-            check_mode(mode, length, profile)
+            check_mode(mode, length, efforts)
             server = engine.build(directory, length, needed.samples)
             started = time.perf_counter()
             with progress_bar("answering", "requests") as report:
 
                 def progress() -> None:
-                    nonlocal tokens
+                    nonlocal tokens, first
                     tokens += 1
+                    first = time.perf_counter() - started if first is None else first
                     rate = tokens / (time.perf_counter() - started)
                     report(f"{rate:,.1f} tokens/s", len(done), len(mine))
 
-                answer_lines(server, needed.numbers, prepare, record, progress)
+                with profiled(server, profile):
+                    answer_lines(server, needed.numbers, prepare, record, progress)
             server.close()
             if drafts := describe_drafts(server.acceptance):
                 say(drafts)
@@ -173,8 +181,9 @@ def batch(
         raise
     seconds = time.perf_counter() - started
     say(
-        f"answered {len(mine)} requests, {failed} of them with an error now; {tokens} tokens in {seconds:.2f} s "
-        f"({tokens / max(seconds, 1e-9):,.1f} tokens/s)"
+        f"answered {len(mine)} requests, {failed} of them with an error now; {rate_text(tokens, seconds)}, "
+        + (f"first token after {first:.2f} s, " if first is not None else "")
+        + memory_text()
     )
     if leads:
         try:

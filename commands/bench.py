@@ -20,6 +20,7 @@ from v4_jax.commands.shared.console import CommandError, bad_input, check_output
 from v4_jax.commands.shared.jobs import job_of
 from v4_jax.commands.shared.models import ModelDirectory
 from v4_jax.commands.shared.options import Count, Flag, OptionalCount, OptionalFile, OptionalSize, OptionalText, Text
+from v4_jax.commands.shared.profiling import check_profile
 from v4_jax.commands.shared.sizes import bytes_text
 from v4_jax.placement import Place
 from v4_jax.planning.compile import Compiled, Workload, examine
@@ -27,7 +28,8 @@ from v4_jax.planning.estimates import PRESETS_OF_TASK, candidates
 from v4_jax.planning.job import Job, Task
 from v4_jax.planning.kernel_comparison import Comparison, comparisons
 from v4_jax.planning.measure import Executable, Run, TooLarge, peak_bytes
-from v4_jax.planning.profile import Parts, parts_of, recorded
+from v4_jax.planning.profile import Parts, parts_of
+from v4_jax.profiler import recorded
 from v4_jax.sharding.axes import ShardingError
 from v4_jax.sharding.chips import Topology, topology_of
 from v4_jax.sharding.mesh import format_mesh, make_mesh
@@ -87,8 +89,7 @@ def bench(
     """
     if json_file is not None and str(json_file) != "-":
         check_output(json_file)
-    if profile is not None and profile.exists() and not profile.is_dir():
-        raise CommandError(f"--profile {profile} is a file; expected a directory, or a name to make one of")
+    check_profile(profile)
     whole = config_of(model)
     layers_of_model = whole.num_hidden_layers
     if layers is not None:
@@ -158,8 +159,7 @@ def _placed(job: Job, mesh: str | None, preset: str | None) -> tuple[Job, Mesh, 
         say(f"note: --mesh {format_mesh(best.mesh)}, which plan ranks first")
         job = dataclasses.replace(job, mesh=best.mesh, preset=best.preset)
         return job, make_mesh(job.mesh), topology
-    native = job.dtype == "native"
-    made = here.place(job.config, mesh, job.preset, batch=job.batch, length=job.chunk, native=native).mesh  # type: ignore[arg-type]
+    made = here.place(job.config, mesh, job.preset, batch=job.batch, length=job.chunk, dtype=job.dtype).mesh  # type: ignore[arg-type]
     made = make_mesh(job.mesh, every[:1]) if made is None else made
     job = dataclasses.replace(job, mesh=dict(made.shape))
     return job, made, topology_of(list(made.devices.flat))

@@ -16,7 +16,7 @@ import numpy as np
 from v4_jax import chat, checkpoint
 from v4_jax.checkpoint import Comparison
 from v4_jax.commands import info_report as card
-from v4_jax.commands.generate import Limits, stream
+from v4_jax.commands.generate import Limits
 from v4_jax.commands.info_report import make_table
 from v4_jax.commands.shared import devices
 from v4_jax.commands.shared.console import CommandError, bad_input, progress_bar, say, show
@@ -24,6 +24,8 @@ from v4_jax.commands.shared.engines import compile_engine
 from v4_jax.commands.shared.models import ModelDirectory
 from v4_jax.commands.shared.options import Count, OptionalFile
 from v4_jax.commands.shared.reply import Writer
+from v4_jax.commands.shared.speed import memory_text
+from v4_jax.commands.shared.streaming import stream
 from v4_jax.commands.verify_report import kinds_table
 from v4_jax.infer.chunks import chunk_size
 from v4_jax.infer.engine.requests import Request
@@ -114,7 +116,7 @@ def _recall(directory: ModelDirectory) -> None:
     _step(4, f"Recall: {len(prompts)} texts of {LENGTH:,} characters, split over {count} devices ({mesh})")
     print(f"Each tells {TOLD} records, a key of letters with a number, and ends with the key of one of them:\n")
     print(f"  {_shortened(questions[0])}\n", flush=True)
-    place = devices.place(config, mesh, "long-context", batch=len(prompts), length=CHUNK, native=True)
+    place = devices.place(config, mesh, "long-context", batch=len(prompts), length=CHUNK, dtype="native")
     engine = Engine(
         config,
         directory.load("native", place),
@@ -139,7 +141,7 @@ def _recall(directory: ModelDirectory) -> None:
     window, picked = config.sliding_window, config.index_topk
     say(
         f"read {generation.prompt_tokens:,} tokens in {generation.prefill_seconds + generation.decode_seconds:.1f} s, "
-        f"after compiling for {compiled:.0f} s"
+        f"first token after {generation.prefill_seconds:.1f} s, after compiling for {compiled:.0f} s; {memory_text()}"
     )
     print(
         f"\nThe window of full attention is {window} tokens. All else comes through compressed entries, one for four "

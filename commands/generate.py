@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import io
 import json
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 from v4_jax.chat import EffortProfile
-from v4_jax.commands.shared.console import CommandError, bad_input, progress_bar, read_json, read_text, say
+from v4_jax.commands.shared.chat_files import read_chat
+from v4_jax.commands.shared.console import CommandError, bad_input, check_output, read_text, say
 from v4_jax.commands.shared.contexts import DEFAULT_MAX_TOKENS, check_length, check_mode, room
 from v4_jax.commands.shared.devices import join, place
-from v4_jax.commands.shared.engines import compile_engine, describe_drafts
 from v4_jax.commands.shared.models import ModelDirectory, cache_format
 from v4_jax.commands.shared.options import (
     CacheFormat,
@@ -26,23 +29,26 @@ from v4_jax.commands.shared.options import (
     Int,
     JsonFlag,
     Model,
+    OptionalFile,
     OptionalSize,
     OptionalText,
     Preset,
     Profile,
     Texts,
 )
+from v4_jax.commands.shared.profiling import check_profile, profiled
 from v4_jax.commands.shared.reply import Writer
 from v4_jax.commands.shared.sampling import SamplingOptions
+from v4_jax.commands.shared.sizes import bytes_text
+from v4_jax.commands.shared.streaming import Outcome, stream
 from v4_jax.config import Config
+from v4_jax.files import complete
 from v4_jax.infer.checks import check_ids, check_precision
 from v4_jax.infer.chunks import chunk_size
 from v4_jax.infer.engine.drafters import choose_drafter
-from v4_jax.infer.engine.requests import NOT_FINITE, Request
+from v4_jax.infer.engine.requests import Request
 from v4_jax.infer.engine.sampling import Sampling
 from v4_jax.infer.engine.scheduler import Engine
-from v4_jax.infer.engine.speculative import Acceptance
-from v4_jax.infer.generate import Generation
 from v4_jax.infer.prompts import Mode, Prompt, chat_prompt, plain_ids
 from v4_jax.infer.text import Reply
 from v4_jax.policy import PolicyName
@@ -53,9 +59,11 @@ def generate(
     model: Model,
     *,
     prompt: OptionalText = None,
+    prompt_file: OptionalFile = None,
     chat_file: ChatFile = None,
     tokens: OptionalText = None,
     raw: Flag = False,
+    system: OptionalText = None,
     mode: Mode = "non-think",
     effort_profile: Profile = "auto",
     max_tokens: OptionalSize = None,
@@ -73,6 +81,9 @@ def generate(
     distributed: Flag = False,
     show_reasoning: Flag = False,
     as_json: JsonFlag = False,
+    output: OptionalFile = None,
+    verbose: Flag = False,
+    profile: OptionalFile = None,
 ) -> None:
     """Continues a prompt or answers a chat, writing the text as it comes.
 
@@ -89,12 +100,14 @@ def generate(
 
     Args:
       model: A directory with a released model, or one made by convert.
-      prompt: The question, or with --raw the text to continue. Without --prompt, --chat and --tokens it is read from
-        stdin, less one newline at its end.
+      prompt: The question, or with --raw the text to continue. Without --prompt, --prompt-file, --chat and
+        --tokens it is read from stdin, less one newline at its end.
+      prompt_file: A text file with the prompt, less one newline at its end.
       chat_file: A JSON file with a list of messages (role and content), or an object with "messages" and perhaps
         "tools" and "response_format"; - is stdin.
       tokens: Token ids to continue just as they are, such as "0, 17, 42".
       raw: Continue the prompt itself, after a begin-of-sentence token, without the chat format.
+      system: What the model is told before a chat.
       mode: How a chat is answered: at once, or after reasoning with little, high or the most effort (which wants a
         context of 384K or more).
       effort_profile: What the model takes its reasoning efforts for: preview, official (Flash-0731, Pro-0813), or auto,
@@ -111,26 +124,35 @@ def generate(
       draft: What guesses tokens ahead in every step: none; mtp:N, N tokens, up to 4, by the multi-token-prediction
         block; dspark; or auto, what the model has. The reply is that of none, sooner.
       mesh: How to spread the model over all devices: sizes of data, seq, expert and tensor, such as
-        seq=4,expert=2. Default: one device.
+        seq=4,expert=2; one, for one device; or auto, the best that fits, which is the default.
       preset: Which mesh axes split what; long-context splits long prompts over all axes but data.
       distributed: This is one of several processes, one per host, that run the same command together.
       show_reasoning: Write reasoning and answer under headings where stdout is not a terminal.
       as_json: Write one JSON object at the end: reply, token ids, log-probabilities, speed.
+      output: A file to write in place of stdout; it appears when the reply is complete.
+      profile: A directory for a trace of the first 64 chunks and steps, for XProf or Perfetto.
+      verbose: Say on stderr what was loaded, what the model reads, and how it computes.
     """
     join(distributed)
+    if output is not None:
+        check_output(output)
+    check_profile(profile)
     directory = ModelDirectory.open(model)
     config, tokenizer, defaults = directory.config, directory.tokenizer(), directory.generation_defaults()
-    cache, profile = cache_format(cache_dtype, policy), directory.effort_profile(effort_profile, mode)
+    cache, efforts = cache_format(cache_dtype, policy), directory.effort_profile(effort_profile, mode)
+    sources = Sources(prompt, prompt_file, chat_file, tokens)
     with bad_input():
         chosen = sampling.over(defaults, seed)
         check_precision(config, policy, cache)
         choose_drafter(config, draft)
-        encoded = _encode_prompt(tokenizer, config, prompt, chat_file, tokens, raw, mode, profile)
+        encoded = _encode_prompt(tokenizer, config, sources, raw, system, mode, efforts)
         limits = Limits.of(len(encoded.ids), max_tokens, context, config)
         reply = Reply(tokenizer, stop, encoded.thinking_mode, str(encoded.ids).encode())
-    check_mode(mode if encoded.thinking_mode else None, limits.context, profile)
-    where = place(config, mesh, preset, batch=1, native=dtype == "native")
+    check_mode(mode if encoded.thinking_mode else None, limits.context, efforts)
+    where = place(config, mesh, preset, batch=1, dtype=dtype, context=limits.allocated, cache=cache)
+    started = time.perf_counter()
     params = directory.load(dtype, where)
+    loaded = time.perf_counter() - started
     with bad_input():
         engine = Engine(
             config,
@@ -143,16 +165,32 @@ def generate(
             draft=draft,
             place=where,
         )
-    writer = None
+    if verbose:
+        size = sum(where.cache_shapes(config, where.row_shards, limits.allocated, cache).nbytes().values())
+        count = where.mesh.size if where.mesh else 1
+        say(
+            f"model: {directory.path}, {config.num_hidden_layers} layers, {bytes_text(directory.checkpoint.nbytes)} in "
+            f"{loaded:.1f} s, weights {dtype}\n"
+            f"computation: {policy}, cache {cache} of {bytes_text(size)} for {limits.allocated} tokens, on {count} "
+            f"{where.platform} device{'' if count == 1 else 's'}, draft {draft}\n"
+            f"sampling: {', '.join(f'{name} {value}' for name, value in dataclasses.asdict(chosen).items() if value)}\n"
+            f"prompt: {len(encoded.ids)} tokens, {tokenizer.decode(encoded.ids)!r}"
+        )
+    writer, shown = None, io.StringIO()
+    file = sys.stdout if output is None else shown
     if not as_json:
-        terminal = sys.stdout.isatty()
-        writer = Writer(sys.stdout, show_reasoning=terminal or show_reasoning, headings=show_reasoning)
+        terminal = output is None and sys.stdout.isatty()
+        writer = Writer(file, show_reasoning=terminal or show_reasoning, headings=show_reasoning)
     request = Request(encoded.ids, limits.max_tokens, chosen, defaults.stop_ids)
-    outcome = stream(engine, request, reply, writer)
+    with profiled(engine, profile):
+        outcome = stream(engine, request, reply, writer)
     if as_json:
-        print(json.dumps(_as_json(outcome, reply, encoded, chosen), ensure_ascii=False))
+        print(json.dumps(_as_json(outcome, reply, encoded, chosen), ensure_ascii=False), file=file)
     else:
         say(outcome.summary())
+    if output is not None and not jax.process_index():
+        with bad_input(f"{output} cannot be written: "), complete(output) as working:
+            working.write_text(shown.getvalue(), encoding="utf-8")
 
 
 class Limits(NamedTuple):
@@ -188,124 +226,59 @@ class Limits(NamedTuple):
         return cls(max_tokens, context, room(prompt + max_tokens, longest))
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """A finished generation.
+class Sources(NamedTuple):
+    """Where the prompt is: one of these, or stdin.
 
     Attributes:
-      generation: its counts and times.
-      compile_seconds: time spent compiling.
-      ids: the tokens generated, a final stop token included.
-      logprobs: their log-probabilities.
-      finish: "stop" (a stop token), "stop string" or "length".
-      acceptance: how many drafts were right, by depth.
+      prompt: the text itself.
+      prompt_file: a file with it.
+      chat_file: a file with messages.
+      tokens: token ids as text.
     """
 
-    generation: Generation
-    compile_seconds: float
-    ids: list[int]
-    logprobs: list[float]
-    finish: str
-    acceptance: list[Acceptance]
-
-    def speed(self) -> dict[str, Any]:
-        """Counts and times, prefill and decoding apart; the first token counts as prefill."""
-        run = self.generation
-        return {
-            "prompt_tokens": run.prompt_tokens,
-            "prefill_seconds": round(run.prefill_seconds, 4),
-            "new_tokens": run.new_tokens,
-            "decode_seconds": round(run.decode_seconds, 4),
-            "compile_seconds": round(self.compile_seconds, 4),
-            "drafts": [one._asdict() for one in self.acceptance],
-        }
-
-    def summary(self) -> str:
-        """One line for the reader."""
-        run, ends = self.generation, {"stop": "end of text", "length": "token limit"}
-
-        def rate(tokens: int, seconds: float) -> str:
-            return f"{tokens} tokens in {seconds:.2f} s ({tokens / max(seconds, 1e-9):,.1f} tokens/s)"
-
-        return (
-            f"prefill {rate(run.prompt_tokens, run.prefill_seconds)}, "
-            f"decode {rate(run.new_tokens - run.first_tokens, run.decode_seconds)}, "
-            f"compiled in {self.compile_seconds:.1f} s, ended by {ends.get(self.finish, self.finish)}"
-            + (f", {drafts}" if (drafts := describe_drafts(self.acceptance)) else "")
-        )
-
-
-def stream(engine: Engine, request: Request, reply: Reply, writer: Writer | None) -> Outcome:
-    """Generates from one prompt, feeding the reply and writing its pieces as they become certain.
-
-    Args:
-      engine: runs the model.
-      request: what to continue; the text of a token that stops it is not part of the reply.
-      reply: collects the text.
-      writer: shows it; None to show nothing.
-    """
-    compile_seconds = compile_engine(engine)
-    made: list[int] = []
-    logprobs: list[float] = []
-    finish = "length"
-    with progress_bar("reading the prompt", "tokens") as report:
-        generation = Generation(engine, [request], lambda done, total: report("", done, total))
-        running = iter(generation)
-        first = next(running)
-    try:
-        for event in itertools.chain([first], running):
-            if event.finish == "error":
-                raise CommandError(f"{NOT_FINITE} (after {len(made)} tokens)")
-            made.append(event.id)
-            logprobs.append(event.logprob)
-            finish = event.finish or finish
-            pieces = reply.push(event.id) if event.finish != "stop" else []
-            if writer:
-                writer.write(pieces)
-            if reply.stopped:
-                finish = "stop string"
-                break
-        last = reply.finish()
-        if writer:
-            writer.write(last)
-    finally:
-        if writer:
-            writer.finish()
-    return Outcome(generation, compile_seconds, made, logprobs, finish, engine.acceptance)
+    prompt: str | None
+    prompt_file: Path | None
+    chat_file: Path | None
+    tokens: str | None
 
 
 def _encode_prompt(
     tokenizer: Tokenizer,
     config: Config,
-    prompt: str | None,
-    chat_file: Path | None,
-    tokens: str | None,
+    sources: Sources,
     raw: bool,
+    system: str | None,
     mode: Mode,
     profile: EffortProfile,
 ) -> Prompt:
     """The prompt from whichever option gives it, or from stdin."""
-    sources = {"--prompt": prompt, "--chat": chat_file, "--tokens": tokens}
-    names = [name for name, value in sources.items() if value is not None]
+    options = ("--prompt", "--prompt-file", "--chat", "--tokens")
+    names = [name for name, value in zip(options, sources, strict=True) if value is not None]
     if len(names) > 1:
         raise CommandError(f"{' and '.join(names)} both give a prompt; expected one of them")
-    if raw and chat_file is not None:
+    if raw and sources.chat_file is not None:
         raise CommandError("--raw is for plain text and --chat for messages; expected one of them")
-    if tokens is not None:
-        return Prompt(_token_ids(tokens, config))
-    if chat_file is not None:
-        messages, options = _read_chat(chat_file)
-        with bad_input(f"{chat_file}: "):
-            return chat_prompt(tokenizer, messages, mode, profile=profile, **options)
-    if prompt is None:
-        if sys.stdin.isatty():
+    if system is not None and (raw or sources.tokens is not None):
+        raise CommandError(f"--system is for chats, and {'--raw' if raw else '--tokens'} is none; expected one of them")
+    told = [{"role": "system", "content": system}] if system else []
+    if sources.tokens is not None:
+        return Prompt(_token_ids(sources.tokens, config))
+    if (path := sources.chat_file) is not None:
+        messages, extra = read_chat(path)
+        if told and messages and messages[0].get("role") == "system":
+            raise CommandError(f"--system, and {path} begins with a system message; expected one of them")
+        with bad_input(f"{path}: "):
+            return chat_prompt(tokenizer, [*told, *messages], mode, profile=profile, **extra)
+    text = sources.prompt
+    if text is None:
+        if sources.prompt_file is None and sys.stdin.isatty():
             say("reading the prompt from the terminal; end it with Ctrl-D")
-        prompt = read_text(Path("-")).removesuffix("\n")
-    if not prompt.strip():
-        raise CommandError("the prompt is empty; expected some text (--prompt, --chat, --tokens or stdin)")
+        text = read_text(sources.prompt_file or Path("-")).removesuffix("\n")
+    if not text.strip():
+        raise CommandError(f"the prompt is empty; expected some text ({', '.join(options)} or stdin)")
     if raw:
-        return Prompt(plain_ids(tokenizer, prompt))
-    return chat_prompt(tokenizer, [{"role": "user", "content": prompt}], mode, profile=profile)
+        return Prompt(plain_ids(tokenizer, text))
+    return chat_prompt(tokenizer, [*told, {"role": "user", "content": text}], mode, profile=profile)
 
 
 def _token_ids(text: str, config: Config) -> list[int]:
@@ -315,23 +288,6 @@ def _token_ids(text: str, config: Config) -> list[int]:
     ids = [int(word) for word in words]
     check_ids(ids, config)
     return ids
-
-
-def _read_chat(path: Path) -> tuple[list[Any], dict[str, Any]]:
-    """The messages of a chat file and the options of the encoding that it sets."""
-    content = read_json(path)
-    options: dict[str, Any] = {}
-    if isinstance(content, dict):
-        if unknown := sorted(set(content) - {"messages", "tools", "response_format"}):
-            raise CommandError(f'{path} has the keys {unknown}; expected "messages", "tools" and "response_format"')
-        options = {key: content[key] for key in ("tools", "response_format") if key in content}
-        content = content.get("messages")
-    if not isinstance(content, list) or not all(isinstance(message, dict) for message in content):
-        raise CommandError(f"{path} does not hold a list of messages; expected objects with a role and a content")
-    for number, message in enumerate(content, 1):
-        if message.get("role") == "user" and not message.get("content"):
-            raise CommandError(f"{path}: message {number} of the user has no content; expected text")
-    return content, options
 
 
 def _as_json(outcome: Outcome, reply: Reply, prompt: Prompt, sampling: Sampling) -> dict[str, Any]:

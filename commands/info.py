@@ -16,6 +16,7 @@ from v4_jax.checkpoint.trained import steps
 from v4_jax.commands import info_report as card
 from v4_jax.commands.shared.console import CommandError, bad_input, say, show
 from v4_jax.commands.shared.contexts import check_length
+from v4_jax.commands.shared.hints import of_model
 from v4_jax.commands.shared.options import JsonFlag, OptionalSize
 from v4_jax.commands.shared.sizes import parse_size
 from v4_jax.config import Config
@@ -91,6 +92,7 @@ def config_of(model: str) -> Config:
         return PRESETS[model]()
     raise CommandError(
         f"there is no directory {model}, nor a preset of that name; the presets are {', '.join(PRESETS)}"
+        f"{of_model(Path(model))}"
     )
 
 

@@ -21,6 +21,7 @@ from v4_jax.commands.shared.console import (
 from v4_jax.commands.shared.devices import join, place
 from v4_jax.commands.shared.models import ModelDirectory, cache_format
 from v4_jax.commands.shared.options import CacheFormat, Count, Dtype, File, Flag, Model, OptionalText, Preset
+from v4_jax.commands.shared.speed import memory_text, rate_text
 from v4_jax.infer.score import ScoreError, Scorer, read_texts, write_lines
 from v4_jax.policy import PolicyName
 
@@ -61,7 +62,7 @@ def score(
       policy: Precision of the computation; released is bfloat16 with the release's rounding of keys and values.
       cache_dtype: Number format of the cache; auto is the policy's.
       mesh: How to spread the model over all devices: sizes of data, seq, expert and tensor, such as
-        seq=4,expert=2. Default: one device.
+        seq=4,expert=2; one, for one device; or auto, the best that fits, which is the default.
       preset: Which mesh axes split what; long-context splits long prompts over all axes but data.
       distributed: This is one of several processes, one per host, that run the same command together.
     """
@@ -74,14 +75,15 @@ def score(
     with bad_input(f"{name}: "):
         # splitlines() would also split at characters that JSON strings may hold, such as U+2028
         texts = read_texts(read_text(input).split("\n"), directory.config, directory.tokenizer, bos=not no_bos)
-    where = place(directory.config, mesh, preset, batch=min(batch, len(texts)), native=dtype == "native")
+    batch, longest = min(batch, len(texts)), max(len(text.tokens) for text in texts)
+    where = place(directory.config, mesh, preset, batch=batch, dtype=dtype, context=longest, cache=cache)
     with bad_input():
         scorer = Scorer(
             directory.config,
-            longest=max(len(text.tokens) for text in texts),
+            longest=longest,
             policy=policy,
             cache_dtype=cache,
-            batch=min(batch, len(texts)),
+            batch=batch,
             chunk=chunk,
             place=where,
         )
@@ -116,7 +118,7 @@ def score(
     seconds = time.perf_counter() - started
     mean = math.fsum(total) / max(count, 1)
     say(
-        f"scored {len(texts)} texts, {count} tokens in {seconds:.2f} s ({count / seconds:,.1f} tokens/s), "
+        f"scored {len(texts)} texts, {rate_text(count, seconds)}, {memory_text()}, "
         f"mean log-probability {mean:.4f}, perplexity {math.exp(min(-mean, 700)):,.2f}"
         + (f"; {failed} of them have an error instead: log-probabilities that are not finite numbers" if failed else "")
     )

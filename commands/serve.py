@@ -13,6 +13,7 @@ from v4_jax.commands.shared.contexts import DEFAULT_MAX_TOKENS, check_length, ch
 from v4_jax.commands.shared.engines import EngineOptions, PrefixOptions
 from v4_jax.commands.shared.models import ModelDirectory
 from v4_jax.commands.shared.options import Count, Flag, Model, OptionalCount, OptionalFile, OptionalText, Profile, Size
+from v4_jax.commands.shared.profiling import check_profile, profiled
 from v4_jax.commands.shared.sampling import SamplingOptions
 from v4_jax.infer.prompts import Mode
 
@@ -42,6 +43,7 @@ def serve(
     keep_alive: Count = 15,
     origins: OptionalText = None,
     quiet: Flag = False,
+    profile: OptionalFile = None,
     share_prefixes: Flag = False,
     engine: EngineOptions = EngineOptions(prefix=PrefixOptions(prefix_memory=1 << 30)),  # noqa: B008 (frozen)
 ) -> None:
@@ -88,6 +90,7 @@ def serve(
         longest; it is turned away with 503 if none is.
       keep_alive: Seconds of silence after which a stream says that it is there: in line, while its prompt is read.
       origins: Web pages whose scripts may ask (CORS), such as https://example.org, separated by commas; * is all.
+      profile: A directory for a trace of the first 64 chunks and steps, for XProf or Perfetto.
       quiet: No lines on requests and throughput.
       share_prefixes: Keep the prompts of all keys in one cache. Otherwise no key learns, from counts of cached tokens
         or from time, what another one asked.
@@ -102,20 +105,21 @@ def serve(
         from v4_jax.infer.openai.server import Limits, make_app
         from v4_jax.infer.openai.service import Service
 
+    check_profile(profile)
     directory = ModelDirectory.open(model)
     engine.check(directory)
     config, tokenizer, release = directory.config, directory.tokenizer(), directory.generation_defaults()
     if context == DEFAULT_CONTEXT:
         context = min(context, config.max_position_embeddings)
     check_length(config, context)
-    profile = directory.effort_profile(effort_profile)
-    check_mode(mode, context, profile)
+    efforts = directory.effort_profile(effort_profile)
+    check_mode(mode, context, efforts)
     with bad_input():
         chosen = sampling.over(release, seed=0)
     legal = _keys(keys)
     listening = _listen(host, port)
     server = engine.build(directory, context, most=1 << 30)
-    defaults = Defaults(chosen, release.stop_ids, max_tokens, mode, profile)
+    defaults = Defaults(chosen, release.stop_ids, max_tokens, mode, efforts)
     served = Served(name or directory.path.name, config, tokenizer, defaults, context, server.slots)
     service = Service(server, requests or 4 * server.slots)
     app = make_app(
@@ -138,7 +142,8 @@ def serve(
             say(f"{signal.Signals(sig).name}: no more requests are taken, {service.active} are answered yet")
             super().handle_exit(sig, frame)
 
-    Runner(settings).run(sockets=[listening])
+    with profiled(server, profile):
+        Runner(settings).run(sockets=[listening])
 
 
 def _log(quiet: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,14 +15,19 @@ from rich.table import Table
 from v4_jax.commands import INTERRUPTED
 from v4_jax.commands.shared import devices
 from v4_jax.commands.shared.console import CommandError, bad_input, needs, say, show, working
-from v4_jax.commands.shared.options import Flag
+from v4_jax.commands.shared.options import Flag, OptionalFile
+from v4_jax.commands.shared.profiling import check_profile
+from v4_jax.commands.train_report import DryRun
 from v4_jax.config import Config
-from v4_jax.placement import Place
+from v4_jax.placement import Place, check_mesh
+from v4_jax.planning.mesh_choice import Demand
+from v4_jax.sharding.axes import ShardingError
+from v4_jax.sharding.mesh import abstract_mesh
 
 if TYPE_CHECKING:
     from v4_jax.train.data import PackedRows
     from v4_jax.train.metrics import Metrics
-    from v4_jax.train.settings import Settings
+    from v4_jax.train.settings import Settings, StageSettings
     from v4_jax.train.setup import Origin
 
 Words = Annotated[
@@ -29,7 +35,15 @@ Words = Annotated[
 ]
 
 
-def train(words: Words = (), /, *, fields: Flag = False, distributed: Flag = False) -> int:
+def train(
+    words: Words = (),
+    /,
+    *,
+    fields: Flag = False,
+    dry_run: Flag = False,
+    profile: OptionalFile = None,
+    distributed: Flag = False,
+) -> int:
     """Trains a model: from released weights, from a run of this command, or from nothing.
 
     A run lives in a directory, which the settings name. The same command again continues it after whatever ended it:
@@ -39,6 +53,7 @@ def train(words: Words = (), /, *, fields: Flag = False, distributed: Flag = Fal
     Examples:
       v4-jax train --fields
       v4-jax train flash.yaml
+      v4-jax train flash.yaml --dry-run
       v4-jax train flash.yaml optimizer.learning_rate=1e-4 stages.0.steps=2000
       v4-jax plot runs/flash
       v4-jax export runs/flash trained
@@ -46,6 +61,9 @@ def train(words: Words = (), /, *, fields: Flag = False, distributed: Flag = Fal
     Args:
       words: A YAML file, and settings to change in it, as in optimizer.learning_rate=1e-4.
       fields: List every setting with its default, and end.
+      dry_run: Check settings, data and whether the state fits, say what the run would do, and end; nothing is trained
+        or written. Exit code 1: it does not fit.
+      profile: A directory for a trace of three steps after the first two, for XProf or Perfetto.
       distributed: Join the other processes of the job, each with devices of its own.
     """
     with needs("train"):
@@ -59,31 +77,52 @@ def train(words: Words = (), /, *, fields: Flag = False, distributed: Flag = Fal
     path = None if "=" in words[0] else Path(words[0])
     with bad_input():
         settings = read_settings(path, words if path is None else words[1:])
-    return _train(settings, distributed)
+    check_profile(profile)
+    return _train(settings, distributed, dry_run, profile)
 
 
-def _train(settings: Settings, distributed: bool) -> int:
+def _train(settings: Settings, distributed: bool, dry_run: bool, profile: Path | None) -> int:
     with needs("train"):
         from v4_jax.train.metrics import Metrics
-        from v4_jax.train.setup import Origin, locked, notes, open_rows, open_run
+        from v4_jax.train.setup import Origin, check_run, locked, notes, open_rows, open_run
+        from v4_jax.train.trackers import Tracker, wanted
+
+    services = wanted(settings)
+    for service in services:
+        with needs(service):
+            importlib.import_module(service)
 
     devices.join(distributed)
     with bad_input():
         origin = Origin.of(settings)
         place = _place(settings, origin.config)
         rows = open_rows(settings, origin, say)
-        open_run(settings, origin)
+        if dry_run:
+            check_run(settings, origin)
+        else:
+            open_run(settings, origin)
     for note in notes(settings, origin.config):
         say(f"note: {note}")
+    if dry_run:
+        with bad_input():
+            found = DryRun.of(settings, origin, place, rows)
+        print("\n".join(found.facts()))
+        show(found.table())
+        return 0 if found.fits else 1
     with contextlib.ExitStack() as stack:
         with bad_input():
             stack.enter_context(locked(settings.run))
-            metrics = None if jax.process_index() else Metrics(settings.run, tensorboard=settings.log.tensorboard)
+            metrics = None
+            if not jax.process_index():
+                trackers = [Tracker(service, settings, say) for service in services]
+                metrics = Metrics(settings.run, tensorboard=settings.log.tensorboard, trackers=trackers)
         stack.enter_context(metrics or contextlib.nullcontext())
-        return _run(settings, origin, place, rows, metrics)
+        return _run(settings, origin, place, rows, metrics, profile)
 
 
-def _run(settings: Settings, origin: Origin, place: Place, rows: PackedRows, metrics: Metrics | None) -> int:
+def _run(
+    settings: Settings, origin: Origin, place: Place, rows: PackedRows, metrics: Metrics | None, profile: Path | None
+) -> int:
     from v4_jax.train.checkpoints import SaveError
     from v4_jax.train.loop import Trainer, TrainingError
     from v4_jax.train.metrics import Report
@@ -108,6 +147,7 @@ def _run(settings: Settings, origin: Origin, place: Place, rows: PackedRows, met
                 report,
                 say,
                 compiling=_compiling,
+                profile=profile,
             ).run()
     except (SaveError, TrainingError) as error:
         raise CommandError(str(error)) from None
@@ -124,12 +164,27 @@ def _compiling(what: str) -> Iterator[None]:
 
 
 def _place(settings: Settings, config: Config) -> Place:
-    """The mesh of the settings, which every stage's batches split evenly over."""
+    """The mesh of the settings, or the best that fits, which every stage's batches split evenly over."""
+    mesh = devices.wanted_mesh(settings.mesh)
+    if mesh == devices.AUTO:
+        first = settings.stages[0]
+        demand = Demand(config, first.length, first.rows // first.microbatches, "train", "float32", task="train")
+        return devices.best_place(demand, lambda sizes: all(_splits(config, stage, sizes) for stage in settings.stages))
     place = Place()
     for stage in settings.stages:
         rows = stage.rows // stage.microbatches
-        place = devices.place(config, settings.mesh, "train", batch=rows, length=stage.length, native=False)
+        place = devices.place(config, mesh, "train", batch=rows, length=stage.length, dtype="float32")
     return place
+
+
+def _splits(config: Config, stage: StageSettings, sizes: dict[str, int]) -> bool:
+    """Whether a stage's batches split evenly over a mesh."""
+    rows = stage.rows // stage.microbatches
+    try:
+        check_mesh(config, abstract_mesh(sizes), "train", batch=rows, length=stage.length, native=False)
+    except ShardingError:
+        return False
+    return True
 
 
 def _table(fields: Iterable[tuple[str, str, str]]) -> Table:

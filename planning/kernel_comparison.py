@@ -28,8 +28,9 @@ from v4_jax.cache.rows import StoredRows
 from v4_jax.number_formats import E2M1_MAX, E4M3_MAX, E8M0, saturate
 from v4_jax.planning.job import Job
 from v4_jax.planning.measure import Executable, Run
-from v4_jax.planning.profile import parts_of, recorded
+from v4_jax.planning.profile import parts_of
 from v4_jax.planning.random_values import uniform
+from v4_jax.profiler import recorded
 from v4_jax.sharding.platform import choices_watched, interpreting
 
 CALLS = 5  # that are traced by the profiler, after one that is not

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -41,34 +39,6 @@ class Parts:
     def busy(self) -> float:
         """Seconds of all parts together."""
         return sum(self.seconds.values())
-
-
-@contextlib.contextmanager
-def recorded(folder: Path) -> Iterator[None]:
-    """Traces the devices, without a word of what Python does."""
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0
-    with _quiet(), jax.profiler.trace(str(folder), profiler_options=options):
-        yield
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps libtpu from telling a user without TPUs, on stderr and at length, that it finds none to trace.
-
-    Errors are exceptions, and are told after.
-    """
-    if jax.default_backend() == "tpu":
-        yield
-        return
-    kept = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def parts_of(folder: Path, compiled: Any, times: Sequence[float]) -> Parts:

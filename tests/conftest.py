@@ -20,6 +20,11 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(PROGRAMS)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+# Nor is anything written to the user's own cache directory; and one device is used where no mesh is asked for, though
+# there are eight.
+os.environ["XDG_CACHE_HOME"] = str(PROGRAMS.parent / "user")
+os.environ["V4_JAX_MESH"] = "one"
+
 import pytest  # noqa: E402
 
 # Tracing makes small objects by the million and hardly any garbage: collections at Python's usual pace took a fifth of

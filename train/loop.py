@@ -11,6 +11,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -24,6 +25,7 @@ from v4_jax.config import Config
 from v4_jax.parameters import Loss
 from v4_jax.placement import Place
 from v4_jax.policy import Policy
+from v4_jax.profiler import Recorder
 from v4_jax.train.batch import Batch
 from v4_jax.train.checkpoints import Checkpoints, Saved
 from v4_jax.train.data import DataError, PackedRows
@@ -39,6 +41,9 @@ from v4_jax.transformer import Transformer
 PRESET = "train"
 
 End = Literal["done", "stopped"]
+
+# Where a trace is asked for: steps before it, so that what is traced is compiled, and steps of it.
+_SETTLED, _TRACED = 2, 3
 
 
 class TrainingError(Exception):
@@ -74,6 +79,7 @@ class Trainer:
       log: where metrics go.
       say: told what a person at the terminal should know.
       compiling: entered while a program is compiled, which takes minutes; told which.
+      profile: where to trace some of the first steps, once they are compiled.
     """
 
     def __init__(
@@ -86,8 +92,11 @@ class Trainer:
         log: Log,
         say: Callable[[str], None],
         compiling: Callable[[str], contextlib.AbstractContextManager[None]] = lambda what: contextlib.nullcontext(),
+        profile: Path | None = None,
     ) -> None:
         self._compiling, self._called = compiling, set[Any]()
+        self._profile = profile
+        self._trace: Recorder | None = None
         self._settings, self._config, self._place, self._rows = settings, config, place, rows
         self._fresh, self._log, self._say = fresh, log, say
         self._checkpoints = Checkpoints(
@@ -217,12 +226,15 @@ class Trainer:
             try:
                 return self._run()
             finally:
+                if self._trace is not None:
+                    self._trace.close()
                 self._checkpoints.close()
 
     def _run(self) -> End:
         begin = self._data
         state = self._start()
         step = saved = int(state.step)
+        self._trace = self._recorder(step)
         record_settings(self._settings)
         if step:
             self._say(f"continuing after step {step:,} of {self._settings.steps:,}")
@@ -267,7 +279,8 @@ class Trainer:
 
     def _take(self, state: TrainState, step: int) -> tuple[TrainState, Any]:
         """Begins one step."""
-        self._profile(step)
+        if self._trace is not None:
+            self._trace.at(step)
         stage = stage_at(self._settings, step)
         if self._recovery.anticipates(step):
             while len(self._ahead) <= self._settings.stability.ahead:
@@ -358,11 +371,10 @@ class Trainer:
             return False
         return bool(np.any(multihost_utils.process_allgather(np.asarray(self._asked))))
 
-    def _profile(self, step: int) -> None:
-        if self._settings.log.profile is None:
-            return
-        first, count = self._settings.log.profile
-        if step == first:
-            jax.profiler.start_trace(str(self._settings.run / "profile"))
-        elif step == first + count:
-            jax.profiler.stop_trace()
+    def _recorder(self, begin: int) -> Recorder | None:
+        """What traces some steps of a run that goes on at a step: those of the settings, or the first ones."""
+        if self._profile is not None:
+            return Recorder(self._profile, begin + _SETTLED, _TRACED)
+        if self._settings.log.profile is not None:
+            return Recorder(self._settings.run / "profile", *self._settings.log.profile)
+        return None

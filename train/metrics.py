@@ -16,6 +16,7 @@ from v4_jax.config import Config
 from v4_jax.costs import training_flops
 from v4_jax.files import complete
 from v4_jax.sharding.chips import chip_of
+from v4_jax.train.trackers import Tracker
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -46,15 +47,16 @@ class Metrics:
     Args:
       run: the run's directory, which exists.
       tensorboard: whether to write events for TensorBoard too.
+      trackers: services that are told of every step, too, and finished with the run.
 
     Raises:
       MetricsError: a file of an earlier part of the run is damaged.
       ImportError: tensorboardX is wanted and not installed.
     """
 
-    def __init__(self, run: Path, *, tensorboard: bool = True) -> None:
+    def __init__(self, run: Path, *, tensorboard: bool = True, trackers: Sequence[Tracker] = ()) -> None:
         self._path, self._folder = run / METRICS, run / TENSORBOARD
-        self._tensorboard = tensorboard
+        self._tensorboard, self._trackers = tensorboard, trackers
         if tensorboard:
             import tensorboardX  # noqa: F401 (a run without it ends here, not at its first line)
         self._file: Any = None
@@ -84,6 +86,8 @@ class Metrics:
             self._events = self._events or self._writer()
             for name, value in values.items():
                 self._events.add_scalar(name, value, step, walltime=now)
+        for tracker in self._trackers:
+            tracker.write(step, values)
 
     def rewind(self, step: int | None) -> None:
         """Forgets what was noted after a step, because the run goes on from there.
@@ -116,6 +120,8 @@ class Metrics:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def _writer(self) -> Any:
         """A new file of events, which hides those of the steps that are taken again."""

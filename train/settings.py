@@ -162,6 +162,10 @@ class LogSettings(_Section):
     """Steps between lines of metrics."""
     tensorboard: bool = True
     """Whether to write them for TensorBoard too."""
+    wandb: str | None = None
+    """A project of Weights & Biases to send them to."""
+    mlflow: str | None = None
+    """An experiment of MLflow to send them to."""
     profile: tuple[NonNegativeInt, PositiveInt] | None = None
     """First step and number of steps to record with jax.profiler, in the run's directory."""
 
@@ -200,7 +204,7 @@ class Settings(_Section):
     remat: Remat = "sublayers"
     """What the backward pass recomputes: "none", "sublayers" or "layers"."""
     mesh: str | None = None
-    """Devices by axis, as in data=2,seq=4,expert=2,tensor=1; one device by default."""
+    """Devices by axis, as in data=2,seq=4,expert=2,tensor=1; "one", for one device; the best that fits by default."""
 
     @property
     def steps(self) -> int:

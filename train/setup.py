@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -157,7 +158,12 @@ def open_run(settings: Settings, origin: Origin) -> None:
         raise problem
 
 
-def _open_run(settings: Settings, origin: Origin) -> None:
+def check_run(settings: Settings, origin: Origin) -> None:
+    """Checks that a run's directory can be made, or that the one there is of this model.
+
+    Raises:
+      SettingsError: the directory is something else, of another architecture, or where nothing can be made.
+    """
     run = settings.run
     if run.exists() and not (run / RUN).exists() and (not run.is_dir() or any(run.iterdir())):
         raise SettingsError(f"{run} exists and is not a training run; expected a new name, or a run to continue")
@@ -168,6 +174,14 @@ def _open_run(settings: Settings, origin: Origin) -> None:
             raise SettingsError(
                 f"{run} is a run of another architecture (it differs in {', '.join(different)}); expected a new name"
             )
+    there = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise SettingsError(f"{run} cannot be made in {there}; expected a directory that can be written")
+
+
+def _open_run(settings: Settings, origin: Origin) -> None:
+    check_run(settings, origin)
+    run, config = settings.run, origin.config.to_hf()
     run.mkdir(parents=True, exist_ok=True)
     for name, file in origin.files.items():
         if not (run / name).exists():

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
+from collections.abc import Callable
 
 import jax
 
+from v4_jax.cache.cache import CacheDtype
 from v4_jax.commands.shared.console import CommandError, only_errors, say
-from v4_jax.commands.shared.options import Preset
+from v4_jax.commands.shared.meshes import choose_mesh
+from v4_jax.commands.shared.options import Dtype, Preset
 from v4_jax.config import Config
 from v4_jax.placement import Place, alternatives, check_mesh
+from v4_jax.planning.mesh_choice import Demand
 from v4_jax.sharding.axes import ShardingError
 from v4_jax.sharding.mesh import make_mesh, parse_mesh
+
+MESH = "V4_JAX_MESH"  # of the environment: what --mesh is where it is not given
+ONE, AUTO = "one", "auto"
 
 _DEVICE_COUNT = "xla_force_host_platform_device_count"
 
@@ -72,22 +80,70 @@ def _number(variable: str) -> int | None:
     return int(value) if value and value.isdecimal() else None
 
 
-def place(config: Config, mesh: str | None, preset: Preset, *, batch: int, native: bool, length: int = 1) -> Place:
+def wanted_mesh(mesh: str | None) -> str:
+    """What an option or a setting says of the mesh, or else the environment: sizes of axes, "one", or "auto"."""
+    return mesh or os.environ.get(MESH) or AUTO
+
+
+def names_mesh(mesh: str | None) -> bool:
+    """Whether sizes of axes are given."""
+    return wanted_mesh(mesh) not in (ONE, AUTO)
+
+
+def best_place(demand: Demand, legal: Callable[[dict[str, int]], bool] = lambda mesh: True) -> Place:
+    """The best mesh that fits, or one device where there is no other; arguments and errors as of `choose_mesh`."""
+    enough_threads()  # before anything asks for the devices
+    chosen = choose_mesh(demand, legal) if jax.device_count() > 1 else None
+    if chosen is None:
+        return Place()
+    return Place(make_mesh(chosen, jax.devices()[: math.prod(chosen.values())]), demand.preset)
+
+
+def place(
+    config: Config,
+    mesh: str | None,
+    preset: Preset,
+    *,
+    batch: int,
+    dtype: Dtype,
+    length: int = 1,
+    context: int | None = None,
+    cache: CacheDtype = "bfloat16",
+) -> Place:
     """The mesh that `--mesh` names, after checking that the model and rows [batch, length] split over it.
 
+    Args:
+      config: the architecture.
+      mesh: sizes of the axes, "one" device, or "auto", the best that fits. None is what V4_JAX_MESH of the environment
+        says, or else auto, where the devices are several.
+      preset: which mesh axes split what.
+      batch: rows.
+      dtype: format of the weights.
+      length: tokens of a row and call.
+      context: tokens that a row has room for; None where no mesh can be chosen, but one device.
+      cache: format of the cache.
+
     Raises:
-      CommandError: no such mesh can be made of these devices, or the model does not split so; the sentence says what
-        is legal.
+      CommandError: no such mesh can be made of these devices, the model does not split so, or none has room; the
+        sentence says what is legal.
     """
-    if mesh is None:
-        if jax.device_count() > 1 and jax.default_backend() != "cpu":  # virtual CPU devices are one processor
-            say(f"note: using 1 of {jax.device_count()} devices; --mesh spreads the work over all of them")
+    if mesh is None and context is not None:
+        mesh = wanted_mesh(mesh)
+    if mesh not in (None, ONE):
+        enough_threads()  # before anything asks for the devices
+    if mesh is None and jax.device_count() > 1 and jax.default_backend() != "cpu":
+        say(f"note: using 1 of {jax.device_count()} devices; --mesh spreads the work over all of them")
+    if mesh in (None, ONE):
         return Place()
+    if mesh == AUTO:
+        if context is None:
+            raise CommandError("--mesh auto is not for this command; expected sizes of axes, or one")
+        return best_place(Demand(config, context, batch, preset, dtype, cache))
+    native = dtype == "native"
     try:
         sizes = parse_mesh(mesh)
     except ShardingError as error:
-        raise CommandError(str(error)) from None
-    enough_threads()
+        raise CommandError(f"{error}; or one, or auto") from None
     try:
         made = make_mesh(sizes)
         check_mesh(config, made, preset, batch=batch, length=length, native=native)

@@ -10,7 +10,7 @@ import jax
 
 from v4_jax.cache.entries import ENTRY_RATIOS
 from v4_jax.commands.shared.console import CommandError, bad_input, say, working
-from v4_jax.commands.shared.devices import place
+from v4_jax.commands.shared.devices import enough_threads, names_mesh, place
 from v4_jax.commands.shared.models import ModelDirectory, cache_format
 from v4_jax.commands.shared.options import (
     CacheFormat,
@@ -91,8 +91,8 @@ class EngineOptions:
       verify_all: Check every draft of dspark. Otherwise, while several answers are under way, only those are checked
         that are worth their place by its own confidence, and the last bits of an answer depend on its company.
       prefix: What is kept of prompts and answers.
-      mesh: How to spread the model over all devices: sizes of data, seq, expert and tensor, such as seq=4,expert=2.
-        Default: one device.
+      mesh: How to spread the model over all devices: sizes of data, seq, expert and tensor, such as seq=4,expert=2;
+        one, for one device; or auto, the best that fits, which is the default.
       preset: Which mesh axes split what; long-context splits long prompts over all axes but data.
     """
 
@@ -132,8 +132,10 @@ class EngineOptions:
         """
         config, cache = directory.config, cache_format(self.cache_dtype, self.policy)
         # Any number of rows that is a multiple of the devices splits over them; how many there are is settled after it.
-        rows = self.slots or jax.device_count()
-        spot = place(config, self.mesh, self.preset, batch=rows, native=self.dtype == "native")
+        if names_mesh(self.mesh):
+            enough_threads()
+        rows = self.slots or (jax.device_count() if names_mesh(self.mesh) else min(most, DEFAULT_SLOTS))
+        spot = place(config, self.mesh, self.preset, batch=rows, dtype=self.dtype, context=length, cache=cache)
         slots = self.slots or -(-min(most, DEFAULT_SLOTS) // spot.row_shards) * spot.row_shards
         pages = slots * spot.pages(length)
         if self.memory is not None:

@@ -12,6 +12,7 @@ from v4_jax.chat import PROFILES, EffortProfile, effort_prefix, read_profile
 from v4_jax.chat.efforts import ENCODING
 from v4_jax.checkpoint import Checkpoint, load, open_checkpoint, run_of, url_of
 from v4_jax.commands.shared.console import CommandError, bad_input, say, watched
+from v4_jax.commands.shared.hints import of_model
 from v4_jax.commands.shared.options import CacheFormat, Dtype, Profile
 from v4_jax.config import Config
 from v4_jax.infer.prompts import MODES, Mode
@@ -47,7 +48,7 @@ class ModelDirectory:
         if url is None and not path.exists():
             unfinished = path.absolute().with_name(f".{path.name}.partial")
             hint = f" (its conversion is unfinished: {unfinished})" if unfinished.exists() else ""
-            raise CommandError(f"there is no directory {path}{hint}; {expected}")
+            raise CommandError(f"there is no directory {path}{hint}; {expected}{of_model(path)}")
         with bad_input():
             checkpoint = open_checkpoint(path)
         for note in checkpoint.notes:

@@ -48,8 +48,13 @@ def _fraction(word: str) -> float:
     return number
 
 
-_plain = tyro.conf.arg(help_behavior_hint="")  # where the help text itself says what the default is
-_text, _file = _reader(str, "TEXT"), _reader(Path, "FILE")
+def file_reader(metavar: str) -> Reader[Any]:
+    """Reads a path that may be left out."""
+    return _reader(Path, metavar)
+
+
+plain = tyro.conf.arg(help_behavior_hint="")  # where the help text itself says what the default is
+_text, _file = _reader(str, "TEXT"), file_reader("FILE")
 _size = _reader(parse_size, "SIZE", format_size)
 
 
@@ -58,16 +63,16 @@ def _windows(word: str) -> Windows:
 
 
 Text = Annotated[str, tyro.conf.arg(metavar="TEXT")]
-OptionalText = Annotated[str | None, _text, _plain]
-OptionalFile = Annotated[Path | None, _file, _plain]
-OptionalFloat = Annotated[float | None, _reader(float, "X"), _plain]
-OptionalInt = Annotated[int | None, _reader(int, "N"), _plain]
-OptionalSize = Annotated[int | None, _size, _plain]
-OptionalCount = Annotated[int | None, _reader(_positive, "N"), _plain]
-OptionalCounts = Annotated[tuple[int, ...] | None, _list(_positive, "N"), _plain]
-OptionalSizes = Annotated[tuple[int, ...] | None, _list(parse_size, "SIZE"), _plain]
-OptionalFractions = Annotated[tuple[float, ...] | None, _list(_fraction, "X"), _plain]
-File = Annotated[Path, _file, _plain]
+OptionalText = Annotated[str | None, _text, plain]
+OptionalFile = Annotated[Path | None, _file, plain]
+OptionalFloat = Annotated[float | None, _reader(float, "X"), plain]
+OptionalInt = Annotated[int | None, _reader(int, "N"), plain]
+OptionalSize = Annotated[int | None, _size, plain]
+OptionalCount = Annotated[int | None, _reader(_positive, "N"), plain]
+OptionalCounts = Annotated[tuple[int, ...] | None, _list(_positive, "N"), plain]
+OptionalSizes = Annotated[tuple[int, ...] | None, _list(parse_size, "SIZE"), plain]
+OptionalFractions = Annotated[tuple[float, ...] | None, _list(_fraction, "X"), plain]
+File = Annotated[Path, _file, plain]
 Int = Annotated[int, _reader(int, "N")]
 Count = Annotated[int, _reader(_positive, "N")]
 Size = Annotated[int, _size]
@@ -77,13 +82,13 @@ WindowsKept = Annotated[
     _reader(_windows, "full|none|SIZE", lambda value: value if isinstance(value, str) else format_size(value)),
 ]
 Texts = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
-Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff, _plain]
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff, plain]
 
 # Options whose names would hide a module.
 ChatFile = Annotated[Path | None, _file, tyro.conf.arg(name="chat", help_behavior_hint="")]
 JsonFlag = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(name="json", help_behavior_hint="")]
 
-Directory = Annotated[Path, tyro.conf.Positional, _plain]
+Directory = Annotated[Path, tyro.conf.Positional, plain]
 OtherDirectory = Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[PATH]", help_behavior_hint="")]
 Model = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL", help_behavior_hint="")]
 

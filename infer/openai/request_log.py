@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import time
 
+from v4_jax.infer.memory import peak_memory
 from v4_jax.infer.openai.api import ApiError
 from v4_jax.infer.openai.running import Running
 from v4_jax.infer.openai.service import LOG, Service
@@ -90,6 +91,7 @@ async def report(service: Service, seconds: float = REPORT_SECONDS) -> None:
             reading, making = (count / (now - then) for count in new)
             LOG.info(
                 f"reads {reading:,.1f} and generates {making:,.1f} tokens/s; {service.active} requests, of which "
-                f"{engine.waiting} wait; {engine.pages_used:,} of {engine.pages:,} pages"
+                f"{engine.waiting} wait; {engine.pages_used:,} of {engine.pages:,} pages; memory at most "
+                f"{peak_memory()[0] / 1e9:,.2f} GB"
             )
         read, made, then = engine.tokens_read, service.generated, now

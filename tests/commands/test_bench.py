@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.models import THREE, TWO, make, two
-from v4_jax import Config
+from v4_jax import Config, profiler
 from v4_jax.commands import bench as verb
 from v4_jax.layers.mixture_of_experts import hash_table
 from v4_jax.number_formats import BlockScaled, dequantise
@@ -143,7 +143,7 @@ def test_an_interrupt_ends_it(run, bare, monkeypatch, tmp_path, calls):
         context.setattr(measure.Run, "step", interrupted)
         said = run(*decoded(bare, "--json", tmp_path / "x.json"))
     assert said.code == 130 and said.out == "" and not list(tmp_path.iterdir())
-    with profile.recorded(tmp_path):
+    with profiler.recorded(tmp_path):
         pass  # the trace was ended, or another could not begin
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import numpy as np
@@ -96,6 +97,13 @@ def test_prompts(run, model, monkeypatch, tokenizer, tmp_path):
     assert given("--chat", file) == prompt(messages)
     assert given("--chat", "-", stdin=file.read_text()) == prompt(messages)
     assert given("--chat", tmp_path / "tools.json") == prompt(messages, tools=tools)
+    text = tmp_path / "prompt.txt"
+    text.write_text("Hi\n")
+    told = [{"role": "system", "content": "Be."}]
+    assert given("--prompt-file", text) == prompt(single) and given("--raw", "--prompt-file", text)[0] == 0
+    assert given("--prompt", "Hi", "--system", "Be.") == prompt(told + single)
+    file.write_text(json.dumps(single))
+    assert given("--chat", file, "--system", "Be.") == prompt(told + single)
     assert given("--raw", "--prompt", "Hi") == [0, *tokenizer.encode("Hi")]
     assert given("--raw", "--prompt", chat.BOS + "Hi") == [0, *tokenizer.encode("Hi")]
     assert given("--raw", stdin="Hi\n\n") == [0, *tokenizer.encode("Hi\n")]
@@ -133,7 +141,31 @@ def test_text_goes_to_stdout_and_speed_to_stderr(run, model, reply, tokenizer):
     assert made["content"] == text and made["reasoning_content"] == "" and made["tool_calls"] == []
     assert result.out == text.removesuffix("\n") + "\n"
     assert result.err.count("\n") == 1
+    assert "first token after" in result.err and "memory at most" in result.err
     assert "prefill 3 tokens in" in result.err and "decode 11 tokens in" in result.err and "token limit" in result.err
+
+
+def test_output_and_verbose(run, model, reply, tmp_path):
+    """A file in place of stdout, and what was loaded, read and computed with on stderr."""
+    made = reply("--raw", "--prompt", "Hi")
+    arguments = ("generate", model, *FAST, "--raw", "--prompt", "Hi", "--output", tmp_path / "reply", "--verbose")
+    result = run(*arguments)
+    assert result.code == 0 and result.out == "" and list(tmp_path.iterdir()) == [tmp_path / "reply"]
+    assert (tmp_path / "reply").read_text() == made["content"].removesuffix("\n") + "\n"
+    for part in ("model: ", "2 layers", "computation: float32, cache float32 of ", "on 1 cpu device", "'<｜begin"):
+        assert part in result.err, part
+    assert run(*arguments, "--json").out == ""
+    found = json.loads((tmp_path / "reply").read_text())
+    assert found["content"] == made["content"] and found["speed"]["peak_bytes"] > 10**7
+    assert found["speed"]["first_token_seconds"] == found["speed"]["prefill_seconds"]
+
+
+def test_profile(run, model, tmp_path):
+    result = run("generate", model, *FAST, "--tokens", "5", "--profile", tmp_path / "trace")
+    assert result.code == 0 and re.search(rf"profile: \d+ rounds in {tmp_path}/trace", result.err), result.err
+    (trace,) = (tmp_path / "trace").rglob("*.xplane.pb")
+    assert len(trace.read_bytes()) > 1000 and "first token after" in result.err
+    assert "--profile " in run("generate", model, "--tokens", "5", "--profile", trace).err
 
 
 def test_reasoning_is_told_apart(run, model, reply, tokenizer):
@@ -198,6 +230,16 @@ def test_context_bounds_the_reply(reply):
         (("--tokens", "1, x"), "--tokens '1, x' is not understood"),
         (("--tokens", "1", "--prompt", "a"), "--prompt and --tokens both give a prompt"),
         (("--chat", "c.json", "--raw"), "expected one of them"),
+        (("--prompt", "a", "--prompt-file", "b"), "--prompt and --prompt-file both give a prompt"),
+        (("--prompt-file", "nowhere.txt"), "nowhere.txt cannot be read: No such file"),
+        (("--prompt", "a", "--raw", "--system", "b"), "--system is for chats, and --raw is none"),
+        (("--prompt", "a", "--output", "no/where"), "there is no directory"),
+        (("--promt", "a"), "; perhaps --prompt is meant (see"),
+        (("--max-new-tokens", "9", "-p", "a"), "; --max-new-tokens is --max-tokens here; -p is --prompt here"),
+        (
+            ("--temp=1", "--model", "x"),
+            "--temp is --temperature here; the model is given without --model: v4-jax generate",
+        ),
         (("--chat", "nowhere.json"), "nowhere.json cannot be read: No such file"),
         (("--prompt", "a", "--context", "2M"), "--context 2M is more than the model's 1M tokens"),
         (("--prompt", "a" * 50, "--context", "20"), "leaves no room in a context of 20"),
@@ -267,6 +309,10 @@ def test_bad_generation_defaults(run, model, content, message):
 def test_bad_directories(run, tmp_path):
     result = run("generate", tmp_path / "nowhere", "--prompt", "a")
     assert (result.code, result.out) == (2, "") and result.err.startswith("v4-jax: there is no directory")
+    for name, url in (("org/name-1.2", "hf://org/name-1.2"), ("https://huggingface.co/org/name/tree", "hf://org/name")):
+        for verb in ("generate", "info"):
+            assert url in run(verb, name).err
+    assert "hub" not in run("generate", "nowhere").err + run("generate", f"{tmp_path}/x").err
     result = run("generate", tmp_path, "--prompt", "a")
     assert (result.code, result.out, result.err.count("\n")) == (2, "", 1) and "config.json" in result.err
 

@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.models import TWO, make
+from v4_jax import load
+from v4_jax.commands.shared import meshes
+from v4_jax.commands.shared.sizes import parse_size
+from v4_jax.planning.mesh_choice import Demand
 
 ROOT = Path(__file__).parents[2]
 FAST = ("--policy", "float32", "--greedy", "--max-tokens", "6", "--prefill-chunk", "16", "--json")
@@ -21,11 +25,43 @@ def eight(tmp_path_factory):
     return make(**TWO, n_routed_experts=8).exported(tmp_path_factory.mktemp("eight") / "model")
 
 
-def test_generate(run, eight):
-    alone = run("generate", eight, "--tokens", "5 6 7 8 9", *FAST)
-    spread = run("generate", eight, "--tokens", "5 6 7 8 9", *FAST, "--mesh", "seq=4,expert=2")
-    assert spread.code == 0, spread.err
+@pytest.fixture
+def user(monkeypatch, tmp_path):
+    """Somebody with several devices who asks for no mesh; where things are kept for them."""
+    monkeypatch.delenv("V4_JAX_MESH")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "v4_jax"
+
+
+def test_generate(run, eight, user, monkeypatch):
+    """A mesh is chosen, said in one line, and remembered; the tokens are those of one device."""
+    alone = run("generate", eight, "--tokens", "5 6 7 8 9", *FAST, "--mesh", "one")
+    spread = run("generate", eight, "--tokens", "5 6 7 8 9", *FAST)
+    assert spread.code == 0 and spread.err.count("\n") == 1 and not alone.err, spread.err
+    assert re.match(r"mesh: \S+=\S+, all 8 devices, .* on each \(--mesh=one is one device", spread.err)
     assert json.loads(spread.out)["tokens"] == json.loads(alone.out)["tokens"]
+    (kept,) = (user / "meshes").iterdir()
+    demand = Demand(load(eight)[0], 256, 1, "long-context", "native", "float32")
+    monkeypatch.setattr(meshes, "rank", lambda *_: [])
+    assert meshes.choose_mesh(demand) == json.loads(kept.read_text())["mesh"]  # without ranking
+    kept.write_text('{"mesh": {"data": "x"}}')
+    assert meshes.choose_mesh(demand) is None
+
+
+def test_no_room(run, eight, user, monkeypatch):
+    """What would fit is said, and does."""
+    monkeypatch.setattr(meshes, "device_memory", lambda devices: 1_000_000)
+    asked = ("generate", eight, "--tokens", "5", "--policy", "float32", "--max-tokens")
+    result = run(*asked, "512K")
+    assert (result.code, result.err.count("\n")) == (2, 1), result.err
+    assert "no mesh of 8 devices has room for 1 row of " in result.err and "each has 1.00 MB" in result.err
+    found = re.search(r"what would fit: a context of (\S+) \(", result.err)
+    assert found, result.err
+    monkeypatch.setattr("v4_jax.commands.generate.Engine", None)
+    with pytest.raises(TypeError, match="not callable"):  # it comes to the engine
+        run(*asked, parse_size(found[1]) - 256)
+    monkeypatch.setattr(meshes, "device_memory", lambda devices: 1000)
+    assert "what would fit: nothing less of this model" in run(*asked, "512K").err
 
 
 def test_score(run, eight):

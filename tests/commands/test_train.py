@@ -82,6 +82,60 @@ def test_the_whole_way(run, settings, tmp_path):
     assert [result.code for result in words] == [0, 0]
 
 
+def test_dry_run(run, settings, tmp_path, texts, monkeypatch):
+    """Says what a run would do, or what is wrong with it; nothing is made."""
+    before = sorted(tmp_path.iterdir())
+    file = settings()
+    result = run("train", file, "--dry-run")
+    assert result.code == 0 and sorted(tmp_path.iterdir()) == [*before, file], result.err
+    for part in ("(new, from ", "2 layers, ", "mesh: one device", "1 source, ", "state: ", "3,072", "every 2 steps"):
+        assert part in result.out, part
+    spread = run("train", file, "mesh=data=2,expert=2,tensor=2", "--dry-run").out
+    assert "mesh: data=2,expert=2,tensor=2 of 8" in spread
+    adamw = run("train", file, "optimizer.matrices=adamw", "--dry-run").out
+
+    def state(out):
+        found = re.search(r"state: ([\d.]+) ([kM])B of", out)
+        return float(found[1]) * {"k": 1e3, "M": 1e6}[found[2]]
+
+    assert 3 * state(spread) < state(result.out) < state(adamw) / 1.2  # which has a second moment
+    with monkeypatch.context() as context:
+        context.delenv("V4_JAX_MESH")
+        chosen = run("train", file, "--dry-run")
+        two = "stages=[{steps: 1, length: 128, rows: 8}, {steps: 1, length: 128, rows: 1}]"
+        both = run("train", file, two, "--dry-run")
+    assert chosen.code == both.code == 0 and " of masters and moments on each (mesh=one is one device)" in chosen.err
+    for found, stages in ((chosen, ()), (both, (two,))):  # it is legal for every stage
+        mesh = re.search(r"mesh: (\S+), all 8 devices", found.err)[1]
+        assert f"mesh: {mesh} of 8" in found.out and run("train", file, *stages, f"mesh={mesh}", "--dry-run").code == 0
+    monkeypatch.setattr("v4_jax.commands.train_report.free_bytes", lambda mesh: 1000)
+    small = run("train", file, "--dry-run")
+    assert small.code == 1 and "it has no room; expected a mesh of more devices" in small.out
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    missing = run("train", file, "log.wandb=project")
+    assert (missing.code, missing.err.count("\n")) == (2, 1) and not (tmp_path / "run").exists()
+    assert "wandb is not installed; it comes with pip install 'v4-jax[wandb]'" in missing.err
+    (tmp_path / "bad.jsonl").write_text('{"text": 1}\n')
+    for change, sentence in (
+        ("stages.0.steps=0", "stages.0.steps is 0"),
+        ("mesh=data=3", "mesh data=3 has 3 places"),
+        ("run=" + str(texts), "is not a training run"),
+        (f"run={texts}/x", "cannot be made in"),
+        (f"data.sources.0.path={tmp_path}/nowhere.jsonl", "nowhere.jsonl"),
+        (f"data.sources.0.path={tmp_path}/bad.jsonl", "bad.jsonl"),
+    ):
+        wrong = run("train", file, change, "--dry-run")
+        assert (wrong.code, wrong.out) == (2, "") and sentence in wrong.err, (change, wrong)
+
+
+def test_profile(run, settings, tmp_path):
+    """A run traces steps after the first two, of which this one has no more than one."""
+    result = run("train", settings(), "stages.0.steps=3", "--profile", tmp_path / "trace")
+    assert result.code == 0, result.err
+    assert len(list((tmp_path / "trace").rglob("*.xplane.pb"))) == 1
+    assert "--profile " in run("train", settings(), "--profile", tmp_path / "run.yaml").err
+
+
 def test_killed(start, run, settings, tmp_path):
     """Killed without warning, on several devices, the run loses what came after its newest checkpoint, and no more."""
     mesh = "data=2,expert=2,tensor=2"

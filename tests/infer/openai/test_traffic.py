@@ -163,7 +163,9 @@ def test_throughput_is_said_while_there_is_some(parts, caplog):
     asyncio.run(scenario())
     for line in caplog.messages:
         found = re.fullmatch(
-            r"reads ([\d,.]+) and generates ([\d,.]+) tokens/s; [01] requests, of which 0 wait; \d of 24 pages", line
+            r"reads ([\d,.]+) and generates ([\d,.]+) tokens/s; [01] requests, of which 0 wait; \d of 24 pages; "
+            r"memory at most [\d.]+ GB",
+            line,
         )
         assert found, line
 

@@ -1,0 +1,112 @@
+"""What `v4-jax train --dry-run` says: what a run would do, and whether its state fits."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from rich.table import Table
+
+from v4_jax import costs
+from v4_jax.checkpoint.trained import steps
+from v4_jax.commands.info_report import make_table
+from v4_jax.commands.shared.sizes import bytes_text, operations_text, share_text
+from v4_jax.placement import Place, bytes_per_device
+from v4_jax.planning.measure import free_bytes
+from v4_jax.sharding.mesh import format_mesh
+
+if TYPE_CHECKING:
+    from v4_jax.train.data import PackedRows
+    from v4_jax.train.settings import Settings
+    from v4_jax.train.setup import Origin
+
+
+@dataclasses.dataclass(frozen=True)
+class DryRun:
+    """A run that was looked at and not begun.
+
+    Attributes:
+      settings: the run's.
+      origin: what it starts from.
+      place: its devices.
+      filled: of each stage's first batch, the share of tokens that are no padding.
+      state: bytes of masters, moments and what else a device keeps from step to step.
+      free: bytes that each device has; None where nothing says.
+    """
+
+    settings: Settings
+    origin: Origin
+    place: Place
+    filled: list[float]
+    state: int
+    free: int | None
+
+    @classmethod
+    def of(cls, settings: Settings, origin: Origin, place: Place, rows: PackedRows) -> DryRun:
+        """Reads each stage's first batch, and counts what is kept.
+
+        Raises:
+          v4_jax.train.data.DataError: a document cannot be used, or there is none.
+        """
+        from v4_jax.train.optimizer import optimizer
+        from v4_jax.train.step import abstract_state
+
+        filled = [
+            float((np.asarray(rows.next_batch(stage.rows, stage.length).segment_ids) > 0).mean())
+            for stage in settings.stages
+        ]
+        transform = optimizer(
+            origin.config,
+            settings.optimizer.learning_rate,
+            matrices=settings.optimizer.matrices,
+            mesh=place.mesh,
+            rules=place.rules,
+        )
+        state = bytes_per_device(abstract_state(origin.config, transform, place))
+        mesh = Mesh(np.array(jax.devices()[:1]), ("one",)) if place.mesh is None else place.mesh
+        return cls(settings, origin, place, filled, state, free_bytes(mesh))
+
+    @property
+    def fits(self) -> bool:
+        """Whether the state does; what a step needs besides is known when it is compiled."""
+        return self.free is None or self.state <= self.free
+
+    def memory(self) -> str:
+        """A sentence on that."""
+        has = "which do not say what they have" if self.free is None else f"of {bytes_text(self.free)} free"
+        said = f"state: {bytes_text(self.state)} of each device, {has}"
+        if not self.fits:
+            return f"{said}: it has no room; expected a mesh of more devices, or a smaller model"
+        return f"{said}; a step's temporaries come on top, which v4-jax plan --task train counts"
+
+    def facts(self) -> list[str]:
+        """Lines on all but the stages."""
+        settings, origin = self.settings, self.origin
+        done = steps(settings.run)[-1:]
+        begins = "from fresh weights" if origin.checkpoint is None else f"from {settings.model}"
+        goes = f"goes on after step {done[0]:,} of {settings.steps:,}" if done else f"new, {begins}"
+        mesh = "one device" if self.place.mesh is None else format_mesh(self.place.mesh.shape)
+        parameters = costs.parameter_counts(origin.config).total
+        every, sources = settings.checkpoints.every, len(settings.data.sources)
+        return [
+            f"run: {settings.run} ({goes})",
+            f"model: {origin.config.num_hidden_layers} layers, {parameters:,} parameters",
+            f"mesh: {mesh} of {jax.device_count()}",
+            f"data: {sources} source{'' if sources == 1 else 's'}, first batches read",
+            f"checkpoints: every {every:,} steps, {settings.checkpoints.keep} kept",
+            self.memory(),
+        ]
+
+    def table(self) -> Table:
+        """The stages."""
+        names = ("stage", "steps", "rows", "length", "attention", "tokens", "FLOPs", "filled")
+        table = make_table("Stages", *names)
+        for number, (stage, filled) in enumerate(zip(self.settings.stages, self.filled, strict=True)):
+            tokens = stage.steps * stage.rows * stage.length
+            flops = tokens * costs.training_flops(self.origin.config, stage.length)
+            row = (number, f"{stage.steps:,}", stage.rows, f"{stage.length:,}", stage.attention, f"{tokens:,}")
+            table.add_row(*map(str, row), operations_text(flops), share_text(filled))
+        return table
