@@ -12,6 +12,7 @@ import numpy as np
 import tyro
 from jax.experimental import multihost_utils
 
+from v4_jax.chat import Mode
 from v4_jax.checkpoint import fingerprint
 from v4_jax.commands.shared.console import CommandError, bad_input, check_output, needs, progress_bar, say, working
 from v4_jax.commands.shared.contexts import DEFAULT_MAX_TOKENS, check_length, check_mode, room
@@ -22,7 +23,6 @@ from v4_jax.commands.shared.options import Count, Flag, Int, Model, OptionalFile
 from v4_jax.commands.shared.profiling import check_profile, profiled
 from v4_jax.commands.shared.sampling import SamplingOptions
 from v4_jax.commands.shared.speed import memory_text, rate_text
-from v4_jax.infer.prompts import Mode
 
 InputFile = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INPUT", help_behavior_hint="")]
 OutputFile = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT", help_behavior_hint="")]

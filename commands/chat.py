@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
-from v4_jax.chat import EOS, EffortProfile, ParseError, parse
+from v4_jax.chat import EOS, EffortProfile, Mode, ParseError, parse
 from v4_jax.commands.shared.chat_files import read_chat, write_chat
 from v4_jax.commands.shared.compilation_cache import user_directory
 from v4_jax.commands.shared.console import CommandError, bad_input, read_json, read_text, say
@@ -34,7 +34,7 @@ from v4_jax.commands.shared.streaming import interruptible, stream
 from v4_jax.infer.engine.requests import Request
 from v4_jax.infer.engine.sampling import Sampling
 from v4_jax.infer.engine.scheduler import Engine
-from v4_jax.infer.prompts import Mode, Prompt, chat_prompt
+from v4_jax.infer.prompts import Prompt, chat_prompt
 from v4_jax.infer.text import Reply
 from v4_jax.tokenizer import Tokenizer
 

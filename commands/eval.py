@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from v4_jax.chat import EffortProfile
+from v4_jax.chat import MODES, EffortProfile, Mode
 from v4_jax.commands.eval_report import PICTURE, RESULTS, check_directory, draw, scores_table, write_results
 from v4_jax.commands.shared.console import (
     CommandError,
@@ -49,7 +49,7 @@ from v4_jax.infer.evaluation.asking import Answer, EncodedQuestion, ask
 from v4_jax.infer.evaluation.grading import Result, length_bin, table
 from v4_jax.infer.evaluation.questions import Question
 from v4_jax.infer.evaluation.tasks import TASKS, TaskName, read_set
-from v4_jax.infer.prompts import MODES, Mode, chat_prompt, plain_ids
+from v4_jax.infer.prompts import chat_prompt, plain_ids
 from v4_jax.infer.score import write_lines
 from v4_jax.tokenizer import Tokenizer
 

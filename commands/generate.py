@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from v4_jax.chat import EffortProfile
+from v4_jax.chat import EffortProfile, Mode
 from v4_jax.commands.shared.chat_files import read_chat
 from v4_jax.commands.shared.console import CommandError, bad_input, check_output, read_text, say
 from v4_jax.commands.shared.contexts import DEFAULT_MAX_TOKENS, check_length, check_mode, room
@@ -49,7 +49,7 @@ from v4_jax.infer.engine.drafters import choose_drafter
 from v4_jax.infer.engine.requests import Request
 from v4_jax.infer.engine.sampling import Sampling
 from v4_jax.infer.engine.scheduler import Engine
-from v4_jax.infer.prompts import Mode, Prompt, chat_prompt, plain_ids
+from v4_jax.infer.prompts import Prompt, chat_prompt, plain_ids
 from v4_jax.infer.text import Reply
 from v4_jax.policy import PolicyName
 from v4_jax.tokenizer import Tokenizer

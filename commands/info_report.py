@@ -10,10 +10,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from v4_jax import costs
-from v4_jax.chat import PROFILES, EffortProfile, effort_prefix
+from v4_jax.chat import MODES, PROFILES, EffortProfile, Mode, effort_prefix
 from v4_jax.commands.shared.sizes import bytes_text, format_size, operations_text, scaled, share_text
 from v4_jax.config import Config
-from v4_jax.infer.prompts import MODES, Mode
 
 
 def as_json(config: Config, context: int, profile: EffortProfile | None = None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import signal
 import socket
 from typing import Any
 
+from v4_jax.chat import Mode
 from v4_jax.commands.shared.console import CommandError, bad_input, needs, read_text, say
 from v4_jax.commands.shared.contexts import DEFAULT_MAX_TOKENS, check_length, check_mode
 from v4_jax.commands.shared.engines import EngineOptions, PrefixOptions
@@ -15,7 +16,6 @@ from v4_jax.commands.shared.models import ModelDirectory
 from v4_jax.commands.shared.options import Count, Flag, Model, OptionalCount, OptionalFile, OptionalText, Profile, Size
 from v4_jax.commands.shared.profiling import check_profile, profiled
 from v4_jax.commands.shared.sampling import SamplingOptions
-from v4_jax.infer.prompts import Mode
 
 KEY = "V4_JAX_API_KEY"
 DEFAULT_CONTEXT = 32768

@@ -1,4 +1,4 @@
-"""`v4-jax train`: continued pretraining, from a settings file."""
+"""`v4-jax train`: continued pretraining and supervised fine-tuning, from a settings file."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from rich.table import Table
 from v4_jax.commands import INTERRUPTED
 from v4_jax.commands.shared import devices
 from v4_jax.commands.shared.console import CommandError, bad_input, needs, say, show, working
-from v4_jax.commands.shared.options import Flag, OptionalFile
+from v4_jax.commands.shared.options import Flag, OptionalCount, OptionalFile
 from v4_jax.commands.shared.profiling import check_profile
 from v4_jax.commands.train_report import DryRun
+from v4_jax.commands.train_rows import print_rows
 from v4_jax.config import Config
 from v4_jax.placement import Place, check_mesh
 from v4_jax.planning.mesh_choice import Demand
@@ -41,6 +42,7 @@ def train(
     *,
     fields: Flag = False,
     dry_run: Flag = False,
+    show_rows: OptionalCount = None,
     profile: OptionalFile = None,
     distributed: Flag = False,
 ) -> int:
@@ -54,6 +56,7 @@ def train(
       v4-jax train --fields
       v4-jax train flash.yaml
       v4-jax train flash.yaml --dry-run
+      v4-jax train chats.yaml --show-rows 4
       v4-jax train flash.yaml optimizer.learning_rate=1e-4 stages.0.steps=2000
       v4-jax plot runs/flash
       v4-jax export runs/flash trained
@@ -63,6 +66,8 @@ def train(
       fields: List every setting with its default, and end.
       dry_run: Check settings, data and whether the state fits, say what the run would do, and end; nothing is trained
         or written. Exit code 1: it does not fit.
+      show_rows: Print so many of the first rows as text, with what is trained green, or in brackets where there are no
+        colours, and end. Of conversations that is what the assistant says.
       profile: A directory for a trace of three steps after the first two, for XProf or Perfetto.
       distributed: Join the other processes of the job, each with devices of its own.
     """
@@ -78,6 +83,8 @@ def train(
     with bad_input():
         settings = read_settings(path, words if path is None else words[1:])
     check_profile(profile)
+    if show_rows is not None:
+        return _show_rows(settings, show_rows)
     return _train(settings, distributed, dry_run, profile)
 
 
@@ -118,6 +125,17 @@ def _train(settings: Settings, distributed: bool, dry_run: bool, profile: Path |
                 metrics = Metrics(settings.run, tensorboard=settings.log.tensorboard, trackers=trackers)
         stack.enter_context(metrics or contextlib.nullcontext())
         return _run(settings, origin, place, rows, metrics, profile)
+
+
+def _show_rows(settings: Settings, count: int) -> int:
+    with needs("train"):
+        from v4_jax.train.setup import Origin, open_rows
+
+    with bad_input():
+        origin = Origin.of(settings)
+        batch = open_rows(settings, origin, say).next_batch(count, settings.stages[0].length)
+    print_rows(batch, origin.tokenizer)
+    return 0
 
 
 def _run(

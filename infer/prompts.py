@@ -4,34 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from v4_jax import chat
+from v4_jax.chat import MODES, Mode
 from v4_jax.infer.conversation import check_tools, read_messages
 from v4_jax.tokenizer import Tokenizer
-
-Mode = Literal["non-think", "low", "high", "max"]
-
-
-class ChatMode(NamedTuple):
-    """How a chat is answered, in the words of the chat encoding (`v4_jax.chat.encode`).
-
-    Attributes:
-      thinking_mode: "chat", or "thinking" to reason before the answer.
-      reasoning_effort: how much; None for no reasoning.
-    """
-
-    thinking_mode: str
-    reasoning_effort: str | None
-
-
-# How the release answers a chat.
-MODES: dict[Mode, ChatMode] = {
-    "non-think": ChatMode("chat", None),
-    "low": ChatMode("thinking", "low"),
-    "high": ChatMode("thinking", "high"),
-    "max": ChatMode("thinking", "max"),
-}
 
 
 class Prompt(NamedTuple):

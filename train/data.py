@@ -1,4 +1,4 @@
-"""Training batches: an endless shuffled mixture of documents, packed into rows.
+"""Training batches: an endless shuffled mixture of documents and conversations, packed into rows.
 
 A `Corpus` numbers the documents of the endless stream: document n is a function of n, the seed and the files alone.
 So the state of `PackedRows` is a few numbers: which document comes next, and which ones stand in rows
@@ -19,9 +19,29 @@ import grain
 import numpy as np
 
 from v4_jax.train.batch import Batch
-from v4_jax.train.documents import TOKENS, DataError, Document, Source, read_documents
+from v4_jax.train.documents import MESSAGES, TOKENS, Conversation, DataError, Document, Source, read_documents
+from v4_jax.train.objectives.sft import Conversations
 
-__all__ = ["Batch", "Corpus", "DataError", "PackedRows", "Source"]
+__all__ = ["Batch", "Corpus", "DataError", "PackedRows", "Source", "Tokens"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokens:
+    """A document of the stream, tokenised.
+
+    Attributes:
+      ids: [n] int32, n = 0 for an empty one.
+      trained: [n] bool which of them the model is to predict; None for all, as of a text.
+      ends: where each of its texts ends, in order: a conversation may be several, of which none sees another.
+      where: file and place, for messages.
+      bad: whether it is empty because it could not be used.
+    """
+
+    ids: np.ndarray
+    trained: np.ndarray | None = None
+    ends: tuple[int, ...] = ()
+    where: str = ""
+    bad: bool = False
 
 
 class Corpus:
@@ -37,6 +57,8 @@ class Corpus:
       eos_id: put after each text, in the same way.
       seed: of the order; any integer from 0 on.
       shuffle: False takes each source's documents in the order of its files.
+      on_bad: told of each document that cannot be used, which is then left out; without it that is raised.
+      conversations: how those become texts.
 
     Raises:
       DataError: a source cannot be opened, or an argument is not legal.
@@ -53,6 +75,7 @@ class Corpus:
         seed: int,
         shuffle: bool = True,
         on_bad: Callable[[str], None] | None = None,
+        conversations: Conversations = Conversations(),  # noqa: B008 (frozen)
     ) -> None:
         if not sources:
             raise DataError("there are no sources; expected at least one")
@@ -71,7 +94,11 @@ class Corpus:
             before=[] if bos_id is None else [bos_id],
             after=[] if eos_id is None else [eos_id],
             on_bad=on_bad,
+            conversations=conversations,
         )
+        self.on_bad = on_bad
+        #: Whether batches say which tokens are trained.
+        self.marked = any(source.field == MESSAGES for source in sources)
         found = [read_documents(source, skip=on_bad is not None) for source in sources]
         parts = [part.dataset for part in found]
         weights = [source.weight for source in sources]
@@ -94,12 +121,10 @@ class Corpus:
             seeds = np.random.SeedSequence(seed).generate_state(len(parts))
             parts = [part.shuffle(seed=int(s)) for part, s in zip(parts, seeds, strict=True)]
         mixture = grain.MapDataset.mix([part.repeat() for part in parts], weights)
-        #: The documents, each [n] int32, n = 0 for an empty one.
-        self.documents: grain.MapDataset[np.ndarray] = mixture.map(tokenise)
+        self.documents: grain.MapDataset[Tokens] = mixture.map(tokenise)
 
 
-# In place of a document that cannot be used: as empty as others, and told from them by its dtype.
-_BAD = np.zeros(0, np.int8)
+_NOTHING = np.zeros(0, np.int32)
 
 
 def _tokenise(
@@ -110,17 +135,41 @@ def _tokenise(
     before: list[int],
     after: list[int],
     on_bad: Callable[[str], None] | None,
-) -> np.ndarray:
+    conversations: Conversations,
+) -> Tokens:
     content, where, problem = document
     try:
         if problem is not None:
             raise DataError(problem)
-        return _token_ids(content, where, encode, vocab_size, before, after)
+        if isinstance(content, Conversation):
+            return _of_conversation(content, where, encode, vocab_size, conversations)
+        ids = _token_ids(content, where, encode, vocab_size, before, after)
+        return Tokens(ids, None, (len(ids),), where)
     except DataError as error:
         if on_bad is None:
             raise
         on_bad(str(error))
-        return _BAD
+        return Tokens(_NOTHING, where=where, bad=True)
+
+
+def _of_conversation(
+    conversation: Conversation,
+    where: str,
+    encode: Callable[[str], list[int]] | None,
+    vocab_size: int,
+    conversations: Conversations,
+) -> Tokens:
+    try:
+        texts = conversations.texts(conversation.fields)
+    except ValueError as error:
+        raise DataError(f"{where} cannot be learnt: {error}") from None
+    ids, trained, ends = [_NOTHING], [np.zeros(0, bool)], list[int]()
+    for spans in texts:
+        # Each span by itself: where the model begins to write, what it reads ends with a token, at inference too.
+        ids += [_token_ids(span.text, where, encode, vocab_size, [], []) for span in spans]
+        trained += [np.full(len(part), span.trained) for part, span in zip(ids[-len(spans) :], spans, strict=True)]
+        ends.append(sum(map(len, ids)))
+    return Tokens(np.concatenate(ids), np.concatenate(trained), tuple(ends), where)
 
 
 def _token_ids(
@@ -132,7 +181,7 @@ def _token_ids(
     after: list[int],
 ) -> np.ndarray:
     if not len(content):
-        return np.zeros(0, np.int32)
+        return _NOTHING
     if isinstance(content, str):
         assert encode is not None  # checked when the corpus was opened
         try:
@@ -147,19 +196,40 @@ def _token_ids(
 
 
 class _Piece(NamedTuple):
-    """Tokens [n] of a document of the stream, from the position `begin` of it on."""
+    """Tokens [n] of a document of the stream, from the position `begin` of it on, in one of its texts."""
 
     document: int
     begin: int
     tokens: np.ndarray
+    trained: np.ndarray | None
+    where: str
+
+    @classmethod
+    def of(cls, document: int, tokens: Tokens, begin: int) -> _Piece:
+        """The rest of the text that a place belongs to; of no tokens beyond the document's end."""
+        end = next((end for end in tokens.ends if end > begin), begin)
+        trained = None if tokens.trained is None else tokens.trained[begin:end]
+        return cls(document, begin, tokens.ids[begin:end], trained, tokens.where)
+
+    def cut(self, length: int) -> tuple[_Piece, _Piece]:
+        """The piece's first tokens and the others; of a text that is trained as a whole."""
+        return self._replace(tokens=self.tokens[:length]), self._replace(
+            begin=self.begin + length, tokens=self.tokens[length:]
+        )
+
+    @property
+    def digest(self) -> int:
+        """Of the tokens, and of which ones are trained."""
+        digest = zlib.crc32(self.tokens.tobytes())
+        return digest if self.trained is None else zlib.crc32(self.trained.tobytes(), digest)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Position:
     """Between two batches: everything drawn from the stream that was not handed out yet.
 
-    Only the last piece of a document is shorter than a row, and full rows are handed out. So what is held of a
-    document is always its end, and two numbers name it: the document, and where the piece begins.
+    Only the last piece of a text is shorter than a row, and full rows are handed out. So what is held of a text is
+    always its end, and two numbers name it: the document, and where the piece begins.
 
     Attributes:
       following: the document to draw next.
@@ -180,8 +250,9 @@ class PackedRows:
     """Packs a corpus into rows, from its first document on.
 
     A document goes whole into the first open row with room for it. If there is none, the oldest open row is done and
-    a new one begins. What is longer than a row is cut into pieces, each a segment of its own. The next batch is made
-    in the background, on the guess that it has the shape of the last one.
+    a new one begins. What is longer than a row is cut into pieces, each a segment of its own; but a conversation, which
+    would be learnt without its beginning, cannot be used. The next batch is made in the background, on the guess that
+    it has the shape of the last one.
 
     Args:
       corpus: the documents.
@@ -233,7 +304,7 @@ class PackedRows:
         """Returns what `restore` needs to hand out exactly the following batches; JSON, without any tokens."""
 
         def names(pieces: Sequence[_Piece]) -> list[list[int]]:
-            return [[piece.document, piece.begin, zlib.crc32(piece.tokens.tobytes())] for piece in pieces]
+            return [[piece.document, piece.begin, piece.digest] for piece in pieces]
 
         return {
             "corpus": self._corpus.identity,
@@ -267,13 +338,13 @@ class PackedRows:
             return tuple(piece(*name) for name in names)
 
         def piece(document: int, begin: int, digest: int | None = None) -> _Piece:
-            tokens = self._read(document)[begin:]
-            if not len(tokens) or digest not in (None, zlib.crc32(tokens.tobytes())):
+            found = _Piece.of(document, self._corpus.documents[document], begin)
+            if not len(found.tokens) or digest not in (None, found.digest):
                 raise DataError(
                     f"the data state was saved amid document {document}, which has other text or another tokenizer "
                     "now; expected the data as it was, or a new run"
                 )
-            return _Piece(document, begin, tokens)
+            return found
 
         self._settle()
         length = state["length"]
@@ -281,9 +352,6 @@ class PackedRows:
         if any(_used(row) >= length for row in rows):
             raise DataError("the data state was saved with other documents or another tokenizer than this corpus has")
         self._position = _Position(state["following"], length, rows, waiting, state.get("skipped", 0))
-
-    def _read(self, document: int) -> np.ndarray:
-        return self._corpus.documents[document]
 
     def _settle(self) -> None:
         """Ends background work, whose result is dropped."""
@@ -306,20 +374,23 @@ class PackedRows:
         empty, skipped = 0, position.skipped
         while len(done) < count:
             if not waiting:
-                document = _Piece(following, 0, self._draw(following))
-                following += 1
-                skipped += document.tokens.dtype == _BAD.dtype
-                empty = 0 if len(document.tokens) else empty + 1
                 if empty > self._corpus.longest_pass:
-                    raise DataError("all documents of the corpus are empty; expected at least one with text")
-                if empty:
-                    continue
-                waiting.append(document)
-            number, begin, tokens = waiting.popleft()
-            if len(tokens) > length:
-                waiting.appendleft(_Piece(number, begin + length, tokens[length:]))
-            piece = _Piece(number, begin, tokens[:length])
+                    raise DataError("all documents of the corpus are empty or left out; expected one with text")
+                document = self._draw(following)
+                waiting.extend(_Piece.of(following, document, begin) for begin in (0, *document.ends[:-1]))
+                following, skipped, empty = following + 1, skipped + document.bad, empty + 1
+            piece = waiting.popleft()
+            if len(piece.tokens) > length and piece.trained is not None:
+                self._leave_out(piece, length)
+                skipped += 1
+                continue
+            if len(piece.tokens) > length:
+                piece, rest = piece.cut(length)
+                waiting.appendleft(rest)
             size = len(piece.tokens)
+            if not size:
+                continue
+            empty = 0
             row = next((i for i, free in enumerate(room) if free >= size), None)
             if size == length:
                 done.append([piece])
@@ -336,10 +407,17 @@ class PackedRows:
                     done.append(rows.pop(row))
                     room.pop(row)
         after = _Position(following, length, tuple(map(tuple, rows)), tuple(waiting), skipped)
-        return _batch(done, length), after
+        return _batch(done, length, marked=self._corpus.marked), after
 
-    def _draw(self, document: int) -> np.ndarray:
-        """Tokens [n] of a document; those after it are read ahead."""
+    def _leave_out(self, piece: _Piece, length: int) -> None:
+        """A conversation that no row has room for."""
+        problem = f"{piece.where} has {len(piece.tokens):,} tokens; expected at most a row's {length:,}"
+        if self._corpus.on_bad is None:
+            raise DataError(problem)
+        self._corpus.on_bad(problem)
+
+    def _draw(self, document: int) -> Tokens:
+        """A document; those after it are read ahead."""
         if grain.experimental.get_next_index(self._documents) != document:
             grain.experimental.set_next_index(self._documents, document)
         try:
@@ -356,12 +434,14 @@ def _used(row: Sequence[_Piece]) -> int:
     return sum(len(piece.tokens) for piece in row)
 
 
-def _batch(rows: Sequence[Sequence[_Piece]], length: int) -> Batch:
+def _batch(rows: Sequence[Sequence[_Piece]], length: int, *, marked: bool) -> Batch:
     tokens, segment_ids = np.zeros((2, len(rows), length), np.int32)
+    trained = np.zeros((len(rows), length), bool)
     for row, pieces in enumerate(rows):
         end = 0
         for segment, piece in enumerate(pieces, 1):
             begin, end = end, end + len(piece.tokens)
             tokens[row, begin:end] = piece.tokens
             segment_ids[row, begin:end] = segment
-    return Batch(tokens, segment_ids)
+            trained[row, begin:end] = True if piece.trained is None else piece.trained
+    return Batch(tokens, segment_ids, trained if marked else None)

@@ -35,6 +35,7 @@ _ENDINGS = {
 }
 
 TOKENS = "tokens"  # the field whose documents are lists of token ids, not text
+MESSAGES = "messages"  # the field of conversations
 
 _SCAN_BYTES = 1 << 24  # read at once when looking for the ends of lines
 # Decoded Parquet row groups kept: one for each reading thread, and some in case they are read in order.
@@ -55,7 +56,8 @@ class Source:
       format: "text" (a file is a document), "jsonl" (a line is one, plain or gzipped), "parquet" (a row is one),
         "arrayrecord" (a record is one, a JSON object) or "auto": each file's, by its extension. A directory gives
         the files whose extension stands for the format, and everything else is text.
-      field: name of the JSON field or Parquet column with the text. "tokens" holds token ids, used as they are.
+      field: name of the JSON field or Parquet column with the text. "tokens" holds token ids, used as they are, and
+        "messages" a conversation, to which other fields of its JSON object belong.
 
     Raises:
       DataError: the weight is not a positive number, or there is no such format.
@@ -74,16 +76,23 @@ class Source:
             raise DataError(f"format of {self.path!r} is {self.format!r}; legal formats are {legal}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """A conversation as it is stored: a JSON object with `messages`."""
+
+    fields: dict[str, Any]
+
+
 class Document(NamedTuple):
     """A document as it is stored.
 
     Attributes:
-      content: its text, or [n] integer token ids; empty for a blank line.
+      content: its text, or [n] integer token ids, or a conversation; an empty text for a blank line.
       where: file and place, for messages.
       problem: why it cannot be used, where that is not raised.
     """
 
-    content: str | np.ndarray
+    content: str | np.ndarray | Conversation
     where: str
     problem: str | None = None
 
@@ -118,8 +127,9 @@ def read_documents(source: Source, *, skip: bool = False) -> Documents:
     parts: list[Any] = []
     layout, content = [], []
     if "text" in files:
-        if source.field == TOKENS:
-            raise DataError(f"{str(files['text'][0])!r} is text and holds no token ids; legal with them are {_legal()}")
+        if source.field in (TOKENS, MESSAGES):
+            what = "token ids" if source.field == TOKENS else "conversations"
+            raise DataError(f"{str(files['text'][0])!r} is text and holds no {what}; legal with them are {_legal()}")
         texts = files.pop("text")
         layout.append([path.name for path in texts])
         content += texts
@@ -268,6 +278,8 @@ class _Parquet:
         if field not in schema.names:
             names = ", ".join(map(repr, schema.names))
             raise DataError(f"{self._name} has no column {field!r}; its columns are {names}")
+        if field == MESSAGES:
+            raise DataError(f"{self._name} is Parquet; expected conversations as JSON, in lines or in ArrayRecord")
         found = schema.field(field).type
         if field == TOKENS:
             legal = _is_list(found) and pa.types.is_integer(found.value_type)
@@ -343,6 +355,8 @@ def _parse(line: bytes, field: str, where: str) -> Document:
             raise DataError(f"{where} has a field {field!r} that is not a list of integers")
         # An array, because grain looks into every element of a list.
         return Document(np.asarray(value), where)
+    if field == MESSAGES:
+        return Document(Conversation(content), where)
     if not isinstance(value, str):
         raise DataError(f"{where} has {type(value).__name__} in field {field!r}; expected a string")
     return Document(value, where)

@@ -311,7 +311,7 @@ class Trainer:
         while len(self._ready) <= later - step:
             stage = self._settings.stages[stage_at(self._settings, step + len(self._ready))]
             read = self._rows.next_batch(stage.rows, stage.length)
-            cut = Batch(*(x.reshape(stage.microbatches, -1, stage.length) for x in read))
+            cut = jax.tree.map(lambda x, stage=stage: x.reshape(stage.microbatches, -1, stage.length), read)
             self._ready.append(_Ready(cut, self._rows.state()))
         return self._place.put(self._ready[later - step].batch)
 

@@ -14,6 +14,7 @@ import pydantic
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from v4_jax.chat import Mode
 from v4_jax.layers.stages import Remat
 from v4_jax.policy import PolicyName
 
@@ -47,7 +48,8 @@ class SourceSettings(_Section):
     format: Literal["auto", "text", "jsonl", "parquet", "arrayrecord"] = "auto"
     """How documents are stored; "auto" goes by the file's name."""
     field: str = "text"
-    """The field or column that holds the text; "tokens" for lists of token ids."""
+    """The field or column that holds the text; "tokens" for lists of token ids, "messages" for conversations, of which
+    only what the assistant says is learnt."""
 
 
 class DataSettings(_Section):
@@ -61,6 +63,11 @@ class DataSettings(_Section):
     """Whether a text begins with the begin-of-sentence token."""
     end: bool = True
     """Whether it ends with the end-of-sentence token."""
+    mode: Mode | None = None
+    """How conversations are answered that have no field "mode": "non-think", "low", "high" or "max"; by default "high"
+    where an answer has reasoning, and "non-think" elsewhere."""
+    effort_profile: Literal["auto", "preview", "official"] = "auto"
+    """What the model takes reasoning efforts for; "auto" asks the encoding in the model's directory."""
     on_bad: Literal["stop", "skip"] = "stop"
     """What a document that cannot be used does: "stop" saves and ends the run, "skip" leaves it out and counts it."""
     open_rows: PositiveInt = 16

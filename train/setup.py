@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from v4_jax.chat import EffortProfile, read_profile
 from v4_jax.checkpoint import Checkpoint, load, local, open_checkpoint
 from v4_jax.checkpoint.released import companions
 from v4_jax.checkpoint.trained import RECORD, RUN, run_of
@@ -25,6 +26,7 @@ from v4_jax.placement import Place
 from v4_jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from v4_jax.train.data import Corpus, PackedRows
 from v4_jax.train.documents import Source
+from v4_jax.train.objectives.sft import Conversations
 from v4_jax.train.settings import Settings, SettingsError, write_settings
 
 SETTINGS = "settings.yaml"
@@ -37,6 +39,7 @@ class Origin(NamedTuple):
       config: the architecture.
       tokenizer: of its texts.
       files: companions to carry along: name -> file.
+      profile: what the model takes reasoning efforts for, by its own encoding; None if that says nothing.
       checkpoint: weights to start from; None for fresh ones.
     """
 
@@ -44,6 +47,7 @@ class Origin(NamedTuple):
     tokenizer: Tokenizer
     files: Mapping[str, Path]
     checkpoint: Checkpoint | None
+    profile: EffortProfile | None = None
 
     @classmethod
     def of(cls, settings: Settings) -> Origin:
@@ -62,7 +66,8 @@ class Origin(NamedTuple):
             config = Config.from_hf(settings.architecture or {})
         if directory is None:
             return cls(config, ByteTokenizer(config.vocab_size), {}, checkpoint)
-        return cls(config, load_tokenizer(directory, config.vocab_size), companions(directory), checkpoint)
+        tokenizer, profile = load_tokenizer(directory, config.vocab_size), read_profile(directory)
+        return cls(config, tokenizer, companions(directory), checkpoint, profile)
 
     def fresh(self, place: Place, seed: int) -> Any:
         """The float32 parameters that the run starts from, placed."""
@@ -83,6 +88,7 @@ def open_rows(settings: Settings, origin: Origin, say: Callable[[str], None] = l
       v4_jax.train.data.DataError: a source cannot be opened.
     """
     data, tokenizer = settings.data, origin.tokenizer
+    profile = origin.profile or "preview" if data.effort_profile == "auto" else data.effort_profile
     corpus = Corpus(
         [Source(**source.model_dump()) for source in data.sources],
         tokenizer.encode,
@@ -92,6 +98,7 @@ def open_rows(settings: Settings, origin: Origin, say: Callable[[str], None] = l
         seed=settings.seed,
         shuffle=data.shuffle,
         on_bad=_Skipped(say) if data.on_bad == "skip" else None,
+        conversations=Conversations(data.mode, profile),
     )
     return PackedRows(corpus, open_rows=data.open_rows, threads=data.threads)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from v4_jax.chat import EffortProfile, effort_prefix
+from v4_jax.chat import MODES, EffortProfile, Mode, effort_prefix
 from v4_jax.commands.shared.console import CommandError, say
 from v4_jax.commands.shared.sizes import format_size
 from v4_jax.config import Config
-from v4_jax.infer.prompts import MODES, Mode
 
 DEFAULT_MAX_TOKENS = 512  # of a reply, where nothing says how long it may get
 THINK_MAX_CONTEXT = 384 * 1024  # what the release advises for Think Max

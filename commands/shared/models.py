@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from v4_jax.cache.cache import CacheDtype
-from v4_jax.chat import PROFILES, EffortProfile, effort_prefix, read_profile
+from v4_jax.chat import MODES, PROFILES, EffortProfile, Mode, effort_prefix, read_profile
 from v4_jax.chat.efforts import ENCODING
 from v4_jax.checkpoint import Checkpoint, load, open_checkpoint, run_of, url_of
 from v4_jax.commands.shared.console import CommandError, bad_input, say, watched
 from v4_jax.commands.shared.hints import of_model
 from v4_jax.commands.shared.options import CacheFormat, Dtype, Profile
 from v4_jax.config import Config
-from v4_jax.infer.prompts import MODES, Mode
 from v4_jax.json_files import read_object, shown
 from v4_jax.placement import Place
 from v4_jax.policy import PolicyName

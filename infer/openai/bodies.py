@@ -15,9 +15,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import pydantic
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from v4_jax.chat import EffortProfile
+from v4_jax.chat import EffortProfile, Mode
 from v4_jax.infer.engine.sampling import MOST_ALTERNATIVES, MOST_BIASES
-from v4_jax.infer.prompts import Mode
 
 # The model was trained for three efforts; OpenAI's others mean the nearest one below, as other servers have it.
 EFFORTS: dict[str, Mode] = {

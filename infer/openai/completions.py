@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from v4_jax import chat
+from v4_jax.chat import Mode
 from v4_jax.config import Config
 from v4_jax.infer.checks import check_ids, check_samples
 from v4_jax.infer.engine.grammar import Grammar, Grammars
@@ -22,7 +23,7 @@ from v4_jax.infer.engine.requests import NOT_FINITE, Event, Request
 from v4_jax.infer.engine.sampling import Sampling
 from v4_jax.infer.engine.speculative import Acceptance
 from v4_jax.infer.openai.bodies import Body, BodyError, ChatBody, CompletionBody, SchemaFormat
-from v4_jax.infer.prompts import Mode, Prompt, chat_prompt, plain_prompt
+from v4_jax.infer.prompts import Prompt, chat_prompt, plain_prompt
 from v4_jax.infer.text import CallPiece, Piece, Reply, Sample
 from v4_jax.tokenizer import Tokenizer
 

@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -15,6 +16,7 @@ from tests.processes import free_address
 from v4_jax.train.metrics import read_metrics
 
 STEPS = 6
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,19 @@ def test_the_whole_way(run, settings, tmp_path):
         for name in ("run", "released")
     ]
     assert [result.code for result in words] == [0, 0]
+
+
+def test_rows_are_shown(run, monkeypatch):
+    """Of the example of fine-tuning, with what is trained marked: an answer that has a weight of 0 is not."""
+    monkeypatch.chdir(ROOT)  # where the example's paths begin
+    result = run("train", "examples/sft.yaml", "data.shuffle=false", "data.open_rows=1", "--show-rows", "1")
+    assert result.code == 0, result.err
+    texts = result.out.split("\n--\n")
+    heading = texts[0]
+    assert heading.startswith("row 1: ") and " of 1,024 tokens in " in heading
+    assert "<think>⟦A sum.</think>4<｜end▁of▁sentence｜>⟧" in result.out
+    assert "</think>4<｜end▁of▁sentence｜><｜User｜>And 3 + 3?" in texts[1]
+    assert "</think>9.11<｜end▁of▁sentence｜><｜User｜>" in texts[3] and texts[3].count("⟦") == 1
 
 
 def test_dry_run(run, settings, tmp_path, texts, monkeypatch):

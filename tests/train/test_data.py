@@ -67,7 +67,7 @@ def write(path, values, field="text"):
 
 
 def in_order(corpus, count):
-    return [corpus.documents[i].tolist() for i in range(count)]
+    return [corpus.documents[i].ids.tolist() for i in range(count)]
 
 
 def joined(lists):
@@ -88,7 +88,7 @@ def segments(batch):
     assert batch.tokens.dtype == batch.segment_ids.dtype == np.int32
     assert not batch.tokens[batch.segment_ids == 0].any()
     rows = []
-    for tokens, ids in zip(*batch, strict=True):
+    for tokens, ids in zip(batch.tokens, batch.segment_ids, strict=True):
         used = int((ids > 0).sum())
         assert used and not ids[used:].any()  # padding stands at the end
         assert ids[0] == 1 and set(np.diff(ids[:used])) <= {0, 1}
@@ -228,7 +228,7 @@ def test_nothing_lost_and_nothing_twice(numbered):
         state = rows.state()
         held = Counter()
         for document, begin, _ in [*joined(state["rows"]), *state["waiting"]]:
-            held.update(corpus.documents[document][begin:].tolist())
+            held.update(corpus.documents[document].ids[begin:].tolist())
         assert given + held == Counter(joined(in_order(corpus, state["following"])))
     assert state["following"] > 2 * len(numbered[1])
 

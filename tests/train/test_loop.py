@@ -153,6 +153,29 @@ def test_stopped_and_continued(trainer, expected):
     assert not set(first.losses) & set(second.losses)
 
 
+def test_fine_tuning_is_stopped_and_continued(trainer, tmp_path):
+    """Conversations: what is learnt of each row is the same again, too."""
+    lines = (
+        {
+            "messages": [
+                {"role": "user", "content": f"after {i}?"},
+                {"role": "assistant", "reasoning_content": "one more", "content": str(i + 1)},
+                {"role": "user", "content": "and then?"},
+                {"role": "assistant", "reasoning_content": "two more", "content": str(i + 2)},
+            ]
+        }
+        for i in range(30)
+    )
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = f"data={{sources: [{{path: {tmp_path / 'chats.jsonl'}, field: messages}}], open_rows: 2, threads: 1}}"
+    whole, first, second = Losses(), Losses(4, ask_to_stop), Losses()
+    assert trainer(whole, "whole", data).run() == "done"
+    assert trainer(first, "run", data).run() == "stopped"
+    assert trainer(second, "run", data).run() == "done"
+    assert first.losses | second.losses == whole.losses and first.losses and second.losses
+    assert whole.losses[STEPS] < whole.losses[1] / 2
+
+
 def test_continued_on_a_mesh(trainer, expected):
     assert trainer(Losses(4, ask_to_stop)).run() == "stopped"
     log = Losses()

@@ -50,7 +50,7 @@ def rows():
 
 
 def cut(rows, microbatches):
-    return Batch(*(x.reshape(microbatches, -1, LENGTH) for x in rows))
+    return jax.tree.map(lambda x: x.reshape(microbatches, -1, LENGTH), rows)
 
 
 @pytest.fixture(scope="module")
@@ -87,18 +87,39 @@ def pairs(a, b):
     yield from ((jax.tree_util.keystr(path), x, y) for (path, x), y in zip(flat, jax.tree.leaves(b), strict=True))
 
 
+def by_hand(logits, rows, ahead):
+    """Negative log-probabilities of the targets, one by one."""
+    tokens, segments, found = np.asarray(rows.tokens), np.asarray(rows.segment_ids), []
+    trained = np.ones_like(tokens, bool) if rows.trained is None else np.asarray(rows.trained)
+    logits = np.asarray(logits, np.float64)
+    for row in range(ROWS):
+        for i in range(LENGTH - ahead):
+            segment, to = segments[row, i], i + ahead
+            if segment and segment == segments[row, to] and trained[row, to]:
+                found.append(np.log(np.sum(np.exp(logits[row, i]))) - logits[row, i, tokens[row, to]])
+    return found
+
+
+def test_only_what_is_trained_is_a_target(tiny, model, outputs, rows):
+    """The losses of fine-tuning: the same logits, and fewer targets."""
+    trained = (jnp.arange(LENGTH) // 7) % 3 == 0
+    marked = rows._replace(trained=jnp.broadcast_to(trained, (ROWS, LENGTH)) & (rows.segment_ids > 0))
+    counts = Counts.of(marked)
+    sums = jax.jit(lambda params: objective(model, params, marked, counts, WEIGHTS)[1])(tiny.params)
+    for output, ahead, name in ((outputs[0], 1, "loss"), (outputs[1], 2, "mtp")):
+        losses = by_hand(output.logits, marked, ahead)
+        assert 0 < len(losses) == int(getattr(counts, name)) < len(by_hand(output.logits, rows, ahead)) / 2
+        np.testing.assert_allclose(getattr(sums, name), np.sum(losses), rtol=1e-5)
+    np.testing.assert_array_equal(sums.load.sum(1)[-1], (rows.segment_ids > 0).sum() * tiny.config.num_experts_per_tok)
+    assert counts.tokens == Counts.of(rows).tokens
+
+
 def test_losses_by_hand(outputs, rows, whole):
     """Means over the targets inside documents, of the logits that `__call__` and `mtp` return."""
     (trunk, mtp), metrics = outputs, whole[1]
-    tokens, segments = np.asarray(rows.tokens), np.asarray(rows.segment_ids)
+    segments = np.asarray(rows.segment_ids)
     for output, ahead, name in ((trunk, 1, "loss"), (mtp, 2, "mtp_loss")):
-        logprobs, total, count = np.asarray(jax.nn.log_softmax(output.logits)), 0.0, 0
-        for row in range(ROWS):
-            for i in range(LENGTH - ahead):
-                segment = segments[row, i]
-                if segment and segment == segments[row, i + ahead]:
-                    total, count = total - logprobs[row, i, tokens[row, i + ahead]], count + 1
-        np.testing.assert_allclose(metrics[name], total / count, rtol=1e-5)
+        np.testing.assert_allclose(metrics[name], np.mean(by_hand(output.logits, rows, ahead)), rtol=1e-5)
     valid = segments > 0
     np.testing.assert_allclose(metrics["tokens"], valid.sum())
     divergence = np.asarray(trunk.statistics.indexer_loss)[:, valid].mean()

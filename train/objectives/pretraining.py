@@ -1,7 +1,8 @@
 """What training minimises: next-token and MTP cross-entropy, the experts' balance, and the indexer's divergence.
 
 Technical report, section 4.2.2. Documents packed into a row are told apart by segment ids: no target crosses from one
-into the next.
+into the next. Where a batch says which tokens are trained, only those are targets; all are read, and count for the
+experts and the indexer.
 """
 
 from __future__ import annotations
@@ -85,14 +86,21 @@ class Counts(NamedTuple):
     @classmethod
     def of(cls, batch: Batch) -> Counts:
         """The counts of a whole step's rows [..., B, S]."""
-        segments = batch.segment_ids.reshape(-1, batch.segment_ids.shape[-1])
-        following, after = (jnp.maximum(jnp.sum(same_document(segments, n)), 1) for n in (1, 2))
+        rows = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch)
+        segments = rows.segment_ids
+        following, after = (jnp.maximum(jnp.sum(targets(rows, n)), 1) for n in (1, 2))
         return cls(following, after, segments.shape[0], jnp.maximum(jnp.sum(segments > 0), 1))
 
 
 def same_document(segment_ids: Array, ahead: int) -> Array:
     """[B, S] whether the token `ahead` further belongs to the same document."""
     return (segment_ids > 0) & (shift(segment_ids, ahead) == segment_ids)
+
+
+def targets(batch: Batch, ahead: int) -> Array:
+    """[B, S] whether the token `ahead` further is one to predict from here."""
+    inside = same_document(batch.segment_ids, ahead)
+    return inside if batch.trained is None else inside & shift(batch.trained, ahead)
 
 
 def shift(x: Array, ahead: int) -> Array:
@@ -126,9 +134,9 @@ def objective(
     output = trunk(None if decisions is None else decisions.trunk)
 
     def loss_of(streams: Array, ahead: int) -> Array:
-        targets, counted = shift(batch.tokens, ahead), same_document(batch.segment_ids, ahead).astype(jnp.float32)
+        tokens, counted = shift(batch.tokens, ahead), targets(batch, ahead).astype(jnp.float32)
         mtp = ahead == 2
-        found = model.apply({"params": params}, streams, targets, counted, mtp=mtp, method="cross_entropy")
+        found = model.apply({"params": params}, streams, tokens, counted, mtp=mtp, method="cross_entropy")
         return cast(Array, found)
 
     statistics = output.statistics

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from v4_jax.chat import protocol
 
@@ -17,6 +17,29 @@ PROFILES: tuple[EffortProfile, ...] = ("preview", "official")
 
 # None is an effort too: reasoning of which nothing is said.
 REASONING_EFFORTS = (None, "low", "high", "max")
+
+Mode = Literal["non-think", "low", "high", "max"]
+
+
+class ChatMode(NamedTuple):
+    """How a chat is answered, in the words of `v4_jax.chat.encode`.
+
+    Attributes:
+      thinking_mode: "chat", or "thinking" to reason before the answer.
+      reasoning_effort: how much; None for no reasoning.
+    """
+
+    thinking_mode: str
+    reasoning_effort: str | None
+
+
+# How the release answers a chat.
+MODES: dict[Mode, ChatMode] = {
+    "non-think": ChatMode("chat", None),
+    "low": ChatMode("thinking", "low"),
+    "high": ChatMode("thinking", "high"),
+    "max": ChatMode("thinking", "max"),
+}
 
 _PREFIXES: dict[EffortProfile, dict[str, str]] = {
     "preview": {"max": protocol.REASONING_EFFORT_MAX},

@@ -9,7 +9,7 @@ text from untrusted users should be searched for `protocol.SPECIAL_TOKENS` befor
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from v4_jax.chat import protocol
 from v4_jax.chat.efforts import EffortProfile, effort_prefix
@@ -25,6 +25,19 @@ _PROMPTS = ("user", "developer")  # the turns that the assistant answers
 
 class EncodeError(ValueError):
     """A message or an option that the chat format cannot express; the sentence says what would be legal."""
+
+
+class Piece(NamedTuple):
+    """A part of a conversation's text.
+
+    Attributes:
+        role: Whose turn it is: "assistant" for what a model writes, and for nothing else. None for what the format puts
+            around turns.
+        text: Its text, perhaps "".
+    """
+
+    role: str | None
+    text: str
 
 
 def encode(
@@ -64,6 +77,36 @@ def encode(
     Raises:
         ValueError: A message (`EncodeError`) or an option is not legal; the sentence says which, and what would be.
     """
+    pieces = encode_pieces(
+        messages,
+        thinking_mode=thinking_mode,
+        reasoning_effort=reasoning_effort,
+        drop_thinking=drop_thinking,
+        effort_profile=effort_profile,
+        context=context,
+        add_bos=add_bos,
+        tools=tools,
+        response_format=response_format,
+    )
+    return "".join(piece.text for piece in pieces)
+
+
+def encode_pieces(
+    messages: Sequence[Message],
+    *,
+    thinking_mode: str = "chat",
+    reasoning_effort: str | None = None,
+    drop_thinking: bool = True,
+    effort_profile: EffortProfile = "preview",
+    context: Sequence[Message] | None = None,
+    add_bos: bool = True,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    response_format: Any = None,
+) -> list[Piece]:
+    """What `encode` joins, which says what of it the assistant writes: arguments and errors are the same.
+
+    Each assistant message is one piece, from what follows the opening of its turn to its EOS.
+    """
     protocol.check_thinking_mode(thinking_mode)
     try:
         prefix = effort_prefix(reasoning_effort, effort_profile)
@@ -87,18 +130,17 @@ def encode(
 
     pieces = []
     if not has_context:
-        pieces.append(protocol.BOS if add_bos else "")
-        pieces.append(prefix if thinking else "")
+        pieces.append(Piece(None, (protocol.BOS if add_bos else "") + (prefix if thinking else "")))
     last_prompt = _last_prompt(turns)
     for i, turn in enumerate(turns):
         if turn.is_new:
             # Where reasoning is dropped, it remains only from the last question on.
             thinks_after = thinking and (not dropping or i >= last_prompt)
             thinks_here = thinking and (not dropping or i > last_prompt) and not (i and turns[i - 1].task)
-            pieces.append(_write_turn(turn, thinks_here))
+            pieces.append(Piece(turn.role, _write_turn(turn, thinks_here)))
             if i + 1 == len(turns) or turns[i + 1].role in ("assistant", "latest_reminder"):
-                pieces.append(_write_transition(turn, thinks_after, thinking))
-    return "".join(pieces)
+                pieces.append(Piece(None, _write_transition(turn, thinks_after, thinking)))
+    return pieces
 
 
 def begin_tool_call(name: str | None = None) -> str:
