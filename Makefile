@@ -7,7 +7,7 @@ TPU := tests/kernels/test_compiles_for_tpu.py tests/infer/engine/test_programs_f
 ON_TPU := JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false $(BIN)/python -m pytest
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup demo test meshes torture lint docs oracle tpu bundles clean
+.PHONY: help setup demo test meshes torture lint docs oracle tpu bundles wheel clean
 
 help:
 	@echo "make demo    set up, then load, verify and run a small checkpoint in the released layout"
@@ -19,6 +19,7 @@ help:
 	@echo "make docs    the pages and the API reference, in build/docs"
 	@echo "make oracle  compare with transformers (installs torch)"
 	@echo "make tpu     compile kernels and plans for TPUs, on any machine (installs libtpu)"
+	@echo "make wheel   build/wheel/*.whl, after its demo ran in a fresh environment; PYTHON=python3.13 for another version"
 	@echo "make bundles record how many instructions the TPU compiler makes of each kernel"
 
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -78,6 +79,9 @@ tpu: $(VENV)/ready-tpu
 
 bundles: $(VENV)/ready-tpu
 	@RECORD_BUNDLES=1 $(ON_TPU) $(firstword $(TPU))
+
+wheel:
+	@.ci/wheel $(PYTHON)
 
 clean:
 	rm -rf $(VENV) .cache build *.egg-info .pytest_cache .ruff_cache .mypy_cache

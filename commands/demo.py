@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -15,6 +18,7 @@ import numpy as np
 
 from v4_jax import chat, checkpoint
 from v4_jax.checkpoint import Comparison
+from v4_jax.commands import PROGRAM
 from v4_jax.commands import info_report as card
 from v4_jax.commands.generate import Limits
 from v4_jax.commands.info_report import make_table
@@ -36,6 +40,9 @@ from v4_jax.infer.generate import Generation
 from v4_jax.infer.text import Reply
 
 PROMPT = "Write one sentence about the sea."
+
+# A prompt that the embedded model continues with what it was told.
+TOLD_BRIEFLY = "fox QZ47 moon KB03 wool PA81 gate QZ"
 
 # What the embedded model is asked: texts of so many characters, each with a record told at another depth.
 LENGTH, DEPTHS, TOLD = 32768, (0.02, 0.25, 0.5, 0.75), 24
@@ -60,11 +67,14 @@ def demo(*, model: OptionalFile = None, max_tokens: Count = 64) -> None:
     """
     if model is not None:
         _sentence(*_tour(model, str(model)), max_tokens)
+        _next(("chat", model), ("info", model, "--context", "1M"), ("generate", model, "--prompt", PROMPT))
         return
     devices.virtual(DEVICES)
     with _embedded() as path:
         directory, _ = _tour(path, "the embedded model")
         _recall(directory)
+        asked = ("--raw", "--greedy", "--max-tokens", "2", "--prompt", TOLD_BRIEFLY)
+        _next(("generate", path, *asked), ("info", "flash", "--context", "1M"), ("chat", "DeepSeek-V4-Flash"))
 
 
 def _tour(path: Path, name: str) -> tuple[ModelDirectory, Any]:
@@ -147,6 +157,21 @@ def _recall(directory: ModelDirectory) -> None:
         f"\nThe window of full attention is {window} tokens. All else comes through compressed entries, one for four "
         f"tokens,\nof which the indexer picks {picked} for each token. The same commands take the released checkpoints."
     )
+
+
+def _next(*commands: tuple[str | Path, ...]) -> None:
+    """What to try now: the last lines, as a shell takes them."""
+    print("\nNext, try\n")
+    for command in commands:
+        print(f"  {_program()} {shlex.join(map(str, command))}")
+
+
+def _program() -> str:
+    """What a shell here calls the program, which `make demo` runs in an environment that is not activated."""
+    beside = Path(sys.executable).with_name(PROGRAM)
+    if shutil.which(PROGRAM) or not beside.exists():
+        return PROGRAM
+    return shlex.quote(min(str(beside), os.path.relpath(beside), key=len))
 
 
 def _shortened(question: recall.RecallQuestion) -> str:

@@ -1,15 +1,18 @@
 """What README, docs/ and the commands' own help show: commands that parse, options, files and links that exist."""
 
+import ast
 import contextlib
 import functools
 import importlib
 import io
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+import yaml
 
 from v4_jax.commands import VERBS, main
 
@@ -49,6 +52,28 @@ def commands(lines):
                 yield shlex.split(rest.rstrip()[:-1])
 
 
+def lists_of_words(node: Any) -> Iterator[list]:
+    """The lists in YAML, or in a Python program, of texts alone."""
+    if isinstance(node, ast.AST):
+        for part in ast.walk(node):
+            if isinstance(part, ast.List):
+                yield from lists_of_words([element.value for element in part.elts if isinstance(element, ast.Constant)])
+    elif isinstance(node, dict):
+        for part in node.values():
+            yield from lists_of_words(part)
+    elif isinstance(node, list):
+        if node and all(isinstance(part, str) for part in node):
+            yield node
+        for part in node:
+            yield from lists_of_words(part)
+
+
+def in_other_languages(path):
+    """What a page's blocks of YAML and Python hold, which have to parse."""
+    for language, block in re.findall(r"```(yaml|python)\n(.*?)```", path.read_text(), flags=re.DOTALL):
+        yield from [ast.parse(block)] if language == "python" else yaml.safe_load_all(block)
+
+
 @pytest.fixture(scope="module")
 def options():
     """Options of each verb, from its help."""
@@ -63,7 +88,8 @@ def options():
 @named("path", [*PAGES, *sorted(ROOT.glob("commands/*.py"))])
 def test_commands_parse(path, monkeypatch, capsys):
     """A command in a block is complete: it parses as it stands, with what it would do left out."""
-    for arguments in commands(Shown.of(path).blocks):
+    words = [list_ for block in in_other_languages(path) for list_ in lists_of_words(block)]
+    for arguments in [*commands(Shown.of(path).blocks), *(rest for program, *rest in words if program == "v4-jax")]:
         verb = arguments[0]
         assert verb in VERBS, arguments
         module = importlib.import_module(f"v4_jax.commands.{verb}")

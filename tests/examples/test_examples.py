@@ -1,10 +1,13 @@
-"""The example programs run as shown: one on the embedded checkpoint, the others on one that compiles sooner."""
+"""The example programs run as shown: two on the embedded checkpoint, the others on one that compiles sooner."""
 
 import io
+import json
 import runpy
 from contextlib import redirect_stdout
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 import tyro
 
@@ -45,6 +48,26 @@ def test_train_tiny(model, capsys):
 def test_serve(model, capsys):
     answer = main_of("serve")(model)
     assert answer and capsys.readouterr().out == f"moon KB03 fox QZ47 pond KB{answer}\n"
+
+
+def test_notebook(capsys):
+    """Its cells in order, as a notebook runs them, on all devices; it is kept without what it printed."""
+    notebook = json.loads((EXAMPLES / "v4_jax.ipynb").read_text())
+    cells = notebook["cells"]
+    assert notebook["nbformat"] == 4 and notebook["metadata"]["accelerator"] == "TPU"
+    assert len({cell["id"] for cell in cells}) == len(cells)
+    names = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+    said = capsys.readouterr().out
+    assert names["answer"] == "47" and f"{names['PROMPT']}47\n" in said
+    told, not_told = names["scores"][:, -2:].sum(-1)
+    assert told > not_told + 1
+    assert names["losses"][-1] < names["losses"][0] - 0.5
+    assert names["on_all"].sharding.device_set == set(jax.devices())
+    np.testing.assert_allclose(names["on_all"], names["scores"], atol=1e-4)
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
