@@ -9,6 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from v4_jax.commands.shared.console import printable
 from v4_jax.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def _rows(batch: Batch, tokenizer: Tokenizer, *, marked: bool) -> list[tuple[str
         for begin, end in zip([0, *ends[:-1]], ends, strict=True):
             if begin and segments[begin] != segments[begin - 1]:
                 text.append(_BETWEEN)
-            run = tokenizer.decode(tokens[begin:end].tolist())
+            run = printable(tokenizer.decode(tokens[begin:end].tolist()))
             if learnt[begin]:
                 text.append(f"{_OPEN}{run}{_CLOSE}" if marked else run, _TRAINED)
             else:

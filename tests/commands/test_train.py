@@ -8,11 +8,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from tests.models import trained
 from tests.processes import free_address
+from v4_jax.commands.train_rows import print_rows
+from v4_jax.tokenizer import ByteTokenizer
+from v4_jax.train.batch import Batch
 from v4_jax.train.metrics import read_metrics
 
 STEPS = 6
@@ -95,6 +99,14 @@ def test_rows_are_shown(run, monkeypatch):
     assert "<think>⟦A sum.</think>4<｜end▁of▁sentence｜>⟧" in result.out
     assert "</think>4<｜end▁of▁sentence｜><｜User｜>And 3 + 3?" in texts[1]
     assert "</think>9.11<｜end▁of▁sentence｜><｜User｜>" in texts[3] and texts[3].count("⟦") == 1
+
+
+def test_rows_say_nothing_to_the_terminal(capsys):
+    """What a terminal would obey in a text of the data is not passed on."""
+    tokenizer = ByteTokenizer(300)
+    tokens = np.asarray([tokenizer.encode("a\x1b[2Jb\tc\n")], np.int32)
+    print_rows(Batch(tokens, np.ones_like(tokens)), tokenizer)
+    assert capsys.readouterr().out.splitlines()[1:] == ["⟦a\ufffd[2Jb\tc", "⟧"]
 
 
 def test_dry_run(run, settings, tmp_path, texts, monkeypatch):

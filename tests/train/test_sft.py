@@ -1,14 +1,16 @@
 """Fine-tuning learns what the assistant says, in the text in which it will be asked for it, and nothing else."""
 
+import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.test_tokenizer import build_vocabulary
 from v4_jax import chat
 from v4_jax.chat import EOS, THINK_CLOSE
-from v4_jax.tokenizer import ByteTokenizer
+from v4_jax.tokenizer import ByteTokenizer, load_tokenizer
 from v4_jax.train.data import Corpus, DataError, PackedRows, Source
 from v4_jax.train.objectives.sft import Conversations
 
@@ -155,6 +157,17 @@ def test_rows(tmp_path):
         assert tokens[of].tolist() == TOKENIZER.encode(joined(spans))
         assert TOKENIZER.decode(tokens[of & trained].tolist()) == "".join(learnt(spans))
     assert trained.dtype == bool and not trained[segments == 0].any()
+
+
+def test_spans_tokenised_apart_are_the_whole_text(tmp_path):
+    """Also where letters merge into tokens: special tokens stand between what is read and what is written."""
+    tokenizer = load_tokenizer(tmp_path, build_vocabulary(tmp_path))
+    assert len(tokenizer.encode("the token")) < len("the token")
+    for case in CASES:
+        if any(message["role"] == "assistant" for message in case["messages"]):
+            for spans in (spans for mode in chat.MODES for spans in texts(case["messages"], mode)):
+                apart = [tokenizer.encode(span.text) for span in spans]
+                assert [*itertools.chain.from_iterable(apart)] == tokenizer.encode(joined(spans))
 
 
 def test_texts_and_conversations_mixed(tmp_path):
