@@ -47,6 +47,16 @@ PLANS = (
     ("flash", "train", "1M", 1, "1M", "v5p:4x4x16", "seq=256", "train"),
 )
 
+# Milliseconds by the compiler's estimate before any kernel but the experts', whose time was not in it.
+BEFORE = {
+    ("flash", "decode", "1M", 1, "v6e:2x4"): 41.6,
+    ("flash", "decode", "32K", 128, "v6e:4x4"): 73.4,
+    ("flash", "prefill", "1M", 1, "v6e:4x4"): 1366,
+    ("flash", "prefill", "1M", 1, "v5p:2x2x2"): 5157,
+    ("pro", "decode", "1M", 1, "tpu7x:2x2x4"): 58.1,
+    ("flash", "train", "16K", 128, "v5p:4x4x8"): 35000,
+}
+
 HEADER = """# Plans
 
 What the TPU compiler says about DeepSeek-V4 on slices of several generations. The programs were compiled on a machine
@@ -60,7 +70,8 @@ All numbers are per device: one chip, or half a chip on tpu7x.
   memory.
 - *Estimate* is the compiler's: the cycles of every operation, times how often it runs. A Pallas kernel takes at least
   its FLOPs at peak and its bytes at full bandwidth, a collective 3 us and its bytes. *Operations* are all that a call
-  runs, and the parts are the named scopes that take longest.
+  runs, and the parts are the named scopes that take longest. *Before* is the estimate without the kernels, and without
+  the experts' time.
 - *Floor* is the least time that a call can take: the largest of its FLOPs, memory traffic and interconnect traffic at
   the vendor's peak figures.
 - *Over least* is how many times the FLOPs and the bytes exceed what the algorithm needs. That is two FLOPs per active
@@ -73,7 +84,8 @@ on the mean, at the end of a full context and with experts evenly chosen. Rows w
 
 """
 COLUMNS = (
-    *("model", "task", "context", "rows", "slice", "mesh", "peak of memory", "estimate", "operations", "most of it in"),
+    *("model", "task", "context", "rows", "slice", "mesh", "peak of memory", "estimate before", "estimate"),
+    *("operations", "most of it in"),
     *("floor", "bound by", "FLOPs, bytes over least"),
 )
 
@@ -118,6 +130,7 @@ def row(plan: tuple, found: dict) -> str:
     peak = attempt["live" if task.startswith("train") else "peak"]
     cells += [
         f"{bytes_text(peak)} of {bytes_text(attempt['hbm_capacity'])}",
+        f"{BEFORE[known]:,.1f} ms" if (known := (model, plan[1], context, rows, topology)) in BEFORE else "-",
         *estimated(attempt),
         *(f"{1e3 * floor['seconds']:,.1f} ms", bound, over),
     ]
