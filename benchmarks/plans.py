@@ -69,9 +69,10 @@ All numbers are per device: one chip, or half a chip on tpu7x.
   one time by the compiler's count: master weights and moments in float32, and temporaries, many of which reuse the same
   memory.
 - *Estimate* is the compiler's: the cycles of every operation, times how often it runs. A Pallas kernel takes at least
-  its FLOPs at peak and its bytes at full bandwidth, a collective 3 us and its bytes. *Operations* are all that a call
-  runs, and the parts are the named scopes that take longest. *Before* is the estimate without the kernels, and without
-  the experts' time.
+  its FLOPs at peak and its bytes at full bandwidth, a collective 3 us and its bytes. It is *at least* that where the
+  compiler has no cycles for some of the kernels, which then count by FLOPs and bytes alone. *Before* is without the
+  kernels, and without the experts' time. *Operations* are all that a call runs, and the parts are the named scopes that
+  take longest.
 - *Floor* is the least time that a call can take: the largest of its FLOPs, memory traffic and interconnect traffic at
   the vendor's peak figures.
 - *Over least* is how many times the FLOPs and the bytes exceed what the algorithm needs. That is two FLOPs per active
@@ -114,7 +115,8 @@ def estimated(attempt: dict) -> list[str]:
         return ["-"] * 3
     seconds, longest = attempt["estimate_s"], list(attempt["parts"].items())[:3]
     parts = ", ".join(f"{part} {time / seconds:.0%}" for part, time in longest)
-    return [f"{1e3 * seconds:,.1f} ms", f"{attempt['operations']:,.0f}", parts]
+    least = "at least " if attempt["bounded"] else ""
+    return [f"{least}{1e3 * seconds:,.1f} ms", f"{attempt['operations']:,.0f}", parts]
 
 
 def row(plan: tuple, found: dict) -> str:
