@@ -15,6 +15,7 @@ from v4_jax import Config, Transformer, declarations, init_cache
 from v4_jax.kernels import choose
 from v4_jax.kernels.linear import reference, shares
 from v4_jax.kernels.linear.tpu import MANY, ROWS, matmul, one_row, supports
+from v4_jax.kernels.output.few import attention_end
 from v4_jax.layer_stack import Cut
 from v4_jax.layers.linear import grouped_linear, linear, linears
 from v4_jax.number_formats import E2M1, E4M3, E8M0, FP8_BLOCK, BlockScaled, Stack, dequantise, quantise
@@ -212,7 +213,12 @@ def test_a_model_reads_every_layer_where_it_lies(monkeypatch):
         given.extend(weights)
         return matmul(x, weights, **options)
 
+    def spy_on_end(partials, sink, turn, weights, **options):
+        given.extend(weights)
+        return attention_end(partials, sink, turn, weights, **options)
+
     monkeypatch.setattr(choose.linear_tpu, "matmul", spy)
+    monkeypatch.setattr(choose.output_few, "attention_end", spy_on_end)
 
     def run(params, replayed):
         cache, found = init_cache(CONFIG, 2, 128, dtype="bfloat16"), []
