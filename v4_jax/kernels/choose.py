@@ -6,21 +6,21 @@ Pallas kernel, or `cpu.py`, written so that XLA:CPU makes quick code of it. Laye
     function                 reference                      cpu                                       tpu
     products, weighted       einsum                         keys' gradients as sums, of few heads     reference
     window_attention         caller's, part by part         reference                                 kernel
-    window_step              caller's, read in order      reference                                 one kernel, in place
+    window_step              caller's, read in order        reference                                 one kernel
     index_scores             einsum                         head by head                              reference
     enter_site, leave_site,  formulas of the report         reference                                 one kernel
     cross_sites
     matmul                   einsum                         weights' gradients with a second axis     one row as two
     products_with,           products with `dequantise`     reference                                 kernel, of E4M3
     grouped_product
-    partial_products         the same, one by one         reference                                 one kernel
+    partial_products         the same, one by one           reference                                 one kernel
     best_entries             running top-k over blocks      reference                                 kernel
     attend_picked            caller's, over a gathered copy reference                                 kernel
-    compress                 caller's, all rows at once  reference                                 row by row
+    compress                 caller's, all rows at once     reference                                 row by row
     norm_rotate              one after the other            reference                                 one kernel
-    settle                   norm_rotate one by one       reference                                 one kernel
+    settle                   norm_rotate one by one         reference                                 one kernel
     attention_output         caller's                       reference                                 one kernel
-    attention_end            the same, and products       reference                                 one kernel
+    attention_end            the same, and products         reference                                 one kernel
     map_groups               tiles of each group in turn    reference                                 caller's kernel
     few_rows_experts,        caller's, by groups of rows    reference                                 one kernel
     expert_of_all            caller's, by products          reference                                 the same
@@ -117,11 +117,7 @@ def window_attention(
     """
     if not attention_tpu.supports(queries):
         return _handed_on(plain, together)(queries, keys, oldest, entries, visible)
-
-    def kernel(*operands: Any) -> Partial | Packed:
-        found = attention_tpu.window_attention(*operands, together=together, interpret=interpreting())
-        return found if isinstance(found, Packed) else Partial(*found)
-
+    kernel = functools.partial(attention_tpu.window_attention, together=together, interpret=interpreting())
     return _without_gradients(_handed_on(plain, together), tpu=kernel)(queries, keys, oldest, entries, visible)
 
 
@@ -194,11 +190,7 @@ def attend_picked(
     copying = _handed_on(plain, together)
     if not csa_tpu.supports(queries, entries):
         return copying(queries, entries, local)
-
-    def kernel(*operands: Any) -> Partial | Packed:
-        found = csa_tpu.attend_picked(*operands, together=together, interpret=interpreting())
-        return found if isinstance(found, Packed) else Partial(*found)
-
+    kernel = functools.partial(csa_tpu.attend_picked, together=together, interpret=interpreting())
     return _without_gradients(copying, tpu=kernel)(queries, entries, local)
 
 

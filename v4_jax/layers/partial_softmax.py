@@ -96,8 +96,9 @@ def merge_devices(partial: Partial | Packed, axes: Axes, heads: Axes) -> Partial
         if not rest:
             return parts
         partial = functools.reduce(merge, separate([parts]))
-    if not rest or isinstance(partial, Packed):
+    if not rest:
         return partial
+    (partial,) = separate([partial])
     maximum = pmax(partial.maximum, rest)
     rescale = jnp.exp(partial.maximum - maximum)
     return Partial(maximum, psum(partial.total * rescale, rest), psum(partial.weighted * rescale[..., None], rest))

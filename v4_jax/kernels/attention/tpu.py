@@ -26,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from v4_jax.cache.entries import Entries
 from v4_jax.kernels.attention.reference import MASKED
 from v4_jax.kernels.memory import kept_in_hbm
-from v4_jax.layers.partials import STATISTICS, Packed
+from v4_jax.layers.partials import STATISTICS, Packed, Partial
 from v4_jax.layers.visible import Visible
 from v4_jax.natural import quotient
 
@@ -56,7 +56,7 @@ def window_attention(
     *,
     together: bool = False,
     interpret: bool = False,
-) -> tuple[Array, Array, Array] | Packed:
+) -> Partial | Packed:
     """Attention over the window, or all visible entries, or both in one softmax.
 
     Args:
@@ -164,7 +164,7 @@ def window_attention(
     if together:
         return Packed(found[0].reshape(1, *queries.shape[:3], size + STATISTICS))
     maximum, total, weighted = found
-    return maximum, total, weighted.reshape(queries.shape)
+    return Partial(maximum, total, weighted.reshape(queries.shape))
 
 
 def _tile(count: int, heads: int) -> int:

@@ -24,7 +24,7 @@ from v4_jax.kernels.attention.reference import MASKED
 from v4_jax.kernels.attention.tpu import statistics
 from v4_jax.kernels.memory import kept_in_hbm
 from v4_jax.kernels.turns import about
-from v4_jax.layers.partials import STATISTICS, Packed
+from v4_jax.layers.partials import STATISTICS, Packed, Partial
 from v4_jax.natural import quotient
 from v4_jax.sharding import collectives
 
@@ -47,7 +47,7 @@ def supports(queries: Array, entries: Entries) -> bool:
 
 def attend_picked(
     queries: Array, entries: Entries, local: Array, *, together: bool = False, interpret: bool = False
-) -> tuple[Array, Array, Array] | Packed:
+) -> Partial | Packed:
     """Attention of each query over its own entries.
 
     Args:
@@ -84,7 +84,7 @@ def attend_picked(
         interpret=interpret,
     )
     apart = [x.reshape(batch, count, *x.shape[1:]) for x in found]
-    return Packed(apart[0][None]) if together else (apart[0], apart[1], apart[2])
+    return Packed(apart[0][None]) if together else Partial(*apart)
 
 
 @functools.partial(jax.jit, static_argnames=("together", "interpret"))
