@@ -26,7 +26,7 @@ from v4_jax.checkpoint.tensors import CheckpointError, names_in
 from v4_jax.checkpoint.trained import CHECKPOINTS
 from v4_jax.json_files import read_object
 from v4_jax.outputs import Routing
-from v4_jax.train.objectives.pretraining import Decisions
+from v4_jax.train.objectives.objective import Decisions
 from v4_jax.train.settings import differences
 from v4_jax.train.step import TrainState
 

@@ -29,7 +29,7 @@ from v4_jax.profiler import Recorder
 from v4_jax.train.batch import Batch
 from v4_jax.train.checkpoints import Checkpoints, Saved
 from v4_jax.train.data import DataError, PackedRows
-from v4_jax.train.objectives.pretraining import Decisions
+from v4_jax.train.objectives.objective import Decisions
 from v4_jax.train.optimizer import optimizer
 from v4_jax.train.schedules import attention, learning_rate, loss_weights, stage_at, trained_loss
 from v4_jax.train.settings import Settings, differences
@@ -145,6 +145,7 @@ class Trainer:
                 self._model(stage),
                 self._optimizer(trained_loss(chosen)),
                 lambda step: loss_weights(self._settings, chosen, step),
+                self._settings.objective,
                 fp4_experts=self._settings.fp4_experts,
             )
             self._programs[key] = jit_step(step, self._shapes, self._place)

@@ -19,21 +19,25 @@ from v4_jax.parameters import is_parameter
 from v4_jax.placement import Place
 from v4_jax.policy import Policy
 from v4_jax.train.batch import Batch
-from v4_jax.train.objectives.pretraining import (
+from v4_jax.train.objectives.objective import (
     Counts,
     Decisions,
+    Objective,
     Sums,
     Weights,
     balanced_layers,
     decide,
-    objective,
+    total_loss,
     value_and_grad,
 )
+from v4_jax.train.objectives.pretraining import Pretraining
 from v4_jax.train.optimizer import state_placements
 from v4_jax.train.precision import compute_copy
 from v4_jax.transformer import Transformer
 
 Metrics = dict[str, Array]
+
+PRETRAINING = Pretraining()
 
 
 class TrainState(struct.PyTreeNode):
@@ -70,6 +74,7 @@ def make_step(
     model: Transformer,
     transform: optax.GradientTransformation,
     weights: Callable[[Array], Weights],
+    objective: Objective = PRETRAINING,
     *,
     fp4_experts: bool = False,
 ) -> Callable[[TrainState, Batch, Decisions | None], tuple[TrainState, Metrics]]:
@@ -82,6 +87,7 @@ def make_step(
       model: the model, on a mesh or not.
       transform: see `v4_jax.train.optimizer.optimizer`.
       weights: of the losses, by step.
+      objective: what is made of the next tokens.
       fp4_experts: see `v4_jax.train.precision.compute_copy`.
     """
     config, policy = model.config, Policy.of(model.policy)
@@ -91,7 +97,7 @@ def make_step(
 
         def loss(params: Any, batch: Batch, decisions: Decisions | None) -> tuple[Array, Sums]:
             params = compute_copy(params, config, policy, fp4_experts=fp4_experts)
-            return objective(model, params, batch, counts, now, decisions)
+            return total_loss(objective, model, params, batch, counts, now, decisions)
 
         def one(batch: Batch, decisions: Decisions | None) -> Any:
             return value_and_grad(lambda params: loss(params, batch, decisions), state.params)
@@ -170,7 +176,7 @@ def _metrics(config: Architecture, counts: Counts, sums: Sums) -> Metrics:
         "expert_load_excess_max": jnp.max(excess),
         "expert_unused": jnp.mean(load == 0),
         "tokens": counts.tokens,
-    }
+    } | {name: value / counts.loss for name, value in sums.statistics.items()}
     if config.num_nextn_predict_layers:
         found["mtp_loss"] = sums.mtp / counts.mtp
     indexers = sum(layer.attention == "csa" for layer in config.layers)

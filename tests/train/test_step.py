@@ -20,9 +20,9 @@ from v4_jax.parameters import is_parameter
 from v4_jax.placement import Place
 from v4_jax.sharding.mesh import make_mesh
 from v4_jax.train.batch import Batch
-from v4_jax.train.objectives.pretraining import Counts, Weights, objective
+from v4_jax.train.objectives.objective import Counts, Weights, total_loss
 from v4_jax.train.precision import compute_copy
-from v4_jax.train.step import TrainState, make_decide, make_step
+from v4_jax.train.step import PRETRAINING, TrainState, make_decide, make_step
 
 ROWS, LENGTH = 4, 256
 RATE = 0.1
@@ -105,7 +105,7 @@ def test_only_what_is_trained_is_a_target(tiny, model, outputs, rows):
     trained = (jnp.arange(LENGTH) // 7) % 3 == 0
     marked = rows._replace(trained=jnp.broadcast_to(trained, (ROWS, LENGTH)) & (rows.segment_ids > 0))
     counts = Counts.of(marked)
-    sums = jax.jit(lambda params: objective(model, params, marked, counts, WEIGHTS)[1])(tiny.params)
+    sums = jax.jit(lambda params: total_loss(PRETRAINING, model, params, marked, counts, WEIGHTS)[1])(tiny.params)
     for output, ahead, name in ((outputs[0], 1, "loss"), (outputs[1], 2, "mtp")):
         losses = by_hand(output.logits, marked, ahead)
         assert 0 < len(losses) == int(getattr(counts, name)) < len(by_hand(output.logits, rows, ahead)) / 2
@@ -224,7 +224,7 @@ def test_indexer_stage_has_no_other_gradient(tiny, rows):
     model = tiny.model.clone(stage=Stage(dense=True, indexer_loss=True))
     weights = Weights(model=0.0, indexer=1.0)
     counts = Counts.of(rows)
-    loss = lambda params: objective(model, params, rows, counts, weights)[0]  # noqa: E731
+    loss = lambda params: total_loss(PRETRAINING, model, params, rows, counts, weights)[0]  # noqa: E731
     gradient = jax.jit(jax.grad(loss, allow_int=True))(tiny.params)
     declared = jax.tree.leaves(declarations(tiny.config), is_leaf=is_parameter)
     for parameter, leaf in zip(declared, jax.tree.leaves(gradient), strict=True):
