@@ -1,4 +1,4 @@
-"""`v4-jax train`: continued pretraining and supervised fine-tuning, from a settings file."""
+"""`v4-jax train`: continued pretraining, supervised fine-tuning and distillation, from a settings file."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ from v4_jax.sharding.mesh import abstract_mesh
 if TYPE_CHECKING:
     from v4_jax.train.data import PackedRows
     from v4_jax.train.metrics import Metrics
+    from v4_jax.train.rounds import Rounds
     from v4_jax.train.settings import Settings, StageSettings
     from v4_jax.train.setup import Origin
+    from v4_jax.train.teacher_rows import TeacherRows
 
 Words = Annotated[
     tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SETTINGS.yaml FIELD=VALUE", help_behavior_hint="")
@@ -91,7 +93,7 @@ def train(
 def _train(settings: Settings, distributed: bool, dry_run: bool, profile: Path | None) -> int:
     with needs("train"):
         from v4_jax.train.metrics import Metrics
-        from v4_jax.train.setup import Origin, check_run, locked, notes, open_rows, open_run
+        from v4_jax.train.setup import Origin, check_run, locked, notes, open_rounds, open_rows, open_run
         from v4_jax.train.trackers import Tracker, wanted
 
     services = wanted(settings)
@@ -104,6 +106,7 @@ def _train(settings: Settings, distributed: bool, dry_run: bool, profile: Path |
         origin = Origin.of(settings)
         place = _place(settings, origin.config)
         rows = open_rows(settings, origin, say)
+        rounds = open_rounds(settings, origin, place, rows, _loading)
         if dry_run:
             check_run(settings, origin)
         else:
@@ -124,7 +127,7 @@ def _train(settings: Settings, distributed: bool, dry_run: bool, profile: Path |
                 trackers = [Tracker(service, settings, say) for service in services]
                 metrics = Metrics(settings.run, tensorboard=settings.log.tensorboard, trackers=trackers)
         stack.enter_context(metrics or contextlib.nullcontext())
-        return _run(settings, origin, place, rows, metrics, profile)
+        return _run(settings, origin, place, rows, rounds, metrics, profile)
 
 
 def _show_rows(settings: Settings, count: int) -> int:
@@ -139,7 +142,13 @@ def _show_rows(settings: Settings, count: int) -> int:
 
 
 def _run(
-    settings: Settings, origin: Origin, place: Place, rows: PackedRows, metrics: Metrics | None, profile: Path | None
+    settings: Settings,
+    origin: Origin,
+    place: Place,
+    rows: PackedRows | TeacherRows,
+    rounds: Rounds | None,
+    metrics: Metrics | None,
+    profile: Path | None,
 ) -> int:
     from v4_jax.train.checkpoints import SaveError
     from v4_jax.train.loop import Trainer, TrainingError
@@ -166,6 +175,7 @@ def _run(
                 say,
                 compiling=_compiling,
                 profile=profile,
+                rounds=rounds,
             ).run()
     except (SaveError, TrainingError) as error:
         raise CommandError(str(error)) from None
@@ -178,6 +188,13 @@ def _compiling(what: str) -> Iterator[None]:
     """Says what a silence of minutes is for, and shows that it goes on."""
     say(f"compiling {what}")
     with working(f"compiling {what}"):
+        yield
+
+
+@contextlib.contextmanager
+def _loading(what: str) -> Iterator[None]:
+    """Shows that something is loaded."""
+    with working(f"loading {what}"):
         yield
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from v4_jax.train.data import PackedRows
     from v4_jax.train.settings import Settings
     from v4_jax.train.setup import Origin
+    from v4_jax.train.teacher_rows import TeacherRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ class DryRun:
     free: int | None
 
     @classmethod
-    def of(cls, settings: Settings, origin: Origin, place: Place, rows: PackedRows) -> DryRun:
+    def of(cls, settings: Settings, origin: Origin, place: Place, rows: PackedRows | TeacherRows) -> DryRun:
         """Reads each stage's first batch, and counts what is kept.
 
         Raises:

@@ -95,6 +95,11 @@ class Checkpoints:
         """Step of the newest complete checkpoint; None without any."""
         return self._manager.latest_step()
 
+    @property
+    def oldest(self) -> int:
+        """Step of the oldest checkpoint that is kept; 0 without any."""
+        return min(self._manager.all_steps(), default=0)
+
     def save(self, state: TrainState, progress: dict[str, Any], ahead: list[Decisions]) -> None:
         """Begins to save a state, which may be changed as soon as this returns.
 

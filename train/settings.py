@@ -17,6 +17,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from v4_jax.chat import Mode
 from v4_jax.layers.stages import Remat
 from v4_jax.policy import PolicyName
+from v4_jax.train.objectives.distillation import Distillation
 from v4_jax.train.objectives.pretraining import Pretraining
 from v4_jax.train.objectives.table import ChosenObjective
 from v4_jax.train.section import Section
@@ -46,6 +47,9 @@ class SourceSettings(Section):
     """Its share of the documents, against those of the other sources."""
     format: Literal["auto", "text", "jsonl", "parquet", "arrayrecord"] = "auto"
     """How documents are stored; "auto" goes by the file's name."""
+    teacher: str | None = None
+    """Of distillation: the teacher of its texts, as `objective.teachers` calls it. Where there is one, it may be left
+    out."""
     field: str = "text"
     """The field or column that holds the text; "tokens" for lists of token ids, "messages" for conversations, of which
     only what the assistant says is learnt."""
@@ -137,7 +141,8 @@ class StabilitySettings(Section):
     """What happens when the loss jumps: back to the last checkpoint, and on with anticipatory routing for a while."""
 
     spike: PositiveFloat | None = 6.0
-    """A loss so many standard deviations above its running mean is a spike; null never looks for one."""
+    """A loss so many standard deviations above its running mean is a spike; null never looks for one. Of pretraining
+    alone: where texts are made or read ahead for some steps, only a loss that is not finite ends the run."""
     window: PositiveInt = 100
     """Steps over which mean and deviation are taken, and before which nothing is a spike."""
     ahead: PositiveInt = 4
@@ -219,10 +224,19 @@ class Settings(Section):
         """Steps of all stages."""
         return sum(stage.steps for stage in self.stages)
 
+    def sources_of(self, teacher: str) -> list[SourceSettings]:
+        """The sources of a teacher's texts."""
+        return [source for source in self.data.sources if source.teacher in (None, teacher)]
+
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> Settings:
         if (self.model is None) == (self.architecture is None):
             raise ValueError("expected either model, a directory to start from, or architecture, of a fresh one")
+        teachers = self.objective.teachers if isinstance(self.objective, Distillation) else {}
+        for i, source in enumerate(self.data.sources):
+            if source.teacher not in teachers and (source.teacher is not None or len(teachers) > 1):
+                legal = f"expected one of {', '.join(teachers)}" if teachers else "this objective has none"
+                raise ValueError(f"data.sources.{i}.teacher is {source.teacher}; {legal}")
         for i, stage in enumerate(self.stages):
             if stage.rows % stage.microbatches:
                 raise ValueError(f"stages.{i}: {stage.rows} rows do not divide into {stage.microbatches} microbatches")

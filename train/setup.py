@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,8 +26,13 @@ from v4_jax.placement import Place
 from v4_jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from v4_jax.train.data import Corpus, PackedRows
 from v4_jax.train.documents import Source
+from v4_jax.train.objectives.distillation import Distillation
 from v4_jax.train.objectives.sft import Conversations
-from v4_jax.train.settings import Settings, SettingsError, write_settings
+from v4_jax.train.rounds import GivenTexts, Rounds
+from v4_jax.train.schedules import stage_at
+from v4_jax.train.settings import Settings, SettingsError, SourceSettings, write_settings
+from v4_jax.train.teacher_rows import TeacherRows
+from v4_jax.train.teachers import TOKENIZER, Teachers
 
 SETTINGS = "settings.yaml"
 
@@ -76,7 +81,9 @@ class Origin(NamedTuple):
         return load(self.checkpoint, dtype="float32", mesh=place.mesh, rules=place.rules)[1]
 
 
-def open_rows(settings: Settings, origin: Origin, say: Callable[[str], None] = lambda text: None) -> PackedRows:
+def open_rows(
+    settings: Settings, origin: Origin, say: Callable[[str], None] = lambda text: None
+) -> PackedRows | TeacherRows:
     """The run's data, from its beginning.
 
     Args:
@@ -87,10 +94,21 @@ def open_rows(settings: Settings, origin: Origin, say: Callable[[str], None] = l
     Raises:
       v4_jax.train.data.DataError: a source cannot be opened.
     """
+    if isinstance(settings.objective, Distillation):
+        sources = {name: settings.sources_of(name) for name in settings.objective.teachers}
+        rows = {name: _open_rows(settings, origin, found, say) for name, found in sources.items() if found}
+        return TeacherRows(rows, {name: sum(source.weight for source in sources[name]) for name in rows})
+    return _open_rows(settings, origin, settings.data.sources, say)
+
+
+def _open_rows(
+    settings: Settings, origin: Origin, sources: Sequence[SourceSettings], say: Callable[[str], None]
+) -> PackedRows:
+    """Rows of some of the run's sources."""
     data, tokenizer = settings.data, origin.tokenizer
     profile = origin.profile or "preview" if data.effort_profile == "auto" else data.effort_profile
     corpus = Corpus(
-        [Source(**source.model_dump()) for source in data.sources],
+        [Source(**source.model_dump(exclude={"teacher"})) for source in sources],
         tokenizer.encode,
         vocab_size=origin.config.vocab_size,
         bos_id=tokenizer.bos_id if data.begin else None,
@@ -101,6 +119,39 @@ def open_rows(settings: Settings, origin: Origin, say: Callable[[str], None] = l
         conversations=Conversations(data.mode, profile),
     )
     return PackedRows(corpus, open_rows=data.open_rows, threads=data.threads)
+
+
+def open_rounds(
+    settings: Settings,
+    origin: Origin,
+    place: Place,
+    rows: PackedRows | TeacherRows,
+    loading: Callable[[str], contextlib.AbstractContextManager[None]] = lambda what: contextlib.nullcontext(),
+) -> Rounds | None:
+    """What is made some steps ahead; None where the objective needs nothing made.
+
+    Args:
+      settings: the run's.
+      origin: what it starts from.
+      place: where it runs.
+      rows: from `open_rows`.
+      loading: entered while a teacher is loaded; told which.
+
+    Raises:
+      SettingsError, ValueError, OSError: a teacher cannot be used.
+    """
+    objective = settings.objective
+    if not isinstance(objective, Distillation):
+        return None
+    file = origin.files.get(TOKENIZER)
+    teachers = Teachers(objective, origin.config, place, file.read_bytes() if file else None, loading)
+
+    def shape(step: int) -> tuple[int, int, int]:
+        stage = settings.stages[stage_at(settings, step)]
+        return stage.microbatches, stage.rows // stage.microbatches, stage.length
+
+    made_for = settings.model_dump(mode="json", exclude={"run", "log", "checkpoints"})
+    return Rounds(settings.run, objective.round, GivenTexts(rows, shape), teachers, made_for)
 
 
 class _Skipped:

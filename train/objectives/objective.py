@@ -88,7 +88,7 @@ class Counts(NamedTuple):
     @classmethod
     def of(cls, batch: Batch) -> Counts:
         """The counts of a whole step's rows [..., B, S]."""
-        rows = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch)
+        rows = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch._replace(given=None))
         segments = rows.segment_ids
         following, after = (jnp.maximum(jnp.sum(targets(rows, n)), 1) for n in (1, 2))
         return cls(following, after, segments.shape[0], jnp.maximum(jnp.sum(segments > 0), 1))

@@ -6,6 +6,14 @@ To add one, write a module beside this: a section of settings with a `kind` of i
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Field
+
+from v4_jax.train.objectives.distillation import Distillation
 from v4_jax.train.objectives.pretraining import Pretraining
 
-ChosenObjective = Pretraining
+ChosenObjective = Annotated[
+    Pretraining | Distillation,
+    Field(discriminator="kind"),
+]

@@ -22,7 +22,7 @@ def log_probability(logits: Array, tokens: Array) -> Array:
 
 
 def log_softmax(logits: Array, axes: Axes, axis: int) -> Array:
-    """Log-probabilities of all tokens, of float32 logits whose array axis `axis` is the vocabulary, split over `axes`."""
+    """Log-probabilities of float32 logits, whose array axis `axis` is the vocabulary, split over mesh axes `axes`."""
     largest = pmax(jnp.max(logits, axis, keepdims=True), axes)
     return logits - largest - jnp.log(psum(jnp.sum(jnp.exp(logits - largest), axis, keepdims=True), axes))
 
