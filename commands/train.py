@@ -17,6 +17,7 @@ from v4_jax.commands.shared import devices
 from v4_jax.commands.shared.console import CommandError, bad_input, needs, say, show, working
 from v4_jax.commands.shared.options import Flag, OptionalCount, OptionalFile
 from v4_jax.commands.shared.profiling import check_profile
+from v4_jax.commands.shared.rollouts import EngineRollouts
 from v4_jax.commands.train_report import DryRun
 from v4_jax.commands.train_rows import print_rows
 from v4_jax.config import Config
@@ -26,12 +27,11 @@ from v4_jax.sharding.axes import ShardingError
 from v4_jax.sharding.mesh import abstract_mesh
 
 if TYPE_CHECKING:
-    from v4_jax.train.data import PackedRows
+    from v4_jax.train.batch import Rows
     from v4_jax.train.metrics import Metrics
     from v4_jax.train.rounds import Rounds
     from v4_jax.train.settings import Settings, StageSettings
     from v4_jax.train.setup import Origin
-    from v4_jax.train.teacher_rows import TeacherRows
 
 Words = Annotated[
     tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SETTINGS.yaml FIELD=VALUE", help_behavior_hint="")
@@ -106,7 +106,7 @@ def _train(settings: Settings, distributed: bool, dry_run: bool, profile: Path |
         origin = Origin.of(settings)
         place = _place(settings, origin.config)
         rows = open_rows(settings, origin, say)
-        rounds = open_rounds(settings, origin, place, rows, _loading)
+        rounds = open_rounds(settings, origin, place, rows, _rollouts(settings, origin, place), _loading)
         if dry_run:
             check_run(settings, origin)
         else:
@@ -145,7 +145,7 @@ def _run(
     settings: Settings,
     origin: Origin,
     place: Place,
-    rows: PackedRows | TeacherRows,
+    rows: Rows,
     rounds: Rounds | None,
     metrics: Metrics | None,
     profile: Path | None,
@@ -153,6 +153,7 @@ def _run(
     from v4_jax.train.checkpoints import SaveError
     from v4_jax.train.loop import Trainer, TrainingError
     from v4_jax.train.metrics import Report
+    from v4_jax.train.rollouts import RolloutError
     from v4_jax.train.schedules import stage_at
 
     report = Report(
@@ -177,7 +178,7 @@ def _run(
                 profile=profile,
                 rounds=rounds,
             ).run()
-    except (SaveError, TrainingError) as error:
+    except (RolloutError, SaveError, TrainingError) as error:
         raise CommandError(str(error)) from None
     say(f"{end} at step {report.step:,} of {settings.steps:,}: {settings.run}")
     return 0 if end == "done" else INTERRUPTED
@@ -189,6 +190,14 @@ def _compiling(what: str) -> Iterator[None]:
     say(f"compiling {what}")
     with working(f"compiling {what}"):
         yield
+
+
+def _rollouts(settings: Settings, origin: Origin, place: Place) -> EngineRollouts | None:
+    """The engine that answers prompts, where the objective has them."""
+    if settings.rollouts is None:
+        return None
+    length = max(stage.length for stage in settings.stages)
+    return EngineRollouts(origin.config, place, settings.rollouts, settings.policy, length, working)
 
 
 @contextlib.contextmanager

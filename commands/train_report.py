@@ -19,10 +19,9 @@ from v4_jax.planning.measure import free_bytes
 from v4_jax.sharding.mesh import format_mesh
 
 if TYPE_CHECKING:
-    from v4_jax.train.data import PackedRows
+    from v4_jax.train.batch import Rows
     from v4_jax.train.settings import Settings
     from v4_jax.train.setup import Origin
-    from v4_jax.train.teacher_rows import TeacherRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +45,7 @@ class DryRun:
     free: int | None
 
     @classmethod
-    def of(cls, settings: Settings, origin: Origin, place: Place, rows: PackedRows | TeacherRows) -> DryRun:
+    def of(cls, settings: Settings, origin: Origin, place: Place, rows: Rows) -> DryRun:
         """Reads each stage's first batch, and counts what is kept.
 
         Raises:

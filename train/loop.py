@@ -26,9 +26,9 @@ from v4_jax.parameters import Loss
 from v4_jax.placement import Place
 from v4_jax.policy import Policy
 from v4_jax.profiler import Recorder
-from v4_jax.train.batch import Batch
+from v4_jax.train.batch import Batch, Rows
 from v4_jax.train.checkpoints import Checkpoints, Saved
-from v4_jax.train.data import DataError, PackedRows
+from v4_jax.train.data import DataError
 from v4_jax.train.objectives.objective import Counts, Decisions
 from v4_jax.train.optimizer import optimizer
 from v4_jax.train.rounds import Rounds, SavedPart
@@ -45,7 +45,6 @@ from v4_jax.train.step import (
     make_partial_step,
     make_step,
 )
-from v4_jax.train.teacher_rows import TeacherRows
 from v4_jax.transformer import Transformer
 
 PRESET = "train"
@@ -98,7 +97,7 @@ class Trainer:
         settings: Settings,
         config: Config,
         place: Place,
-        rows: PackedRows | TeacherRows,
+        rows: Rows,
         fresh: Callable[[], Any],
         log: Log,
         say: Callable[[str], None],
@@ -326,12 +325,13 @@ class Trainer:
             for part in map(SavedPart.read, prepared.parts):
                 batch, given = part.batch._replace(given=None), part.batch.given
                 put = None if given is None else {name: self._place.put_tokens(x) for name, x in given.items()}
-                yield self._place.put(batch)._replace(given=put), self._place.put(part.decisions), rounds.shared(part)
+                decisions = jax.tree.map(lambda x: self._place.put_tokens(x, 1), part.decisions)
+                yield self._place.put(batch)._replace(given=put), decisions, rounds.shared(part)
 
         with self._first(stage, False):
             after, metrics = self._program(stage, False)(state, parts(), counts)
         self._data = prepared.data
-        return after, metrics | prepared.metrics
+        return after, metrics | {name: jnp.float32(value) for name, value in prepared.metrics.items()}
 
     def _first(self, stage: int, kind: Any) -> contextlib.AbstractContextManager[None]:
         """Around a call of a program, which is compiled at the first."""

@@ -20,6 +20,7 @@ from v4_jax.policy import PolicyName
 from v4_jax.train.objectives.distillation import Distillation
 from v4_jax.train.objectives.pretraining import Pretraining
 from v4_jax.train.objectives.table import ChosenObjective
+from v4_jax.train.rollouts import RolloutSettings
 from v4_jax.train.section import Section
 
 Attention = Literal["dense", "indexer", "sparse"]
@@ -224,6 +225,11 @@ class Settings(Section):
         """Steps of all stages."""
         return sum(stage.steps for stage in self.stages)
 
+    @property
+    def rollouts(self) -> RolloutSettings | None:
+        """How the objective has answers generated; None where it does not."""
+        return getattr(self.objective, "rollouts", None)
+
     def sources_of(self, teacher: str) -> list[SourceSettings]:
         """The sources of a teacher's texts."""
         return [source for source in self.data.sources if source.teacher in (None, teacher)]
@@ -237,7 +243,13 @@ class Settings(Section):
             if source.teacher not in teachers and (source.teacher is not None or len(teachers) > 1):
                 legal = f"expected one of {', '.join(teachers)}" if teachers else "this objective has none"
                 raise ValueError(f"data.sources.{i}.teacher is {source.teacher}; {legal}")
+        rollouts = self.rollouts
         for i, stage in enumerate(self.stages):
+            if rollouts is not None and rollouts.max_tokens >= stage.length:
+                raise ValueError(
+                    f"stages.{i}.length is {stage.length}, which has no room for a prompt and an answer of "
+                    f"objective.rollouts.max_tokens {rollouts.max_tokens}"
+                )
             if stage.rows % stage.microbatches:
                 raise ValueError(f"stages.{i}: {stage.rows} rows do not divide into {stage.microbatches} microbatches")
         if self.optimizer.warmup_steps + self.optimizer.decay_steps > self.steps:

@@ -206,6 +206,18 @@ class Engine:
             self._state, self._next_tokens, self._seconds = self._programs.measure(*idle)
         self._compiled = True
 
+    def replace_parameters(self, params: Any) -> None:
+        """Goes on with other parameters, of the same shapes, dtypes and places.
+
+        Raises:
+          ValueError: the engine is at work, or keeps prefixes that were read with the ones before.
+        """
+        if not self.idle:
+            raise ValueError("the engine is at work; expected an idle one to give other parameters to")
+        if self._pager is not None:
+            raise ValueError("the engine has a prefix cache, which holds what other parameters read")
+        self._params = params
+
     def submit(self, request: Request) -> int:
         """Puts a request in line. Returns its number.
 

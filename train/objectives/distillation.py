@@ -17,6 +17,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from v4_jax.policy import PolicyName
 from v4_jax.train.batch import Batch
 from v4_jax.train.objectives.objective import targets
+from v4_jax.train.rollouts import RolloutSettings
 from v4_jax.train.section import Section
 from v4_jax.transformer import Transformer
 
@@ -46,6 +47,9 @@ class Distillation(Section):
     the full vocabulary."""
     round: PositiveInt = 8
     """Steps whose texts are read by teachers at once: each teacher is loaded once in so many steps."""
+    rollouts: RolloutSettings | None = None
+    """On-policy: the sources hold prompts, and the student's own answers are what teachers read. Without it they hold
+    texts."""
     keep_teachers: bool = False
     """Whether teachers stay on the devices, where there is room for all of them, in place of being loaded anew."""
 

@@ -1,0 +1,263 @@
+"""Rollouts: prompts, answers by the engine, rows of them, and runs that learn from them and go on amid a round."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.models import Tiny, trained
+from v4_jax import Transformer, chat, load
+from v4_jax.commands.shared.rollouts import EngineRollouts
+from v4_jax.outputs import Routing
+from v4_jax.placement import Place
+from v4_jax.tokenizer import ByteTokenizer
+from v4_jax.train.data import DataError
+from v4_jax.train.loop import Trainer
+from v4_jax.train.on_policy import Answer, pack
+from v4_jax.train.rollouts import Prompt, Sample
+from v4_jax.train.settings import SettingsError, read_settings
+from v4_jax.train.setup import Origin, open_rounds, open_rows, open_run
+
+LENGTH, STEPS, ROUND = 128, 4, 2
+TOKENIZER = ByteTokenizer(320)
+ROLLOUTS = {"prompts": 2, "samples": 2, "max_tokens": 16, "slots": 4, "dtype": "float32", "prefill_chunk": 32}
+LINES = [
+    {
+        "messages": [
+            {"role": "user", "content": f"{i}+{i}?"},
+            {"role": "assistant", "content": str(2 * i)},
+        ],
+        "answer": str(2 * i),
+    }
+    for i in range(20)
+]
+
+
+class Metrics:
+    """A log that remembers, and asks the run to stop after a step."""
+
+    def __init__(self, stop=None):
+        self.found, self.stop = {}, stop
+
+    def write(self, step, metrics, over_at):
+        self.found[step] = metrics
+        if step == self.stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def rewind(self, step):
+        pass
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("on_policy")
+    trained().exported(folder / "student")
+    (folder / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    return folder
+
+
+def settings(folder, run, objective, *changes):
+    return read_settings(
+        None,
+        [
+            f"run={run}",
+            f"model={folder / 'student'}",
+            f"data={{sources: [{{path: {folder / 'questions.jsonl'}, field: messages}}], shuffle: false}}",
+            f"objective={json.dumps(objective | {'round': ROUND, 'rollouts': ROLLOUTS})}",
+            f"stages=[{{steps: {STEPS}, length: {LENGTH}, rows: 4, microbatches: 2}}]",
+            "checkpoints={every: 3, keep: 2}",
+            "policy=float32",
+            "optimizer={learning_rate: 0.01}",
+            *changes,
+        ],
+    )
+
+
+def distilling(folder):
+    return {
+        "kind": "distillation",
+        "teachers": {"only": {"model": str(folder / "student"), "dtype": "float32", "policy": "float32"}},
+    }
+
+
+@pytest.fixture(scope="module")
+def rollouts(folder):
+    """One engine for all runs: it has no state but weights."""
+    chosen = settings(folder, "run", distilling(folder))
+    return EngineRollouts(trained().config, Place(), chosen.rollouts, chosen.policy, LENGTH)
+
+
+@pytest.fixture
+def build(folder, tmp_path, rollouts):
+    def build(log, name, objective, *changes):
+        chosen = settings(folder, tmp_path / name, objective, *changes)
+        origin = Origin.of(chosen)
+        open_run(chosen, origin)
+        place, rows = Place(), open_rows(chosen, origin)
+        rounds = open_rounds(chosen, origin, place, rows, rollouts)
+        return Trainer(chosen, origin.config, place, rows, lambda: origin.fresh(place, 0), log, print, rounds=rounds)
+
+    return build
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shared_programs():
+    """Runs of the same objective share their programs."""
+    programs, real = {}, Trainer._program
+
+    def shared(self, *which):
+        key = self._settings.objective.model_dump_json(), which
+        if key not in programs:
+            programs[key] = real(self, *which)
+        return programs[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_program", shared)
+        yield
+
+
+@pytest.fixture(scope="module")
+def student(folder):
+    config, params = load(folder / "student", dtype="float32")
+    return Tiny(config, Transformer(config, policy="float32"), params)
+
+
+def prompts_of(folder, *changes):
+    chosen = settings(folder, "run", distilling(folder), *changes)
+    return open_rows(chosen, Origin.of(chosen))
+
+
+def test_prompts(folder):
+    """What is before the assistant's last turn, as it is when the model is asked; seeds by step and prompt."""
+    prompts = prompts_of(folder)
+    first, second = prompts.next(2, LENGTH, 0)
+    assert TOKENIZER.decode(list(first.tokens)) == chat.encode(LINES[0]["messages"][:1])
+    assert (first.reference, first.fields["answer"], first.teacher) == ("0", "0", "only")
+    state = json.dumps(prompts.state())
+    third = prompts.next(1, LENGTH, 1)[0]
+    prompts.restore(json.loads(state))
+    assert prompts.next(1, LENGTH, 1) == [third]
+    prompts.restore(json.loads(state))
+    assert len({first.seed, second.seed, third.seed, prompts.next(1, LENGTH, 2)[0].seed}) == 4
+
+
+def test_prompts_that_cannot_be_used(folder, tmp_path):
+    lines = [LINES[0], {"messages": [{"role": "user", "content": "x" * 120}]}, {"messages": []}, LINES[1]]
+    (tmp_path / "bad.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    change = f"data.sources.0.path={tmp_path / 'bad.jsonl'}"
+    prompts = prompts_of(folder, change)
+    with pytest.raises(DataError, match=r"line 2 of .* has 12\d tokens before an answer of up to 16; expected at most"):
+        prompts.next(2, LENGTH, 0)
+    assert prompts.state()["following"] == 0
+    found = prompts_of(folder, change, "data.on_bad=skip")
+    assert [prompt.reference for prompt in found.next(3, LENGTH, 0)] == ["0", "2", "0"]
+    assert found.state()["skipped"] == 2
+
+
+def test_rows_of_answers():
+    """Each answer after its prompt, alone in its segment, with its numbers and its decisions where they belong."""
+    rng = np.random.default_rng(0)
+
+    def answer(prompt, said, number):
+        size = prompt + said - 1
+        routing = Routing(rng.integers(0, 8, (3, size, 2)), rng.integers(-1, max(1, size // 4), (1, size, 5)))
+        sample = Sample(
+            rng.integers(1, 64, said).astype(np.int32), rng.normal(size=said).astype(np.float32), True, routing
+        )
+        return Answer(Prompt(tuple(rng.integers(1, 64, prompt).tolist())), sample, {"advantage": float(number)})
+
+    answers = [answer(*sizes) for sizes in ((3, 4, 1), (9, 6, 2), (5, 13, 3), (8, 1, 4))]
+    parts = pack(answers, 2, 20, 4)
+    assert len(parts) == 2 and all(batch.tokens.shape == (2, 20) for batch, _ in parts)
+    seen = 0
+    for batch, decisions in parts:
+        for row in range(2):
+            entries = 0
+            for segment in range(1, batch.segment_ids[row].max() + 1):
+                at = np.flatnonzero(batch.segment_ids[row] == segment)
+                number = batch.given["advantage"][row, at[-1]]
+                prompt, sample, _ = answers[int(number) - 1]
+                said = at[len(prompt.tokens) :]
+                np.testing.assert_array_equal(batch.tokens[row, at], [*prompt.tokens, *sample.tokens])
+                np.testing.assert_array_equal(
+                    np.flatnonzero(batch.trained[row] & (batch.segment_ids[row] == segment)), said
+                )
+                np.testing.assert_array_equal(batch.given["logprobs"][row, said], sample.logprobs)
+                np.testing.assert_array_equal(decisions.trunk.experts[:, row, at[:-1]], sample.routing.experts)
+                picked = decisions.trunk.entries[:, row, at[:-1]]
+                wanted = sample.routing.entries
+                np.testing.assert_array_equal(picked, np.where(wanted < 0, -1, wanted + entries))
+                entries += len(at) // 4
+                seen += 1
+    assert seen == len(answers) and not batch.trained[1].any()  # the last part ends in an empty row
+    unknown = [one._replace(sample=one.sample._replace(routing=None)) for one in answers]
+    assert [decisions for _, decisions in pack([*answers[:1], *unknown[1:]], 4, 20, 4)] == [None]
+
+
+def test_answers_have_the_model_s_own_log_probabilities(folder, student, rollouts):
+    """Those of the given weights, whatever the engine had before; the same prompts and seeds give the same."""
+    asked = prompts_of(folder).next(3, LENGTH, 0)
+    found = rollouts.sample(student.params, asked, 2)
+    other = jax.tree.map(lambda x: x * 1.01 if jnp.issubdtype(x.dtype, jnp.floating) else x, student.params)
+    different = rollouts.sample(other, asked[:1], 2)
+    again = rollouts.sample(student.params, asked[1:2], 2)
+    for sample, same in zip(found[1], again[0], strict=True):
+        np.testing.assert_array_equal(sample.tokens, same.tokens)
+        np.testing.assert_array_equal(sample.logprobs, same.logprobs)
+    assert not all(np.array_equal(a.logprobs, b.logprobs) for a, b in zip(found[0], different[0], strict=True))
+    for batch, _ in pack(
+        [Answer(p, s, {}) for p, group in zip(asked, found, strict=True) for s in group], 6, LENGTH, 4
+    ):
+        logits = student(batch.tokens, segment_ids=batch.segment_ids).logits
+        scores = np.asarray(jax.nn.log_softmax(logits))[:, :-1]
+        scores = np.take_along_axis(scores, batch.tokens[:, 1:, None], -1)[..., 0]
+        said = batch.trained[:, 1:]
+        np.testing.assert_allclose(scores[said], batch.given["logprobs"][:, 1:][said], atol=1e-4)
+
+
+def test_on_policy_distillation(folder, build, tmp_path):
+    """From oneself nothing is learnt at first; then it goes on bit for bit after a stop amid a round."""
+    log = Metrics()
+    assert build(log, "same", distilling(folder), "stages.0.steps=1").run() == "done"
+    assert abs(log.found[1]["loss"]) < 1e-5 and 1 <= log.found[1]["answer_tokens"] <= 16
+    stopped_and_continued(build, tmp_path, "distilled", distilling(folder))
+
+
+def stopped_and_continued(build, tmp_path, name, objective):
+    """Also where the process was killed after its last checkpoint, amid a round, and while another one was made."""
+    whole, first, second, third = Metrics(), Metrics(stop=2), Metrics(), Metrics()
+    assert build(whole, f"{name}-whole", objective).run() == "done"
+    assert build(first, name, objective).run() == "stopped"
+    assert max(first.found) == 3  # amid the second round
+    assert build(second, name, objective).run() == "done"
+    assert first.found | second.found == whole.found
+    killed = tmp_path / f"{name}-whole"
+    shutil.rmtree(killed / "checkpoints" / "4")
+    (killed / "rounds" / ".4").mkdir()
+    assert build(third, killed.name, objective).run() == "done"
+    assert third.found == {STEPS: whole.found[STEPS]}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            "objective.rollouts.max_tokens=128",
+            "stages.0.length is 128, which has no room for a prompt and an answer of ",
+        ),
+        (
+            "objective.rollouts.tokens=1",
+            "unknown field objective.distillation.rollouts.tokens; expected one of draft, ",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_used(folder, change, said):
+    with pytest.raises(SettingsError, match=said):
+        settings(folder, "run", distilling(folder), change)
