@@ -1,4 +1,4 @@
-"""`v4-jax train`: continued pretraining, supervised fine-tuning and distillation, from a settings file."""
+"""`v4-jax train`: continued pretraining, fine-tuning, distillation and reinforcement, from a settings file."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from v4_jax.chat import MODES, encode
+from v4_jax.chat import MODES, Mode, encode
 from v4_jax.train.batch import Batch
 from v4_jax.train.data import mix, same_corpus, token_ids
 from v4_jax.train.documents import Conversation, DataError, Document, Source
@@ -96,10 +96,11 @@ class Prompts:
             raise DataError(document.problem)
         fields: dict[str, Any] = {}
         reference: str | None = None
+        mode: Mode | None = None
         before = self._before
         if isinstance(content, Conversation):
             fields, before = content.fields, []
-            content, reference = self._question(fields, where)
+            content, reference, mode = self._question(fields, where)
         tokens = token_ids(content, where, self._encode, self._vocab_size, before, [])
         if not len(tokens):
             raise DataError(f"{where} is empty; expected a prompt")
@@ -108,10 +109,10 @@ class Prompts:
                 f"{where} has {len(tokens):,} tokens before an answer of up to {self._answer:,}; expected at most a "
                 f"row's {length:,}"
             )
-        return Prompt(tuple(tokens.tolist()), 0, fields, reference, where=where)
+        return Prompt(tuple(tokens.tolist()), 0, fields, reference, mode, where=where)
 
-    def _question(self, fields: dict[str, Any], where: str) -> tuple[str, str | None]:
-        """A conversation's text up to the assistant's last turn, and what it says there."""
+    def _question(self, fields: dict[str, Any], where: str) -> tuple[str, str | None, Mode]:
+        """A conversation's text up to the assistant's last turn, what it says there, and how."""
         try:
             messages = fields["messages"]
             if not isinstance(messages, list) or not messages:
@@ -120,7 +121,8 @@ class Prompts:
             while end and isinstance(messages[end - 1], dict) and messages[end - 1].get("role") == "assistant":
                 end -= 1
             answers = messages[end:]
-            thinking_mode, effort = MODES[self._conversations.mode_of(fields, answers)]
+            mode = self._conversations.mode_of(fields, answers)
+            thinking_mode, effort = MODES[mode]
             text = encode(
                 messages[:end],
                 thinking_mode=thinking_mode,
@@ -131,7 +133,7 @@ class Prompts:
             )
         except ValueError as error:
             raise DataError(f"{where} cannot be asked: {error}") from None
-        return text, answers[-1].get("content") if answers else None
+        return text, answers[-1].get("content") if answers else None, mode
 
     def next_batch(self, rows: int, length: int) -> Batch:
         """The next prompts as rows, of which nothing is trained: to be looked at."""

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 from pydantic import PositiveInt
 
+from v4_jax.chat import Mode
 from v4_jax.outputs import Routing
 from v4_jax.train.section import Section
 
@@ -45,6 +46,7 @@ class Prompt:
       seed: of the first answer; the next ones have the numbers after it.
       fields: what its line of the data says besides.
       reference: the answer that the data has; None without one.
+      mode: how it is to be answered; None of what is no conversation.
       teacher: whose source it is from; "" where nobody teaches.
       where: file and place, for messages.
     """
@@ -53,6 +55,7 @@ class Prompt:
     seed: int = 0
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     reference: str | None = None
+    mode: Mode | None = None
     teacher: str = ""
     where: str = ""
 

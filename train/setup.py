@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -28,9 +29,12 @@ from v4_jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from v4_jax.train.batch import Rows
 from v4_jax.train.data import Corpus, PackedRows
 from v4_jax.train.documents import Source
+from v4_jax.train.group_advantages import GroupAdvantages
 from v4_jax.train.objectives.distillation import Distillation
+from v4_jax.train.objectives.grpo import Grpo
+from v4_jax.train.objectives.pretraining import Pretraining
 from v4_jax.train.objectives.sft import Conversations
-from v4_jax.train.on_policy import OnPolicy
+from v4_jax.train.on_policy import Judge, OnPolicy, unjudged
 from v4_jax.train.prompts import Prompts
 from v4_jax.train.rollouts import Rollouts, RolloutSettings
 from v4_jax.train.rounds import GivenTexts, Rounds, Supply
@@ -40,6 +44,7 @@ from v4_jax.train.teacher_rows import TeacherRows
 from v4_jax.train.teachers import TOKENIZER, Teachers
 
 SETTINGS = "settings.yaml"
+REFERENCE = "reference"  # who reads answers that are to stay near to its own
 
 
 class Origin(NamedTuple):
@@ -147,10 +152,21 @@ def open_rounds(
       SettingsError, ValueError, OSError: a teacher cannot be used.
     """
     objective = settings.objective
-    if not isinstance(objective, Distillation):
+    if isinstance(objective, Pretraining):
         return None
     file = origin.files.get(TOKENIZER)
-    teachers = Teachers(objective, origin.config, place, file.read_bytes() if file else None, loading)
+    read: Any = functools.partial(
+        Teachers, config=origin.config, place=place, tokenizer=file.read_bytes() if file else None, loading=loading
+    )
+    teachers: Teachers | None = None
+    judge: Judge = unjudged
+    if isinstance(objective, Distillation):
+        known = "top" if objective.top_k else "hidden"
+        teachers = read(objective.teachers, known=known, top_k=objective.top_k, keep=objective.keep_teachers)
+    else:
+        judge = GroupAdvantages(objective, origin.tokenizer)
+        if objective.reference is not None:
+            teachers = read({REFERENCE: objective.reference}, known="score")
 
     def part(step: int) -> tuple[int, int]:
         stage = settings.stages[stage_at(settings, step)]
@@ -162,7 +178,7 @@ def open_rounds(
     supply: Supply
     if isinstance(rows, Prompts):
         assert rollouts is not None and settings.rollouts is not None
-        supply = OnPolicy(rows, rollouts, settings.rollouts, part, RATIO_OF_ROLE["csa"])
+        supply = OnPolicy(rows, rollouts, settings.rollouts, part, RATIO_OF_ROLE["csa"], judge)
     else:
         supply = GivenTexts(rows, parts)
     made_for = settings.model_dump(mode="json", exclude={"run", "log", "checkpoints"})
@@ -172,7 +188,11 @@ def open_rounds(
 def _open_prompts(settings: Settings, origin: Origin, rollouts: RolloutSettings, say: Callable[[str], None]) -> Prompts:
     """The run's prompts."""
     data, tokenizer, objective = settings.data, origin.tokenizer, settings.objective
-    only = next(iter(objective.teachers)) if isinstance(objective, Distillation) else ""
+    only = ""
+    if isinstance(objective, Distillation):
+        only = next(iter(objective.teachers))
+    elif isinstance(objective, Grpo) and objective.reference is not None:
+        only = REFERENCE
     return Prompts(
         [Source(**source.model_dump(exclude={"teacher"})) for source in data.sources],
         [source.teacher or only for source in data.sources],

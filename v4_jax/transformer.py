@@ -22,7 +22,7 @@ from v4_jax.cache.cache import Cache
 from v4_jax.dspark import DSpark
 from v4_jax.layer_stack import replayed, role_index, stacked, unrolled
 from v4_jax.layers.divergence import FullTeacher, TopTeacher, reverse_divergence, top_scores
-from v4_jax.layers.head import cross_entropy
+from v4_jax.layers.head import cross_entropy, log_probabilities
 from v4_jax.layers.hyper_connections import StreamCollapse, apart, expand, joined
 from v4_jax.layers.linear import linear
 from v4_jax.layers.norm import rms_norm
@@ -350,6 +350,20 @@ class Transformer(Module):
         flat = self.hidden(streams, mtp=mtp).reshape(-1, self.config.hidden_size)
         loss = cross_entropy(flat, head, tokens.reshape(-1), weights.reshape(-1), axes)
         return self._over_tokens(loss)
+
+    def log_probabilities(self, streams: Array, targets: Array) -> Array:
+        """Log-probabilities [B, S] float32 of given next tokens, differentiable, without [tokens, vocabulary] arrays.
+
+        Args:
+          streams: [B, S, hc, D] the trunk's `Output.streams`.
+          targets: [B, S] int32 the token after each position; out-of-range ids stand for the nearest one.
+        """
+        if self.mesh is not None:
+            return head_on_mesh(self, Transformer.log_probabilities, dict(streams=streams, targets=targets))
+        head, axes, first = self._shared_head()
+        tokens = jnp.clip(targets, 0, self.config.vocab_size - 1) - first
+        flat = self.hidden(streams).reshape(-1, self.config.hidden_size)
+        return log_probabilities(flat, head, tokens.reshape(-1), axes).reshape(targets.shape)
 
     def hidden(self, streams: Array, *, mtp: bool = False) -> Array:
         """What the head is applied to: [B, S, D], the streams [B, S, hc, D] collapsed and normed.

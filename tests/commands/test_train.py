@@ -116,6 +116,16 @@ def test_the_example_of_distillation(run, monkeypatch, tmp_path):
     assert result.code == 2 and f"{tmp_path} has no config.json" in result.err
 
 
+def test_the_example_of_reinforcement(run, monkeypatch, tmp_path):
+    """Its settings are legal, and its prompts are shown up to where the model answers."""
+    monkeypatch.chdir(ROOT)
+    here = f"run={tmp_path / 'run'}", "model=v4_jax/data/demo"
+    result = run("train", "examples/grpo.yaml", *here, "--dry-run")
+    assert result.code == 0, result.err
+    result = run("train", "examples/grpo.yaml", *here, "--show-rows", "2")
+    assert result.code == 0 and "<｜Assistant｜></think>\n" in result.out and "⟦" not in result.out
+
+
 def test_rows_say_nothing_to_the_terminal(capsys):
     """What a terminal would obey in a text of the data is not passed on."""
     tokenizer = ByteTokenizer(300)

@@ -104,15 +104,16 @@ def test_no_array_of_tokens_and_vocabulary(inputs, monkeypatch):
         assert f"tensor<{'x'.join(map(str, shape))}x" not in program
 
 
-@pytest.mark.parametrize("kind", ["full", "top"])
+@pytest.mark.parametrize("kind", ["full", "top", "scores"])
 def test_on_a_mesh(kind):
-    """Vocabulary, rows and the heads' widths split: the same sum, the same gradient of everything."""
+    """Vocabulary, rows and the heads' widths split: the same sum, the same gradient of everything; of scores, too."""
     tiny, mesh = three(), OnMesh(three(), "data=2,expert=2,tensor=2", "train")
     rng = np.random.default_rng(1)
     c = tiny.config
     streams = jnp.asarray(rng.normal(size=(4, 8, c.hc_mult, c.hidden_size)), jnp.float32)
     weights = jnp.asarray(rng.uniform(size=(4, 8)), jnp.float32)
     hidden, head = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((4, 8, 24), (c.vocab_size, 24)))
+    targets = jnp.asarray(rng.integers(0, c.vocab_size, (4, 8)), jnp.int32)
     found = []
     for model, params in ((tiny.model, tiny.params), (mesh.model, mesh.params)):
         call = functools.partial(jax.jit(model.apply, static_argnames=("k", "method")), {"params": params})
@@ -122,6 +123,9 @@ def test_on_a_mesh(kind):
             teacher = dict(zip(("ids", "scores"), call(streams[::-1], k=5, method="top_scores"), strict=True))
 
         def loss(params, streams, model=model, teacher=teacher):
+            if kind == "scores":
+                scores = model.apply({"params": params}, streams, targets, method="log_probabilities")
+                return jnp.sum(weights * jnp.exp(scores / 4))
             return model.apply({"params": params}, streams, weights, **teacher, method="divergence")
 
         value, gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), allow_int=True))(params, streams)

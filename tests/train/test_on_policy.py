@@ -230,6 +230,27 @@ def test_on_policy_distillation(folder, build, tmp_path):
     stopped_and_continued(build, tmp_path, "distilled", distilling(folder))
 
 
+def test_reinforcement(folder, build, tmp_path, monkeypatch):
+    """The engine's log-probabilities are the model's, and so are a reference's that it is itself, until it learns."""
+    (tmp_path / "small.py").write_text("def letters(answer, line):\n    return sum(map(str.isalpha, answer)) / 16\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    objective = {
+        "kind": "grpo",
+        "rewards": [{"kind": "python", "function": "small.letters"}, {"kind": "numeric", "weight": 0.5}],
+        "reference": {"model": str(folder / "student"), "dtype": "float32", "policy": "float32"},
+        "kl": 0.01,
+        "length": {"non-think": {"rate": 0.1}},
+    }
+    log = stopped_and_continued(build, tmp_path, "reinforced", objective)
+    first, second = log.found[1], log.found[2]
+    assert 0 <= first["inference_divergence"] < 1e-6 < second["inference_divergence"]
+    assert 0 <= first["reference_divergence"] < 1e-6 < second["reference_divergence"]
+    assert first["clipped"] == 0 and first["reward_deviation"] > 0
+    penalty = 0.1 * first["answer_tokens"] / 1000
+    whole = first["reward_0_python"] + 0.5 * first["reward_1_numeric"] - penalty
+    np.testing.assert_allclose(first["reward"], whole, rtol=1e-5)
+
+
 def stopped_and_continued(build, tmp_path, name, objective):
     """Also where the process was killed after its last checkpoint, amid a round, and while another one was made."""
     whole, first, second, third = Metrics(), Metrics(stop=2), Metrics(), Metrics()
@@ -243,6 +264,7 @@ def stopped_and_continued(build, tmp_path, name, objective):
     (killed / "rounds" / ".4").mkdir()
     assert build(third, killed.name, objective).run() == "done"
     assert third.found == {STEPS: whole.found[STEPS]}
+    return whole
 
 
 @pytest.mark.parametrize(

@@ -7,36 +7,24 @@ tokens at a time; or, for wide vocabularies, the likeliest tokens of each place 
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import jax.numpy as jnp
 from jax import Array
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
-from v4_jax.policy import PolicyName
 from v4_jax.train.batch import Batch
 from v4_jax.train.objectives.objective import targets
 from v4_jax.train.rollouts import RolloutSettings
 from v4_jax.train.section import Section
+from v4_jax.train.teacher_settings import TeacherSettings
 from v4_jax.transformer import Transformer
-
-
-class TeacherSettings(Section):
-    """A teacher."""
-
-    model: Path
-    """A released, converted or trained directory: of any size, with the student's vocabulary."""
-    weight: PositiveFloat = 1.0
-    """What a token of its texts counts."""
-    dtype: Literal["native", "bfloat16", "float32"] = "native"
-    """How its weights are held: as released, or expanded."""
-    policy: PolicyName = "bfloat16"
-    """Precision of its forward pass."""
 
 
 class Distillation(Section):
     """Next tokens are distributed as teachers say."""
+
+    imitates: ClassVar[bool] = False
 
     kind: Literal["distillation"] = "distillation"
     """"distillation": the distributions of teachers, each over the texts of the sources that name it."""
@@ -62,6 +50,7 @@ class Distillation(Section):
         "head", where it is needed, and "weight". See `Transformer.divergence`.
         """
         counted = targets(batch, 1).astype(jnp.float32)
-        teacher = {name: value for name, value in shared.items() if name == "head"} | (batch.given or {})
+        known = shared | (batch.given or {})
+        teacher = {name: known[name] for name in ("hidden", "head", "ids", "scores") if name in known}
         found = cast(Array, model.apply({"params": params}, streams, counted, **teacher, method="divergence"))
         return shared["weight"] * found, {"divergence": found}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +95,14 @@ class Counts(NamedTuple):
 
 
 class Objective(Protocol):
-    """What is made of the next tokens. Its instances are settings, too: see `v4_jax.train.objectives.table`."""
+    """What is made of the next tokens. Its instances are settings, too: see `v4_jax.train.objectives.table`.
+
+    Attributes:
+      imitates: whether the model is to say what the data says. Where it is not, the MTP block learns to foresee it, and
+        nothing else learns from that.
+    """
+
+    imitates: ClassVar[bool]
 
     def loss(
         self, model: Transformer, params: Any, streams: Array, batch: Batch, shared: Any
@@ -172,8 +179,12 @@ def total_loss(
     loss, found = objective.loss(model, params, output.streams, batch, shared)
     balance, load = jnp.sum(statistics.balance), statistics.load
     if c.num_nextn_predict_layers:
-        drafted = mtp_block(output.streams, None if decisions is None else decisions.mtp)
-        mtp = cross_entropy(model, params, drafted.streams, batch, ahead=2)
+        streams, own = output.streams, params
+        if not objective.imitates:
+            streams, own = jax.lax.stop_gradient(streams), jax.lax.stop_gradient(params) | {"mtp": params["mtp"]}
+            mtp_block = _passes(model, own, batch)[1]
+        drafted = mtp_block(streams, None if decisions is None else decisions.mtp)
+        mtp = cross_entropy(model, own, drafted.streams, batch, ahead=2)
         balance = balance + jnp.sum(drafted.statistics.balance)
         load = jnp.concatenate([load, drafted.statistics.load])
     valid = batch.segment_ids > 0

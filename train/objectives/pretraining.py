@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from jax import Array
 
@@ -14,6 +14,8 @@ from v4_jax.transformer import Transformer
 
 class Pretraining(Section):
     """Next tokens are those of the data."""
+
+    imitates: ClassVar[bool] = True
 
     kind: Literal["pretraining"] = "pretraining"
     """What is learnt: "pretraining", the next token of the data."""

@@ -11,9 +11,10 @@ from typing import Annotated
 from pydantic import Field
 
 from v4_jax.train.objectives.distillation import Distillation
+from v4_jax.train.objectives.grpo import Grpo
 from v4_jax.train.objectives.pretraining import Pretraining
 
 ChosenObjective = Annotated[
-    Pretraining | Distillation,
+    Pretraining | Distillation | Grpo,
     Field(discriminator="kind"),
 ]

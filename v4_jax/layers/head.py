@@ -155,3 +155,39 @@ def _backward(axes: Axes, residuals: _Gradient, gradient: Array) -> tuple[Array,
 
 
 cross_entropy.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def log_probabilities(hidden: Array, head: Array, tokens: Array, axes: Axes = ()) -> Array:
+    """Log-probabilities of tokens, block of tokens by block; the backward pass makes each block's logits again.
+
+    Args:
+      hidden: [T, D] what the head is applied to.
+      head: [V, D], of the dtype of `hidden`, or wider.
+      tokens: [T] int32; as for `cross_entropy`.
+      axes: as for `cross_entropy`.
+
+    Returns:
+      [T] float32; every device of `axes` has all of them, and of the gradient of `hidden` its own part.
+    """
+
+    def block(x: tuple[Array, ...]) -> Array:
+        logits = einsum("vd,td->vt", head, x[0], dtype=jnp.float32)
+        return _log_probability(logits, x[1], axes, 0)[0]
+
+    return jax.lax.map(block, blocks(head, hidden, tokens)).reshape(-1)[: len(tokens)]
+
+
+def _scores_backward(axes: Axes, residuals: Any, gradient: Array) -> tuple[Array, Array, None]:
+    hidden, head, tokens = residuals
+
+    def of_block(hidden: Array, tokens: Array, gradient: Array) -> tuple[Array, Array]:
+        loss, powers, total = _block(hidden, tokens, gradient, head, axes)
+        chosen = jnp.arange(head.shape[0])[:, None] == tokens
+        return loss, gradient * chosen - gradient / total * powers
+
+    found = with_gradient(of_block, hidden, head, tokens, psum(gradient, axes))[1]
+    return *found.times(jnp.float32(1)), None
+
+
+log_probabilities.defvjp(lambda *x: (log_probabilities(*x), x[:3]), _scores_backward)
