@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import PositiveInt
 
 from v4_jax.chat import Mode
-from v4_jax.outputs import Routing
+from v4_jax.outputs import Kept, Routing
 from v4_jax.train.section import Section
 
 
@@ -31,6 +31,9 @@ class RolloutSettings(Section):
     """Answers that are generated at the same time."""
     dtype: Literal["native", "bfloat16", "float32"] = "bfloat16"
     """How weights are held meanwhile: rounded to the released formats, to bfloat16, or as they are trained."""
+    replay: Kept = "experts"
+    """Which of the engine's decisions training takes over: "none"; "experts"; or "all", the compressed entries that it
+    picked, too, which take 4 bytes for each pick, token and CSA layer on disk."""
     prefill_chunk: PositiveInt = 512
     """Prompt tokens that are read between two steps of generation."""
     draft: str = "none"

@@ -70,6 +70,7 @@ class EngineRollouts:
             prefill_chunk=min(settings.prefill_chunk, length),
             draft=settings.draft,
             verify_all=True,  # so that answers do not depend on their company
+            kept=settings.replay,
             place=self._place,
         )
         self._engine: Engine | None = None
@@ -101,6 +102,7 @@ class EngineRollouts:
                     np.asarray([event.id for event in answer], np.int32),
                     np.asarray([event.logprob for event in answer], np.float32),
                     answer[-1].finish == "stop",
+                    answer[-1].routing,
                 )
                 for answer in group
             ]

@@ -27,7 +27,15 @@ from v4_jax.train.setup import Origin, open_rounds, open_rows, open_run
 
 LENGTH, STEPS, ROUND = 128, 4, 2
 TOKENIZER = ByteTokenizer(320)
-ROLLOUTS = {"prompts": 2, "samples": 2, "max_tokens": 16, "slots": 4, "dtype": "float32", "prefill_chunk": 32}
+ROLLOUTS = {
+    "prompts": 2,
+    "samples": 2,
+    "max_tokens": 16,
+    "slots": 4,
+    "dtype": "float32",
+    "replay": "all",
+    "prefill_chunk": 8,
+}
 LINES = [
     {
         "messages": [
@@ -220,6 +228,26 @@ def test_answers_have_the_model_s_own_log_probabilities(folder, student, rollout
         scores = np.take_along_axis(scores, batch.tokens[:, 1:, None], -1)[..., 0]
         said = batch.trained[:, 1:]
         np.testing.assert_allclose(scores[said], batch.given["logprobs"][:, 1:][said], atol=1e-4)
+
+
+def test_answers_come_with_the_engine_s_decisions(folder, student, rollouts):
+    """Those that the model takes on the packed rows: of every token that was read, numbered as entries are there."""
+    asked = prompts_of(folder).next(3, LENGTH, 0)
+    found = rollouts.sample(student.params, asked, 2)
+    answers = [Answer(prompt, one, {}) for prompt, group in zip(asked, found, strict=True) for one in group]
+    ((batch, decisions),) = pack(answers, 3, LENGTH, 4)
+    own = student(batch.tokens, segment_ids=batch.segment_ids, return_routing=True).routing
+    following = np.pad(batch.segment_ids[:, 1:], [(0, 0), (0, 1)])
+    read = (batch.segment_ids > 0) & (batch.segment_ids == following)
+    assert batch.segment_ids.max() > 1 and read.sum() == sum(answer.size - 1 for answer in answers)
+    for kept, wanted in ((decisions.trunk.experts, own.experts), (decisions.trunk.entries, own.entries)):
+        width = max(kept.shape[-1], wanted.shape[-1])
+        kept, wanted = (
+            np.sort(np.pad(x, [(0, 0)] * 3 + [(0, width - x.shape[-1])], constant_values=-1))[:, read]
+            for x in (kept, wanted)
+        )
+        np.testing.assert_array_equal(kept, wanted)
+    assert (decisions.trunk.entries[:, read] >= 0).sum() > 100
 
 
 def test_on_policy_distillation(folder, build, tmp_path):
