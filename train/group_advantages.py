@@ -4,14 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from v4_jax.tokenizer import Tokenizer
 from v4_jax.train.objectives.grpo import Grpo
-from v4_jax.train.rewards import Reply
-from v4_jax.train.rollouts import Prompt, Sample
+from v4_jax.train.rewards import Reply, Reward
+from v4_jax.train.rollouts import Prompt, RolloutError, Sample
 
 _ALIKE = 1e-6  # a group whose rewards differ by no more teaches nothing
+
+
+def _agreed(reward: Reward, replies: Sequence[Reply]) -> np.ndarray:
+    """What a reward says of replies, [n] float64: the first process asks, for all."""
+    found, problem = np.zeros(len(replies)), None
+    if jax.process_index() == 0:
+        try:
+            found = np.asarray(reward.score(replies), np.float64)
+        except RolloutError as error:
+            problem = error
+    if jax.process_count() > 1:
+        fine, found = multihost_utils.broadcast_one_to_all((np.asarray(problem is None), found))
+        if not fine and problem is None:
+            raise RolloutError("the first process cannot judge the answers, as it says itself")
+    if problem is not None:
+        raise problem
+    return found
 
 
 class GroupAdvantages:
@@ -40,7 +59,7 @@ class GroupAdvantages:
         ]
         scores, metrics = np.zeros(len(replies)), dict[str, float]()
         for number, reward in enumerate(self._objective.rewards):
-            found = np.asarray(reward.score(replies), np.float64)
+            found = _agreed(reward, replies)
             scores += reward.weight * found
             metrics[f"reward_{number}_{reward.kind}"] = float(found.mean())
         lengths = [len(sample.tokens) for group in samples for sample in group]

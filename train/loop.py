@@ -31,6 +31,7 @@ from v4_jax.train.checkpoints import Checkpoints, Saved
 from v4_jax.train.data import DataError
 from v4_jax.train.objectives.objective import Counts, Decisions
 from v4_jax.train.optimizer import optimizer
+from v4_jax.train.rollouts import RolloutError
 from v4_jax.train.rounds import Rounds, SavedPart
 from v4_jax.train.schedules import attention, learning_rate, loss_weights, stage_at, trained_loss
 from v4_jax.train.settings import Settings, differences
@@ -235,6 +236,7 @@ class Trainer:
           v4_jax.train.checkpoints.SaveError: a checkpoint cannot be written.
           v4_jax.train.checkpoints.FitError: the newest checkpoint is one of other settings.
           v4_jax.train.data.DataError: a document cannot be used; what was learnt before it is saved.
+          v4_jax.train.rollouts.RolloutError: answers cannot be had or judged; likewise.
         """
         with self._stopping(), quiet():  # what Orbax would log reaches us as exceptions
             try:
@@ -258,13 +260,13 @@ class Trainer:
             over = step >= self._settings.steps
             due = over or (step > saved and step % self._settings.checkpoints.every == 0)
             stop = self._stop_is_due(step)
-            problem: DataError | None = None
+            problem: DataError | RolloutError | None = None
             if not (due or stop):
                 try:
                     following, metrics = self._take(state, step)
                     # Where steps are not run in the background, this one is over, and reading its loss takes no time.
                     over_at = time.monotonic() if all(x.is_ready() for x in jax.tree.leaves(metrics)) else None
-                except DataError as error:
+                except (DataError, RolloutError) as error:
                     problem, stop = error, True  # what was learnt is saved first
             if last is not None and self._spiked(*last):
                 self._data = begin

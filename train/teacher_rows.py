@@ -71,7 +71,9 @@ class TeacherRows:
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs to hand out exactly the following rows; JSON."""
-        return {"given": self._given, "teachers": {name: rows.state() for name, rows in self._rows.items()}}
+        teachers = {name: rows.state() for name, rows in self._rows.items()}
+        skipped = sum(state["skipped"] for state in teachers.values())
+        return {"given": self._given, "skipped": skipped, "teachers": teachers}
 
     def edited(self, state: dict[str, Any]) -> bool:
         """Whether files have other names or sizes than when `state` was taken."""

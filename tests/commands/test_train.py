@@ -119,7 +119,7 @@ def test_the_example_of_distillation(run, monkeypatch, tmp_path):
 def test_the_example_of_reinforcement(run, monkeypatch, tmp_path):
     """Its settings are legal, and its prompts are shown up to where the model answers."""
     monkeypatch.chdir(ROOT)
-    here = f"run={tmp_path / 'run'}", "model=v4_jax/data/demo"
+    here = (f"run={tmp_path / 'run'}",)
     result = run("train", "examples/grpo.yaml", *here, "--dry-run")
     assert result.code == 0, result.err
     result = run("train", "examples/grpo.yaml", *here, "--show-rows", "2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -16,7 +17,9 @@ from tests.models import Tiny, trained
 from v4_jax import Transformer, chat, load
 from v4_jax.commands.shared.rollouts import EngineRollouts
 from v4_jax.outputs import Routing
+from v4_jax.parameter_tree import placements
 from v4_jax.placement import Place
+from v4_jax.sharding.mesh import make_mesh
 from v4_jax.tokenizer import ByteTokenizer
 from v4_jax.train.data import DataError
 from v4_jax.train.loop import Trainer
@@ -248,6 +251,24 @@ def test_answers_come_with_the_engine_s_decisions(folder, student, rollouts):
         )
         np.testing.assert_array_equal(kept, wanted)
     assert (decisions.trunk.entries[:, read] >= 0).sum() > 100
+
+
+def test_answers_on_a_mesh(folder, student, rollouts):
+    """From masters that lie as training has them: the same answers, and the same decisions."""
+    chosen = settings(folder, "run", distilling(folder))
+    mesh = make_mesh("data=2,expert=2,tensor=2")
+    spread = EngineRollouts(student.config, Place(mesh, "train"), chosen.rollouts, chosen.policy, LENGTH)
+    params = jax.device_put(student.params, placements(student.config, mesh, "train"))
+    asked = prompts_of(folder).next(2, LENGTH, 0)
+    found, wanted = spread.sample(params, asked, 2), rollouts.sample(student.params, asked, 2)
+    for one, other in zip(itertools.chain(*found), itertools.chain(*wanted), strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+        np.testing.assert_array_equal(np.sort(one.routing.experts), np.sort(other.routing.experts))
+        picked, same = (sample.routing.entries for sample in (one, other))
+        width = max(picked.shape[-1], same.shape[-1])
+        padded = [np.pad(x, [(0, 0)] * 2 + [(0, width - x.shape[-1])], constant_values=-1) for x in (picked, same)]
+        np.testing.assert_array_equal(*map(np.sort, padded))
 
 
 def test_on_policy_distillation(folder, build, tmp_path):
