@@ -82,6 +82,15 @@ class DryRun:
             return f"{said}: it has no room; expected a mesh of more devices, or a smaller model"
         return f"{said}; a step's temporaries come on top, which v4-jax plan --task train counts"
 
+    def objective(self) -> str:
+        """What is made of the next tokens, and who takes part in it."""
+        chosen, rollouts = self.settings.objective, self.settings.rollouts
+        said: list[str] = [chosen.kind]
+        if rollouts is not None:
+            said.append(f"{rollouts.prompts:,} prompts a step, {rollouts.samples:,} answers to each")
+        said += [f"{name}: {settings.model}" for name, settings in chosen.readers.items()]
+        return "; ".join(said)
+
     def facts(self) -> list[str]:
         """Lines on all but the stages."""
         settings, origin = self.settings, self.origin
@@ -95,6 +104,7 @@ class DryRun:
             f"run: {settings.run} ({goes})",
             f"model: {origin.config.num_hidden_layers} layers, {parameters:,} parameters",
             f"mesh: {mesh} of {jax.device_count()}",
+            f"objective: {self.objective()}",
             f"data: {sources} source{'' if sources == 1 else 's'}, first batches read",
             f"checkpoints: every {every:,} steps, {settings.checkpoints.keep} kept",
             self.memory(),

@@ -32,7 +32,6 @@ from v4_jax.train.documents import Source
 from v4_jax.train.group_advantages import GroupAdvantages
 from v4_jax.train.objectives.distillation import Distillation
 from v4_jax.train.objectives.grpo import Grpo
-from v4_jax.train.objectives.pretraining import Pretraining
 from v4_jax.train.objectives.sft import Conversations
 from v4_jax.train.on_policy import Judge, OnPolicy, unjudged
 from v4_jax.train.prompts import Prompts
@@ -44,7 +43,6 @@ from v4_jax.train.teacher_rows import TeacherRows
 from v4_jax.train.teachers import TOKENIZER, Teachers
 
 SETTINGS = "settings.yaml"
-REFERENCE = "reference"  # who reads answers that are to stay near to its own
 
 
 class Origin(NamedTuple):
@@ -152,7 +150,7 @@ def open_rounds(
       SettingsError, ValueError, OSError: a teacher cannot be used.
     """
     objective = settings.objective
-    if isinstance(objective, Pretraining):
+    if settings.rollouts is None and not objective.readers:
         return None
     file = origin.files.get(TOKENIZER)
     read: Any = functools.partial(
@@ -162,11 +160,10 @@ def open_rounds(
     judge: Judge = unjudged
     if isinstance(objective, Distillation):
         known = "top" if objective.top_k else "hidden"
-        teachers = read(objective.teachers, known=known, top_k=objective.top_k, keep=objective.keep_teachers)
-    else:
+        teachers = read(objective.readers, known=known, top_k=objective.top_k, keep=objective.keep_teachers)
+    elif isinstance(objective, Grpo):
         judge = GroupAdvantages(objective, origin.tokenizer)
-        if objective.reference is not None:
-            teachers = read({REFERENCE: objective.reference}, known="score")
+        teachers = read(objective.readers, known="score") if objective.readers else None
 
     def part(step: int) -> tuple[int, int]:
         stage = settings.stages[stage_at(settings, step)]
@@ -182,17 +179,13 @@ def open_rounds(
     else:
         supply = GivenTexts(rows, parts)
     made_for = settings.model_dump(mode="json", exclude={"run", "log", "checkpoints"})
-    return Rounds(settings.run, objective.round, supply, teachers, made_for)
+    return Rounds(settings.run, getattr(objective, "round", 1), supply, teachers, made_for)
 
 
 def _open_prompts(settings: Settings, origin: Origin, rollouts: RolloutSettings, say: Callable[[str], None]) -> Prompts:
     """The run's prompts."""
     data, tokenizer, objective = settings.data, origin.tokenizer, settings.objective
-    only = ""
-    if isinstance(objective, Distillation):
-        only = next(iter(objective.teachers))
-    elif isinstance(objective, Grpo) and objective.reference is not None:
-        only = REFERENCE
+    only = next(iter(objective.readers), "")
     return Prompts(
         [Source(**source.model_dump(exclude={"teacher"})) for source in data.sources],
         [source.teacher or only for source in data.sources],

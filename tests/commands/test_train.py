@@ -107,6 +107,7 @@ def test_the_example_of_distillation(run, monkeypatch, tmp_path):
     here = f"run={tmp_path / 'run'}", "objective.teachers.chats.model=v4_jax/data/demo"
     result = run("train", "examples/distillation.yaml", *here, "--dry-run")
     assert result.code == 0, result.err
+    assert "objective: distillation; chats: v4_jax/data/demo; texts: v4_jax/data/demo\n" in result.out
     result = run("train", "examples/distillation.yaml", *here, "--show-rows", "4")
     rows = [text.partition(": ")[0] for text in result.out.split("\nrow ")]
     assert result.code == 0 and len(rows) == 4 and "⟦A sum.</think>" in result.out
@@ -122,6 +123,7 @@ def test_the_example_of_reinforcement(run, monkeypatch, tmp_path):
     here = (f"run={tmp_path / 'run'}",)
     result = run("train", "examples/grpo.yaml", *here, "--dry-run")
     assert result.code == 0, result.err
+    assert "objective: grpo; 4 prompts a step, 8 answers to each\n" in result.out
     result = run("train", "examples/grpo.yaml", *here, "--show-rows", "2")
     assert result.code == 0 and "<｜Assistant｜></think>\n" in result.out and "⟦" not in result.out
 

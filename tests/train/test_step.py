@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,8 @@ from v4_jax.parameters import is_parameter
 from v4_jax.placement import Place
 from v4_jax.sharding.mesh import make_mesh
 from v4_jax.train.batch import Batch
-from v4_jax.train.objectives.objective import Counts, Weights, total_loss
+from v4_jax.train.objectives.objective import Counts, Weights, targets, total_loss
+from v4_jax.train.objectives.pretraining import Pretraining
 from v4_jax.train.precision import compute_copy
 from v4_jax.train.step import PRETRAINING, TrainState, make_decide, make_step
 
@@ -217,6 +219,28 @@ def test_what_is_cast_to_the_compute_dtype(tiny):
 def test_counts_of_padding_alone():
     counts = Counts.of(Batch(jnp.zeros((1, 2, 8), jnp.int32), jnp.zeros((1, 2, 8), jnp.int32)))
     assert (int(counts.loss), int(counts.mtp), counts.rows, int(counts.tokens)) == (1, 1, 2, 1)
+
+
+class Nothing(Pretraining):
+    """Next tokens do not matter, nor what the data says."""
+
+    imitates: ClassVar[bool] = False
+
+    def loss(self, model, params, streams, batch, shared):
+        return jnp.sum(streams) * 0, {"targets": jnp.sum(targets(batch, 1)).astype(jnp.float32)}
+
+
+def test_what_does_not_imitate_leaves_the_mtp_loss_to_its_block(tiny, rows):
+    """Neither the trunk nor embedding and head learn from it."""
+    counts, weights = Counts.of(rows), Weights(balance=0)
+    loss = lambda params: total_loss(Nothing(), tiny.model, params, rows, counts, weights)  # noqa: E731
+    gradient, sums = jax.jit(jax.grad(loss, allow_int=True, has_aux=True))(tiny.params)
+    assert sums.statistics["targets"] == counts.loss
+    moved = {
+        name: any(jnp.any(x != 0) for x in jax.tree.leaves(tree) if x.dtype == jnp.float32)
+        for name, tree in gradient.items()
+    }
+    assert {name for name, yes in moved.items() if yes} == {"mtp"}
 
 
 def test_indexer_stage_has_no_other_gradient(tiny, rows):

@@ -7,6 +7,7 @@ tokens at a time; or, for wide vocabularies, the likeliest tokens of each place 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, cast
 
 import jax.numpy as jnp
@@ -40,6 +41,11 @@ class Distillation(Section):
     texts."""
     keep_teachers: bool = False
     """Whether teachers stay on the devices, where there is room for all of them, in place of being loaded anew."""
+
+    @property
+    def readers(self) -> Mapping[str, TeacherSettings]:
+        """As for `Objective`: the teachers."""
+        return self.teachers
 
     def loss(
         self, model: Transformer, params: Any, streams: Array, batch: Batch, shared: Any

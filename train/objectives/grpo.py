@@ -6,6 +6,7 @@ likelier by that, or less likely, as long as its probability is near the one it 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, cast
 
 import jax.numpy as jnp
@@ -64,6 +65,11 @@ class Grpo(Section):
         if self.kl and self.reference is None:
             raise ValueError("kl has a cost, and there is no reference; expected one")
         return self
+
+    @property
+    def readers(self) -> Mapping[str, TeacherSettings]:
+        """As for `Objective`: the reference."""
+        return {} if self.reference is None else {"reference": self.reference}
 
     def loss(
         self, model: Transformer, params: Any, streams: Array, batch: Batch, shared: Any

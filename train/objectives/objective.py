@@ -8,7 +8,7 @@ which tokens are trained, only those are targets; all are read, and count for th
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 import jax
@@ -19,6 +19,7 @@ from jax import Array
 from v4_jax.architecture import Architecture
 from v4_jax.outputs import Output, Routing
 from v4_jax.train.batch import Batch
+from v4_jax.train.teacher_settings import TeacherSettings
 from v4_jax.transformer import Transformer
 
 
@@ -103,6 +104,10 @@ class Objective(Protocol):
     """
 
     imitates: ClassVar[bool]
+
+    @property
+    def readers(self) -> Mapping[str, TeacherSettings]:
+        """The models that read what is learnt, by name."""
 
     def loss(
         self, model: Transformer, params: Any, streams: Array, batch: Batch, shared: Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from jax import Array
@@ -9,6 +10,7 @@ from jax import Array
 from v4_jax.train.batch import Batch
 from v4_jax.train.objectives.objective import cross_entropy
 from v4_jax.train.section import Section
+from v4_jax.train.teacher_settings import TeacherSettings
 from v4_jax.transformer import Transformer
 
 
@@ -19,6 +21,11 @@ class Pretraining(Section):
 
     kind: Literal["pretraining"] = "pretraining"
     """What is learnt: "pretraining", the next token of the data."""
+
+    @property
+    def readers(self) -> Mapping[str, TeacherSettings]:
+        """As for `Objective`: nobody."""
+        return {}
 
     def loss(
         self, model: Transformer, params: Any, streams: Array, batch: Batch, shared: Any
