@@ -16,7 +16,7 @@ from v4_jax.kernels.grouped_matmul.tpu import grouped_matmul
 from v4_jax.kernels.stored_weights import supports
 from v4_jax.layers.experts import Experts, expert_ffn
 from v4_jax.sharding import collectives
-from v4_jax.sharding.dispatch import Choices, visit
+from v4_jax.sharding.dispatch import Choices, count_each, visit
 from v4_jax.sharding.platform import interpreting
 from v4_jax.sharding.split import Split
 
@@ -122,7 +122,7 @@ def _sorted_experts(
     tokens, top = assigned.shape
     with jax.named_scope("experts.sort"):
         order = jnp.argsort(assigned.reshape(-1), stable=True)
-        sizes = jnp.bincount(assigned.reshape(-1), length=count).astype(jnp.int32)
+        sizes = count_each(assigned, count)
         rows = (x[order // top], weights.reshape(-1)[order])
 
     def run(rows: tuple[Array, Array], group: Experts) -> Array:
