@@ -111,12 +111,12 @@ class EngineRollouts:
 
     def _loaded(self, params: Any) -> Engine:
         """The engine with these weights."""
-        held = self._hold(params)
         if self._engine is None:
-            self._engine = self._build(held)
+            self._engine = self._build(self._hold(params))
             self._engine.compile()
         else:
-            self._engine.replace_parameters(held)
+            self._engine.replace_parameters(None)  # there is no room for both
+            self._engine.replace_parameters(self._hold(params))
         return self._engine
 
     @functools.cached_property

@@ -216,7 +216,10 @@ def test_stopped_amid_a_round_and_continued(build, tmp_path):
         (["data.sources.0.teacher=null"], "data.sources.0.teacher is None; expected one of narrow, wide"),
         (["objective={kind: pretraining}"], "data.sources.0.teacher is narrow; this objective has none"),
         (["objective.kind=guessing"], "objective is .*'guessing'"),
-        (["objective.top=3"], "unknown field objective.distillation.top; expected one of keep_teachers, kind, round, "),
+        (
+            ["objective.top=3"],
+            "unknown field objective.distillation.top; expected one of keep_teachers, kind, rollouts, ",
+        ),
         (["objective.teachers={}"], "objective.distillation.teachers is {}: "),
     ],
 )

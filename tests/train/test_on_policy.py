@@ -14,16 +14,18 @@ import numpy as np
 import pytest
 
 from tests.models import Tiny, trained
-from v4_jax import Transformer, chat, load
+from v4_jax import Transformer, chat, declarations, load
 from v4_jax.commands.shared.rollouts import EngineRollouts
 from v4_jax.outputs import Routing
 from v4_jax.parameter_tree import placements
+from v4_jax.parameters import is_parameter
 from v4_jax.placement import Place
 from v4_jax.sharding.mesh import make_mesh
 from v4_jax.tokenizer import ByteTokenizer
 from v4_jax.train.data import DataError
 from v4_jax.train.loop import Trainer
 from v4_jax.train.on_policy import Answer, pack
+from v4_jax.train.precision import held_as
 from v4_jax.train.rollouts import Prompt, Sample
 from v4_jax.train.settings import SettingsError, read_settings
 from v4_jax.train.setup import Origin, open_rounds, open_rows, open_run
@@ -231,6 +233,25 @@ def test_answers_have_the_model_s_own_log_probabilities(folder, student, rollout
         scores = np.take_along_axis(scores, batch.tokens[:, 1:, None], -1)[..., 0]
         said = batch.trained[:, 1:]
         np.testing.assert_allclose(scores[said], batch.given["logprobs"][:, 1:][said], atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["native", "bfloat16"])
+def test_weights_are_held_as_an_export_would_write_them(folder, dtype):
+    """Bit for bit."""
+    tiny = trained()
+    held = jax.jit(held_as, static_argnums=(1, 2))(tiny.params, tiny.config, dtype)
+    exported = load(folder / "student", dtype="native")[1]
+    if dtype == "bfloat16":
+        for parameter, leaf in zip(
+            jax.tree.leaves(declarations(tiny.config), is_leaf=is_parameter), jax.tree.leaves(held), strict=True
+        ):
+            wanted = {"f32": jnp.float32, "i64": jnp.int32}.get(parameter.storage, jnp.bfloat16)
+            assert leaf.dtype == wanted
+        return
+    assert jax.tree.structure(held) == jax.tree.structure(exported)
+    for found, wanted in zip(jax.tree.leaves(held), jax.tree.leaves(exported), strict=True):
+        assert found.dtype == wanted.dtype
+        np.testing.assert_array_equal(*(np.asarray(x.astype(jnp.float32)) for x in (found, wanted)))
 
 
 def test_answers_come_with_the_engine_s_decisions(folder, student, rollouts):
