@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -163,8 +164,8 @@ class PythonFunction(_Reward):
     kind: Literal["python"]
     """"python": a function of one's own."""
     function: str
-    """Its module and name, as in my_rewards.brevity: it takes the answer's text, without its reasoning, and the line's
-    fields, and returns a number."""
+    """Its module, installed or where the command runs, and name, as in my_rewards.brevity: it takes the answer's text,
+    without its reasoning, and the line's fields, and returns a number."""
 
     @field_validator("function")
     @classmethod
@@ -187,10 +188,13 @@ class PythonFunction(_Reward):
 @functools.cache
 def _imported(function: str) -> Callable[..., Any]:
     module, _, name = function.rpartition(".")
+    sys.path.append(os.getcwd())  # last: nothing there gets in the way of what is installed
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"there is no such function: {error}") from None
+    finally:
+        sys.path.pop()
     if not callable(found):
         raise ValueError(f"it is a {type(found).__name__}; expected a function")
     return found

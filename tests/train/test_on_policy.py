@@ -303,7 +303,7 @@ def test_on_policy_distillation(folder, build, tmp_path):
 def test_reinforcement(folder, build, tmp_path, monkeypatch):
     """The engine's log-probabilities are the model's, and so are a reference's that it is itself, until it learns."""
     (tmp_path / "small.py").write_text("def letters(answer, line):\n    return sum(map(str.isalpha, answer)) / 16\n")
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
     objective = {
         "kind": "grpo",
         "rewards": [{"kind": "python", "function": "small.letters"}, {"kind": "numeric", "weight": 0.5}],
