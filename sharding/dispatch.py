@@ -15,7 +15,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from v4_jax.sharding.collectives import Axes, index, pmax, size
+from v4_jax.sharding.places import Places, collect, spread
 from v4_jax.sharding.platform import by_platform
+
+# A row travels as lines of so many lanes: a TPU keeps those of a row together, and those of a matrix by eight rows.
+LANES = 128
 
 # Rows [R, D], what belongs to each row, and the weights -> [R, width]; rows without a valid choice are ignored.
 Work = Callable[[Array, Any, Any], Array]
@@ -39,7 +43,7 @@ def visit(function: Work, width: int, axes: Axes, everywhere: Axes, x: Array, ch
 
     Args:
       function: `function(rows, extra, weights)`, run on the owner with the rows that reached it. Places without a row
-        come with every `extra` zero, and what they yield is not used.
+        come with any finite numbers and every `extra` zero, and what they yield is not used.
       width: size of the last axis of its output.
       axes: mesh axes to exchange over.
       everywhere: mesh axes whose devices must agree on the number of rounds: all that run this program together.
@@ -66,6 +70,7 @@ def capacity(rows: int, devices: int) -> int:
 class _Departures(NamedTuple):
     """The order in which a device's choices leave it."""
 
+    owner: Array  # [T * K] of each choice
     order: Array  # [T * K] choices by owner
     first: Array  # [devices] where each owner's begin
     counts: Array  # [devices] how many each owner gets
@@ -77,13 +82,14 @@ def _departures(owner: Array, axes: Axes, everywhere: Axes) -> _Departures:
     count = jnp.bincount(flat, length=devices).astype(jnp.int32)
     rounds = -(-jnp.max(count) // capacity(flat.shape[0], devices))
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    return _Departures(order, jnp.cumsum(count) - count, count, pmax(rounds, everywhere))
+    return _Departures(flat, order, jnp.cumsum(count) - count, count, pmax(rounds, everywhere))
 
 
 def _round(
     function: Work, axes: Axes, number: Array, departures: _Departures, x: Array, extra: Any, weights: Any, width: int
 ) -> Array:
     """One exchange there and back."""
+    owner = departures.owner
     devices, (rows, top) = size(axes), jax.tree.leaves(extra)[0].shape
     room = capacity(rows * top, devices)
     place = number * room + jnp.arange(room, dtype=jnp.int32)
@@ -93,15 +99,37 @@ def _round(
     sent = jnp.sum(used, axis=1, dtype=jnp.int32)
     got = jax.lax.all_to_all(sent, axes, 0, 0, tiled=True)
 
-    def there(values: Array) -> Array:
+    rank = jnp.argsort(departures.order).astype(jnp.int32) - departures.first[jnp.clip(owner, 0, devices - 1)]
+    within = (owner < devices) & (rank // room == number)
+    places = Places(choice // top, jnp.where(within, owner * room + rank % room, -1).reshape(rows, top))
+
+    def masked(values: Array) -> Array:
         keep = used_flat.reshape(-1, *(1,) * (values.ndim - 1))
         return exchange(jnp.where(keep, values, 0), sent, got, axes)
 
-    moved = jax.tree.map(lambda e: there(e.reshape(-1)[choice]), extra)
-    out = function(there(x[choice // top]), moved, weights)
-    back = exchange(out, got, sent, axes).astype(jnp.float32)
-    target = jnp.where(used_flat, choice // top, rows)
-    return jnp.zeros((rows, width), jnp.float32).at[target].add(back, mode="drop")
+    def there(x: Array) -> Array:
+        return masked(x[choice // top])
+
+    def there_by_lines(x: Array) -> Array:
+        filled = (jnp.arange(room) < got[:, None]).reshape(-1, 1, 1)
+        moved = exchange(spread(x.reshape(rows, -1, LANES), places), sent, got, axes)
+        return jnp.where(filled, moved, 0).reshape(-1, x.shape[1])
+
+    def back(out: Array) -> Array:
+        out = exchange(out, got, sent, axes).astype(jnp.float32)
+        target = jnp.where(used_flat, choice // top, rows)
+        return jnp.zeros((rows, width), jnp.float32).at[target].add(out, mode="drop")
+
+    def back_by_lines(out: Array) -> Array:
+        out = exchange(out.reshape(out.shape[0], -1, LANES), got, sent, axes)
+        return collect(out, places).reshape(rows, width)
+
+    def by_lines(x: Array, default: Callable[[Array], Array], tpu: Callable[[Array], Array]) -> Array:
+        return default(x) if x.shape[1] % LANES else by_platform(x, default=default, tpu=tpu)
+
+    moved = jax.tree.map(lambda e: masked(e.reshape(-1)[choice]), extra)
+    out = function(by_lines(x, there, there_by_lines), moved, weights)
+    return by_lines(out, back, back_by_lines)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -115,7 +143,7 @@ def exchange(x: Array, sent: Array, got: Array, axes: Axes) -> Array:
       axes: mesh axes to exchange over.
 
     Returns:
-      [devices * room, ...] rows from each device. Beyond `got` they are whatever was sent, or zeros.
+      [devices * room, ...] rows from each device. Beyond `got` they are anything.
     """
 
     def dense(x: Array, sent: Array, got: Array) -> Array:
@@ -126,7 +154,7 @@ def exchange(x: Array, sent: Array, got: Array, axes: Axes) -> Array:
         room = x.shape[0] // size(axes)
         start = jnp.arange(size(axes), dtype=jnp.int32) * room
         mine = jnp.full_like(start, index(axes) * room)
-        return jax.lax.ragged_all_to_all(x, jnp.zeros_like(x), start, sent, mine, got, axis_name=axes)
+        return jax.lax.ragged_all_to_all(x, jax.lax.empty(x.shape, x.dtype), start, sent, mine, got, axis_name=axes)
 
     if x.ndim == 1:  # a handful of bytes
         return dense(x, sent, got)

@@ -17,7 +17,7 @@ from v4_jax import Config
 from v4_jax.cache.entries import Entries
 from v4_jax.cache.ring import Ring
 from v4_jax.cache.rows import StoredRows
-from v4_jax.kernels.choose import best_experts
+from v4_jax.kernels.choose import best_experts, many_rows_experts
 from v4_jax.kernels.experts.tpu import ROWS, experts
 from v4_jax.kernels.grouped_matmul.tpu import grouped_matmul
 from v4_jax.kernels.hyper_connections.reference import Numbers, Site
@@ -134,6 +134,32 @@ def test_whole_experts(build, rows, groups, hidden, depth, form):
     assert compiled.memory_analysis().temp_size_in_bytes < SPARE
     assert copied(compiled) <= SPARE and "copy-start(%weights" not in compiled.as_text()  # into VMEM, where it has room
     assert compiled.cost_analysis()["flops"] >= 6 * rows * 6 * depth * hidden
+
+
+@pytest.mark.parametrize(
+    ("rows", "groups", "hidden", "depth"),
+    [
+        (24576, 2, 2048, 4096),  # Flash on 128 chips: an eighth of 16K tokens each
+        (3072, 3, 3072, 7168),  # Pro on 128
+    ],
+)
+def test_experts_of_training(build, rows, groups, hidden, depth):
+    """No gradient of a weight is as large as rows, and nothing of the rows is in float32."""
+    weights = [shape(jnp.float32, groups, *two) for two in ((hidden, depth), (hidden, depth), (depth, hidden))]
+
+    def run(x, scale, weights, sizes, gradient):
+        def call(x, scale, weights):
+            return many_rows_experts(lambda x, *_: x, x, scale, weights, sizes, None, limit=10.0)
+
+        out, pull = jax.vjp(call, x, scale, weights)
+        return out, pull(gradient)
+
+    x = shape(jnp.bfloat16, rows, depth)
+    compiled = build(run, x, shape(jnp.float32, rows), weights, shape(jnp.int32, groups), x)
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 6
+    cast, activations = 2 * 3 * groups * hidden * depth, 2 * 3 * rows * hidden
+    assert compiled.memory_analysis().temp_size_in_bytes < SPARE + cast + activations + 2 * rows * depth
+    assert not re.search(rf"f32\[{rows},\d+\]", compiled.as_text())
 
 
 @pytest.mark.parametrize("tokens", [1, 128])

@@ -24,6 +24,7 @@ Pallas kernel, or `cpu.py`, written so that XLA:CPU makes quick code of it. Laye
     map_groups               tiles of each group in turn    reference                                 caller's kernel
     few_rows_experts,        caller's, by groups of rows    reference                                 one kernel
     expert_of_all            caller's, by products          reference                                 the same
+    many_rows_experts        caller's, by `map_groups`      reference                                 kernels both ways
     best_experts             top-k, and gather              reference                                 kernel
 """
 
@@ -48,6 +49,7 @@ from v4_jax.kernels.compressor import tpu as compressor_tpu
 from v4_jax.kernels.compressor.tpu import CompressorWeights
 from v4_jax.kernels.csa import tpu as csa_tpu
 from v4_jax.kernels.experts import tpu as experts_tpu
+from v4_jax.kernels.experts import training as experts_training
 from v4_jax.kernels.grouped_matmul import groups
 from v4_jax.kernels.hyper_connections import reference as hyper_connections
 from v4_jax.kernels.hyper_connections import tpu as hyper_connections_tpu
@@ -428,6 +430,41 @@ def few_rows_experts(
     return _without_gradients(plain, tpu=kernel)(*operands)
 
 
+def many_rows_experts(
+    plain: Form, rows: Array, scale: Array, weights: Sequence[Weight], sizes: Array, layer: Any, *, limit: float
+) -> Array:
+    """See `experts.training.forward` for all arguments but the first and the layer.
+
+    Args:
+      plain: the same of the arrays and the layer, in whose place kernels run in programs for TPUs, and give the
+        gradients, where weights are such as training has.
+      rows: [M, D], sorted by expert.
+      scale: [M].
+      weights: w1, w3 and w2 of all experts.
+      sizes: rows of each.
+      layer: layer number in stacked weights, or None.
+      limit: bound of the activations.
+    """
+    if layer is not None or not experts_training.supports(rows, weights):
+        return plain(rows, scale, weights, sizes, layer)
+
+    def in_groups(rows: Array, scale: Array, weights: Sequence[Array], sizes: Array) -> Array:
+        return plain(rows, scale, weights, sizes, None)
+
+    def call(*operands: Any) -> Array:
+        kernel = functools.partial(experts_training.forward, limit=limit, interpret=interpreting())
+        return by_platform(*operands, default=in_groups, tpu=kernel)
+
+    def gradients(operands: Any, gradient: Array) -> Any:
+        rows, scale, weights, sizes = operands
+        return *experts_training.gradients(
+            rows, scale, weights, sizes, gradient, limit=limit, interpret=interpreting()
+        ), None
+
+    whole = _with_gradients(call, default=_pull(in_groups), tpu=gradients)
+    return whole(rows, scale, list(weights), sizes)
+
+
 def expert_of_all(plain: Form, x: Array, weights: Sequence[Weight], *, limit: float) -> Array:
     """One expert that all rows visit: [T, D] float32.
 
@@ -475,7 +512,7 @@ def _with_gradients(function: Form, *, default: Form | None = None, **forms: For
 
     Args:
       function: maps arrays to an array.
-      default: maps (operands, gradient) to the operands' gradients; by default that of the function.
+      default: maps (operands, gradient) to the operands' gradients, None for integers; by default that of the function.
       **forms: the same for one platform.
     """
 
@@ -518,6 +555,7 @@ def _without_gradients(default: Form, **forms: Form) -> Form:
 
 def _pull(form: Form) -> Form:
     def pull(operands: Any, gradient: Any) -> Any:
-        return jax.vjp(form, *operands)[1](gradient)
+        found = jax.vjp(form, *operands)[1](gradient)
+        return jax.tree.map(lambda x: None if x.dtype == jax.dtypes.float0 else x, found)
 
     return pull
