@@ -34,7 +34,7 @@ from v4_jax.layers.lightning_indexer import select
 from v4_jax.layers.linear import grouped_linear, linears
 from v4_jax.layers.mixture_of_experts import Experts, dispatch
 from v4_jax.layers.partial_softmax import finish
-from v4_jax.layers.partials import STATISTICS, Packed
+from v4_jax.layers.partials import STATISTICS, Packed, Partial
 from v4_jax.layers.rotary import Turn
 from v4_jax.layers.visible import Visible
 from v4_jax.layers.window_attention import attend_window, attention_end
@@ -317,6 +317,44 @@ def test_window_attention(build, rows, queries, heads, past, entries, dtype):
     window = 0 if keys is None else (past + queries + 128) * size
     copied_first = rows * entries * size if entries % 16 else 0
     assert compiled.memory_analysis().temp_size_in_bytes < SPARE + 4 * (rows * window + copied_first)
+
+
+@pytest.mark.parametrize(
+    ("queries", "heads", "entries"),
+    [
+        (512, 64, 0),  # Flash: a sliding layer
+        (512, 64, 128),  # HCA, 16K tokens
+        (300, 128, 512),  # Pro, 64K tokens, an uneven chunk
+    ],
+)
+def test_gradients_of_window_attention(build, queries, heads, entries):
+    """Forward and backward are a kernel each, between which nothing is kept but a number for each head."""
+    size, past = 512, 127
+
+    def run(queries, keys, held, low, high, given):
+        visible = Visible(low, high, jnp.min(low), jnp.max(high)) if entries else None
+
+        def attend(queries, keys, held):
+            return attend_window(queries, keys, low, Entries.uncached(held) if entries else None, visible)
+
+        partial, pull = jax.vjp(attend, queries, keys, held)
+        return partial, pull(Partial(*given))
+
+    by_head = shape(jnp.float32, 1, queries, heads)
+    arguments = (
+        shape(jnp.bfloat16, 1, queries, heads, size),
+        shape(jnp.bfloat16, 1, past + queries, size),
+        shape(jnp.bfloat16, 1, entries, size) if entries else None,
+        shape(jnp.int32, 1, queries),
+        shape(jnp.int32, 1, queries),
+        (by_head, by_head, shape(jnp.float32, 1, queries, heads, size)),
+    )
+    compiled = build(run, *arguments)
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
+    rounded, statistics = 2 * queries * heads * size, 4 * 128 * queries * heads
+    padded = 2 * rounded if queries % 8 else 0
+    sums = 4 * 2 * 2 * (queries + 512 + entries) * size
+    assert compiled.memory_analysis().temp_size_in_bytes < SPARE + rounded + 3 * statistics + 2 * padded + sums
 
 
 LAYERS = 20

@@ -5,7 +5,7 @@ Pallas kernel, or `cpu.py`, written so that XLA:CPU makes quick code of it. Laye
 
     function                 reference                      cpu                                       tpu
     products, weighted       einsum                         keys' gradients as sums, of few heads     reference
-    window_attention         caller's, part by part         reference                                 kernel
+    window_attention         caller's, part by part         reference                                 kernels both ways
     window_step              caller's, read in order        reference                                 one kernel
     index_scores             einsum                         head by head                              reference
     enter_site, leave_site,  formulas of the report         reference                                 one kernel
@@ -43,6 +43,7 @@ from v4_jax.cache.entries import Entries
 from v4_jax.cache.ring import Ring
 from v4_jax.cache.rows import StoredRows
 from v4_jax.kernels.attention import cpu as attention_cpu
+from v4_jax.kernels.attention import gradients as attention_gradients
 from v4_jax.kernels.attention import reference as attention
 from v4_jax.kernels.attention import tpu as attention_tpu
 from v4_jax.kernels.compressor import tpu as compressor_tpu
@@ -109,7 +110,8 @@ def window_attention(
     """See `attention.tpu.window_attention` for all arguments but the first.
 
     Args:
-      plain: the same, in whose place the kernel runs in programs for TPUs, but where gradients are asked for.
+      plain: the same, in whose place the kernel runs in programs for TPUs. It has gradients where entries live in no
+        cache, and those that are asked for beyond are the plain form's.
       queries: [B, Q, H, C].
       keys: of the window.
       oldest: where each query's window may begin.
@@ -119,8 +121,49 @@ def window_attention(
     """
     if not attention_tpu.supports(queries):
         return _handed_on(plain, together)(queries, keys, oldest, entries, visible)
+    if attends_in_training(queries, keys, entries) and not together:
+        default = _handed_on(plain, together)
+        return by_platform(queries, keys, oldest, entries, visible, default=default, tpu=_attend_in_training)
     kernel = functools.partial(attention_tpu.window_attention, together=together, interpret=interpreting())
     return _without_gradients(_handed_on(plain, together), tpu=kernel)(queries, keys, oldest, entries, visible)
+
+
+def attends_in_training(queries: Any, keys: Any, entries: Entries | None) -> bool:
+    """Whether `window_attention` has kernels for the gradients, too, in programs for TPUs, of arrays or shapes."""
+    held = None if entries is None else entries.rows.arrays[0][0]
+    uncached = entries is None or (
+        entries.table is None and entries.rows.dtype == jnp.float32 and isinstance(entries.layer, int)
+    )
+    return uncached and attention_gradients.supports(queries, keys, held)
+
+
+def _attend_in_training(
+    queries: Array, keys: Array | None, oldest: Array | None, entries: Entries | None, visible: Visible | None
+) -> Partial:
+    """The kernel, whose gradients are a kernel's."""
+    interpret, dtype = interpreting(), None if entries is None else entries.dtype
+
+    def run(queries: Array, keys: Array | None, held: Array | None, oldest: Any, visible: Any) -> Partial:
+        entries = None if held is None else Entries.uncached(held.astype(dtype))
+        found = attention_tpu.window_attention(queries, keys, oldest, entries, visible, interpret=interpret)
+        assert isinstance(found, Partial)
+        return found
+
+    def forward(*operands: Any) -> tuple[Partial, Any]:
+        found = run(*operands)
+        return found, (operands, found.maximum)
+
+    def backward(residuals: Any, gradient: Partial) -> Any:
+        (queries, keys, held, oldest, visible), maximum = residuals
+        found = attention_gradients.gradients(
+            queries, keys, oldest, held, visible, maximum, gradient.total, gradient.weighted, interpret=interpret
+        )
+        return *found, None, None
+
+    call = jax.custom_vjp(run)
+    call.defvjp(forward, backward)
+    held = None if entries is None else entries.rows.arrays[0][0]
+    return call(queries, keys, held, oldest, visible)
 
 
 def _handed_on(plain: Form, together: bool) -> Form:
