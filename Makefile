@@ -70,12 +70,12 @@ docs: $(VENV)/ready-docs
 	@echo "build/docs/index.html"
 
 oracle: $(VENV)/ready-oracle
-	@$(BIN)/python -m pytest tests/oracle
+	@$(BIN)/python -m pytest tests/oracle --numprocesses auto --dist loadfile
 
 tpu: $(VENV)/ready-tpu
-	@# Programs for other topologies can be kept and not read again. The first are counted, in a process of their own.
-	@$(ON_TPU) $(firstword $(TPU))
-	@$(ON_TPU) $(wordlist 2,9,$(TPU)) tests/commands/test_plan.py
+	@# Programs for other topologies can be kept and not read again. The first are counted, in processes of their own.
+	@$(ON_TPU) $(firstword $(TPU)) --numprocesses auto --dist load
+	@$(ON_TPU) $(wordlist 2,9,$(TPU)) tests/commands/test_plan.py --numprocesses auto --dist load
 
 bundles: $(VENV)/ready-tpu
 	@RECORD_BUNDLES=1 $(ON_TPU) $(firstword $(TPU))

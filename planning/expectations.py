@@ -12,6 +12,7 @@ from v4_jax.architecture import RATIO_OF_ROLE
 from v4_jax.config import Config
 from v4_jax.kernels.grouped_matmul.groups import tile_rows
 from v4_jax.kernels.grouped_matmul.tpu import ROWS
+from v4_jax.kernels.stored_weights import SPREAD_ROWS
 from v4_jax.layers.expert_parallelism import FEW_TOKENS
 from v4_jax.planning.hlo import Expected, Instruction, Program, Share
 from v4_jax.sharding.dispatch import capacity
@@ -113,6 +114,9 @@ class OnMean(Expected):
             turns = self._hit  # the estimate has one turn of this loop, whose bounds it finds in no constant
         elif name in TRAINING:  # places without a row cost nothing
             return Share(*[min(1.0, own / self._places)] * 3)
+        elif name == "visit_experts":
+            visits = self._own * _turns(SPREAD_ROWS, self._choices, 1 / self.config.n_routed_experts)
+            return Share(visits / DYNAMIC_TURNS, min(1.0, own / rows), min(1.0, visits * SPREAD_ROWS / rows))
         else:
             return Share()
         return Share(turns, min(1.0, own / rows), min(1.0, self._hit / max(1.0, min(rows, self._own))))
@@ -122,3 +126,14 @@ class OnMean(Expected):
         found = re.search(r"/(block|layer)_(\d+)/", op_name)
         layer = int(found[2]) + (self.config.period.start if found[1] == "block" else 0) if found else 0
         return RATIO_OF_ROLE.get(self.config.layers[layer].attention, 1)
+
+
+def _turns(taken: int, choices: float, share: float) -> float:
+    """Turns of `taken` rows each that an expert needs on the mean, when each of the choices falls on it by chance."""
+    chance, below, turns = (1 - share) ** choices, 0.0, 0.0  # of so many rows, and of fewer than that
+    for rows in range(round(choices)):
+        below += chance
+        if rows % taken == 0:
+            turns += 1 - below
+        chance *= (choices - rows) / (rows + 1) * share / (1 - share)
+    return turns

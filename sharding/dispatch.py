@@ -15,11 +15,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from v4_jax.sharding.collectives import Axes, index, pmax, size
-from v4_jax.sharding.places import Places, collect, spread
 from v4_jax.sharding.platform import by_platform
 
-# A row travels as lines of so many lanes: a TPU keeps those of a row together, and those of a matrix by eight rows.
-LANES = 128
+LANES = 128  # of a TPU's registers
 
 # Rows [R, D], what belongs to each row, and the weights -> [R, width]; rows without a valid choice are ignored.
 Work = Callable[[Array, Any, Any], Array]
@@ -43,7 +41,7 @@ def visit(function: Work, width: int, axes: Axes, everywhere: Axes, x: Array, ch
 
     Args:
       function: `function(rows, extra, weights)`, run on the owner with the rows that reached it. Places without a row
-        come with any finite numbers and every `extra` zero, and what they yield is not used.
+        repeat any, come with every `extra` zero, and what they yield is not used.
       width: size of the last axis of its output.
       axes: mesh axes to exchange over.
       everywhere: mesh axes whose devices must agree on the number of rounds: all that run this program together.
@@ -57,7 +55,7 @@ def visit(function: Work, width: int, axes: Axes, everywhere: Axes, x: Array, ch
     departures = _departures(choices.owner, axes, everywhere)
 
     def step(number: Array, total: Array) -> Array:
-        return total + _round(function, axes, number, departures, x, choices.extra, weights, width)
+        return total + _round(function, axes, number, departures, choices.owner, x, choices.extra, weights)
 
     return jax.lax.fori_loop(0, departures.rounds, step, jnp.zeros((x.shape[0], width), jnp.float32))
 
@@ -70,8 +68,8 @@ def capacity(rows: int, devices: int) -> int:
 class _Departures(NamedTuple):
     """The order in which a device's choices leave it."""
 
-    owner: Array  # [T * K] of each choice
     order: Array  # [T * K] choices by owner
+    rank: Array  # [T, K] where each choice is in that order
     first: Array  # [devices] where each owner's begin
     counts: Array  # [devices] how many each owner gets
     rounds: Array
@@ -79,57 +77,95 @@ class _Departures(NamedTuple):
 
 def _departures(owner: Array, axes: Axes, everywhere: Axes) -> _Departures:
     devices, flat = size(axes), owner.reshape(-1)
-    count = jnp.bincount(flat, length=devices).astype(jnp.int32)
+    count = count_each(flat, devices)
     rounds = -(-jnp.max(count) // capacity(flat.shape[0], devices))
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    return _Departures(flat, order, jnp.cumsum(count) - count, count, pmax(rounds, everywhere))
+    rank = jnp.argsort(order).astype(jnp.int32).reshape(owner.shape)
+    return _Departures(order, rank, jnp.cumsum(count) - count, count, pmax(rounds, everywhere))
+
+
+def count_each(numbers: Array, length: int) -> Array:
+    """[length] int32 how often each of 0 .. length - 1 occurs: a sum, where TPUs would scatter one by one."""
+    return jnp.sum(numbers.reshape(-1) == jnp.arange(length, dtype=numbers.dtype)[:, None], axis=1, dtype=jnp.int32)
 
 
 def _round(
-    function: Work, axes: Axes, number: Array, departures: _Departures, x: Array, extra: Any, weights: Any, width: int
+    function: Work,
+    axes: Axes,
+    number: Array,
+    departures: _Departures,
+    owner: Array,
+    x: Array,
+    extra: Any,
+    weights: Any,
 ) -> Array:
     """One exchange there and back."""
-    owner = departures.owner
-    devices, (rows, top) = size(axes), jax.tree.leaves(extra)[0].shape
+    devices, (rows, top) = size(axes), owner.shape
     room = capacity(rows * top, devices)
     place = number * room + jnp.arange(room, dtype=jnp.int32)
     used = place < departures.counts[:, None]
     choice = departures.order[jnp.clip(departures.first[:, None] + place, 0, rows * top - 1)].reshape(-1)
-    used_flat = used.reshape(-1)
     sent = jnp.sum(used, axis=1, dtype=jnp.int32)
     got = jax.lax.all_to_all(sent, axes, 0, 0, tiled=True)
 
-    rank = jnp.argsort(departures.order).astype(jnp.int32) - departures.first[jnp.clip(owner, 0, devices - 1)]
-    within = (owner < devices) & (rank // room == number)
-    places = Places(choice // top, jnp.where(within, owner * room + rank % room, -1).reshape(rows, top))
+    target = jnp.clip(owner, 0, devices - 1)
+    within = departures.rank - departures.first[target] - number * room
+    inside = (owner < devices) & (within >= 0) & (within < room)
+    places = jnp.where(inside, target * room + within, -1)
 
-    def masked(values: Array) -> Array:
-        keep = used_flat.reshape(-1, *(1,) * (values.ndim - 1))
-        return exchange(jnp.where(keep, values, 0), sent, got, axes)
+    def by_choice(values: Array) -> Array:
+        chosen = leave(values.reshape(-1), choice, places.reshape(-1, 1))
+        return exchange(jnp.where(used.reshape(-1), chosen, 0), sent, got, axes)
 
-    def there(x: Array) -> Array:
-        return masked(x[choice // top])
+    def in_tiles(rows: Array) -> Array:
+        """Rows as whole tiles of a TPU's memory. Else its compiler cuts them for the exchange in a way of its own, in
+        which all that is done to them before and after takes ten times as long."""
+        return rows.reshape(rows.shape[0], -1, LANES) if rows.shape[1] % LANES == 0 else rows
 
-    def there_by_lines(x: Array) -> Array:
-        filled = (jnp.arange(room) < got[:, None]).reshape(-1, 1, 1)
-        moved = exchange(spread(x.reshape(rows, -1, LANES), places), sent, got, axes)
-        return jnp.where(filled, moved, 0).reshape(-1, x.shape[1])
+    there = exchange(leave(in_tiles(x), choice // top, places), sent, got, axes)
+    out = function(there.reshape(-1, x.shape[1]), jax.tree.map(by_choice, extra), weights)
+    total = back(exchange(in_tiles(out), got, sent, axes), choice // top, places)
+    return total.reshape(rows, -1)
 
-    def back(out: Array) -> Array:
-        out = exchange(out, got, sent, axes).astype(jnp.float32)
-        target = jnp.where(used_flat, choice // top, rows)
-        return jnp.zeros((rows, width), jnp.float32).at[target].add(out, mode="drop")
 
-    def back_by_lines(out: Array) -> Array:
-        out = exchange(out.reshape(out.shape[0], -1, LANES), got, sent, axes)
-        return collect(out, places).reshape(rows, width)
+@jax.custom_vjp
+def leave(x: Array, source: Array, places: Array) -> Array:
+    """What stands in each place: rows [P, ...] of x [T, ...], the transpose of `back`.
 
-    def by_lines(x: Array, default: Callable[[Array], Array], tpu: Callable[[Array], Array]) -> Array:
-        return default(x) if x.shape[1] % LANES else by_platform(x, default=default, tpu=tpu)
+    Either is its other's gradient, so that rows are gathered in both directions: on TPUs a scatter goes row by row.
 
-    moved = jax.tree.map(lambda e: masked(e.reshape(-1)[choice]), extra)
-    out = function(by_lines(x, there, there_by_lines), moved, weights)
-    return by_lines(out, back, back_by_lines)
+    Args:
+      x: [T, ...].
+      source: [P] int32 row of each place. Places that hold none repeat any.
+      places: [T, K] int32 places that hold a row; -1 for none.
+    """
+    del places
+    return x[source]
+
+
+@jax.custom_vjp
+def back(rows: Array, source: Array, places: Array) -> Array:
+    """[T, ...] float32 sum over the places that hold each row; see `leave`."""
+    del source
+    held = places.reshape(*places.shape, *(1,) * (rows.ndim - 1)) >= 0
+
+    def one(k: int) -> Array:
+        return jnp.where(held[:, k], rows[jnp.maximum(places[:, k], 0)].astype(jnp.float32), 0)
+
+    return functools.reduce(jnp.add, map(one, range(places.shape[1])))
+
+
+def _leave_backward(residuals: Any, gradient: Array) -> tuple[Array, None, None]:
+    return back(gradient, *residuals).astype(gradient.dtype), None, None
+
+
+def _back_backward(residuals: Any, gradient: Array) -> tuple[Array, None, None]:
+    like, *where = residuals
+    return leave(gradient.astype(like.dtype), *where), None, None
+
+
+leave.defvjp(lambda x, *where: (leave(x, *where), where), _leave_backward)
+back.defvjp(lambda rows, *where: (back(rows, *where), (rows[:0], *where)), _back_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -143,7 +179,7 @@ def exchange(x: Array, sent: Array, got: Array, axes: Axes) -> Array:
       axes: mesh axes to exchange over.
 
     Returns:
-      [devices * room, ...] rows from each device. Beyond `got` they are anything.
+      [devices * room, ...] rows from each device. Beyond `got` they are any rows of a device's x.
     """
 
     def dense(x: Array, sent: Array, got: Array) -> Array:
@@ -154,7 +190,8 @@ def exchange(x: Array, sent: Array, got: Array, axes: Axes) -> Array:
         room = x.shape[0] // size(axes)
         start = jnp.arange(size(axes), dtype=jnp.int32) * room
         mine = jnp.full_like(start, index(axes) * room)
-        return jax.lax.ragged_all_to_all(x, jax.lax.empty(x.shape, x.dtype), start, sent, mine, got, axis_name=axes)
+        # What is not received stays as it was, which costs less than to clear it.
+        return jax.lax.ragged_all_to_all(x, x, start, sent, mine, got, axis_name=axes)
 
     if x.ndim == 1:  # a handful of bytes
         return dense(x, sent, got)
@@ -189,7 +226,7 @@ def _visit_backward(function: Work, width: int, axes: Axes, everywhere: Axes, re
     def step(number: Array, total: list[Array]) -> list[Array]:
         def run(floats: list[Array]) -> Array:
             x, extra, weights = restore(floats)
-            return _round(function, axes, number, departures, x, extra, weights, width)
+            return _round(function, axes, number, departures, choices.owner, x, extra, weights)
 
         (part,) = jax.vjp(run, floats)[1](gradient)
         return jax.tree.map(lambda a, b: a + b, total, part)

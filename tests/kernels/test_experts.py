@@ -195,3 +195,26 @@ def test_unsupported_is_refused_by_name():
         experts(x, assigned, jnp.ones(assigned.shape), own, limit=LIMIT)
     with pytest.raises(ValueError, match="does not fit"):
         experts(rows_of(2, 256), assigned[:2], jnp.ones((2, 1)), own, limit=LIMIT)
+
+
+@pytest.mark.parametrize("rows", [SPREAD_ROWS + 1, 70, ROWS])
+def test_rows_in_visits(rows):
+    """Experts that few of the rows chose, all of them, and none; as many visits as it takes."""
+    key = jax.random.key(6)
+    assigned = jax.random.permutation(key, jnp.tile(jnp.arange(1, EXPERTS + 1), (rows, 1)), 1, independent=True)[:, :2]
+    assigned = jnp.concatenate([jnp.zeros((rows, 1), jnp.int32), jnp.where(assigned == 2, NONE, assigned)], axis=1)
+    case = rows_of(rows, 256), assigned, scales_of(assigned), of_experts("e2m1", EXPERTS, depth=256, hidden=256)
+    check(run(*case), *case)
+
+
+def test_rows_of_visits_are_independent():
+    """One that is not finite is told, and spoils no other: neither as it comes nor by what an expert makes of it."""
+    rows = SPREAD_ROWS + 3
+    assigned = jnp.stack([jnp.arange(rows) % 2, jnp.full(rows, 2)], axis=1).astype(jnp.int32)
+    x, scale = rows_of(rows, 256), scales_of(assigned)
+    own = of_experts("e2m1", 3, depth=256, hidden=256)
+    expected = run(x, assigned, scale, own)
+    spoiled = run(x.at[3, 5].set(jnp.nan).at[7].set(jnp.inf), assigned, scale.at[11, 1].set(jnp.inf), own)
+    bad = np.isin(np.arange(rows), [3, 7, 11])
+    assert not np.isfinite(spoiled[bad]).all(axis=1).any()
+    np.testing.assert_array_equal(spoiled[~bad], expected[~bad])

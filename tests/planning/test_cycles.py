@@ -167,3 +167,12 @@ def test_walks_over_experts_within_an_exchange(name, trips, monkeypatch):
     text = text.replace("/pallas_call", "")
     loop = next(i for c in Program(text).computations.values() for i in c.instructions.values() if i.is_kernel)
     assert training().trips(loop) == trips
+
+
+def test_visits_of_a_hundred_rows():
+    """128 rows of Flash are three to an expert: one visit each, and none of the one in twenty that nobody chose."""
+    text = TEXT.replace("experts.ffn/grouped_matmul", "experts.ffn/visit_experts")
+    kernel = next(i for c in Program(text).computations.values() for i in c.instructions.values() if i.is_kernel)
+    assert decoding(128).share(kernel).cycles * DYNAMIC_TURNS == pytest.approx(32 * 0.95, rel=0.01)
+    many = decoding(1024).share(kernel)  # 24 rows: a visit is full, and another is not
+    assert 32 * 1.9 < many.cycles * DYNAMIC_TURNS < 32 * 2.1

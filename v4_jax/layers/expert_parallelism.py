@@ -16,8 +16,7 @@ from v4_jax.kernels.grouped_matmul.tpu import grouped_matmul
 from v4_jax.kernels.stored_weights import supports
 from v4_jax.layers.experts import Experts, expert_ffn
 from v4_jax.sharding import collectives
-from v4_jax.sharding.dispatch import Choices, visit
-from v4_jax.sharding.places import Places, collect, spread
+from v4_jax.sharding.dispatch import Choices, back, count_each, leave, visit
 from v4_jax.sharding.platform import by_platform, interpreting
 from v4_jax.sharding.split import Split
 
@@ -123,10 +122,10 @@ def _sorted_experts(
     tokens, top = assigned.shape
     with jax.named_scope("experts.sort"):
         order = jnp.argsort(assigned.reshape(-1), stable=True)
-        back = jnp.argsort(order)
-        sizes = jnp.bincount(assigned.reshape(-1), length=count).astype(jnp.int32)
-        places = Places(order // top, back.reshape(tokens, top))
-        sorted_x = by_platform(x, places, default=lambda x, places: x[places.row], tpu=spread)
+        sorted_back = jnp.argsort(order)
+        sizes = count_each(assigned, count)
+        where = order // top, sorted_back.reshape(tokens, top)
+        sorted_x = by_platform(x, *where, default=lambda x, source, places: x[source], tpu=leave)
         rows = (sorted_x, weights.reshape(-1)[order])
 
     def run(rows: tuple[Array, Array], group: Experts) -> Array:
@@ -151,8 +150,8 @@ def _sorted_experts(
         in_order = [experts.w1, experts.w3, experts.w2]
         out = many_rows_experts(by_groups, *rows, in_order, sizes, layer, limit=limit)
 
-    def combined(out: Array, places: Places) -> Array:
-        return jnp.sum(out[places.place.reshape(-1)].reshape(tokens, top, -1), axis=1, dtype=jnp.float32)
+    def combined(out: Array, source: Array, places: Array) -> Array:
+        return jnp.sum(out[places.reshape(-1)].reshape(tokens, top, -1), axis=1, dtype=jnp.float32)
 
     with jax.named_scope("experts.combine"):
-        return by_platform(out, places, default=combined, tpu=collect)
+        return by_platform(out, *where, default=combined, tpu=back)

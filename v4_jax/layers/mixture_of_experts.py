@@ -25,6 +25,7 @@ from v4_jax.outputs import Decided, Routing, RoutingStatistics
 from v4_jax.parameters import EXPERTS, Initializer, Module, normal
 from v4_jax.policy import Policy
 from v4_jax.sharding import collectives
+from v4_jax.sharding.dispatch import count_each
 
 
 class MixtureOfExperts(Module):
@@ -70,7 +71,7 @@ class MixtureOfExperts(Module):
         with jax.named_scope("experts.shared"):
             everyone = shared_expert(flat, shared, c.swiglu_limit, self.policy.compute_dtype)
             output = routed + collectives.psum(everyone, self.split.shared("mlp"))
-        load = jnp.bincount(assigned.reshape(-1), length=c.n_routed_experts).astype(jnp.int32)
+        load = count_each(assigned, c.n_routed_experts)
         load = collectives.psum(load, self.split.tokens)
         output = keep(output.astype(y.dtype).reshape(y.shape), "feed_forward")
         balance = jnp.zeros(y.shape[0]) if self.role == "hash" else self._balance(affinities, chosen, valid)
