@@ -181,3 +181,23 @@ def test_unsupported_goes_to_the_reference():
     with interpreted():
         scores, numbers = choose.best_entries(queries, jnp.zeros((1, 2, 12)), keys, visible, top=8, scored=False)
     assert scores is None and numbers.shape == (1, 2, 8)
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_all_that_are_visible_are_kept_where_all_have_room(scored):
+    """Devices with few entries do not choose; one alone does not even score."""
+    case = Case(3, 4, 130, 130, 60)
+    rng = np.random.default_rng(5)
+    queries = jnp.asarray(rng.normal(size=(case.rows, case.queries, HEADS, C)), jnp.float32)
+    weights = jnp.asarray(rng.normal(size=queries.shape[:3]), jnp.float32)
+    keys, visible = jnp.asarray(rng.normal(size=(case.rows, case.entries, C)), jnp.float32), ranges(case)
+    found = choose.best_entries(queries, weights, stored(keys, jnp.float32), visible, top=case.top, scored=scored)
+    if scored:  # in their order, with others between
+        order = np.argsort(np.asarray(found[1]) < 0, axis=-1, kind="stable")
+        found = [np.take_along_axis(np.asarray(x), order, axis=-1) for x in found]
+    else:
+        assert found[0] is None
+        numbers = np.asarray(found[1])
+        values = np.where(numbers < 0, -np.inf, np.take_along_axis(expected(queries, weights, keys)[0], numbers, -1))
+        found = values, numbers
+    check(found, case, visible, *expected(queries, weights, keys))

@@ -212,6 +212,8 @@ def best_entries(
     queries: Array, weights: Array, keys: Entries, visible: Visible, *, top: int, scored: bool
 ) -> tuple[Array | None, Array]:
     """See `indexer.selection.best_entries`. It has no gradients."""
+    if keys.count <= top:
+        return selection.all_entries(index_scores, queries, weights, keys, visible, scored=scored)
     plain = functools.partial(selection.best_entries, index_scores, top=top, scored=scored)
     if not indexer_tpu.supports(queries, keys, top):
         return plain(queries, weights, keys, visible)

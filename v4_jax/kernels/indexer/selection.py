@@ -64,3 +64,24 @@ def best_entries(
     else:
         scores, numbers = jax.lax.scan(step, best, jnp.arange(0, keys.count, size, dtype=jnp.int32))[0]
     return (scores if scored else None), numbers
+
+
+def all_entries(
+    score: Callable[[Array, Array, Array], Array],
+    queries: Array,
+    weights: Array,
+    keys: Entries,
+    visible: Visible,
+    *,
+    scored: bool,
+) -> tuple[Array | None, Array]:
+    """`best_entries` where as many are kept as there are: all that are visible, which nothing need be compared for.
+
+    With scores, those that are not visible lie between the others.
+    """
+    if not scored:
+        numbers = visible.low[..., None] + jnp.arange(keys.count, dtype=jnp.int32)
+        return None, jnp.where(numbers < jnp.minimum(visible.high, keys.count)[..., None], numbers, -1)
+    mask = visible.mask(jnp.int32(0), keys.count, jnp.int32(0))
+    scores = score(queries, weights, keys.block(jnp.int32(0), keys.count))
+    return jnp.where(mask, scores, -jnp.inf), jnp.where(mask, jnp.arange(keys.count, dtype=jnp.int32), -1)
