@@ -74,7 +74,7 @@ def measure(length: int, matrices: str, steps: int) -> dict[str, float]:
     from v4_jax import Transformer, init
     from v4_jax.placement import Place
     from v4_jax.train.batch import Batch
-    from v4_jax.train.objectives.pretraining import Weights
+    from v4_jax.train.objectives.objective import Weights
     from v4_jax.train.optimizer import optimizer
     from v4_jax.train.step import TrainState, abstract_state, jit_step, make_step
 

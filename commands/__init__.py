@@ -40,7 +40,7 @@ VERBS = {
     "export": "Orbax, a training run (or released) -> released layout",
     "plan": "compile for a TPU topology: fit, cost, and the mesh to use",
     "bench": "run a program on the devices there are: measured time, by part, against the plan's estimate",
-    "train": "continued pretraining with Muon, from released weights or from nothing",
+    "train": "pretraining and post-training with Muon, from released weights or from nothing",
     "plot": "a training run's metrics, or several runs', as curves in a PNG",
     "completion": "what the Tab key adds to a command, for bash and zsh",
     "verify": "compare two checkpoints, tensor by tensor, or check one alone",

@@ -1,4 +1,4 @@
-"""`v4-jax train`: continued pretraining and supervised fine-tuning, from a settings file."""
+"""`v4-jax train`: continued pretraining, fine-tuning, distillation and reinforcement, from a settings file."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from v4_jax.commands.shared import devices
 from v4_jax.commands.shared.console import CommandError, bad_input, needs, say, show, working
 from v4_jax.commands.shared.options import Flag, OptionalCount, OptionalFile
 from v4_jax.commands.shared.profiling import check_profile
+from v4_jax.commands.shared.rollouts import EngineRollouts
 from v4_jax.commands.train_report import DryRun
 from v4_jax.commands.train_rows import print_rows
 from v4_jax.config import Config
@@ -26,8 +27,9 @@ from v4_jax.sharding.axes import ShardingError
 from v4_jax.sharding.mesh import abstract_mesh
 
 if TYPE_CHECKING:
-    from v4_jax.train.data import PackedRows
+    from v4_jax.train.batch import Rows
     from v4_jax.train.metrics import Metrics
+    from v4_jax.train.rounds import Rounds
     from v4_jax.train.settings import Settings, StageSettings
     from v4_jax.train.setup import Origin
 
@@ -91,7 +93,7 @@ def train(
 def _train(settings: Settings, distributed: bool, dry_run: bool, profile: Path | None) -> int:
     with needs("train"):
         from v4_jax.train.metrics import Metrics
-        from v4_jax.train.setup import Origin, check_run, locked, notes, open_rows, open_run
+        from v4_jax.train.setup import Origin, check_run, locked, notes, open_rounds, open_rows, open_run
         from v4_jax.train.trackers import Tracker, wanted
 
     services = wanted(settings)
@@ -104,6 +106,7 @@ def _train(settings: Settings, distributed: bool, dry_run: bool, profile: Path |
         origin = Origin.of(settings)
         place = _place(settings, origin.config)
         rows = open_rows(settings, origin, say)
+        rounds = open_rounds(settings, origin, place, rows, _rollouts(settings, origin, place), _loading)
         if dry_run:
             check_run(settings, origin)
         else:
@@ -124,7 +127,7 @@ def _train(settings: Settings, distributed: bool, dry_run: bool, profile: Path |
                 trackers = [Tracker(service, settings, say) for service in services]
                 metrics = Metrics(settings.run, tensorboard=settings.log.tensorboard, trackers=trackers)
         stack.enter_context(metrics or contextlib.nullcontext())
-        return _run(settings, origin, place, rows, metrics, profile)
+        return _run(settings, origin, place, rows, rounds, metrics, profile)
 
 
 def _show_rows(settings: Settings, count: int) -> int:
@@ -139,11 +142,18 @@ def _show_rows(settings: Settings, count: int) -> int:
 
 
 def _run(
-    settings: Settings, origin: Origin, place: Place, rows: PackedRows, metrics: Metrics | None, profile: Path | None
+    settings: Settings,
+    origin: Origin,
+    place: Place,
+    rows: Rows,
+    rounds: Rounds | None,
+    metrics: Metrics | None,
+    profile: Path | None,
 ) -> int:
     from v4_jax.train.checkpoints import SaveError
     from v4_jax.train.loop import Trainer, TrainingError
     from v4_jax.train.metrics import Report
+    from v4_jax.train.rollouts import RolloutError
     from v4_jax.train.schedules import stage_at
 
     report = Report(
@@ -166,8 +176,9 @@ def _run(
                 say,
                 compiling=_compiling,
                 profile=profile,
+                rounds=rounds,
             ).run()
-    except (SaveError, TrainingError) as error:
+    except (RolloutError, SaveError, TrainingError) as error:
         raise CommandError(str(error)) from None
     say(f"{end} at step {report.step:,} of {settings.steps:,}: {settings.run}")
     return 0 if end == "done" else INTERRUPTED
@@ -178,6 +189,21 @@ def _compiling(what: str) -> Iterator[None]:
     """Says what a silence of minutes is for, and shows that it goes on."""
     say(f"compiling {what}")
     with working(f"compiling {what}"):
+        yield
+
+
+def _rollouts(settings: Settings, origin: Origin, place: Place) -> EngineRollouts | None:
+    """The engine that answers prompts, where the objective has them."""
+    if settings.rollouts is None:
+        return None
+    length = max(stage.length for stage in settings.stages)
+    return EngineRollouts(origin.config, place, settings.rollouts, settings.policy, length, working)
+
+
+@contextlib.contextmanager
+def _loading(what: str) -> Iterator[None]:
+    """Shows that something is loaded."""
+    with working(f"loading {what}"):
         yield
 
 

@@ -19,7 +19,7 @@ from v4_jax.planning.measure import free_bytes
 from v4_jax.sharding.mesh import format_mesh
 
 if TYPE_CHECKING:
-    from v4_jax.train.data import PackedRows
+    from v4_jax.train.batch import Rows
     from v4_jax.train.settings import Settings
     from v4_jax.train.setup import Origin
 
@@ -45,7 +45,7 @@ class DryRun:
     free: int | None
 
     @classmethod
-    def of(cls, settings: Settings, origin: Origin, place: Place, rows: PackedRows) -> DryRun:
+    def of(cls, settings: Settings, origin: Origin, place: Place, rows: Rows) -> DryRun:
         """Reads each stage's first batch, and counts what is kept.
 
         Raises:
@@ -82,6 +82,15 @@ class DryRun:
             return f"{said}: it has no room; expected a mesh of more devices, or a smaller model"
         return f"{said}; a step's temporaries come on top, which v4-jax plan --task train counts"
 
+    def objective(self) -> str:
+        """What is made of the next tokens, and who takes part in it."""
+        chosen, rollouts = self.settings.objective, self.settings.rollouts
+        said: list[str] = [chosen.kind]
+        if rollouts is not None:
+            said.append(f"{rollouts.prompts:,} prompts a step, {rollouts.samples:,} answers to each")
+        said += [f"{name}: {settings.model}" for name, settings in chosen.readers.items()]
+        return "; ".join(said)
+
     def facts(self) -> list[str]:
         """Lines on all but the stages."""
         settings, origin = self.settings, self.origin
@@ -95,6 +104,7 @@ class DryRun:
             f"run: {settings.run} ({goes})",
             f"model: {origin.config.num_hidden_layers} layers, {parameters:,} parameters",
             f"mesh: {mesh} of {jax.device_count()}",
+            f"objective: {self.objective()}",
             f"data: {sources} source{'' if sources == 1 else 's'}, first batches read",
             f"checkpoints: every {every:,} steps, {settings.checkpoints.keep} kept",
             self.memory(),

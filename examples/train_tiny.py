@@ -14,7 +14,7 @@ import tyro
 import v4_jax
 from v4_jax.tokenizer import load_tokenizer
 from v4_jax.train.batch import Batch
-from v4_jax.train.objectives.pretraining import Weights
+from v4_jax.train.objectives.objective import Weights
 from v4_jax.train.optimizer import optimizer
 from v4_jax.train.step import TrainState, make_step
 

@@ -129,7 +129,7 @@ def training(job: Job, mesh: Any) -> Training:
       ShardingError: the model does not split evenly over the mesh.
     """
     from v4_jax.layers.stages import Stage
-    from v4_jax.train.objectives.pretraining import Weights
+    from v4_jax.train.objectives.objective import Weights
     from v4_jax.train.optimizer import optimizer
     from v4_jax.train.step import abstract_state, make_step
     from v4_jax.transformer import Transformer

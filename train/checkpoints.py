@@ -26,7 +26,7 @@ from v4_jax.checkpoint.tensors import CheckpointError, names_in
 from v4_jax.checkpoint.trained import CHECKPOINTS
 from v4_jax.json_files import read_object
 from v4_jax.outputs import Routing
-from v4_jax.train.objectives.pretraining import Decisions
+from v4_jax.train.objectives.objective import Decisions
 from v4_jax.train.settings import differences
 from v4_jax.train.step import TrainState
 
@@ -94,6 +94,11 @@ class Checkpoints:
     def newest(self) -> int | None:
         """Step of the newest complete checkpoint; None without any."""
         return self._manager.latest_step()
+
+    @property
+    def oldest(self) -> int:
+        """Step of the oldest checkpoint that is kept; 0 without any."""
+        return min(self._manager.all_steps(), default=0)
 
     def save(self, state: TrainState, progress: dict[str, Any], ahead: list[Decisions]) -> None:
         """Begins to save a state, which may be changed as soon as this returns.

@@ -99,29 +99,78 @@ class Corpus:
         self.on_bad = on_bad
         #: Whether batches say which tokens are trained.
         self.marked = any(source.field == MESSAGES for source in sources)
-        found = [read_documents(source, skip=on_bad is not None) for source in sources]
-        parts = [part.dataset for part in found]
-        weights = [source.weight for source in sources]
-        #: What must be the same for a state of `PackedRows` to make sense.
-        self.identity = {
-            "documents": [len(part) for part in parts],
-            "weights": weights,
-            "seed": seed,
-            "shuffle": shuffle,
-            "layout": [part.layout for part in found],
-        }
-        #: What may change under a state, and should be said.
-        self.content = [part.content for part in found]
-        #: Among this many documents in a row there is each one of each source; the mixture's rounding is covered.
-        self.longest_pass = max(
-            2 * int(len(part) * sum(weights) / weight) + 2 for part, weight in zip(parts, weights, strict=True)
+        mixture = mix(sources, seed=seed, shuffle=shuffle, skip=on_bad is not None)
+        self.identity, self.content, self.longest_pass = mixture.identity, mixture.content, mixture.longest_pass
+        self.documents: grain.MapDataset[Tokens] = mixture.documents.map(tokenise)
+
+
+class Mixture(NamedTuple):
+    """An endless stream of documents of several sources.
+
+    Attributes:
+      documents: with random access.
+      identity: what must be the same for a place in the stream to make sense; JSON.
+      content: what may change under such a place, and should be said.
+      longest_pass: among this many documents in a row there is each one of each source.
+    """
+
+    documents: grain.MapDataset[Document]
+    identity: dict[str, Any]
+    content: list[int]
+    longest_pass: int
+
+
+def mix(sources: Sequence[Source], *, seed: int, shuffle: bool, skip: bool) -> Mixture:
+    """Mixes sources by document; see `Corpus`.
+
+    Args:
+      sources: at least one.
+      seed: of the order.
+      shuffle: False takes each source's documents in the order of its files.
+      skip: whether a document that cannot be read comes with its problem; otherwise that is raised.
+
+    Raises:
+      DataError: a source cannot be opened.
+    """
+    found = [read_documents(source, skip=skip) for source in sources]
+    parts = [part.dataset for part in found]
+    weights = [source.weight for source in sources]
+    identity = {
+        "documents": [len(part) for part in parts],
+        "weights": weights,
+        "seed": seed,
+        "shuffle": shuffle,
+        "layout": [part.layout for part in found],
+    }
+    # The mixture's rounding is covered.
+    longest_pass = max(
+        2 * int(len(part) * sum(weights) / weight) + 2 for part, weight in zip(parts, weights, strict=True)
+    )
+    if shuffle:
+        # A seed for each source, so that a file that stands in two of them is not read in step.
+        seeds = np.random.SeedSequence(seed).generate_state(len(parts))
+        parts = [part.shuffle(seed=int(s)) for part, s in zip(parts, seeds, strict=True)]
+    numbered = [part.map(functools.partial(_of_source, number)) for number, part in enumerate(parts)]
+    mixed = grain.MapDataset.mix([part.repeat() for part in numbered], weights)
+    return Mixture(mixed, identity, [part.content for part in found], longest_pass)
+
+
+def _of_source(number: int, document: Document) -> Document:
+    return document._replace(source=number)
+
+
+def same_corpus(found: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Checks that a place in the data was saved with the data there is.
+
+    Raises:
+      DataError: it was not.
+    """
+    if different := [key for key in found if found[key] != identity.get(key)]:
+        what = ", ".join(f"{key} {found[key]}, which is now {identity.get(key)}" for key in different)
+        raise DataError(
+            f"the data state was saved with another corpus ({what}): its place in the data would mean other texts; "
+            "expected the data as it was, or a new run"
         )
-        if shuffle:
-            # A seed for each source, so that a file that stands in two of them is not read in step.
-            seeds = np.random.SeedSequence(seed).generate_state(len(parts))
-            parts = [part.shuffle(seed=int(s)) for part, s in zip(parts, seeds, strict=True)]
-        mixture = grain.MapDataset.mix([part.repeat() for part in parts], weights)
-        self.documents: grain.MapDataset[Tokens] = mixture.map(tokenise)
 
 
 _NOTHING = np.zeros(0, np.int32)
@@ -137,13 +186,13 @@ def _tokenise(
     on_bad: Callable[[str], None] | None,
     conversations: Conversations,
 ) -> Tokens:
-    content, where, problem = document
+    content, where, problem = document.content, document.where, document.problem
     try:
         if problem is not None:
             raise DataError(problem)
         if isinstance(content, Conversation):
             return _of_conversation(content, where, encode, vocab_size, conversations)
-        ids = _token_ids(content, where, encode, vocab_size, before, after)
+        ids = token_ids(content, where, encode, vocab_size, before, after)
         return Tokens(ids, None, (len(ids),), where)
     except DataError as error:
         if on_bad is None:
@@ -166,13 +215,13 @@ def _of_conversation(
     ids, trained, ends = [_NOTHING], [np.zeros(0, bool)], list[int]()
     for spans in texts:
         # Each span by itself: where the model begins to write, what it reads ends with a token, at inference too.
-        ids += [_token_ids(span.text, where, encode, vocab_size, [], []) for span in spans]
+        ids += [token_ids(span.text, where, encode, vocab_size, [], []) for span in spans]
         trained += [np.full(len(part), span.trained) for part, span in zip(ids[-len(spans) :], spans, strict=True)]
         ends.append(sum(map(len, ids)))
     return Tokens(np.concatenate(ids), np.concatenate(trained), tuple(ends), where)
 
 
-def _token_ids(
+def token_ids(
     content: str | np.ndarray,
     where: str,
     encode: Callable[[str], list[int]] | None,
@@ -180,6 +229,11 @@ def _token_ids(
     before: list[int],
     after: list[int],
 ) -> np.ndarray:
+    """A text, or token ids, as token ids [n] int32; texts are put between others, unless they are empty.
+
+    Raises:
+      DataError: it cannot be tokenised, or an id is not legal.
+    """
     if not len(content):
         return _NOTHING
     if isinstance(content, str):
@@ -326,13 +380,7 @@ class PackedRows:
         Raises:
           DataError: it was taken with another corpus, or with other texts in the documents that it is amid.
         """
-        identity, found = self._corpus.identity, state["corpus"]
-        if different := [key for key in found if found[key] != identity.get(key)]:
-            what = ", ".join(f"{key} {found[key]}, which is now {identity.get(key)}" for key in different)
-            raise DataError(
-                f"the data state was saved with another corpus ({what}): its place in the data would mean other texts; "
-                "expected the data as it was, or a new run"
-            )
+        same_corpus(state["corpus"], self._corpus.identity)
 
         def pieces(names: list[list[int]]) -> tuple[_Piece, ...]:
             return tuple(piece(*name) for name in names)

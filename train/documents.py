@@ -90,11 +90,13 @@ class Document(NamedTuple):
       content: its text, or [n] integer token ids, or a conversation; an empty text for a blank line.
       where: file and place, for messages.
       problem: why it cannot be used, where that is not raised.
+      source: number of its source among those it is mixed with.
     """
 
     content: str | np.ndarray | Conversation
     where: str
     problem: str | None = None
+    source: int = 0
 
 
 class Documents(NamedTuple):

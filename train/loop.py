@@ -26,16 +26,26 @@ from v4_jax.parameters import Loss
 from v4_jax.placement import Place
 from v4_jax.policy import Policy
 from v4_jax.profiler import Recorder
-from v4_jax.train.batch import Batch
+from v4_jax.train.batch import Batch, Rows
 from v4_jax.train.checkpoints import Checkpoints, Saved
-from v4_jax.train.data import DataError, PackedRows
-from v4_jax.train.objectives.pretraining import Decisions
+from v4_jax.train.data import DataError
+from v4_jax.train.objectives.objective import Counts, Decisions
 from v4_jax.train.optimizer import optimizer
+from v4_jax.train.rollouts import RolloutError
+from v4_jax.train.rounds import Rounds, SavedPart
 from v4_jax.train.schedules import attention, learning_rate, loss_weights, stage_at, trained_loss
 from v4_jax.train.settings import Settings, differences
 from v4_jax.train.setup import record_settings
 from v4_jax.train.stability import Recovery, SpikeDetector
-from v4_jax.train.step import TrainState, abstract_state, jit_step, make_decide, make_step
+from v4_jax.train.step import (
+    JittedParts,
+    TrainState,
+    abstract_state,
+    jit_step,
+    make_decide,
+    make_partial_step,
+    make_step,
+)
 from v4_jax.transformer import Transformer
 
 PRESET = "train"
@@ -80,6 +90,7 @@ class Trainer:
       say: told what a person at the terminal should know.
       compiling: entered while a program is compiled, which takes minutes; told which.
       profile: where to trace some of the first steps, once they are compiled.
+      rounds: what the objective has made of the data, some steps at a time; None where it takes the rows as they are.
     """
 
     def __init__(
@@ -87,15 +98,16 @@ class Trainer:
         settings: Settings,
         config: Config,
         place: Place,
-        rows: PackedRows,
+        rows: Rows,
         fresh: Callable[[], Any],
         log: Log,
         say: Callable[[str], None],
         compiling: Callable[[str], contextlib.AbstractContextManager[None]] = lambda what: contextlib.nullcontext(),
         profile: Path | None = None,
+        rounds: Rounds | None = None,
     ) -> None:
         self._compiling, self._called = compiling, set[Any]()
-        self._profile = profile
+        self._profile, self._rounds = profile, rounds
         self._trace: Recorder | None = None
         self._settings, self._config, self._place, self._rows = settings, config, place, rows
         self._fresh, self._log, self._say = fresh, log, say
@@ -106,7 +118,8 @@ class Trainer:
             digests=settings.checkpoints.digests,
         )
         stability = settings.stability
-        self._detector = SpikeDetector(stability.spike, stability.window)
+        # What is made ahead is made by the parameters of then: it is not made again, nor for steps still further ahead.
+        self._detector = SpikeDetector(None if rounds else stability.spike, stability.window)
         self._recovery = Recovery(stability.hold, stability.rollbacks)
         self._rate = learning_rate(settings)
         self._shapes = abstract_state(config, self._optimizer(), place)
@@ -141,13 +154,15 @@ class Trainer:
         key = stage, replayed
         if key not in self._programs:
             chosen = self._settings.stages[stage]
-            step = make_step(
+            make, jit = (make_step, jit_step) if self._rounds is None else (make_partial_step, JittedParts)
+            step: Any = make(
                 self._model(stage),
                 self._optimizer(trained_loss(chosen)),
                 lambda step: loss_weights(self._settings, chosen, step),
+                self._settings.objective,
                 fp4_experts=self._settings.fp4_experts,
             )
-            self._programs[key] = jit_step(step, self._shapes, self._place)
+            self._programs[key] = jit(step, self._shapes, self._place)
         return self._programs[key]
 
     def _decide(self, stage: int) -> Any:
@@ -221,6 +236,7 @@ class Trainer:
           v4_jax.train.checkpoints.SaveError: a checkpoint cannot be written.
           v4_jax.train.checkpoints.FitError: the newest checkpoint is one of other settings.
           v4_jax.train.data.DataError: a document cannot be used; what was learnt before it is saved.
+          v4_jax.train.rollouts.RolloutError: answers cannot be had or judged; likewise.
         """
         with self._stopping(), quiet():  # what Orbax would log reaches us as exceptions
             try:
@@ -244,13 +260,13 @@ class Trainer:
             over = step >= self._settings.steps
             due = over or (step > saved and step % self._settings.checkpoints.every == 0)
             stop = self._stop_is_due(step)
-            problem: DataError | None = None
+            problem: DataError | RolloutError | None = None
             if not (due or stop):
                 try:
                     following, metrics = self._take(state, step)
                     # Where steps are not run in the background, this one is over, and reading its loss takes no time.
                     over_at = time.monotonic() if all(x.is_ready() for x in jax.tree.leaves(metrics)) else None
-                except DataError as error:
+                except (DataError, RolloutError) as error:
                     problem, stop = error, True  # what was learnt is saved first
             if last is not None and self._spiked(*last):
                 self._data = begin
@@ -282,6 +298,8 @@ class Trainer:
         if self._trace is not None:
             self._trace.at(step)
         stage = stage_at(self._settings, step)
+        if self._rounds is not None:
+            return self._take_parts(self._rounds, state, step, stage)
         if self._recovery.anticipates(step):
             while len(self._ahead) <= self._settings.stability.ahead:
                 later = step + len(self._ahead)
@@ -297,6 +315,25 @@ class Trainer:
         self._data = self._ready.popleft().data
         with self._first(stage, decisions is not None):
             return self._program(stage, decisions is not None)(state, batch, decisions)
+
+    def _take_parts(self, rounds: Rounds, state: TrainState, step: int, stage: int) -> tuple[TrainState, Any]:
+        """Begins a step whose rows were made ahead."""
+        oldest = self._checkpoints.oldest
+        prepared = rounds.step(step, self._settings.steps, state.params, self._data, oldest)
+        counts = Counts.of(jax.tree.map(lambda *rows: np.stack(rows), *(part.rows() for part in prepared.parts)))
+        counts = counts._replace(**self._place.put({"loss": counts.loss, "mtp": counts.mtp, "tokens": counts.tokens}))
+
+        def parts() -> Iterator[Any]:
+            for part in map(SavedPart.read, prepared.parts):
+                batch, given = part.batch._replace(given=None), part.batch.given
+                put = None if given is None else {name: self._place.put_tokens(x) for name, x in given.items()}
+                decisions = jax.tree.map(lambda x: self._place.put_tokens(x, 1), part.decisions)
+                yield self._place.put(batch)._replace(given=put), decisions, rounds.shared(part)
+
+        with self._first(stage, False):
+            after, metrics = self._program(stage, False)(state, parts(), counts)
+        self._data = prepared.data
+        return after, metrics | {name: jnp.float32(value) for name, value in prepared.metrics.items()}
 
     def _first(self, stage: int, kind: Any) -> contextlib.AbstractContextManager[None]:
         """Around a call of a program, which is compiled at the first."""
@@ -332,11 +369,12 @@ class Trainer:
         state = self._start()
         to = int(state.step)
         self._recovery.restore(kept)
-        again = self._recovery.back(spike, to)
+        again = self._rounds is None and self._recovery.back(spike, to)
         if not again:
-            attempts = self._settings.stability.rollbacks
+            attempts = 0 if self._rounds else self._settings.stability.rollbacks
             tried = f" again after {attempts} attempts with anticipatory routing" if attempts else ""
-            raise TrainingError(f"the loss of step {spike} jumped or is not finite{tried}; the run stays at step {to}")
+            what = "is not finite" if self._rounds else "jumped or is not finite"
+            raise TrainingError(f"the loss of step {spike} {what}{tried}; the run stays at step {to}")
         self._say(
             f"the loss of step {spike:,} jumped or is not finite: back to step {to:,}, with anticipatory routing until "
             f"step {self._recovery.until:,}"

@@ -26,6 +26,7 @@ _STEP, _TIME = "step", "time"
 # What the terminal shows, in this order: metric, its short name, its format.
 _SHOWN = (
     ("loss", "loss", ".3f"),
+    ("reward", "reward", ".3f"),
     ("mtp_loss", "mtp", ".3f"),
     ("indexer_loss", "indexer", ".3f"),
     ("balance", "balance", ".3g"),

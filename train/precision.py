@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from v4_jax.architecture import Architecture
-from v4_jax.number_formats import E2M1, dequantise, quantise, straight_through
+from v4_jax.number_formats import E2M1, dequantise, layout, quantise, straight_through
 from v4_jax.parameter_tree import declarations
 from v4_jax.parameters import Parameter, is_parameter
 from v4_jax.policy import Policy
@@ -37,3 +37,21 @@ def compute_copy(params: Any, config: Architecture, policy: Policy, *, fp4_exper
         return value.astype(policy.compute_dtype) if parameter.storage in ("fp8", "bf16") else value
 
     return jax.tree.map(copy, declarations(config), params, is_leaf=is_parameter)
+
+
+def held_as(params: Any, config: Architecture, dtype: Literal["native", "bfloat16", "float32"]) -> Any:
+    """Float32 masters as `v4_jax.load` would return them of what an export writes.
+
+    Args:
+      params: float32 masters.
+      config: the architecture.
+      dtype: "native" rounds to the released formats; "bfloat16" rounds what they hold in 16 bits or fewer to that.
+    """
+
+    def hold(parameter: Parameter, value: Array) -> Any:
+        if dtype == "float32" or parameter.storage in ("f32", "i64"):
+            return value
+        held = layout(parameter.storage, config.expert_dtype) if dtype == "native" else None
+        return value.astype(jnp.bfloat16) if held is None else quantise(value, held.codes, held.scales)
+
+    return jax.tree.map(hold, declarations(config), params, is_leaf=is_parameter)

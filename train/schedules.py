@@ -12,7 +12,7 @@ from jax import Array
 
 from v4_jax.layers.stages import Stage
 from v4_jax.parameters import Loss
-from v4_jax.train.objectives.pretraining import Weights
+from v4_jax.train.objectives.objective import Weights
 from v4_jax.train.settings import Attention, Settings, StageSettings
 
 

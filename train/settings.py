@@ -12,11 +12,16 @@ from typing import Any, Literal
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from v4_jax.chat import Mode
 from v4_jax.layers.stages import Remat
 from v4_jax.policy import PolicyName
+from v4_jax.train.objectives.distillation import Distillation
+from v4_jax.train.objectives.pretraining import Pretraining
+from v4_jax.train.objectives.table import ChosenObjective
+from v4_jax.train.rollouts import RolloutSettings
+from v4_jax.train.section import Section
 
 Attention = Literal["dense", "indexer", "sparse"]
 
@@ -34,11 +39,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class SourceSettings(_Section):
+class SourceSettings(Section):
     """A part of the training data."""
 
     path: str
@@ -47,12 +48,15 @@ class SourceSettings(_Section):
     """Its share of the documents, against those of the other sources."""
     format: Literal["auto", "text", "jsonl", "parquet", "arrayrecord"] = "auto"
     """How documents are stored; "auto" goes by the file's name."""
+    teacher: str | None = None
+    """Of distillation: the teacher of its texts, as `objective.teachers` calls it. Where there is one, it may be left
+    out."""
     field: str = "text"
     """The field or column that holds the text; "tokens" for lists of token ids, "messages" for conversations, of which
     only what the assistant says is learnt."""
 
 
-class DataSettings(_Section):
+class DataSettings(Section):
     """What is trained on."""
 
     sources: list[SourceSettings] = Field(min_length=1)
@@ -76,7 +80,7 @@ class DataSettings(_Section):
     """Threads that read and tokenise."""
 
 
-class StageSettings(_Section):
+class StageSettings(Section):
     """Some steps in a row with batches of one shape and one way to attend."""
 
     steps: PositiveInt
@@ -92,7 +96,7 @@ class StageSettings(_Section):
     learns; "sparse", the entries that it picks, and all learn."""
 
 
-class OptimizerSettings(_Section):
+class OptimizerSettings(Section):
     """How parameters are updated; the defaults are the technical report's."""
 
     matrices: Literal["muon", "adamw"] = "muon"
@@ -119,7 +123,7 @@ class OptimizerSettings(_Section):
     """Decoupled, of both."""
 
 
-class LossSettings(_Section):
+class LossSettings(Section):
     """What the losses count, where the next token's counts 1; the defaults are the technical report's."""
 
     mtp: NonNegativeFloat = 0.3
@@ -134,11 +138,12 @@ class LossSettings(_Section):
     """Divergence of the indexer's scores from the attention; of stages other than "dense"."""
 
 
-class StabilitySettings(_Section):
+class StabilitySettings(Section):
     """What happens when the loss jumps: back to the last checkpoint, and on with anticipatory routing for a while."""
 
     spike: PositiveFloat | None = 6.0
-    """A loss so many standard deviations above its running mean is a spike; null never looks for one."""
+    """A loss so many standard deviations above its running mean is a spike; null never looks for one. Of pretraining
+    alone: where texts are made or read ahead for some steps, only a loss that is not finite ends the run."""
     window: PositiveInt = 100
     """Steps over which mean and deviation are taken, and before which nothing is a spike."""
     ahead: PositiveInt = 4
@@ -149,7 +154,7 @@ class StabilitySettings(_Section):
     """So many times in a row, without passing the step of the spike, the run goes back; then it stops."""
 
 
-class CheckpointSettings(_Section):
+class CheckpointSettings(Section):
     """When the state is saved."""
 
     every: PositiveInt = 500
@@ -162,7 +167,7 @@ class CheckpointSettings(_Section):
     """Whether to write digests of every array with a checkpoint, and to check them when a run is continued."""
 
 
-class LogSettings(_Section):
+class LogSettings(Section):
     """What is written down."""
 
     every: PositiveInt = 10
@@ -177,7 +182,7 @@ class LogSettings(_Section):
     """First step and number of steps to record with jax.profiler, in the run's directory."""
 
 
-class Settings(_Section):
+class Settings(Section):
     """A training run."""
 
     run: Path
@@ -194,6 +199,8 @@ class Settings(_Section):
     """Batch shapes and ways to attend, in order. A ramp of the batch size is a list of stages."""
     optimizer: OptimizerSettings = OptimizerSettings()
     """How parameters are updated."""
+    objective: ChosenObjective = Pretraining()
+    """What is made of the next tokens."""
     losses: LossSettings = LossSettings()
     """What is minimised."""
     stability: StabilitySettings = StabilitySettings()
@@ -218,11 +225,31 @@ class Settings(_Section):
         """Steps of all stages."""
         return sum(stage.steps for stage in self.stages)
 
+    @property
+    def rollouts(self) -> RolloutSettings | None:
+        """How the objective has answers generated; None where it does not."""
+        return getattr(self.objective, "rollouts", None)
+
+    def sources_of(self, teacher: str) -> list[SourceSettings]:
+        """The sources of a teacher's texts."""
+        return [source for source in self.data.sources if source.teacher in (None, teacher)]
+
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> Settings:
         if (self.model is None) == (self.architecture is None):
             raise ValueError("expected either model, a directory to start from, or architecture, of a fresh one")
+        teachers = self.objective.teachers if isinstance(self.objective, Distillation) else {}
+        for i, source in enumerate(self.data.sources):
+            if source.teacher not in teachers and (source.teacher is not None or len(teachers) > 1):
+                legal = f"expected one of {', '.join(teachers)}" if teachers else "this objective has none"
+                raise ValueError(f"data.sources.{i}.teacher is {source.teacher}; {legal}")
+        rollouts = self.rollouts
         for i, stage in enumerate(self.stages):
+            if rollouts is not None and rollouts.max_tokens >= stage.length:
+                raise ValueError(
+                    f"stages.{i}.length is {stage.length}, which has no room for a prompt and an answer of "
+                    f"objective.rollouts.max_tokens {rollouts.max_tokens}"
+                )
             if stage.rows % stage.microbatches:
                 raise ValueError(f"stages.{i}: {stage.rows} rows do not divide into {stage.microbatches} microbatches")
         if self.optimizer.warmup_steps + self.optimizer.decay_steps > self.steps:
@@ -280,24 +307,33 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
     return found
 
 
-def describe(section: type[BaseModel] = Settings, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Yields (field, default, what it means) of every setting, sections first named and then opened."""
+def describe(section: type[Section] = Settings, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Yields (field, default, what it means) of every setting, sections first named and then opened.
+
+    Where there is a choice of sections, a field of several of them comes once, with all that it means.
+    """
     for name, field in section.model_fields.items():
-        inner = _section_of(field.annotation)
+        inner = _sections_of(field.annotation)
         required = field.is_required()
         default = "required" if required else "" if inner else yaml.safe_dump(field.default).split("\n")[0]
         yield prefix + name, default, " ".join((field.description or "").split())
-        if inner is not None:
-            listed = typing.get_origin(field.annotation) is list
-            yield from describe(inner, f"{prefix}{name}.{'N.' if listed else ''}")
+        listed = typing.get_origin(field.annotation) is list
+        mapped = typing.get_origin(field.annotation) is dict
+        opened: dict[str, tuple[str, list[str]]] = {}
+        for one in inner:
+            for place, its_default, meaning in describe(
+                one, f"{prefix}{name}.{'N.' if listed else 'NAME.' if mapped else ''}"
+            ):
+                meanings = opened.setdefault(place, (its_default, []))[1]
+                meanings.extend([] if meaning in meanings else [meaning])
+        yield from ((place, its_default, " ".join(meanings)) for place, (its_default, meanings) in opened.items())
 
 
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds, alone or in a list."""
+def _sections_of(annotation: Any) -> list[type[Section]]:
+    """The sections that a field may hold, alone, in a list or by name."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
-        return annotation if issubclass(annotation, BaseModel) else None
-    found = [_section_of(inner) for inner in typing.get_args(annotation)]
-    return next((inner for inner in found if inner is not None), None)
+        return [annotation] if issubclass(annotation, Section) else []
+    return [section for inner in typing.get_args(annotation) for section in _sections_of(inner)]
 
 
 def _parse(text: str, what: str) -> Any:
@@ -346,8 +382,9 @@ def _sentence(problem: Any) -> str:
 
 def _fields(path: Sequence[Any]) -> list[str]:
     """The legal fields of the section at a place."""
-    section: type[BaseModel] = Settings
+    sections: list[type[Section]] = [Settings]
     for key in path:
-        if isinstance(key, str) and key in section.model_fields:
-            section = _section_of(section.model_fields[key].annotation) or section
-    return sorted(section.model_fields)
+        chosen = [one for one in sections if one.model_fields.get("kind") and one.model_fields["kind"].default == key]
+        found = [one.model_fields[key] for one in sections if isinstance(key, str) and key in one.model_fields]
+        sections = chosen or [one for field in found for one in _sections_of(field.annotation)] or sections
+    return sorted({name for section in sections for name in section.model_fields})

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from v4_jax.architecture import RATIO_OF_ROLE
 from v4_jax.chat import EffortProfile, read_profile
 from v4_jax.checkpoint import Checkpoint, load, local, open_checkpoint
 from v4_jax.checkpoint.released import companions
@@ -24,10 +26,21 @@ from v4_jax.files import complete
 from v4_jax.parameter_tree import init
 from v4_jax.placement import Place
 from v4_jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from v4_jax.train.batch import Rows
 from v4_jax.train.data import Corpus, PackedRows
 from v4_jax.train.documents import Source
+from v4_jax.train.group_advantages import GroupAdvantages
+from v4_jax.train.objectives.distillation import Distillation
+from v4_jax.train.objectives.grpo import Grpo
 from v4_jax.train.objectives.sft import Conversations
-from v4_jax.train.settings import Settings, SettingsError, write_settings
+from v4_jax.train.on_policy import Judge, OnPolicy, unjudged
+from v4_jax.train.prompts import Prompts
+from v4_jax.train.rollouts import Rollouts, RolloutSettings
+from v4_jax.train.rounds import GivenTexts, Rounds, Supply
+from v4_jax.train.schedules import stage_at
+from v4_jax.train.settings import Settings, SettingsError, SourceSettings, write_settings
+from v4_jax.train.teacher_rows import TeacherRows
+from v4_jax.train.teachers import TOKENIZER, Teachers
 
 SETTINGS = "settings.yaml"
 
@@ -76,7 +89,7 @@ class Origin(NamedTuple):
         return load(self.checkpoint, dtype="float32", mesh=place.mesh, rules=place.rules)[1]
 
 
-def open_rows(settings: Settings, origin: Origin, say: Callable[[str], None] = lambda text: None) -> PackedRows:
+def open_rows(settings: Settings, origin: Origin, say: Callable[[str], None] = lambda text: None) -> Rows:
     """The run's data, from its beginning.
 
     Args:
@@ -87,10 +100,22 @@ def open_rows(settings: Settings, origin: Origin, say: Callable[[str], None] = l
     Raises:
       v4_jax.train.data.DataError: a source cannot be opened.
     """
+    if settings.rollouts is not None:
+        return _open_prompts(settings, origin, settings.rollouts, say)
+    if isinstance(settings.objective, Distillation):
+        sources = {name: settings.sources_of(name) for name in settings.objective.teachers}
+        rows = {name: _open_rows(settings, origin, found, say) for name, found in sources.items() if found}
+        return TeacherRows(rows, {name: sum(source.weight for source in sources[name]) for name in rows})
+    return _open_rows(settings, origin, settings.data.sources, say)
+
+
+def _open_rows(
+    settings: Settings, origin: Origin, sources: Sequence[SourceSettings], say: Callable[[str], None]
+) -> PackedRows:
+    """Rows of some of the run's sources."""
     data, tokenizer = settings.data, origin.tokenizer
-    profile = origin.profile or "preview" if data.effort_profile == "auto" else data.effort_profile
     corpus = Corpus(
-        [Source(**source.model_dump()) for source in data.sources],
+        [Source(**source.model_dump(exclude={"teacher"})) for source in sources],
         tokenizer.encode,
         vocab_size=origin.config.vocab_size,
         bos_id=tokenizer.bos_id if data.begin else None,
@@ -98,9 +123,88 @@ def open_rows(settings: Settings, origin: Origin, say: Callable[[str], None] = l
         seed=settings.seed,
         shuffle=data.shuffle,
         on_bad=_Skipped(say) if data.on_bad == "skip" else None,
-        conversations=Conversations(data.mode, profile),
+        conversations=_conversations(settings, origin),
     )
     return PackedRows(corpus, open_rows=data.open_rows, threads=data.threads)
+
+
+def open_rounds(
+    settings: Settings,
+    origin: Origin,
+    place: Place,
+    rows: Rows,
+    rollouts: Rollouts | None = None,
+    loading: Callable[[str], contextlib.AbstractContextManager[None]] = lambda what: contextlib.nullcontext(),
+) -> Rounds | None:
+    """What is made some steps ahead; None where the objective needs nothing made.
+
+    Args:
+      settings: the run's.
+      origin: what it starts from.
+      place: where it runs.
+      rows: from `open_rows`.
+      rollouts: what answers prompts, where the objective has them answered.
+      loading: entered while a teacher is loaded; told which.
+
+    Raises:
+      SettingsError, ValueError, OSError: a teacher cannot be used.
+    """
+    objective = settings.objective
+    if settings.rollouts is None and not objective.readers:
+        return None
+    file = origin.files.get(TOKENIZER)
+    read: Any = functools.partial(
+        Teachers, config=origin.config, place=place, tokenizer=file.read_bytes() if file else None, loading=loading
+    )
+    teachers: Teachers | None = None
+    judge: Judge = unjudged
+    if isinstance(objective, Distillation):
+        known = "top" if objective.top_k else "hidden"
+        teachers = read(objective.readers, known=known, top_k=objective.top_k, keep=objective.keep_teachers)
+    elif isinstance(objective, Grpo):
+        judge = GroupAdvantages(objective, origin.tokenizer)
+        teachers = read(objective.readers, known="score") if objective.readers else None
+
+    def part(step: int) -> tuple[int, int]:
+        stage = settings.stages[stage_at(settings, step)]
+        return stage.rows // stage.microbatches, stage.length
+
+    def parts(step: int) -> tuple[int, int, int]:
+        return settings.stages[stage_at(settings, step)].microbatches, *part(step)
+
+    supply: Supply
+    if isinstance(rows, Prompts):
+        assert rollouts is not None and settings.rollouts is not None
+        supply = OnPolicy(rows, rollouts, settings.rollouts, part, RATIO_OF_ROLE["csa"], judge)
+    else:
+        supply = GivenTexts(rows, parts)
+    made_for = settings.model_dump(mode="json", exclude={"run", "log", "checkpoints"})
+    return Rounds(settings.run, getattr(objective, "round", 1), supply, teachers, made_for)
+
+
+def _open_prompts(settings: Settings, origin: Origin, rollouts: RolloutSettings, say: Callable[[str], None]) -> Prompts:
+    """The run's prompts."""
+    data, tokenizer, objective = settings.data, origin.tokenizer, settings.objective
+    only = next(iter(objective.readers), "")
+    return Prompts(
+        [Source(**source.model_dump(exclude={"teacher"})) for source in data.sources],
+        [source.teacher or only for source in data.sources],
+        tokenizer.encode,
+        vocab_size=origin.config.vocab_size,
+        bos_id=tokenizer.bos_id if data.begin else None,
+        seed=settings.seed,
+        shuffle=data.shuffle,
+        on_bad=_Skipped(say) if data.on_bad == "skip" else None,
+        conversations=_conversations(settings, origin),
+        answer=rollouts.max_tokens,
+    )
+
+
+def _conversations(settings: Settings, origin: Origin) -> Conversations:
+    """How the run's conversations become texts."""
+    data = settings.data
+    profile = origin.profile or "preview" if data.effort_profile == "auto" else data.effort_profile
+    return Conversations(data.mode, profile)
 
 
 class _Skipped:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,21 +19,25 @@ from v4_jax.parameters import is_parameter
 from v4_jax.placement import Place
 from v4_jax.policy import Policy
 from v4_jax.train.batch import Batch
-from v4_jax.train.objectives.pretraining import (
+from v4_jax.train.objectives.objective import (
     Counts,
     Decisions,
+    Objective,
     Sums,
     Weights,
     balanced_layers,
     decide,
-    objective,
+    total_loss,
     value_and_grad,
 )
+from v4_jax.train.objectives.pretraining import Pretraining
 from v4_jax.train.optimizer import state_placements
 from v4_jax.train.precision import compute_copy
 from v4_jax.transformer import Transformer
 
 Metrics = dict[str, Array]
+
+PRETRAINING = Pretraining()
 
 
 class TrainState(struct.PyTreeNode):
@@ -70,6 +74,7 @@ def make_step(
     model: Transformer,
     transform: optax.GradientTransformation,
     weights: Callable[[Array], Weights],
+    objective: Objective = PRETRAINING,
     *,
     fp4_experts: bool = False,
 ) -> Callable[[TrainState, Batch, Decisions | None], tuple[TrainState, Metrics]]:
@@ -82,25 +87,63 @@ def make_step(
       model: the model, on a mesh or not.
       transform: see `v4_jax.train.optimizer.optimizer`.
       weights: of the losses, by step.
+      objective: what is made of the next tokens.
       fp4_experts: see `v4_jax.train.precision.compute_copy`.
     """
-    config, policy = model.config, Policy.of(model.policy)
+    parts = make_partial_step(model, transform, weights, objective, fp4_experts=fp4_experts)
 
     def step(state: TrainState, batch: Batch, decisions: Decisions | None = None) -> tuple[TrainState, Metrics]:
-        counts, now = Counts.of(batch), weights(state.step)
-
-        def loss(params: Any, batch: Batch, decisions: Decisions | None) -> tuple[Array, Sums]:
-            params = compute_copy(params, config, policy, fp4_experts=fp4_experts)
-            return objective(model, params, batch, counts, now, decisions)
+        counts = Counts.of(batch)
 
         def one(batch: Batch, decisions: Decisions | None) -> Any:
-            return value_and_grad(lambda params: loss(params, batch, decisions), state.params)
+            return parts.gradient(state, batch, counts, decisions)
 
         if batch.tokens.shape[0] == 1:
-            (total, sums), grads = one(*jax.tree.map(lambda x: x[0], (batch, decisions)))
+            found = one(*jax.tree.map(lambda x: x[0], (batch, decisions)))
         else:
-            (total, sums), grads = _accumulated(one, batch, decisions)
+            found = _accumulated(one, batch, decisions)
+        return parts.update(state, found, counts)
 
+    return step
+
+
+class PartialStep(NamedTuple):
+    """A step in parts, of which the program that calls them adds up the gradients.
+
+    Attributes:
+      gradient: `(state, batch, counts, decisions=None, shared=None)` -> loss, sums and gradient of rows [B, S], whose
+        share of the step's counts they are; `shared` is for the objective.
+      update: `(state, what `gradient` returned, added up, counts)` -> state and metrics.
+    """
+
+    gradient: Callable[..., Any]
+    update: Callable[..., tuple[TrainState, Metrics]]
+
+
+def make_partial_step(
+    model: Transformer,
+    transform: optax.GradientTransformation,
+    weights: Callable[[Array], Weights],
+    objective: Objective = PRETRAINING,
+    *,
+    fp4_experts: bool = False,
+) -> PartialStep:
+    """The parts of `make_step`, whose arguments are the same."""
+    config, policy = model.config, Policy.of(model.policy)
+
+    def gradient(
+        state: TrainState, batch: Batch, counts: Counts, decisions: Decisions | None = None, shared: Any = None
+    ) -> Any:
+        now = weights(state.step)
+
+        def loss(params: Any) -> tuple[Array, Sums]:
+            params = compute_copy(params, config, policy, fp4_experts=fp4_experts)
+            return total_loss(objective, model, params, batch, counts, now, decisions, shared)
+
+        return value_and_grad(loss, state.params)
+
+    def update(state: TrainState, found: Any, counts: Counts) -> tuple[TrainState, Metrics]:
+        (total, sums), grads = found
         grads = _with_loads(config, grads, sums.load)
         updates, optimizer = transform.update(grads, state.optimizer, state.params)
         after = TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer)
@@ -109,7 +152,51 @@ def make_step(
         after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
         return after, metrics | {"finite": finite}
 
-    return step
+    return PartialStep(gradient, update)
+
+
+class JittedParts:
+    """A `PartialStep` as programs that a host calls one after another: for rows that share something only in groups.
+
+    Args:
+      step: the step.
+      state: from `abstract_state`.
+      place: where both lie.
+    """
+
+    def __init__(self, step: PartialStep, state: TrainState, place: Place) -> None:
+        self._step, self._place = step, place
+        self._places = jax.tree.map(lambda x: x.sharding, state)
+        options = compiler_options("training", place.platform)
+        found = ((place.replicated, place.replicated), self._places.params)
+
+        def add(found: Any, *arguments: Any) -> Any:
+            return jax.tree.map(jnp.add, found, step.gradient(*arguments))
+
+        self._begin = jax.jit(self._zeros, out_shardings=found)
+        self._add = jax.jit(add, donate_argnums=0, out_shardings=found, compiler_options=options)
+        after = (self._places, place.replicated)
+        self._update = jax.jit(step.update, donate_argnums=0, out_shardings=after, compiler_options=options)
+
+    def _zeros(self, *arguments: Any) -> Any:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(self._step.gradient, *arguments))
+
+    def __call__(
+        self, state: TrainState, parts: Iterable[tuple[Batch, Decisions | None, Any]], counts: Counts
+    ) -> tuple[TrainState, Metrics]:
+        """Takes a step.
+
+        Args:
+          state: which the next one takes the place of.
+          parts: rows [B, S], decisions to replay and what the rows share, of each part, all of one shape; drawn when
+            they are needed.
+          counts: of all of them together.
+        """
+        found = None
+        for batch, decisions, shared in parts:
+            arguments = state, batch, counts, decisions, shared
+            found = self._add(self._begin(*arguments) if found is None else found, *arguments)
+        return self._update(state, found, counts)
 
 
 def jit_step(step: Any, state: TrainState, place: Place) -> Any:
@@ -170,7 +257,7 @@ def _metrics(config: Architecture, counts: Counts, sums: Sums) -> Metrics:
         "expert_load_excess_max": jnp.max(excess),
         "expert_unused": jnp.mean(load == 0),
         "tokens": counts.tokens,
-    }
+    } | {name: value / counts.loss for name, value in sums.statistics.items()}
     if config.num_nextn_predict_layers:
         found["mtp_loss"] = sums.mtp / counts.mtp
     indexers = sum(layer.attention == "csa" for layer in config.layers)

@@ -116,15 +116,33 @@ def drafting_on_mesh(
     return on.run(call, given, {name: specs[name] for name in given}, {name: specs[name] for name in names})
 
 
-def loss_on_mesh(model: MeshModel, call: Callable[..., Array], **arguments: Array) -> Array:
-    """Runs `call(model, **arguments)`, arrays [B, S, ...] and a number, on every device of the mesh, as `on_mesh` does.
+def head_on_mesh(
+    model: MeshModel,
+    call: Callable[..., Any],
+    arguments: dict[str, Array | None],
+    *,
+    tables: tuple[str, ...] = (),
+    whole: bool = False,
+) -> Any:
+    """Runs `call(model, **arguments)`, of what is done with the head, on every device of the mesh, as `on_mesh` does.
+
+    Args:
+      model: a bound model with a mesh.
+      call: one of its methods, which returns arrays [B, S, ...].
+      arguments: arrays [B, S, ...] of the whole mesh, by name; None is left out.
+      tables: names of those that are [V, D] instead, and lie as the model's own head does.
+      whole: whether the call returns a number instead, the same on every device.
 
     Raises:
       ShardingError: something does not split evenly over the mesh.
     """
-    on = _OnMesh.of(model, *next(iter(arguments.values())).shape[:2])
+    given = {name: value for name, value in arguments.items() if value is not None}
+    on = _OnMesh.of(model, *given["streams"].shape[:2])
     tokens = P(tuple(on.split.axes("batch")) or None, tuple(on.split.sequence) or None)
-    return on.run(call, arguments, dict.fromkeys(arguments, tokens), P())
+    specs = dict.fromkeys(given, tokens)
+    for name in set(tables) & set(given):
+        specs[name] = sharding(on.mesh, ("vocab", "embed"), given[name].shape, on.rules, name=name).spec
+    return on.run(call, given, specs, P() if whole else tokens)
 
 
 class _OnMesh(NamedTuple):

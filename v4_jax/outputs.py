@@ -25,6 +25,10 @@ class Routing(struct.PyTreeNode):
     entries: Array | None = None
 
 
+# Which decisions are kept to be replayed: of the experts alone, or of the entries that are picked, too.
+Kept = Literal["none", "experts", "all"]
+
+
 class RoutingStatistics(struct.PyTreeNode):
     """How the decisions came about and what they led to.
 

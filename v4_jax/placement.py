@@ -104,6 +104,15 @@ class Place(NamedTuple):
         where = None if self.mesh is None else sharding(self.mesh, ("batch",), array.shape[:1], table)
         return jax.device_put(array, where, may_alias=False)
 
+    def put_tokens(self, array: Any, axis: int = 0) -> Array:
+        """A host array, equal in all processes, whose axes from `axis` on are [B, S, ...], to its tokens' devices."""
+        where = None
+        if self.mesh is not None:
+            split = Split.on(self.mesh, resolve(self.rules), array.shape[axis + 1], UNIT)
+            axes = (tuple(axes) or None for axes in (split.axes("batch"), split.sequence))
+            where = NamedSharding(self.mesh, PartitionSpec(*[None] * axis, *axes))
+        return jax.device_put(array, where, may_alias=False)
+
     def keep(self, tree: Any) -> Any:
         """Within a program: makes arrays whole on every device, as for the last token's logits before sampling."""
         return tree if self.mesh is None else jax.lax.with_sharding_constraint(tree, self.replicated)

@@ -21,14 +21,15 @@ from v4_jax.block import Block, Carry, Context, PeriodBlocks
 from v4_jax.cache.cache import Cache
 from v4_jax.dspark import DSpark
 from v4_jax.layer_stack import replayed, role_index, stacked, unrolled
-from v4_jax.layers.head import cross_entropy
+from v4_jax.layers.divergence import FullTeacher, TopTeacher, reverse_divergence, top_scores
+from v4_jax.layers.head import cross_entropy, log_probabilities
 from v4_jax.layers.hyper_connections import StreamCollapse, apart, expand, joined
 from v4_jax.layers.linear import linear
 from v4_jax.layers.norm import rms_norm
 from v4_jax.layers.stages import SPARSE, Remat, Stage, recompute, rematerialised
 from v4_jax.layout import Layout
 from v4_jax.multi_token_prediction import MultiTokenPrediction
-from v4_jax.on_mesh import drafting_on_mesh, loss_on_mesh, on_mesh
+from v4_jax.on_mesh import drafting_on_mesh, head_on_mesh, on_mesh
 from v4_jax.outputs import Decided, Draft, Logits, Output, Routing
 from v4_jax.parameters import LAYERS, Module, normal
 from v4_jax.policy import Policy
@@ -343,17 +344,105 @@ class Transformer(Module):
         """
         if self.mesh is not None:
             call = functools.partial(Transformer.cross_entropy, mtp=mtp)
-            return loss_on_mesh(self, call, streams=streams, targets=targets, weights=weights)
+            return head_on_mesh(self, call, dict(streams=streams, targets=targets, weights=weights), whole=True)
+        head, axes, first = self._shared_head()
+        tokens = jnp.clip(targets, 0, self.config.vocab_size - 1) - first
+        flat = self.hidden(streams, mtp=mtp).reshape(-1, self.config.hidden_size)
+        loss = cross_entropy(flat, head, tokens.reshape(-1), weights.reshape(-1), axes)
+        return self._over_tokens(loss)
+
+    def log_probabilities(self, streams: Array, targets: Array) -> Array:
+        """Log-probabilities [B, S] float32 of given next tokens, differentiable, without [tokens, vocabulary] arrays.
+
+        Args:
+          streams: [B, S, hc, D] the trunk's `Output.streams`.
+          targets: [B, S] int32 the token after each position; out-of-range ids stand for the nearest one.
+        """
+        if self.mesh is not None:
+            return head_on_mesh(self, Transformer.log_probabilities, dict(streams=streams, targets=targets))
+        head, axes, first = self._shared_head()
+        tokens = jnp.clip(targets, 0, self.config.vocab_size - 1) - first
+        flat = self.hidden(streams).reshape(-1, self.config.hidden_size)
+        return log_probabilities(flat, head, tokens.reshape(-1), axes).reshape(targets.shape)
+
+    def hidden(self, streams: Array, *, mtp: bool = False) -> Array:
+        """What the head is applied to: [B, S, D], the streams [B, S, hc, D] collapsed and normed.
+
+        Args:
+          streams: `Output.streams` of the trunk, or of the MTP block.
+          mtp: whether they are the MTP block's.
+        """
+        if self.mesh is not None:
+            return head_on_mesh(self, functools.partial(Transformer.hidden, mtp=mtp), dict(streams=streams))
         collapse = self.mtp_block.collapse if mtp else self.collapse
         norm = self.mtp_block.norm_weight if mtp else self.norm_weight
-        head = self.split.gather(self.head_weight, ("vocab", "embed"))
-        axes = self.split.shared("vocab")
-        tokens = jnp.clip(targets, 0, self.config.vocab_size - 1) - collectives.index(axes) * head.shape[0]
+        return recompute(lambda streams: rms_norm(collapse(streams), norm, self.config.rms_norm_eps))(joined(streams))
 
-        hidden = recompute(lambda streams: rms_norm(collapse(streams), norm, self.config.rms_norm_eps))(joined(streams))
-        flat = hidden.reshape(-1, self.config.hidden_size)
-        loss = cross_entropy(flat, head, tokens.reshape(-1), weights.reshape(-1), axes)
-        return collectives.psum(loss, (*self.split.axes("batch"), *self.split.sequence))
+    def divergence(
+        self,
+        streams: Array,
+        weights: Array,
+        *,
+        hidden: Array | None = None,
+        head: Array | None = None,
+        ids: Array | None = None,
+        scores: Array | None = None,
+    ) -> Array:
+        """Weighted sum of the divergences KL(model || teacher) of the next token, without [tokens, vocabulary] arrays.
+
+        The teacher's distributions are those that its head makes of its hidden states, or given by the likeliest
+        tokens, where all others count as one event; see `v4_jax.layers.divergence`. None of them has a gradient.
+
+        Args:
+          streams: [B, S, hc, D] the trunk's `Output.streams`.
+          weights: [B, S] float32 what each position counts; they have no gradient.
+          hidden: [B, S, D'] the teacher's hidden states, as its own `hidden` returns them.
+          head: [V, D'] its head.
+          ids: [B, S, k] int32 the likeliest tokens, as its own `top_scores` returns them.
+          scores: [B, S, k + 1] float32 their log-probabilities, and that of all others.
+
+        Returns:
+          A float32 number, in nats.
+        """
+        if self.mesh is not None:
+            arguments = dict(streams=streams, weights=weights, hidden=hidden, head=head, ids=ids, scores=scores)
+            return head_on_mesh(self, Transformer.divergence, arguments, tables=("head",), whole=True)
+        own, axes, first = self._shared_head()
+        teacher: Any
+        if hidden is not None and head is not None:
+            teacher = FullTeacher(hidden, self.split.gather(head, ("vocab", "embed")))
+        elif ids is not None and scores is not None:
+            teacher = TopTeacher(ids - first, scores)
+        else:
+            raise ValueError("expected hidden states and head of a teacher, or ids and scores of its likeliest tokens")
+        flat = self.hidden(streams).reshape(-1, self.config.hidden_size)
+        return self._over_tokens(reverse_divergence(flat, own, teacher, weights.reshape(-1), axes))
+
+    def top_scores(self, streams: Array, k: int) -> tuple[Array, Array]:
+        """The k likeliest next tokens at each position, and their log-probabilities, for a student's `divergence`.
+
+        Args:
+          streams: [B, S, hc, D] the trunk's `Output.streams`.
+          k: how many.
+
+        Returns:
+          [B, S, k] int32 ids, and [B, S, k + 1] float32 log-probabilities, the last that of all other tokens.
+        """
+        if self.mesh is not None:
+            return head_on_mesh(self, functools.partial(Transformer.top_scores, k=k), dict(streams=streams))
+        head, axes, _ = self._shared_head()
+        found = top_scores(self.hidden(streams).reshape(-1, self.config.hidden_size), head, k, axes)
+        ids, scores = (x.reshape(*streams.shape[:2], -1) for x in found)
+        return ids, scores
+
+    def _shared_head(self) -> tuple[Array, collectives.Axes, Any]:
+        """This device's part of the head, the mesh axes that share the vocabulary, and the part's first token."""
+        head, axes = self.split.gather(self.head_weight, ("vocab", "embed")), self.split.shared("vocab")
+        return head, axes, collectives.index(axes) * head.shape[0]
+
+    def _over_tokens(self, total: Array) -> Array:
+        """The sum over devices of what is a sum over each one's tokens."""
+        return collectives.psum(total, (*self.split.axes("batch"), *self.split.sequence))
 
     def _check_cache(self, cache: Cache | None, tokens: Array) -> None:
         if cache is None:

@@ -25,7 +25,7 @@ from v4_jax.infer.engine.state import State
 from v4_jax.infer.engine.verification_width import best_width, expected_tokens, step_widths
 from v4_jax.infer.prefix_cache.pager import PageCopies, Pager
 from v4_jax.kernels.compiler_options import compiler_options
-from v4_jax.outputs import Output
+from v4_jax.outputs import Kept, Output, Routing
 from v4_jax.placement import Place
 from v4_jax.transformer import Transformer
 
@@ -81,6 +81,7 @@ class Programs:
       pager: what copies pages to and from a prefix cache; None without one.
       place: where it runs.
       verify_all: whether every step verifies all drafts, whatever they are worth.
+      kept: decisions that are returned for each token that is read.
 
     Attributes:
       count: programs compiled so far.
@@ -89,7 +90,7 @@ class Programs:
       prefill: as `_prefill`, jitted, and likewise `step` and `copy`; after `compile`.
     """
 
-    prefill: Callable[..., tuple[State, PageCopies | None, Array]]
+    prefill: Callable[..., tuple[State, PageCopies | None, Array, Routing | None]]
     step: Callable[..., tuple[State, Array, StepOutput]]
     copy: Callable[..., State]
 
@@ -103,7 +104,9 @@ class Programs:
         pager: Pager | None,
         place: Place,
         verify_all: bool = False,
+        kept: Kept = "none",
     ) -> None:
+        self._kept = kept
         self._model, self._cache = model, cache
         self._drafter, self._chunk, self._pager, self._place = drafter, chunk, pager, place
         self._slots = cache.lengths.shape[0]
@@ -128,7 +131,7 @@ class Programs:
         step = jax.jit(
             self._step, donate_argnums=(1, 2), out_shardings=(places, whole, whole), compiler_options=options
         )
-        prefill = jax.jit(self._prefill, donate_argnums=1, out_shardings=(places, whole, whole))
+        prefill = jax.jit(self._prefill, donate_argnums=1, out_shardings=(places, whole, whole, whole))
         copy = jax.jit(self._copy, donate_argnums=0, out_shardings=places)
         self.step, self.prefill, self.copy = step, prefill, copy
 
@@ -168,10 +171,18 @@ class Programs:
 
         return apply
 
-    def _prefill(self, params: Any, state: State, inputs: PrefillInputs) -> tuple[State, PageCopies | None, Array]:
+    def _decisions(self, output: Output) -> Routing | None:
+        """Those of a call that are kept."""
+        if self._kept == "none" or output.routing is None:
+            return None
+        return output.routing if self._kept == "all" else output.routing.replace(entries=None)
+
+    def _prefill(
+        self, params: Any, state: State, inputs: PrefillInputs
+    ) -> tuple[State, PageCopies | None, Array, Routing | None]:
         """Reads a chunk of prompts.
 
-        Returns the state, what a prefix cache may keep of the chunk, and something to wait for.
+        Returns the state, what a prefix cache may keep of the chunk, something to wait for, and decisions to keep.
         """
         apply, drafter, tokens = self._apply(params), self._drafter, inputs.tokens[:, :-1]
         rows = state.cache.take_rows(inputs.slots).replace(lengths=inputs.begin)
@@ -180,7 +191,8 @@ class Programs:
         if self._pager is not None:
             rows, sealed = self._pager.widened(rows), {"sealed": inputs.sealed}
         with jax.named_scope("engine.prefill"):
-            output = apply(tokens, lengths=inputs.counts, cache=rows, logits="none", **sealed, **drafter.trunk_options)
+            options = {"logits": "none", "return_routing": self._kept != "none", **sealed, **drafter.trunk_options}
+            output = apply(tokens, lengths=inputs.counts, cache=rows, **options)
         assert output.cache is not None
         with jax.named_scope("engine.draft"):
             rows = drafter.prefill(apply, output, inputs.tokens, inputs.counts, output.cache)
@@ -191,7 +203,7 @@ class Programs:
         with jax.named_scope("engine.history"):
             history = state.history.read(inputs.slots, tokens, inputs.counts, inputs.begin)
         state = state._replace(cache=state.cache.put_rows(inputs.slots, rows), history=history)
-        return state, copies, rows.lengths
+        return state, copies, rows.lengths, self._decisions(output)
 
     def _step(
         self,
@@ -234,7 +246,7 @@ class Programs:
                 fed = jnp.minimum(offered, width - 1)
                 with jax.named_scope("engine.trunk"):
                     lengths = jnp.where(going, 1 + fed, 0)
-                    options = {"logits": "all", **drafter.trunk_options}
+                    options = {"logits": "all", "return_routing": self._kept != "none", **drafter.trunk_options}
                     output = apply(tokens[:, :width], lengths=lengths, cache=cache, **options)
                 with jax.named_scope("engine.verify"):
                     logits = self._place.keep(output.logits)
@@ -243,7 +255,9 @@ class Programs:
                 streams, taps = jax.tree.map(widen, (output.streams, output.taps))
                 wide = step._replace(ids=widen(step.ids), logprobs=widen(step.logprobs))
                 wide = wide._replace(alternatives=jax.tree.map(widen, step.alternatives))
-                return output.replace(logits=None, streams=streams, taps=taps), wide, history
+                wide = wide._replace(routing=self._decisions(output))
+                output = output.replace(logits=None, streams=streams, taps=taps, routing=None, statistics=None)
+                return output, wide, history
 
             return run
 

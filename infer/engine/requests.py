@@ -12,6 +12,7 @@ from v4_jax.infer.engine.grammar import Grammar
 from v4_jax.infer.engine.guide import Guide
 from v4_jax.infer.engine.sampling import MOST_ALTERNATIVES, Sampling
 from v4_jax.infer.engine.speculative import Acceptance
+from v4_jax.outputs import Routing
 
 Finish = Literal["stop", "length", "error"]
 
@@ -118,6 +119,8 @@ class Event(NamedTuple):
       alternatives: the most probable tokens and their log-probabilities, best first, as many as were asked for.
       cached: tokens of the prompt that were not read for this request, as they were in the prefix cache.
       drafts: how often drafts of the sample's tokens were right so far, by depth.
+      routing: with the sample's last token, decisions for all tokens of prompt and sample but that one, where they are
+        kept: numpy arrays [layers, tokens, ...].
     """
 
     request: int
@@ -128,3 +131,4 @@ class Event(NamedTuple):
     alternatives: tuple[tuple[int, float], ...] = ()
     cached: int = 0
     drafts: tuple[Acceptance, ...] = ()
+    routing: Routing | None = None

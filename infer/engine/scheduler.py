@@ -31,6 +31,7 @@ from v4_jax.cache.cache import CacheDtype
 from v4_jax.cache.entries import PAGE
 from v4_jax.config import Config
 from v4_jax.infer.checks import check_precision
+from v4_jax.infer.engine.decisions import joined, piece
 from v4_jax.infer.engine.drafters import choose_drafter
 from v4_jax.infer.engine.page_table import PageTable
 from v4_jax.infer.engine.programs import PrefillInputs, Programs, StepInputs
@@ -49,6 +50,7 @@ from v4_jax.infer.engine.steps import (
 )
 from v4_jax.infer.prefix_cache.cache import PrefixCacheOptions
 from v4_jax.infer.prefix_cache.pager import Pager, PrefilledChunk
+from v4_jax.outputs import Kept, Routing
 from v4_jax.placement import Place
 from v4_jax.policy import Policy
 from v4_jax.transformer import Transformer
@@ -73,6 +75,8 @@ class Engine:
       verify_all: verify all drafts of every step, also where many rows run and their drafter is not confident of them
         (see `verification_width`). Answers then do not depend on their company to the last bit.
       prefix_cache: what to keep of texts for those that begin alike; None keeps nothing.
+      kept: which decisions come with a sample's last token, to be replayed. With any, all drafts are verified, and
+        there is no prefix cache, of whose texts nobody knows them.
       place: the mesh that `params` lie on, with its rules.
 
     Attributes:
@@ -102,6 +106,7 @@ class Engine:
         draft: str = "none",
         verify_all: bool = False,
         prefix_cache: PrefixCacheOptions | None = None,
+        kept: Kept = "none",
         place: Place = Place(),  # noqa: B008 (frozen)
     ) -> None:
         longest = place.pages(max_length)
@@ -110,6 +115,8 @@ class Engine:
         for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
+        if kept != "none" and prefix_cache is not None:
+            raise ValueError("decisions are kept, and a prefix cache has none of what it holds; expected one of them")
         check_precision(config, policy, cache_dtype)
         drafter = choose_drafter(config, draft)
         place.check(slots)
@@ -141,8 +148,10 @@ class Engine:
             chunk=self._chunk,
             pager=self._pager,
             place=place,
-            verify_all=verify_all,
+            verify_all=verify_all or kept != "none",
+            kept=kept,
         )
+        self._unread: list[tuple[Routing, dict[int, tuple[PrefillState, int]]]] = []  # decisions of chunks
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
         self._prefills: list[PrefillState] = []
         self._occupied: list[SequenceState | None] = [None] * slots  # by slot: who generates or waits for its prompt
@@ -205,6 +214,18 @@ class Engine:
             idle = self._params, self._state, self._next_tokens, self._unrestricted
             self._state, self._next_tokens, self._seconds = self._programs.measure(*idle)
         self._compiled = True
+
+    def replace_parameters(self, params: Any) -> None:
+        """Goes on with other parameters, of the same shapes, dtypes and places.
+
+        Raises:
+          ValueError: the engine is at work, or keeps prefixes that were read with the ones before.
+        """
+        if not self.idle:
+            raise ValueError("the engine is at work; expected an idle one to give other parameters to")
+        if self._pager is not None:
+            raise ValueError("the engine has a prefix cache, which holds what other parameters read")
+        self._params = params
 
     def submit(self, request: Request) -> int:
         """Puts a request in line. Returns its number.
@@ -364,14 +385,25 @@ class Engine:
                 chunks.append(PrefilledChunk(row, prefill.hashes, first, prefill.tokens_read))
         inputs = self._place.put(PrefillInputs(tokens, counts, slots, begin, sealed))
         before = self._last_chunk
-        self._state, copies, self._last_chunk = self._programs.prefill(self._params, self._state, inputs)
+        self._state, copies, self._last_chunk, routing = self._programs.prefill(self._params, self._state, inputs)
         # One chunk runs, one is queued: never idle, and whoever comes next waits for two chunks, not for a prompt.
         jax.block_until_ready(before)
+        if routing is not None:
+            self._read_decisions()
+            self._unread.append((routing, {row: (prefill, int(counts[row])) for row, prefill in batch.items()}))
         if self._pager is not None and copies is not None:
             self._pager.save_chunk(copies, chunks)
 
+    def _read_decisions(self) -> None:
+        """Takes what was decided in chunks from the devices."""
+        for routing, batch in self._unread:
+            for row, (prefill, count) in batch.items():
+                prefill.routing.append(piece(routing, row, count))
+        self._unread.clear()
+
     def _fork(self, prefill: PrefillState) -> None:
         """Lets all samples of a prompt that was read go on, from copies of its row."""
+        self._read_decisions()
         first, *others = prefill.sequences
         read = len(prefill.prompt) - 1
         filled, begun = read // self._place.page, self._place.pages(read)
@@ -388,6 +420,7 @@ class Engine:
             complete.add(shard)
         for sequence in prefill.sequences:
             sequence.hashes = None if prefill.hashes is None else prefill.hashes.copy()
+            sequence.routing = prefill.routing.copy()
         self._generating += [sequence for sequence in prefill.sequences if sequence.tokens_left]
         if not first.tokens_left:  # cancelled while the others still needed what was read into its slot
             self._free(first.slot)
@@ -449,7 +482,14 @@ class Engine:
                 finish = sequence.finish(token, float(output.logprobs[sequence.slot, index]))
                 if finish:
                     self._end(sequence)
-                events.append(sequence.event(output, index, finish))
+                event = sequence.event(output, index, finish)
+                if output.routing is not None and finish:
+                    last = piece(output.routing, sequence.slot, index + 1)
+                    event = event._replace(routing=joined([*sequence.routing, last]))
+                events.append(event)
+            if output.routing is not None and sequence.tokens_left:
+                count = int(output.counts[sequence.slot])
+                sequence.routing.append(piece(output.routing, sequence.slot, count))
         for sequence in paged:
             if self._pager is not None and sequence.hashes is not None:
                 self._pager.save_generated(self._state, sequence.slot, sequence.hashes)

@@ -12,6 +12,7 @@ from v4_jax.infer.engine.requests import Event, Finish, Request
 from v4_jax.infer.engine.sampling import Sampling
 from v4_jax.infer.engine.speculative import DraftCounts, StepOutput
 from v4_jax.infer.prefix_cache.hashes import BlockHashes
+from v4_jax.outputs import Routing
 
 
 @dataclasses.dataclass(eq=False)
@@ -32,6 +33,7 @@ class SequenceState:
       hashes: of the tokens before the newest one; None without a prefix cache.
       cached_tokens: tokens of its prompt that were in the prefix cache.
       drafts: how often drafts of its tokens were right.
+      routing: decisions for the tokens that were read, piece by piece, where they are kept.
     """
 
     request: int
@@ -47,6 +49,7 @@ class SequenceState:
     hashes: BlockHashes | None = None
     cached_tokens: int = 0
     drafts: DraftCounts = dataclasses.field(default_factory=DraftCounts)
+    routing: list[Routing] = dataclasses.field(default_factory=list)
 
     @classmethod
     def of(cls, request: Request, number: int, sample: int, slot: int, config: Config, depth: int = 0) -> SequenceState:
@@ -132,6 +135,7 @@ class PrefillState:
       sealed: tokens whose entries were loaded from the prefix cache.
       hashes: of what there is to read; None without a prefix cache.
       salt: the request's.
+      routing: decisions for what was read, piece by piece, where they are kept.
     """
 
     prompt: Sequence[int]
@@ -140,6 +144,7 @@ class PrefillState:
     sealed: int = 0
     hashes: BlockHashes | None = None
     salt: bytes = b""
+    routing: list[Routing] = dataclasses.field(default_factory=list)
 
     @property
     def slot(self) -> int:

@@ -22,6 +22,7 @@ from jax import Array
 
 from v4_jax.infer.engine.history import History
 from v4_jax.infer.engine.sampling import SamplingBatch, best, sample
+from v4_jax.outputs import Routing
 
 
 class StepOutput(NamedTuple):
@@ -34,6 +35,7 @@ class StepOutput(NamedTuple):
       offered: [B] int32 drafts that were fed.
       alternatives: ids and log-probabilities [B, 1 + k, K] of the most probable tokens in their places, see
         `v4_jax.infer.engine.sampling.best`; zeros if nobody asked, None if they are not to be read.
+      routing: decisions for the tokens that were fed, where they are kept.
     """
 
     ids: Array
@@ -41,6 +43,7 @@ class StepOutput(NamedTuple):
     counts: Array
     offered: Array
     alternatives: tuple[Array, Array] | None
+    routing: Routing | None = None
 
 
 class SamplingInputs(NamedTuple):

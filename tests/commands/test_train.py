@@ -101,6 +101,33 @@ def test_rows_are_shown(run, monkeypatch):
     assert "</think>9.11<｜end▁of▁sentence｜><｜User｜>" in texts[3] and texts[3].count("⟦") == 1
 
 
+def test_the_example_of_distillation(run, monkeypatch, tmp_path):
+    """Its settings are legal, its rows each teacher's in turn, and a teacher that is not there is missed at once."""
+    monkeypatch.chdir(ROOT)
+    here = f"run={tmp_path / 'run'}", "objective.teachers.chats.model=v4_jax/data/demo"
+    result = run("train", "examples/distillation.yaml", *here, "--dry-run")
+    assert result.code == 0, result.err
+    assert "objective: distillation; chats: v4_jax/data/demo; texts: v4_jax/data/demo\n" in result.out
+    result = run("train", "examples/distillation.yaml", *here, "--show-rows", "4")
+    rows = [text.partition(": ")[0] for text in result.out.split("\nrow ")]
+    assert result.code == 0 and len(rows) == 4 and "⟦A sum.</think>" in result.out
+    result = run(
+        "train", "examples/distillation.yaml", here[0], f"objective.teachers.chats.model={tmp_path}", "--dry-run"
+    )
+    assert result.code == 2 and f"{tmp_path} has no config.json" in result.err
+
+
+def test_the_example_of_reinforcement(run, monkeypatch, tmp_path):
+    """Its settings are legal, and its prompts are shown up to where the model answers."""
+    monkeypatch.chdir(ROOT)
+    here = (f"run={tmp_path / 'run'}",)
+    result = run("train", "examples/grpo.yaml", *here, "--dry-run")
+    assert result.code == 0, result.err
+    assert "objective: grpo; 4 prompts a step, 8 answers to each\n" in result.out
+    result = run("train", "examples/grpo.yaml", *here, "--show-rows", "2")
+    assert result.code == 0 and "<｜Assistant｜></think>\n" in result.out and "⟦" not in result.out
+
+
 def test_rows_say_nothing_to_the_terminal(capsys):
     """What a terminal would obey in a text of the data is not passed on."""
     tokenizer = ByteTokenizer(300)

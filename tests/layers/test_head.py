@@ -75,3 +75,23 @@ def test_log_probability(inputs):
     logits = hidden @ table.T
     wanted = -optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
     np.testing.assert_allclose(head.log_probability(logits, tokens), wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("tokens", [8, 1000])
+def test_log_probabilities(inputs, monkeypatch, tokens):
+    """Of each token, and their gradient, whatever is made of them."""
+    monkeypatch.setattr(head, "LOGITS", tokens * VOCABULARY)
+    hidden, table, ids, weights = inputs
+
+    def plainly(hidden, table):
+        logits = jnp.einsum("td,vd->tv", hidden, table, precision="highest")
+        return jnp.sum(weights * jnp.exp(-optax.softmax_cross_entropy_with_integer_labels(logits, ids) / 9))
+
+    def by_blocks(hidden, table):
+        return jnp.sum(weights * jnp.exp(head.log_probabilities(hidden, table, ids) / 9))
+
+    wanted, gradients = jax.value_and_grad(plainly, argnums=(0, 1))(hidden, table)
+    found, found_gradients = jax.jit(jax.value_and_grad(by_blocks, argnums=(0, 1)))(hidden, table)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    for a, b in zip(found_gradients, gradients, strict=True):
+        close(a, b, 1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,10 @@ from v4_jax.parameters import is_parameter
 from v4_jax.placement import Place
 from v4_jax.sharding.mesh import make_mesh
 from v4_jax.train.batch import Batch
-from v4_jax.train.objectives.pretraining import Counts, Weights, objective
+from v4_jax.train.objectives.objective import Counts, Weights, targets, total_loss
+from v4_jax.train.objectives.pretraining import Pretraining
 from v4_jax.train.precision import compute_copy
-from v4_jax.train.step import TrainState, make_decide, make_step
+from v4_jax.train.step import PRETRAINING, TrainState, make_decide, make_step
 
 ROWS, LENGTH = 4, 256
 RATE = 0.1
@@ -105,7 +107,7 @@ def test_only_what_is_trained_is_a_target(tiny, model, outputs, rows):
     trained = (jnp.arange(LENGTH) // 7) % 3 == 0
     marked = rows._replace(trained=jnp.broadcast_to(trained, (ROWS, LENGTH)) & (rows.segment_ids > 0))
     counts = Counts.of(marked)
-    sums = jax.jit(lambda params: objective(model, params, marked, counts, WEIGHTS)[1])(tiny.params)
+    sums = jax.jit(lambda params: total_loss(PRETRAINING, model, params, marked, counts, WEIGHTS)[1])(tiny.params)
     for output, ahead, name in ((outputs[0], 1, "loss"), (outputs[1], 2, "mtp")):
         losses = by_hand(output.logits, marked, ahead)
         assert 0 < len(losses) == int(getattr(counts, name)) < len(by_hand(output.logits, rows, ahead)) / 2
@@ -219,12 +221,34 @@ def test_counts_of_padding_alone():
     assert (int(counts.loss), int(counts.mtp), counts.rows, int(counts.tokens)) == (1, 1, 2, 1)
 
 
+class Nothing(Pretraining):
+    """Next tokens do not matter, nor what the data says."""
+
+    imitates: ClassVar[bool] = False
+
+    def loss(self, model, params, streams, batch, shared):
+        return jnp.sum(streams) * 0, {"targets": jnp.sum(targets(batch, 1)).astype(jnp.float32)}
+
+
+def test_what_does_not_imitate_leaves_the_mtp_loss_to_its_block(tiny, rows):
+    """Neither the trunk nor embedding and head learn from it."""
+    counts, weights = Counts.of(rows), Weights(balance=0)
+    loss = lambda params: total_loss(Nothing(), tiny.model, params, rows, counts, weights)  # noqa: E731
+    gradient, sums = jax.jit(jax.grad(loss, allow_int=True, has_aux=True))(tiny.params)
+    assert sums.statistics["targets"] == counts.loss
+    moved = {
+        name: any(jnp.any(x != 0) for x in jax.tree.leaves(tree) if x.dtype == jnp.float32)
+        for name, tree in gradient.items()
+    }
+    assert {name for name, yes in moved.items() if yes} == {"mtp"}
+
+
 def test_indexer_stage_has_no_other_gradient(tiny, rows):
     """Weight 0 of the model's losses: only the indexer's parameters have a gradient."""
     model = tiny.model.clone(stage=Stage(dense=True, indexer_loss=True))
     weights = Weights(model=0.0, indexer=1.0)
     counts = Counts.of(rows)
-    loss = lambda params: objective(model, params, rows, counts, weights)[0]  # noqa: E731
+    loss = lambda params: total_loss(PRETRAINING, model, params, rows, counts, weights)[0]  # noqa: E731
     gradient = jax.jit(jax.grad(loss, allow_int=True))(tiny.params)
     declared = jax.tree.leaves(declarations(tiny.config), is_leaf=is_parameter)
     for parameter, leaf in zip(declared, jax.tree.leaves(gradient), strict=True):

@@ -1,206 +1,35 @@
-"""What training minimises: next-token and MTP cross-entropy, the experts' balance, and the indexer's divergence.
-
-Technical report, section 4.2.2. Documents packed into a row are told apart by segment ids: no target crosses from one
-into the next. Where a batch says which tokens are trained, only those are targets; all are read, and count for the
-experts and the indexer.
-"""
+"""Pretraining, and supervised fine-tuning (`sft` says on which tokens): the cross-entropy of the next token."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
-import jax
-import jax.numpy as jnp
-from flax import struct
 from jax import Array
 
-from v4_jax.architecture import Architecture
-from v4_jax.outputs import Output, Routing
 from v4_jax.train.batch import Batch
+from v4_jax.train.objectives.objective import cross_entropy
+from v4_jax.train.section import Section
+from v4_jax.train.teacher_settings import TeacherSettings
 from v4_jax.transformer import Transformer
 
 
-class Weights(NamedTuple):
-    """How much each loss counts; the next token's counts 1.
+class Pretraining(Section):
+    """Next tokens are those of the data."""
 
-    Attributes:
-      model: 0 where only the indexer learns, else 1.
-      mtp: the token after the next.
-      balance: sequence-wise balance of the experts.
-      indexer: the indexer's divergence.
-    """
+    imitates: ClassVar[bool] = True
 
-    model: Any = 1.0
-    mtp: Any = 0.3
-    balance: Any = 1e-4
-    indexer: Any = 0.0
+    kind: Literal["pretraining"] = "pretraining"
+    """What is learnt: "pretraining", the next token of the data."""
 
+    @property
+    def readers(self) -> Mapping[str, TeacherSettings]:
+        """As for `Objective`: nobody."""
+        return {}
 
-class Decisions(struct.PyTreeNode):
-    """Decisions to replay of a whole model.
-
-    Attributes:
-      trunk: of the trunk's layers.
-      mtp: of the MTP block; None without one.
-    """
-
-    trunk: Routing
-    mtp: Routing | None
-
-
-class Sums(struct.PyTreeNode):
-    """What is added up over the microbatches of a step.
-
-    Attributes:
-      loss: negative log-probability of next tokens.
-      mtp: of the tokens after them.
-      balance: over rows and layers that choose their experts.
-      indexer: divergence over tokens and CSA layers.
-      load: [layers, E] tokens of each expert, the MTP block's as the last layer.
-    """
-
-    loss: Array
-    mtp: Array
-    balance: Array
-    indexer: Array
-    load: Array
-
-
-class Counts(NamedTuple):
-    """What the sums of a step are divided by, all microbatches together: at least 1 each.
-
-    Attributes:
-      loss: next tokens.
-      mtp: tokens after the next.
-      rows: rows.
-      tokens: tokens that are not padding.
-    """
-
-    loss: Array
-    mtp: Array
-    rows: int
-    tokens: Array
-
-    @classmethod
-    def of(cls, batch: Batch) -> Counts:
-        """The counts of a whole step's rows [..., B, S]."""
-        rows = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch)
-        segments = rows.segment_ids
-        following, after = (jnp.maximum(jnp.sum(targets(rows, n)), 1) for n in (1, 2))
-        return cls(following, after, segments.shape[0], jnp.maximum(jnp.sum(segments > 0), 1))
-
-
-def same_document(segment_ids: Array, ahead: int) -> Array:
-    """[B, S] whether the token `ahead` further belongs to the same document."""
-    return (segment_ids > 0) & (shift(segment_ids, ahead) == segment_ids)
-
-
-def targets(batch: Batch, ahead: int) -> Array:
-    """[B, S] whether the token `ahead` further is one to predict from here."""
-    inside = same_document(batch.segment_ids, ahead)
-    return inside if batch.trained is None else inside & shift(batch.trained, ahead)
-
-
-def shift(x: Array, ahead: int) -> Array:
-    """[B, S]: at each position the value `ahead` further, 0 beyond the end."""
-    return jnp.pad(x[:, ahead:], [(0, 0), (0, ahead)])
-
-
-def objective(
-    model: Transformer,
-    params: Any,
-    batch: Batch,
-    counts: Counts,
-    weights: Weights,
-    decisions: Decisions | None = None,
-) -> tuple[Array, Sums]:
-    """The loss of some rows of a step, as their share of the step's mean.
-
-    Args:
-      model: a model whose stage computes the indexer's loss if that has a weight.
-      params: its parameters.
-      batch: the rows [B, S].
-      counts: of the whole step.
-      weights: of the losses.
-      decisions: experts to use; by default the router's choice.
-
-    Returns:
-      The weighted loss, float32, and its parts as sums.
-    """
-    c = model.config
-    trunk, mtp_block = _passes(model, params, batch)
-    output = trunk(None if decisions is None else decisions.trunk)
-
-    def loss_of(streams: Array, ahead: int) -> Array:
-        tokens, counted = shift(batch.tokens, ahead), targets(batch, ahead).astype(jnp.float32)
-        mtp = ahead == 2
-        found = model.apply({"params": params}, streams, tokens, counted, mtp=mtp, method="cross_entropy")
-        return cast(Array, found)
-
-    statistics = output.statistics
-    loss, mtp = loss_of(output.streams, 1), jnp.zeros(())
-    balance, load = jnp.sum(statistics.balance), statistics.load
-    if c.num_nextn_predict_layers:
-        drafted = mtp_block(output.streams, None if decisions is None else decisions.mtp)
-        mtp = loss_of(drafted.streams, 2)
-        balance = balance + jnp.sum(drafted.statistics.balance)
-        load = jnp.concatenate([load, drafted.statistics.load])
-    valid = batch.segment_ids > 0
-    divergence = statistics.indexer_loss
-    indexer = jnp.zeros(()) if divergence is None else jnp.sum(jnp.where(valid, divergence, 0))
-    total = weights.model * (
-        loss / counts.loss + weights.mtp * mtp / counts.mtp + weights.balance * balance / counts.rows
-    )
-    total = total + weights.indexer * indexer / counts.tokens
-    return total, Sums(loss, mtp, balance, indexer, load)
-
-
-def decide(model: Transformer, params: Any, batch: Batch) -> Decisions:
-    """The experts that these parameters choose for some rows [B, S]."""
-    trunk, mtp_block = _passes(model, params, batch)
-    output = trunk(None)
-
-    def experts(output: Output) -> Routing:
-        return Routing(experts=cast(Routing, output.routing).experts)
-
-    if not model.config.num_nextn_predict_layers:
-        return Decisions(experts(output), None)
-    return Decisions(experts(output), experts(mtp_block(output.streams, None)))
-
-
-def _passes(model: Transformer, params: Any, batch: Batch) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The trunk, `(decisions) -> Output`, and the MTP block, `(streams, decisions) -> Output`, on some rows."""
-    call: Any = functools.partial(
-        model.apply, {"params": params}, segment_ids=batch.segment_ids, logits="none", return_routing=True
-    )
-
-    def trunk(decisions: Routing | None) -> Any:
-        return call(batch.tokens, routing=decisions)
-
-    def mtp_block(streams: Array, decisions: Routing | None) -> Any:
-        return call(streams, shift(batch.tokens, 1), routing=decisions, method="mtp")
-
-    return trunk, mtp_block
-
-
-def balanced_layers(config: Architecture) -> int:
-    """Layers that choose their experts, the MTP block's included: those that the balance is summed over."""
-    layers = [*config.layers, *([config.draft_layer] if config.num_nextn_predict_layers else [])]
-    return sum(layer.feed_forward == "routed" for layer in layers)
-
-
-def value_and_grad(function: Any, params: Any) -> tuple[Any, Any]:
-    """`jax.value_and_grad` with auxiliary output, of a tree with integer leaves, whose gradients are zeros."""
-    leaves, tree = jax.tree.flatten(params)
-    chosen = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
-
-    def rejoined(floats: list[Array], others: list[Array]) -> Any:
-        a, b = iter(floats), iter(others)
-        return jax.tree.unflatten(tree, [next(a) if yes else next(b) for yes in chosen])
-
-    floats = [leaf for leaf, yes in zip(leaves, chosen, strict=True) if yes]
-    fixed = [leaf for leaf, yes in zip(leaves, chosen, strict=True) if not yes]
-    value, grads = jax.value_and_grad(lambda floats: function(rejoined(floats, fixed)), has_aux=True)(floats)
-    return value, rejoined(grads, [jnp.zeros_like(leaf) for leaf in fixed])
+    def loss(
+        self, model: Transformer, params: Any, streams: Array, batch: Batch, shared: Any
+    ) -> tuple[Array, dict[str, Array]]:
+        """As for `Objective`: the negative log-probability of the next tokens."""
+        del shared
+        return cross_entropy(model, params, streams, batch, ahead=1), {}

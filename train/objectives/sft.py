@@ -58,7 +58,7 @@ class Conversations:
         if not any(weights):
             weighted = " with a weight other than 0" if weights else ""
             raise ValueError(f"there is no assistant message{weighted}; expected one to learn")
-        thinking_mode, effort = MODES[self._mode(conversation, [messages[i] for i in answers])]
+        thinking_mode, effort = MODES[self.mode_of(conversation, [messages[i] for i in answers])]
 
         found: list[tuple[int, str, list[Piece]]] = []  # the first answer to learn in a text, the text, its pieces
         learnt = 0
@@ -79,7 +79,12 @@ class Conversations:
         texts = [_spans(pieces, [i >= first and w for i, w in enumerate(weights)]) for first, _, pieces in found]
         return [spans for spans in texts if any(span.trained for span in spans)]
 
-    def _mode(self, conversation: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> Mode:
+    def mode_of(self, conversation: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> Mode:
+        """How a conversation is answered, of which these answers are known.
+
+        Raises:
+          ValueError: there is no such mode.
+        """
         mode = conversation.get("mode") or self.mode
         if mode is None:
             return "high" if any(answer.get("reasoning_content") for answer in answers) else "non-think"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,12 @@ LOGITS = 2**25  # logits that a device has at once in a loss
 def log_probability(logits: Array, tokens: Array) -> Array:
     """Log-probabilities [...] of int32 `tokens` [...] under float32 `logits` [..., V]."""
     return _log_probability(logits, tokens, (), -1)[0]
+
+
+def log_softmax(logits: Array, axes: Axes, axis: int) -> Array:
+    """Log-probabilities of float32 logits, whose array axis `axis` is the vocabulary, split over mesh axes `axes`."""
+    largest = pmax(jnp.max(logits, axis, keepdims=True), axes)
+    return logits - largest - jnp.log(psum(jnp.sum(jnp.exp(logits - largest), axis, keepdims=True), axes))
 
 
 def _log_probability(logits: Array, tokens: Array, axes: Axes, axis: int) -> tuple[Array, Array, Array]:
@@ -57,7 +64,7 @@ def cross_entropy(hidden: Array, head: Array, tokens: Array, weights: Array, axe
         hidden, tokens, weights = x
         return _block(hidden, tokens, weights, head, axes)[0]
 
-    return jnp.sum(jax.lax.map(block, _blocks(head, hidden, tokens, weights)))
+    return jnp.sum(jax.lax.map(block, blocks(head, hidden, tokens, weights)))
 
 
 def _block(hidden: Array, tokens: Array, weights: Array, head: Array, axes: Axes) -> tuple[Array, Array, Array]:
@@ -70,7 +77,7 @@ def _block(hidden: Array, tokens: Array, weights: Array, head: Array, axes: Axes
     return -jnp.sum(weights * scores), powers, total
 
 
-def _blocks(head: Array, *arrays: Array) -> tuple[Array, ...]:
+def blocks(head: Array, *arrays: Array) -> tuple[Array, ...]:
     """[T, ...] arrays as [blocks, tokens of one, ...], with zeros behind the last token.
 
     A block adds to the whole gradient of the head: it has enough tokens for its products to outweigh that.
@@ -86,30 +93,101 @@ def _blocks(head: Array, *arrays: Array) -> tuple[Array, ...]:
     return tuple(map(cut, arrays))
 
 
-def _forward(hidden: Array, head: Array, tokens: Array, weights: Array, axes: Axes) -> tuple[Array, Any]:
+class _Gradient(NamedTuple):
+    """What the gradient of a loss comes to, where that of the loss itself is 1.
+
+    Attributes:
+      of_hidden: [T, D] float32.
+      of_head: [V, D] float32.
+      hidden: of no elements, for its dtype.
+      head: the same.
+    """
+
+    of_hidden: Array
+    of_head: Array
+    hidden: Array
+    head: Array
+
+    def times(self, gradient: Array) -> tuple[Array, Array]:
+        """The gradients of hidden states and head."""
+        of_hidden, of_head = (gradient * self.of_hidden, gradient * self.of_head)
+        return of_hidden.astype(self.hidden.dtype), of_head.astype(self.head.dtype)
+
+
+def with_gradient(
+    of_block: Callable[..., tuple[Array, Array]], hidden: Array, head: Array, *arrays: Array
+) -> tuple[Array, _Gradient]:
+    """A sum over blocks of tokens of what a function makes of their logits, and its gradient.
+
+    Args:
+      of_block: `(hidden, *arrays)` of a block's tokens -> its loss, and the gradient to its logits [V, T], float32.
+      hidden: [T, D] what the head is applied to.
+      head: [V, D].
+      *arrays: [T, ...] of the tokens; zeros stand behind the last, for which the gradient must be zero.
+    """
     dtype = jnp.result_type(hidden, head)
 
     def block(of_head: Array, x: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
-        hidden, tokens, weights = x
-        loss, powers, total = _block(hidden, tokens, weights, head, axes)
-        chosen = jnp.arange(head.shape[0])[:, None] == tokens
-        # Subtracted before it is rounded: of a sure token the two are almost the same.
-        of_logits = (weights / total * powers - weights * chosen).astype(dtype)
-        of_head = of_head + einsum("vt,td->vd", of_logits, hidden, dtype=jnp.float32)
+        loss, of_logits = of_block(*x)
+        of_logits = of_logits.astype(dtype)
+        of_head = of_head + einsum("vt,td->vd", of_logits, x[0], dtype=jnp.float32)
         return of_head, (loss, einsum("vt,vd->td", of_logits, head, dtype=jnp.float32))
 
     zeros = jnp.zeros(head.shape, jnp.float32)
-    of_head, (losses, of_hidden) = jax.lax.scan(block, zeros, _blocks(head, hidden, tokens, weights))
+    of_head, (losses, of_hidden) = jax.lax.scan(block, zeros, blocks(head, hidden, *arrays))
     of_hidden = of_hidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
-    # Of no elements, for their dtypes.
-    return jnp.sum(losses), (of_hidden, of_head, hidden[:0], head[:0])
+    return jnp.sum(losses), _Gradient(of_hidden, of_head, hidden[:0], head[:0])
 
 
-def _backward(axes: Axes, residuals: Any, gradient: Array) -> tuple[Array, Array, None, None]:
+def _forward(hidden: Array, head: Array, tokens: Array, weights: Array, axes: Axes) -> tuple[Array, Any]:
+    def of_block(hidden: Array, tokens: Array, weights: Array) -> tuple[Array, Array]:
+        loss, powers, total = _block(hidden, tokens, weights, head, axes)
+        chosen = jnp.arange(head.shape[0])[:, None] == tokens
+        # Subtracted before it is rounded: of a sure token the two are almost the same.
+        return loss, weights / total * powers - weights * chosen
+
+    return with_gradient(of_block, hidden, head, tokens, weights)
+
+
+def _backward(axes: Axes, residuals: _Gradient, gradient: Array) -> tuple[Array, Array, None, None]:
     """Every device has the whole sum, and of its gradient a part: all of them together make one."""
-    of_hidden, of_head, hidden, head = residuals
-    gradient = psum(gradient, axes)
-    return (gradient * of_hidden).astype(hidden.dtype), (gradient * of_head).astype(head.dtype), None, None
+    return *residuals.times(psum(gradient, axes)), None, None
 
 
 cross_entropy.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def log_probabilities(hidden: Array, head: Array, tokens: Array, axes: Axes = ()) -> Array:
+    """Log-probabilities of tokens, block of tokens by block; the backward pass makes each block's logits again.
+
+    Args:
+      hidden: [T, D] what the head is applied to.
+      head: [V, D], of the dtype of `hidden`, or wider.
+      tokens: [T] int32; as for `cross_entropy`.
+      axes: as for `cross_entropy`.
+
+    Returns:
+      [T] float32; every device of `axes` has all of them, and of the gradient of `hidden` its own part.
+    """
+
+    def block(x: tuple[Array, ...]) -> Array:
+        logits = einsum("vd,td->vt", head, x[0], dtype=jnp.float32)
+        return _log_probability(logits, x[1], axes, 0)[0]
+
+    return jax.lax.map(block, blocks(head, hidden, tokens)).reshape(-1)[: len(tokens)]
+
+
+def _scores_backward(axes: Axes, residuals: Any, gradient: Array) -> tuple[Array, Array, None]:
+    hidden, head, tokens = residuals
+
+    def of_block(hidden: Array, tokens: Array, gradient: Array) -> tuple[Array, Array]:
+        loss, powers, total = _block(hidden, tokens, gradient, head, axes)
+        chosen = jnp.arange(head.shape[0])[:, None] == tokens
+        return loss, gradient * chosen - gradient / total * powers
+
+    found = with_gradient(of_block, hidden, head, tokens, psum(gradient, axes))[1]
+    return *found.times(jnp.float32(1)), None
+
+
+log_probabilities.defvjp(lambda *x: (log_probabilities(*x), x[:3]), _scores_backward)
