@@ -17,7 +17,7 @@ cross from HBM once per call, however its rows fall into tiles.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.kernels.block_scales import LANES
-from v4_jax.kernels.grouped_matmul.visits import Visits, list_visits
 from v4_jax.kernels.stored_weights import Form, Tile, in_memory, multiply, supports, tiles
 from v4_jax.number_formats import BlockScaled, Weight, bytes_of
 
@@ -65,11 +64,9 @@ def grouped_matmul(rows: Array, weight: Weight, sizes: Array, *, layer: Any = No
         raise ValueError(f"rows {rows.shape} and sizes {sizes.shape} do not fit a weight {weight.shape}")
     tile = _tile_rows(count, groups)
     columns = min(COLUMNS, width)
-    visits = list_visits(sizes, count, tile)
-    total = jnp.maximum(
-        visits.total[0], 1
-    )  # a grid of no steps is not worth finding out about: without rows, visit one
-    scalars = (jnp.asarray(layer, jnp.int32).reshape(1), *visits)
+    visits = _visits(sizes, count, tile)
+    total = jnp.maximum(visits.total, 1)  # a grid of no steps is not worth finding out about: without rows, visit one
+    scalars = (jnp.asarray(layer, jnp.int32).reshape(1), *visits[:-1])
     operands, form = in_memory(weight)
 
     def spec(tile: Tile) -> pl.BlockSpec:
@@ -84,10 +81,10 @@ def grouped_matmul(rows: Array, weight: Weight, sizes: Array, *, layer: Any = No
             num_scalar_prefetch=len(scalars),
             grid=(pl.cdiv(width, columns), total),
             in_specs=[
-                pl.BlockSpec((tile, depth), lambda n, v, layer, group, place, *_: (place[v], 0)),
+                pl.BlockSpec((tile, depth), lambda n, v, layer, group, base, *_: (base[group[v]] + v, 0)),
                 *map(spec, tiles(operands, form, columns)),
             ],
-            out_specs=pl.BlockSpec((tile, columns), lambda n, v, layer, group, place, *_: (place[v], n)),
+            out_specs=pl.BlockSpec((tile, columns), lambda n, v, layer, group, base, *_: (base[group[v]] + v, n)),
         ),
         out_shape=jax.ShapeDtypeStruct((count, width), rows.dtype),
         compiler_params=pltpu.CompilerParams(
@@ -100,6 +97,16 @@ def grouped_matmul(rows: Array, weight: Weight, sizes: Array, *, layer: Any = No
     return jnp.where(jnp.arange(count)[:, None] < jnp.sum(sizes), out, 0)
 
 
+class _Visits(NamedTuple):
+    """The pairs (group, tile of rows) to compute, in row order: visit v is of tile `base[group[v]] + v`."""
+
+    group: Array  # [V] int32; entries from `total` on are not read
+    base: Array  # [G] int32
+    first: Array  # [G] int32, first row of each group
+    last: Array  # [G] int32, one beyond its last
+    total: Array  # int32
+
+
 def _tile_rows(count: int, groups: int) -> int:
     """Rows of a tile. Every visit expands its weights anew, beside the matrix unit's work on the previous ones.
 
@@ -107,6 +114,17 @@ def _tile_rows(count: int, groups: int) -> int:
     """
     few, many = ROWS
     return min(count, many if count // groups >= 2 * many else few)
+
+
+def _visits(sizes: Array, count: int, tile: int) -> _Visits:
+    """Lists the visits; V is the most there can be: each tile once, and once more for each boundary between groups."""
+    last = jnp.cumsum(sizes.astype(jnp.int32))
+    first = last - sizes
+    tiles = jnp.where(sizes > 0, (last - 1) // tile - first // tile + 1, 0)
+    ends = jnp.cumsum(tiles)
+    visits = jnp.arange(pl.cdiv(count, tile) + min(count, sizes.shape[0]) - 1)
+    group = jnp.sum(ends <= visits[:, None], axis=1, dtype=jnp.int32)
+    return _Visits(jnp.minimum(group, sizes.shape[0] - 1), first // tile - (ends - tiles), first, last, ends[-1])
 
 
 def _cost(rows: Array, weight: Weight, columns: int) -> pl.CostEstimate:
@@ -118,12 +136,14 @@ def _cost(rows: Array, weight: Weight, columns: int) -> pl.CostEstimate:
     return pl.CostEstimate(flops=2 * count * width * depth, bytes_accessed=traffic, transcendentals=0)
 
 
-def _kernel(layer: Any, *refs: Any, form: Form) -> None:
+def _kernel(layer: Any, group: Any, base: Any, first: Any, last: Any, rows: Any, *rest: Any, form: Form) -> None:
     """One visit: `rows` [tile, K] times a tile of the weight into the group's own rows of `out` [tile, columns]."""
     del layer
-    visits, (rows, *tile, out) = Visits(*refs[: len(Visits._fields)]), refs[len(Visits._fields) :]
-    n, columns = pl.program_id(0), out.shape[1]
-    mine = visits.own(pl.program_id(1), (out.shape[0], 1))
+    *tile, out = rest
+    n, visit = pl.program_id(0), pl.program_id(1)
+    own, (count, columns) = group[visit], out.shape
+    row = (base[own] + visit) * count + jax.lax.broadcasted_iota(jnp.int32, (count, 1), 0)
+    mine = (first[own] <= row) & (row < last[own])
 
     def store(here: Any, products: Array) -> None:
         out[:, here] = jnp.where(mine, products.astype(out.dtype), out[:, here])

@@ -1,4 +1,8 @@
-"""Which pairs of a group and a tile of rows share rows, where rows are sorted by group: what a kernel's grid walks."""
+"""Which pairs of a group and a tile of rows share rows, where rows are sorted by group: what a kernel's grid walks.
+
+`grouped_matmul.tpu` has a list of its own, of fewer scalars, for a grid that is as long as the list: what this one has
+beyond it costs 60 to 130 bundles a step, which steps on few rows are too short for.
+"""
 
 from __future__ import annotations
 
