@@ -13,12 +13,24 @@ from v4_jax.config import Config
 from v4_jax.kernels.grouped_matmul.groups import tile_rows
 from v4_jax.kernels.grouped_matmul.tpu import ROWS
 from v4_jax.kernels.stored_weights import SPREAD_ROWS
+from v4_jax.layers.expert_parallelism import FEW_TOKENS
 from v4_jax.planning.hlo import Expected, Instruction, Program, Share
+from v4_jax.sharding.dispatch import capacity
 from v4_jax.sharding.split import Split
 
 # Turns that the TPU compiler's estimate takes a loop to have whose length is known only at run time (libtpu 0.0.42,
 # seen on loops and grids in Pallas kernels whose bodies' cycles are known).
 DYNAMIC_TURNS = 42
+
+# Kernels whose grids have a step for each tile of places, those without rows included.
+TRAINING = (
+    "experts_hidden",
+    "experts_out",
+    "experts_activations",
+    "experts_rows_gradient",
+    "experts_w1_w3_gradient",
+    "experts_w2_gradient",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +64,16 @@ class OnMean(Expected):
         return self.config.n_routed_experts / self.split.count(self.split.axes("experts"))
 
     @property
+    def _places(self) -> float:
+        """Room for choices on a device, of which an even load fills `_own / n_routed_experts`."""
+        split, top = self.split, self.config.num_experts_per_tok
+        away = split.count(tuple(a for a in split.axes("experts") if a not in split.shared("experts")))
+        rows = self.tokens // split.count(split.tokens)
+        if rows * away <= FEW_TOKENS or away == 1:
+            return rows * away * top
+        return away * capacity(rows * top, away)
+
+    @property
     def _hit(self) -> float:
         """Experts of a device that any token chose."""
         return self._own * (1 - (1 - 1 / self.config.n_routed_experts) ** self._choices)
@@ -62,7 +84,7 @@ class OnMean(Expected):
         if self.program.communicates(loop):
             return 1
         rows = self._choices / self.config.n_routed_experts  # of each expert, all devices together
-        if "/while/body/" in loop.op_name.rsplit("/ffn/", 1)[-1]:
+        if "while/body/" in loop.op_name.rsplit("experts.ffn/", 1)[-1]:
             return max(1.0, rows / tile_rows(math.ceil(rows), 1))
         return min(1.0, rows) * self._own
 
@@ -90,6 +112,8 @@ class OnMean(Expected):
         elif name == "experts" and "/experts.ffn/" in kernel.op_name:
             rows *= self.config.num_experts_per_tok
             turns = self._hit  # the estimate has one turn of this loop, whose bounds it finds in no constant
+        elif name in TRAINING:  # places without a row cost nothing
+            return Share(*[min(1.0, own / self._places)] * 3)
         elif name == "visit_experts":
             visits = self._own * _turns(SPREAD_ROWS, self._choices, 1 / self.config.n_routed_experts)
             return Share(visits / DYNAMIC_TURNS, min(1.0, own / rows), min(1.0, visits * SPREAD_ROWS / rows))

@@ -114,7 +114,7 @@ def _round(
     places = jnp.where(inside, target * room + within, -1)
 
     def by_choice(values: Array) -> Array:
-        chosen = _leave(values.reshape(-1), choice, places.reshape(-1, 1))
+        chosen = leave(values.reshape(-1), choice, places.reshape(-1, 1))
         return exchange(jnp.where(used.reshape(-1), chosen, 0), sent, got, axes)
 
     def in_tiles(rows: Array) -> Array:
@@ -122,15 +122,15 @@ def _round(
         which all that is done to them before and after takes ten times as long."""
         return rows.reshape(rows.shape[0], -1, LANES) if rows.shape[1] % LANES == 0 else rows
 
-    there = exchange(_leave(in_tiles(x), choice // top, places), sent, got, axes)
+    there = exchange(leave(in_tiles(x), choice // top, places), sent, got, axes)
     out = function(there.reshape(-1, x.shape[1]), jax.tree.map(by_choice, extra), weights)
-    total = _return(exchange(in_tiles(out), got, sent, axes), choice // top, places)
+    total = back(exchange(in_tiles(out), got, sent, axes), choice // top, places)
     return total.reshape(rows, -1)
 
 
 @jax.custom_vjp
-def _leave(x: Array, source: Array, places: Array) -> Array:
-    """What stands in each place: rows [P, ...] of x [T, ...], the transpose of `_return`.
+def leave(x: Array, source: Array, places: Array) -> Array:
+    """What stands in each place: rows [P, ...] of x [T, ...], the transpose of `back`.
 
     Either is its other's gradient, so that rows are gathered in both directions: on TPUs a scatter goes row by row.
 
@@ -144,8 +144,8 @@ def _leave(x: Array, source: Array, places: Array) -> Array:
 
 
 @jax.custom_vjp
-def _return(rows: Array, source: Array, places: Array) -> Array:
-    """[T, ...] float32 sum over the places that hold each row; see `_leave`."""
+def back(rows: Array, source: Array, places: Array) -> Array:
+    """[T, ...] float32 sum over the places that hold each row; see `leave`."""
     del source
     held = places.reshape(*places.shape, *(1,) * (rows.ndim - 1)) >= 0
 
@@ -156,16 +156,16 @@ def _return(rows: Array, source: Array, places: Array) -> Array:
 
 
 def _leave_backward(residuals: Any, gradient: Array) -> tuple[Array, None, None]:
-    return _return(gradient, *residuals).astype(gradient.dtype), None, None
+    return back(gradient, *residuals).astype(gradient.dtype), None, None
 
 
-def _return_backward(residuals: Any, gradient: Array) -> tuple[Array, None, None]:
+def _back_backward(residuals: Any, gradient: Array) -> tuple[Array, None, None]:
     like, *where = residuals
-    return _leave(gradient.astype(like.dtype), *where), None, None
+    return leave(gradient.astype(like.dtype), *where), None, None
 
 
-_leave.defvjp(lambda x, *where: (_leave(x, *where), where), _leave_backward)
-_return.defvjp(lambda rows, *where: (_return(rows, *where), (rows[:0], *where)), _return_backward)
+leave.defvjp(lambda x, *where: (leave(x, *where), where), _leave_backward)
+back.defvjp(lambda rows, *where: (back(rows, *where), (rows[:0], *where)), _back_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

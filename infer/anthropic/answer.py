@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from v4_jax.infer.anthropic.body import read_messages_body
+from v4_jax.infer.anthropic.body import read_count_body, read_messages_body
 from v4_jax.infer.openai.api import Api, ApiError, Question, server_sent
 from v4_jax.infer.openai.blocks import Block, GrowingBlocks, whole_blocks
 from v4_jax.infer.openai.completions import Completion, Update
@@ -121,4 +122,11 @@ MESSAGES = Api(
     lambda content: Question(read_messages_body(content), MessagesAnswer),
     _error,
     lambda error: server_sent(_error(error), "error"),
+)
+
+COUNT_TOKENS = dataclasses.replace(
+    MESSAGES,
+    path="/v1/messages/count_tokens",
+    read=lambda content: Question(read_count_body(content), MessagesAnswer),
+    at_once=lambda completion: {"input_tokens": completion.prompt_tokens},
 )

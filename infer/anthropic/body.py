@@ -61,27 +61,32 @@ class AnthropicMessage(Strict):
     content: str | list[dict[str, Any]]
 
 
-class MessagesBody(Strict):
-    """A conversation to answer."""
+class CountBody(Strict):
+    """A conversation whose tokens are counted."""
 
     model: str
-    max_tokens: int = Field(ge=1)
     messages: list[AnthropicMessage] = Field(min_length=1, max_length=MOST_MESSAGES)
     system: str | list[dict[str, Any]] | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: ToolChoice | None = None
+    cache_control: dict[str, Any] | None = None  # without any effect
+
+
+class MessagesBody(CountBody):
+    """A conversation to answer."""
+
+    max_tokens: int = Field(ge=1)
     stop_sequences: Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
     temperature: float | None = Field(None, ge=0, le=1)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: TopK | None = None
     seed: Seed | None = None
-    thinking: Thinking | None = None
-    output_config: OutputConfig | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: ToolChoice | None = None
     stream: bool | None = None
     # Taken, and without any effect on an answer.
     metadata: dict[str, str | None] | None = None
     service_tier: str | None = None
-    cache_control: dict[str, Any] | None = None
 
 
 def read_messages_body(content: Any) -> ChatBody:
@@ -91,12 +96,22 @@ def read_messages_body(content: Any) -> ChatBody:
       BodyError: it is not legal, or asks for what is not supported.
     """
     asked = validated(MessagesBody, content)
+    same = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stream")
+    return _as_chat(asked, {name: getattr(asked, name) for name in same} | {"stop": asked.stop_sequences})
+
+
+def read_count_body(content: Any) -> ChatBody:
+    """The same of a body that asks how many tokens a conversation has."""
+    return _as_chat(validated(CountBody, content), {})
+
+
+def _as_chat(asked: CountBody, more: dict[str, Any]) -> ChatBody:
+    """A conversation as a chat, with other fields of it."""
     output, thinking = asked.output_config or OutputConfig(), asked.thinking
     choice = asked.tool_choice or ToolChoice(type="auto")
     if (choice.type == "tool") != bool(choice.name):
         raise BodyError("tool_choice has a name if and only if its type is 'tool'", "tool_choice.name")
     tools = [_tool(tool, f"tools.{number}") for number, tool in enumerate(asked.tools or ())]
-    same = ("model", "max_tokens", "temperature", "top_p", "top_k", "seed", "stream")
     thinks: dict[str, Any] | None = None
     if thinking is not None:
         thinks = {"type": "disabled" if thinking.type == "disabled" else "enabled"}
@@ -104,9 +119,9 @@ def read_messages_body(content: Any) -> ChatBody:
     schema = output.format and {"name": "answer", "schema": output.format.schema_}
     names: dict[str, Any] = {"auto": "auto", "none": "none", "any": "required"}
     body = {
-        **{name: getattr(asked, name) for name in same},
+        **more,
+        "model": asked.model,
         "messages": _messages(asked),
-        "stop": asked.stop_sequences,
         "thinking": thinks,
         "reasoning_effort": output.effort,
         "response_format": schema and {"type": "json_schema", "json_schema": schema},
@@ -119,7 +134,7 @@ def read_messages_body(content: Any) -> ChatBody:
     return chat
 
 
-def _messages(asked: MessagesBody) -> list[dict[str, Any]]:
+def _messages(asked: CountBody) -> list[dict[str, Any]]:
     turns = Turns()
     if asked.system:
         turns.say("system", asked.system)

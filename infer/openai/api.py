@@ -80,12 +80,14 @@ class Api:
       read: a parsed JSON body; raises `BodyError`.
       error: the JSON of an error.
       error_event: an error in a stream, whose status is on its way already.
+      at_once: the answer, where it needs no token of the model's; None where it does.
     """
 
     path: str
     read: Callable[[Any], Question]
     error: Callable[[ApiError], dict[str, Any]]
     error_event: Callable[[ApiError], bytes]
+    at_once: Callable[[Completion], dict[str, Any]] | None = None
 
     def refusal(self, error: ApiError) -> JSONResponse:
         """An answer that is an error."""

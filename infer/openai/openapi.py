@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
-from v4_jax.infer.anthropic.body import MessagesBody
+from v4_jax.infer.anthropic.body import CountBody, MessagesBody
 from v4_jax.infer.openai.bodies import ChatBody, CompletionBody
 from v4_jax.infer.openai.responses_body import ResponsesBody
 
@@ -44,6 +44,7 @@ _OTHER_ERROR = _object("type error", type={"const": "error"}, error=_object("typ
 _ITEMS = {"type": "array", "items": _object("type", type=_TEXT)}
 _RESPONSE = _object("id object created_at status model output usage", object={"const": "response"}, output=_ITEMS)
 _MESSAGE = _object("id type role model content stop_reason usage", type={"const": "message"}, content=_ITEMS)
+_COUNT = _object("input_tokens", input_tokens=_WHOLE)
 _MODEL = _object("id object created owned_by", id=_TEXT, object={"const": "model"}, created=_WHOLE, owned_by=_TEXT)
 
 
@@ -61,7 +62,7 @@ def openapi(version: str, *, keys: bool) -> dict[str, Any]:
       version: of the server.
       keys: whether a key is asked for.
     """
-    bodies = (ChatBody, CompletionBody, ResponsesBody, MessagesBody)
+    bodies = (ChatBody, CompletionBody, ResponsesBody, MessagesBody, CountBody)
     kinds: list[tuple[Any, Any]] = [(body, "validation") for body in bodies]
     _, schemas = models_json_schema(kinds, ref_template=_REF)
     security: list[dict[str, list[str]]] = [{"key": []}] if keys else []
@@ -75,9 +76,12 @@ def openapi(version: str, *, keys: bool) -> dict[str, Any]:
             found["429"]["headers"] = {"Retry-After": {"schema": _WHOLE}}
         return found
 
-    def post(summary: str, body: str, answer: dict[str, Any], error: dict[str, Any] = _ERROR) -> dict[str, Any]:
-        whole = response("The answer; with stream, server-sent events of its pieces.", answer)
-        whole["content"]["text/event-stream"] = {"schema": _TEXT}
+    def post(
+        summary: str, body: str, answer: dict[str, Any], error: dict[str, Any] = _ERROR, streams: bool = True
+    ) -> dict[str, Any]:
+        whole = response("The answer; with stream, server-sent events of its pieces." if streams else "It.", answer)
+        if streams:
+            whole["content"]["text/event-stream"] = {"schema": _TEXT}
         content = {"application/json": {"schema": {"$ref": _REF.format(model=body)}}}
         return {
             "post": {
@@ -106,6 +110,9 @@ def openapi(version: str, *, keys: bool) -> dict[str, Any]:
             "/v1/completions": post("Continue a text", "CompletionBody", _answer("text_completion", "text")),
             "/v1/responses": post("Answer a conversation of items", "ResponsesBody", _RESPONSE),
             "/v1/messages": post("Answer a conversation, in Anthropic's form", "MessagesBody", _MESSAGE, _OTHER_ERROR),
+            "/v1/messages/count_tokens": post(
+                "How many tokens a conversation has", "CountBody", _COUNT, _OTHER_ERROR, streams=False
+            ),
             "/v1/models": get("The models", {"200": response("One.", listed), **known}, security=security),
             "/v1/models/{model}": get(
                 "A model",

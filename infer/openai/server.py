@@ -1,6 +1,6 @@
 """OpenAI's API over HTTP, and Anthropic's: answers, streamed or whole, and models.
 
-POST /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages
+POST /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages, /v1/messages/count_tokens
 
 GET /v1/models, /health, /metrics, /openapi.json
 
@@ -25,7 +25,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from v4_jax.infer.anthropic.answer import MESSAGES
+from v4_jax.infer.anthropic.answer import COUNT_TOKENS, MESSAGES
 from v4_jax.infer.openai.answers import CHAT, TEXT
 from v4_jax.infer.openai.api import Api, ApiError, Question
 from v4_jax.infer.openai.bodies import BodyError
@@ -39,7 +39,7 @@ from v4_jax.infer.openai.running import Running, open_stream, overloaded, too_sl
 from v4_jax.infer.openai.service import Service
 from v4_jax.json_text import JsonError, read_json
 
-APIS = {api.path: api for api in (CHAT, TEXT, RESPONSES, MESSAGES)}
+APIS = {api.path: api for api in (CHAT, TEXT, RESPONSES, MESSAGES, COUNT_TOKENS)}
 _READ = ("/v1/models", "/health", "/metrics", "/openapi.json")
 
 
@@ -199,6 +199,8 @@ class _Server:
         content = await self._content(request)
         # Reading a million tokens takes seconds, in which others' tokens must flow.
         question, completion = await self._prepared(content, api, request.scope[SALT])
+        if api.at_once is not None:
+            return JSONResponse(api.at_once(completion))
         running = record.running = Running(self._service, completion, self._metrics, self._limits.seconds)
         writer = question.writer(completion)
         if not question.body.stream:

@@ -17,7 +17,7 @@ from v4_jax import Config
 from v4_jax.cache.entries import Entries
 from v4_jax.cache.ring import Ring
 from v4_jax.cache.rows import StoredRows
-from v4_jax.kernels.choose import best_experts
+from v4_jax.kernels.choose import best_experts, many_rows_experts
 from v4_jax.kernels.experts.tpu import ROWS, experts
 from v4_jax.kernels.grouped_matmul.tpu import grouped_matmul
 from v4_jax.kernels.hyper_connections.reference import Numbers, Site
@@ -35,7 +35,7 @@ from v4_jax.layers.lightning_indexer import select
 from v4_jax.layers.linear import grouped_linear, linears
 from v4_jax.layers.mixture_of_experts import Experts, dispatch
 from v4_jax.layers.partial_softmax import finish
-from v4_jax.layers.partials import STATISTICS, Packed
+from v4_jax.layers.partials import STATISTICS, Packed, Partial
 from v4_jax.layers.rotary import Turn
 from v4_jax.layers.visible import Visible
 from v4_jax.layers.window_attention import attend_window, attention_end
@@ -139,6 +139,32 @@ def test_whole_experts(build, rows, groups, hidden, depth, form):
     assert copied(compiled) <= SPARE + yielded
     assert "copy-start(%weights" not in compiled.as_text()  # into VMEM, where it has room
     assert compiled.cost_analysis()["flops"] >= 6 * rows * 6 * depth * hidden
+
+
+@pytest.mark.parametrize(
+    ("rows", "groups", "hidden", "depth"),
+    [
+        (24576, 2, 2048, 4096),  # Flash on 128 chips: an eighth of 16K tokens each
+        (3072, 3, 3072, 7168),  # Pro on 128
+    ],
+)
+def test_experts_of_training(build, rows, groups, hidden, depth):
+    """No gradient of a weight is as large as rows, and nothing of the rows is in float32."""
+    weights = [shape(jnp.float32, groups, *two) for two in ((hidden, depth), (hidden, depth), (depth, hidden))]
+
+    def run(x, scale, weights, sizes, gradient):
+        def call(x, scale, weights):
+            return many_rows_experts(lambda x, *_: x, x, scale, weights, sizes, None, limit=10.0)
+
+        out, pull = jax.vjp(call, x, scale, weights)
+        return out, pull(gradient)
+
+    x = shape(jnp.bfloat16, rows, depth)
+    compiled = build(run, x, shape(jnp.float32, rows), weights, shape(jnp.int32, groups), x)
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 6
+    cast, activations = 2 * 3 * groups * hidden * depth, 2 * 3 * rows * hidden
+    assert compiled.memory_analysis().temp_size_in_bytes < SPARE + cast + activations + 2 * rows * depth
+    assert not re.search(rf"f32\[{rows},\d+\]", compiled.as_text())
 
 
 @pytest.mark.parametrize("tokens", [1, 128])
@@ -296,6 +322,44 @@ def test_window_attention(build, rows, queries, heads, past, entries, dtype):
     window = 0 if keys is None else (past + queries + 128) * size
     copied_first = rows * entries * size if entries % 16 else 0
     assert compiled.memory_analysis().temp_size_in_bytes < SPARE + 4 * (rows * window + copied_first)
+
+
+@pytest.mark.parametrize(
+    ("queries", "heads", "entries"),
+    [
+        (512, 64, 0),  # Flash: a sliding layer
+        (512, 64, 128),  # HCA, 16K tokens
+        (300, 128, 512),  # Pro, 64K tokens, an uneven chunk
+    ],
+)
+def test_gradients_of_window_attention(build, queries, heads, entries):
+    """Forward and backward are a kernel each, between which nothing is kept but a number for each head."""
+    size, past = 512, 127
+
+    def run(queries, keys, held, low, high, given):
+        visible = Visible(low, high, jnp.min(low), jnp.max(high)) if entries else None
+
+        def attend(queries, keys, held):
+            return attend_window(queries, keys, low, Entries.uncached(held) if entries else None, visible)
+
+        partial, pull = jax.vjp(attend, queries, keys, held)
+        return partial, pull(Partial(*given))
+
+    by_head = shape(jnp.float32, 1, queries, heads)
+    arguments = (
+        shape(jnp.bfloat16, 1, queries, heads, size),
+        shape(jnp.bfloat16, 1, past + queries, size),
+        shape(jnp.bfloat16, 1, entries, size) if entries else None,
+        shape(jnp.int32, 1, queries),
+        shape(jnp.int32, 1, queries),
+        (by_head, by_head, shape(jnp.float32, 1, queries, heads, size)),
+    )
+    compiled = build(run, *arguments)
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
+    rounded, statistics = 2 * queries * heads * size, 4 * 128 * queries * heads
+    padded = 2 * rounded if queries % 8 else 0
+    sums = 4 * 2 * 2 * (queries + 512 + entries) * size
+    assert compiled.memory_analysis().temp_size_in_bytes < SPARE + rounded + 3 * statistics + 2 * padded + sums
 
 
 LAYERS = 20

@@ -147,6 +147,28 @@ def test_few_tokens_reach_few_experts_in_one_kernel():
     assert share("experts.shared/experts") == Share()
 
 
+def training():
+    """16K tokens on each of 128 devices that share the experts."""
+    split = Split.on(abstract_mesh({"data": 1, "seq": 1, "expert": 128, "tensor": 1}), resolve("train"), 1, 1)
+    return OnMean(Program(TEXT), Config.flash(), 128 * 16384, 1, False, split)
+
+
+def test_half_of_the_places_that_training_exchanges_hold_rows():
+    text = TEXT.replace("experts.ffn/grouped_matmul", "experts.ffn/cond/branch_0_fun/experts_hidden")
+    kernel = next(i for c in Program(text).computations.values() for i in c.instructions.values() if i.is_kernel)
+    assert training().share(kernel) == Share(0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(("name", "trips"), [("while", 2), ("while/body/while", 48)])
+def test_walks_over_experts_within_an_exchange(name, trips, monkeypatch):
+    """Two experts on each device, and 48 tiles of 1,024 rows for each."""
+    monkeypatch.setattr(Program, "communicates", lambda self, loop: False)
+    text = TEXT.replace("ffn/experts.ffn/grouped_matmul", f"ffn/experts.dispatch/while/body/experts.ffn/{name}")
+    text = text.replace("/pallas_call", "")
+    loop = next(i for c in Program(text).computations.values() for i in c.instructions.values() if i.is_kernel)
+    assert training().trips(loop) == trips
+
+
 def test_visits_of_a_hundred_rows():
     """128 rows of Flash are three to an expert: one visit each, and none of the one in twenty that nobody chose."""
     text = TEXT.replace("experts.ffn/grouped_matmul", "experts.ffn/visit_experts")

@@ -5,7 +5,7 @@ Pallas kernel, or `cpu.py`, written so that XLA:CPU makes quick code of it. Laye
 
     function                 reference                      cpu                                       tpu
     products, weighted       einsum                         keys' gradients as sums, of few heads     reference
-    window_attention         caller's, part by part         reference                                 kernel
+    window_attention         caller's, part by part         reference                                 kernels both ways
     window_step              caller's, read in order        reference                                 one kernel
     index_scores             einsum                         head by head                              reference
     enter_site, leave_site,  formulas of the report         reference                                 one kernel
@@ -24,6 +24,7 @@ Pallas kernel, or `cpu.py`, written so that XLA:CPU makes quick code of it. Laye
     map_groups               tiles of each group in turn    reference                                 caller's kernel
     few_rows_experts,        caller's, by groups of rows    reference                                 one kernel
     expert_of_all            caller's, by products          reference                                 the same
+    many_rows_experts        caller's, by `map_groups`      reference                                 kernels both ways
     best_experts             top-k, and gather              reference                                 kernel
 """
 
@@ -42,12 +43,14 @@ from v4_jax.cache.entries import Entries
 from v4_jax.cache.ring import Ring
 from v4_jax.cache.rows import StoredRows
 from v4_jax.kernels.attention import cpu as attention_cpu
+from v4_jax.kernels.attention import gradients as attention_gradients
 from v4_jax.kernels.attention import reference as attention
 from v4_jax.kernels.attention import tpu as attention_tpu
 from v4_jax.kernels.compressor import tpu as compressor_tpu
 from v4_jax.kernels.compressor.tpu import CompressorWeights
 from v4_jax.kernels.csa import tpu as csa_tpu
 from v4_jax.kernels.experts import tpu as experts_tpu
+from v4_jax.kernels.experts import training as experts_training
 from v4_jax.kernels.grouped_matmul import groups
 from v4_jax.kernels.hyper_connections import reference as hyper_connections
 from v4_jax.kernels.hyper_connections import tpu as hyper_connections_tpu
@@ -107,7 +110,8 @@ def window_attention(
     """See `attention.tpu.window_attention` for all arguments but the first.
 
     Args:
-      plain: the same, in whose place the kernel runs in programs for TPUs, but where gradients are asked for.
+      plain: the same, in whose place the kernel runs in programs for TPUs. It has gradients where entries live in no
+        cache, and those that are asked for beyond are the plain form's.
       queries: [B, Q, H, C].
       keys: of the window.
       oldest: where each query's window may begin.
@@ -117,8 +121,49 @@ def window_attention(
     """
     if not attention_tpu.supports(queries):
         return _handed_on(plain, together)(queries, keys, oldest, entries, visible)
+    if attends_in_training(queries, keys, entries) and not together:
+        default = _handed_on(plain, together)
+        return by_platform(queries, keys, oldest, entries, visible, default=default, tpu=_attend_in_training)
     kernel = functools.partial(attention_tpu.window_attention, together=together, interpret=interpreting())
     return _without_gradients(_handed_on(plain, together), tpu=kernel)(queries, keys, oldest, entries, visible)
+
+
+def attends_in_training(queries: Any, keys: Any, entries: Entries | None) -> bool:
+    """Whether `window_attention` has kernels for the gradients, too, in programs for TPUs, of arrays or shapes."""
+    held = None if entries is None else entries.rows.arrays[0][0]
+    uncached = entries is None or (
+        entries.table is None and entries.rows.dtype == jnp.float32 and isinstance(entries.layer, int)
+    )
+    return uncached and attention_gradients.supports(queries, keys, held)
+
+
+def _attend_in_training(
+    queries: Array, keys: Array | None, oldest: Array | None, entries: Entries | None, visible: Visible | None
+) -> Partial:
+    """The kernel, whose gradients are a kernel's."""
+    interpret, dtype = interpreting(), None if entries is None else entries.dtype
+
+    def run(queries: Array, keys: Array | None, held: Array | None, oldest: Any, visible: Any) -> Partial:
+        entries = None if held is None else Entries.uncached(held.astype(dtype))
+        found = attention_tpu.window_attention(queries, keys, oldest, entries, visible, interpret=interpret)
+        assert isinstance(found, Partial)
+        return found
+
+    def forward(*operands: Any) -> tuple[Partial, Any]:
+        found = run(*operands)
+        return found, (operands, found.maximum)
+
+    def backward(residuals: Any, gradient: Partial) -> Any:
+        (queries, keys, held, oldest, visible), maximum = residuals
+        found = attention_gradients.gradients(
+            queries, keys, oldest, held, visible, maximum, gradient.total, gradient.weighted, interpret=interpret
+        )
+        return *found, None, None
+
+    call = jax.custom_vjp(run)
+    call.defvjp(forward, backward)
+    held = None if entries is None else entries.rows.arrays[0][0]
+    return call(queries, keys, held, oldest, visible)
 
 
 def _handed_on(plain: Form, together: bool) -> Form:
@@ -430,6 +475,41 @@ def few_rows_experts(
     return _without_gradients(plain, tpu=kernel)(*operands)
 
 
+def many_rows_experts(
+    plain: Form, rows: Array, scale: Array, weights: Sequence[Weight], sizes: Array, layer: Any, *, limit: float
+) -> Array:
+    """See `experts.training.forward` for all arguments but the first and the layer.
+
+    Args:
+      plain: the same of the arrays and the layer, in whose place kernels run in programs for TPUs, and give the
+        gradients, where weights are such as training has.
+      rows: [M, D], sorted by expert.
+      scale: [M].
+      weights: w1, w3 and w2 of all experts.
+      sizes: rows of each.
+      layer: layer number in stacked weights, or None.
+      limit: bound of the activations.
+    """
+    if layer is not None or not experts_training.supports(rows, weights):
+        return plain(rows, scale, weights, sizes, layer)
+
+    def in_groups(rows: Array, scale: Array, weights: Sequence[Array], sizes: Array) -> Array:
+        return plain(rows, scale, weights, sizes, None)
+
+    def call(*operands: Any) -> Array:
+        kernel = functools.partial(experts_training.forward, limit=limit, interpret=interpreting())
+        return by_platform(*operands, default=in_groups, tpu=kernel)
+
+    def gradients(operands: Any, gradient: Array) -> Any:
+        rows, scale, weights, sizes = operands
+        return *experts_training.gradients(
+            rows, scale, weights, sizes, gradient, limit=limit, interpret=interpreting()
+        ), None
+
+    whole = _with_gradients(call, default=_pull(in_groups), tpu=gradients)
+    return whole(rows, scale, list(weights), sizes)
+
+
 def expert_of_all(plain: Form, x: Array, weights: Sequence[Weight], *, limit: float) -> Array:
     """One expert that all rows visit: [T, D] float32.
 
@@ -477,7 +557,7 @@ def _with_gradients(function: Form, *, default: Form | None = None, **forms: For
 
     Args:
       function: maps arrays to an array.
-      default: maps (operands, gradient) to the operands' gradients; by default that of the function.
+      default: maps (operands, gradient) to the operands' gradients, None for integers; by default that of the function.
       **forms: the same for one platform.
     """
 
@@ -520,6 +600,7 @@ def _without_gradients(default: Form, **forms: Form) -> Form:
 
 def _pull(form: Form) -> Form:
     def pull(operands: Any, gradient: Any) -> Any:
-        return jax.vjp(form, *operands)[1](gradient)
+        found = jax.vjp(form, *operands)[1](gradient)
+        return jax.tree.map(lambda x: None if x.dtype == jax.dtypes.float0 else x, found)
 
     return pull

@@ -19,7 +19,7 @@ from v4_jax.cache.cache import Cache, WindowRole
 from v4_jax.cache.entries import ENTRY_RATIOS, Entries, EntryRole
 from v4_jax.cache.ring import Ring, halo
 from v4_jax.cache.rows import StoredRows
-from v4_jax.kernels.choose import norm_rotate
+from v4_jax.kernels.choose import attends_in_training, norm_rotate
 from v4_jax.kernels.rotary.reference import Projection, Settle, Steps
 from v4_jax.layers.compressor import Compressed, Compressor
 from v4_jax.layers.entry_attention import attend_picked
@@ -28,11 +28,17 @@ from v4_jax.layers.lightning_indexer import LightningIndexer, index_queries, sel
 from v4_jax.layers.linear import linear, project
 from v4_jax.layers.partial_softmax import log_denominator, merge, merge_devices
 from v4_jax.layers.partials import Packed, Partial, separate
-from v4_jax.layers.query_blocks import Queries, QueryBlock, by_query_blocks
+from v4_jax.layers.query_blocks import WIDE_BLOCK, Queries, QueryBlock, by_query_blocks, projects_whole
 from v4_jax.layers.rotary import Turn
 from v4_jax.layers.stages import SPARSE, Stage, keep
 from v4_jax.layers.visible import Visible
-from v4_jax.layers.window_attention import attend_ring, attend_window, attention_end
+from v4_jax.layers.window_attention import (
+    attend_ring,
+    attend_window,
+    attention_end,
+    attention_output,
+    project_output,
+)
 from v4_jax.layout import SHORT, Layout
 from v4_jax.parameters import Module
 from v4_jax.policy import Policy
@@ -148,7 +154,10 @@ class Attention(Module):
 
         def block(x: QueryBlock) -> tuple[Array, Array | None, Array | None, StoredRows | None]:
             with jax.named_scope("attention.queries"):
-                queries = self.queries(x.queries.latent, wq_b, x.queries.turn)
+                projected = x.queries.projected
+                if projected is None:
+                    projected = linear(x.queries.latent, wq_b, dtype)
+                queries = self.queries(projected, x.queries.turn)
             picked = loss = scored = stored = None
             if index is not None and x.queries.index_weights is not None:
                 scored = Scored(index.queries(x.queries), x.queries.index_weights, index.keys)
@@ -179,9 +188,20 @@ class Attention(Module):
                 attended = Attended(queries, log_total, entries)
                 loss = indexer_loss(attended, scored, picked, x.visible, shared)
             with jax.named_scope("attention.output"):
-                output = self.output(partials, sink, x.queries.turn, wo_a, wo_b)
+                if whole:
+                    output = attention_output(partials, sink, x.queries.turn, dtype)
+                else:
+                    output = self.output(partials, sink, x.queries.turn, wo_a, wo_b)
             return output, picked, loss, stored
 
+        # Gradients take the forms that hold logits, but where there are kernels for them.
+        some = jax.ShapeDtypeStruct((y.shape[0], WIDE_BLOCK, wq_b.shape[0] // size, size), dtype)
+        in_kernels = attends_in_training(
+            some, jax.ShapeDtypeStruct((y.shape[0], past + WIDE_BLOCK, size), dtype), entries
+        )
+        whole = projects_whole(latent.shape[0] * layout.size, wq_b.shape[0], dtype, gradients=cache is None)
+        with jax.named_scope("attention.queries"):
+            projected_whole = linear(latent, wq_b, dtype) if whole else None
         queries = Queries(
             latent=latent,
             turn=turn,
@@ -191,6 +211,7 @@ class Attention(Module):
             high=high,
             index_weights=None if index is None else index.weights,
             picks=picks,
+            projected=projected_whole,
         )
         if few:
             seen = Visible(low, high, jnp.min(low), jnp.max(high))
@@ -202,8 +223,11 @@ class Attention(Module):
                 else:
                     before, rows = ring.advance(keys, layout, past, split)
                     tail = before()
-            wide = cache is not None and platform_of_mesh() == "tpu"  # gradients take the forms that hold logits
+            wide = platform_of_mesh() == "tpu" and (cache is not None or (whole and index is None and in_kernels))
             output, picked, loss, _ = by_query_blocks(block, tail, keys, queries, heads, wide=wide)
+            if whole:
+                with jax.named_scope("attention.output"):
+                    output = project_output(output, (wo_a, wo_b), groups=self.groups, dtype=dtype)
         if cache is not None and rows is not None:
             cache = cache.with_ring(self.window, rows)
         return keep(psum(output, split.shared("o_groups")), "attention"), cache, picked, loss
@@ -251,17 +275,21 @@ class Attention(Module):
         return Steps(self.config.rms_norm_eps, self.policy.rounding("keys"))
 
     @nn.nowrap
-    def queries(self, latent: Array, wq_b: Any, turn: Turn) -> Array:
-        """[B, Q, H, C] queries from their latents [B, Q, q_lora_rank]."""
-        c = self.config
-        queries = linear(latent, wq_b, self.policy.compute_dtype).reshape(*latent.shape[:2], -1, c.head_dim)
-        return norm_rotate(queries, None, turn, Steps(c.rms_norm_eps))
+    def queries(self, projected: Array, turn: Turn) -> Array:
+        """[B, Q, H, C] queries from what `wq_b` projects, [B, Q, H * C]."""
+        queries = projected.reshape(*projected.shape[:2], -1, self.config.head_dim)
+        return norm_rotate(queries, None, turn, Steps(self.config.rms_norm_eps))
+
+    @property
+    def groups(self) -> int:
+        """Groups of heads whose output this device projects."""
+        return self.split.share("o_groups", self.config.o_groups)
 
     @nn.nowrap
     def output(self, partials: Sequence[Partial | Packed], sink: Array, turn: Turn, wo_a: Any, wo_b: Any) -> Array:
         """[B, Q, D] from what the queries attended, of this device's groups."""
-        dtype, groups = self.policy.compute_dtype, self.split.share("o_groups", self.config.o_groups)
-        return attention_end(partials, sink, turn, (wo_a, wo_b), groups=groups, dtype=dtype)
+        dtype = self.policy.compute_dtype
+        return attention_end(partials, sink, turn, (wo_a, wo_b), groups=self.groups, dtype=dtype)
 
     def _compressors(self) -> tuple[Compressor | None, LightningIndexer | None]:
         """What the layer's role has: the compressor of its entries, and the indexer that picks them."""

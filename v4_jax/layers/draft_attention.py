@@ -77,7 +77,7 @@ class DraftAttention(Attention):
                 cache = cache.with_ring(self.window, rows)
                 before = ring.replace(rows=rows, start=ring.start + taps.layout.total).history(count)
         with jax.named_scope("attention.window"):
-            queries = self.queries(latent, weights.wq_b, turn)
+            queries = self.queries(linear(latent, weights.wq_b, self.policy.compute_dtype), turn)
             seen = jnp.concatenate([last >= 0, jnp.ones(y.shape[:2], bool)], axis=1)
             keys = jnp.concatenate([before, own], axis=1)
             mask = jnp.broadcast_to(seen[:, None], (*y.shape[:2], keys.shape[1]))

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from v4_jax.architecture import Architecture
-from v4_jax.kernels.choose import few_rows_experts, map_groups
+from v4_jax.kernels.choose import few_rows_experts, many_rows_experts, map_groups
 from v4_jax.kernels.grouped_matmul.tpu import grouped_matmul
 from v4_jax.kernels.stored_weights import supports
 from v4_jax.layers.experts import Experts, expert_ffn
 from v4_jax.sharding import collectives
-from v4_jax.sharding.dispatch import Choices, count_each, visit
-from v4_jax.sharding.platform import interpreting
+from v4_jax.sharding.dispatch import Choices, back, count_each, leave, visit
+from v4_jax.sharding.platform import by_platform, interpreting
 from v4_jax.sharding.split import Split
 
 FEW_TOKENS = 1024  # up to so many, every device sees all tokens and computes its experts' share of them
@@ -122,8 +122,11 @@ def _sorted_experts(
     tokens, top = assigned.shape
     with jax.named_scope("experts.sort"):
         order = jnp.argsort(assigned.reshape(-1), stable=True)
+        sorted_back = jnp.argsort(order)
         sizes = count_each(assigned, count)
-        rows = (x[order // top], weights.reshape(-1)[order])
+        where = order // top, sorted_back.reshape(tokens, top)
+        sorted_x = by_platform(x, *where, default=lambda x, source, places: x[source], tpu=leave)
+        rows = (sorted_x, weights.reshape(-1)[order])
 
     def run(rows: tuple[Array, Array], group: Experts) -> Array:
         return expert_ffn(rows[0], group, rows[1], limit, x.dtype)
@@ -138,8 +141,17 @@ def _sorted_experts(
         return expert_ffn(rows[0], experts, rows[1], limit, x.dtype, products)
 
     kernel = run_all if all(supports(weight, x.dtype) for weight in experts) else None
+
+    def by_groups(rows: Array, scale: Array, weights: Sequence[Any], sizes: Array, layer: Any) -> Array:
+        (w1, w3, w2), width = weights, rows.shape[-1]
+        return map_groups(run, (rows, scale), Experts(w1, w2, w3), sizes, layer=layer, width=width, kernel=kernel)
+
     with jax.named_scope("experts.ffn"):
-        out = map_groups(run, rows, experts, sizes, layer=layer, width=x.shape[-1], kernel=kernel)
+        in_order = [experts.w1, experts.w3, experts.w2]
+        out = many_rows_experts(by_groups, *rows, in_order, sizes, layer, limit=limit)
+
+    def combined(out: Array, source: Array, places: Array) -> Array:
+        return jnp.sum(out[places.reshape(-1)].reshape(tokens, top, -1), axis=1, dtype=jnp.float32)
+
     with jax.named_scope("experts.combine"):
-        back = jnp.argsort(order)
-        return jnp.sum(out[back].reshape(tokens, top, -1), axis=1, dtype=jnp.float32)
+        return by_platform(out, *where, default=combined, tpu=back)

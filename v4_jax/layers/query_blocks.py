@@ -7,7 +7,7 @@ so that nothing of size sequence x heads or sequence x entries is ever held.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,12 @@ from jax import Array
 from v4_jax.layers.rotary import Turn
 from v4_jax.layers.stages import recompute
 from v4_jax.layers.visible import Visible
+from v4_jax.sharding.platform import platform_of_mesh
 
 QUERY_BLOCK = 128  # queries of a row that see the same keys of the window,
 BATCH_BLOCK = 512  # and of all rows, which bounds the memory of a large batch
 WIDE_BLOCK = 512  # queries of all rows, where kernels hold the logits and weights are what a block reads most of
+WHOLE_BYTES = 2**31  # of a chunk's queries, and as much of what they attend, that are held at once in training
 TOGETHER = 2**21  # logits of the window, up to which several blocks of queries are attended side by side
 
 Outputs = TypeVar("Outputs")
@@ -37,6 +39,7 @@ class Queries(NamedTuple):
       high: [B, S] int32 one past the last entry that they see.
       index_weights: [B, S, index heads] float32 head weights of the indexer; None where there is none.
       picks: [B, S, K] int32 entries to attend instead of the indexer's choice, or None.
+      projected: [B, S, H * C] projected already, or None; see `projects_whole`.
     """
 
     latent: Array
@@ -47,6 +50,7 @@ class Queries(NamedTuple):
     high: Array
     index_weights: Array | None = None
     picks: Array | None = None
+    projected: Array | None = None
 
 
 class QueryBlock(NamedTuple):
@@ -69,6 +73,21 @@ class QueryBlock(NamedTuple):
         assert self.keys is not None
         past = self.keys.shape[1] - queries.first.shape[1]
         return queries.first - (queries.indices[:, :1] - past)
+
+
+def projects_whole(tokens: int, width: int, dtype: Any, *, gradients: bool) -> bool:
+    """Whether queries and outputs are projected for all of a chunk, and not for one block of queries after another.
+
+    Where gradients are asked for blocks are narrow, and each would read the projections' weights, and read and write
+    their gradients: on TPUs that takes several times as long as the products themselves. It takes memory instead.
+
+    Args:
+      tokens: of the chunk on one device.
+      width: query heads on it, times their channels.
+      dtype: of the queries.
+      gradients: whether they may be asked for.
+    """
+    return gradients and platform_of_mesh() == "tpu" and tokens * width * jnp.dtype(dtype).itemsize <= WHOLE_BYTES
 
 
 def by_query_blocks(

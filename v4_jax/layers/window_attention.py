@@ -126,11 +126,15 @@ def attention_end(
     """
 
     def by_products(partials: Sequence[Partial | Packed], sink: Array, turn: Turn, weights: Sequence[Weight]) -> Array:
-        output = attention_output(partials, sink, turn, dtype)
-        output = grouped_linear(output.reshape(*output.shape[:2], groups, -1), weights[0], dtype)
-        return linear(output.reshape(*output.shape[:2], -1), weights[1], dtype)
+        return project_output(attention_output(partials, sink, turn, dtype), weights, groups=groups, dtype=dtype)
 
     return choose.attention_end(by_products, partials, sink, turn, weights, groups=groups, dtype=dtype)
+
+
+def project_output(output: Array, weights: Sequence[Weight], *, groups: int, dtype: Any) -> Array:
+    """The two products of `attention_end` with what comes of `attention_output`."""
+    output = grouped_linear(output.reshape(*output.shape[:2], groups, -1), weights[0], dtype)
+    return linear(output.reshape(*output.shape[:2], -1), weights[1], dtype)
 
 
 def output_in_parts(partials: Sequence[Partial | Packed], sink: Array, turn: Turn, dtype: Any) -> Array:

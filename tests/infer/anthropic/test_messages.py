@@ -208,3 +208,16 @@ def test_what_goes_wrong_later_is_an_event(scripted):
     with pytest.raises(anthropic.APIStatusError, match="are not finite numbers") as caught:
         list(events)
     assert caught.value.body["error"]["type"] == "api_error"
+
+
+def test_tokens_are_counted_without_an_answer(served):
+    """As many as are read when the same is asked, with tools and thinking; what only an answer has is refused."""
+    client = client_of(served[0])
+    asked = dict(model="tiny", system="Be brief.", messages=HELLO, tools=[TOOL], **THINKS)
+    counted = client.messages.count_tokens(**asked)
+    assert counted.input_tokens == len(completion(**asked).requests[0].prompt)
+    assert counted.input_tokens > client.messages.count_tokens(model="tiny", messages=HELLO).input_tokens
+    with pytest.raises(anthropic.BadRequestError, match="max_tokens"):
+        client.messages.count_tokens(**asked, extra_body={"max_tokens": 3})
+    with pytest.raises(anthropic.NotFoundError, match="there is no model 'other'"):
+        client.messages.count_tokens(model="other", messages=HELLO)

@@ -420,7 +420,7 @@ def test_closing_fails_what_is_left(parts):
 LEFT_OUT = [positive_data_acceptance]
 
 PATHS = (
-    *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"),
+    *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"),
     *("/v1/models", "/v1/models/{model}", "/health", "/metrics"),
 )
 

@@ -38,7 +38,7 @@ STEP_ROWS, STEP_BYTES = 8, 4 << 20  # batch rows of a grid step: so many, as lon
 HIDDEN = -1e32  # added to logits; so far below `MASKED` that their exponentials are zero even where nothing is seen
 VMEM_BYTES = 48 << 20
 
-_LOG2E = math.log2(math.e)
+LOG2E = math.log2(math.e)
 
 
 def supports(queries: Array) -> bool:
@@ -81,7 +81,7 @@ def window_attention(
             f"{LANES}, channels in multiples of {LANES}"
         )
     batch, count, heads, size = queries.shape
-    tile = _tile(count, heads)
+    tile = tile_of(count, heads)
     tiles = -(-count // tile)
     index = jnp.arange(count, dtype=jnp.int32)
     nothing = jnp.zeros((batch, count), jnp.int32)
@@ -92,7 +92,7 @@ def window_attention(
         past = keys.shape[1] - count
         ranges += [jnp.maximum(oldest, index), jnp.broadcast_to(index + past + 1, (batch, count))]
         # What a tile sees begins at a row that a slice may begin at, and is whole registers long.
-        room = _up(tile + past + (0 if tiles == 1 else SUBLANES - 1), LANES)
+        room = up(tile + past + (0 if tiles == 1 else SUBLANES - 1), LANES)
         length = max((tiles - 1) * tile // SUBLANES * SUBLANES + room, keys.shape[1])
         keys = jnp.pad(keys, ((0, 0), (0, length - keys.shape[1]), (0, 0)))
         if count == 1:
@@ -111,7 +111,7 @@ def window_attention(
         queries, (stack,) = kept_in_hbm(queries, [stack], interpret=interpret)
         scalars = [
             jnp.asarray(layer, jnp.int32).reshape(1),
-            _bounds(visible.low, visible.high, tile, tiles, block).reshape(-1),
+            bounds_of(visible.low, visible.high, tile, tiles, block).reshape(-1),
         ]
         operands.append(stack)
         specs.append(pl.BlockSpec(memory_space=pl.ANY))
@@ -136,7 +136,7 @@ def window_attention(
             room=room,
             block=block,
             together=together,
-            scale=size**-0.5 * _LOG2E,
+            scale=size**-0.5 * LOG2E,
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
@@ -167,12 +167,13 @@ def window_attention(
     return Partial(maximum, total, weighted.reshape(queries.shape))
 
 
-def _tile(count: int, heads: int) -> int:
+def tile_of(count: int, heads: int) -> int:
     """Queries of a tile."""
     return min(count, max(8, ROWS // heads // 8 * 8))
 
 
-def _up(size: int, unit: int) -> int:
+def up(size: int, unit: int) -> int:
+    """The size made up to a multiple of the unit."""
     return -(-size // unit) * unit
 
 
@@ -187,12 +188,12 @@ def _blocks_of(entries: Entries, dtype: Any) -> tuple[Array, Any, int]:
     direct = entries.table is None and entries.rows.kind == "plain" and entries.rows.dtype == dtype
     if direct and count >= LANES and count % SUBLANES == 0:
         return stored, entries.layer, min(ENTRIES, count // LANES * LANES)
-    block = min(ENTRIES, _up(count, LANES))
-    copy = jnp.pad(entries.block(0, count), ((0, 0), (0, _up(count, block) - count), (0, 0)))
+    block = min(ENTRIES, up(count, LANES))
+    copy = jnp.pad(entries.block(0, count), ((0, 0), (0, up(count, block) - count), (0, 0)))
     return copy.astype(dtype)[None], 0, block
 
 
-def _bounds(low: Array, high: Array, tile: int, tiles: int, block: int) -> Array:
+def bounds_of(low: Array, high: Array, tile: int, tiles: int, block: int) -> Array:
     """Blocks of entries that tiles see [B, tiles, 4]: the first, one past the last; the same of those seen whole."""
     padding = tiles * tile - low.shape[1]
 
@@ -262,7 +263,7 @@ def _kernel(*refs: Any, heads: int, tiles: int, room: int, block: int, together:
                 hidden = jnp.where(seen, 0.0, HIDDEN)
                 logits = (logits.reshape(tokens, heads, count) + hidden[:, None, :]).reshape(chunk, count)
             most = jnp.max(_by_lane(logits, jnp.maximum), axis=1, keepdims=True)
-            before = jnp.full((chunk, LANES), MASKED * _LOG2E, jnp.float32) if fresh else largest[rows, :]
+            before = jnp.full((chunk, LANES), MASKED * LOG2E, jnp.float32) if fresh else largest[rows, :]
             now = jnp.maximum(before, most)
             shares = jnp.exp2(logits - _repeated(now, count))
             amount = _by_lane(shares, jnp.add)
@@ -300,7 +301,7 @@ def _kernel(*refs: Any, heads: int, tiles: int, room: int, block: int, together:
             start = 0 if tiles == 1 else pl.multiple_of(here * tile & -SUBLANES, SUBLANES)
             attend(row, keys[row, pl.ds(start, room), :], start, (0, 1), fresh=True)
         else:
-            largest[...] = jnp.full(largest.shape, MASKED * _LOG2E, jnp.float32)
+            largest[...] = jnp.full(largest.shape, MASKED * LOG2E, jnp.float32)
             sums[...] = jnp.zeros(sums.shape, jnp.float32)
             weighted[row] = jnp.zeros((tile * heads, size), jnp.float32)
 
@@ -327,7 +328,7 @@ def _kernel(*refs: Any, heads: int, tiles: int, room: int, block: int, together:
         if block:
             jax.lax.fori_loop(bound(row, 0), bound(row, 1), each_block, None)
         amount = jnp.sum(sums[...], axis=1, keepdims=True)
-        most = largest[...] * (1 / _LOG2E)
+        most = largest[...] * (1 / LOG2E)
         if together:
             packed[row, :, size:] = statistics(most, amount)
         else:

@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.kernels.experts.feed_forward import VMEM_BYTES, Cut, Visits
 from v4_jax.kernels.stored_weights import SPREAD_ROWS, spread
+from v4_jax.sharding.dispatch import back
 
 
 def saves(rows: int, cut: Cut) -> bool:
@@ -83,11 +84,7 @@ def by_visits(
         name="visit_experts",
     )(layer, plan.expert, x[plan.choice // choices], scale.reshape(-1)[plan.choice][:, None], *arrays)
 
-    def one(choice: int) -> Array:
-        place = plan.place[:, choice]
-        return jnp.where(place[:, None] >= 0, out[jnp.maximum(place, 0)].astype(jnp.float32), 0.0)
-
-    return functools.reduce(jnp.add, map(one, range(choices)))
+    return back(out, plan.choice // choices, plan.place)
 
 
 class _Plan(NamedTuple):

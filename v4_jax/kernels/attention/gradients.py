@@ -1,0 +1,214 @@
+"""Gradients of attention over the window and all visible entries, for TPUs: logits never leave the chip.
+
+With a row's logits l, its largest m, and the gradients g of what it sums up and t of its sum:
+
+    p = exp(l - m)      d l = p (g . key + t)      d query = d l . keys      d key = d l^T . queries + p^T . g
+
+No gradient is that of m, by which what comes of a softmax is divided again. A tile is one of the forward kernel's. It
+takes its part of the window and then the blocks of entries that any of it sees; gradients of queries add up over these,
+and those of keys and entries over tiles, in VMEM and float32. Half of the tiles each have sums of their own, for chips
+with two cores.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from v4_jax.kernels.attention.tpu import (
+    CHUNK,
+    HIDDEN,
+    LANES,
+    LOG2E,
+    SUBLANES,
+    VMEM_BYTES,
+    bounds_of,
+    tile_of,
+    up,
+)
+from v4_jax.kernels.attention.tpu import supports as attends
+from v4_jax.layers.visible import Visible
+
+ENTRIES = 256  # of a block
+HELD_BYTES = 24 << 20  # of keys, entries and their gradients, which are all in VMEM
+
+
+def supports(queries: Any, keys: Any, entries: Any) -> bool:
+    """Whether `gradients` takes queries [B, Q, H, C], keys [B, past + Q, C] and entries [B, E, C], arrays or shapes."""
+    held = sum(x.shape[1] + 2 * LANES for x in (keys, entries) if x is not None)
+    per_row = queries.shape[3] * (4 + queries.dtype.itemsize)
+    return attends(queries) and 2 * held * per_row <= HELD_BYTES
+
+
+def gradients(
+    queries: Array,
+    keys: Array | None,
+    oldest: Array | None,
+    entries: Array | None,
+    visible: Visible | None,
+    maximum: Array,
+    of_total: Array,
+    of_weighted: Array,
+    *,
+    interpret: bool = False,
+) -> tuple[Array, Array | None, Array | None]:
+    """Gradients of `tpu.window_attention`, which gives a `Partial` softmax.
+
+    Args:
+      queries: [B, Q, H, C] bfloat16 or float32.
+      keys: [B, past + Q, C] of the window, or None.
+      oldest: [B, Q] int32 the first of the keys that a query's document has.
+      entries: [B, E, C] of any float dtype, or None.
+      visible: which of them the queries see.
+      maximum: [B, Q, H] float32, of the result.
+      of_total: [B, Q, H] float32 gradient of the sums.
+      of_weighted: [B, Q, H, C] float32 gradient of the weighted keys, which is rounded to the dtype of the queries.
+      interpret: run in interpret mode, on any platform.
+
+    Returns:
+      Those of queries and keys, of their dtype, and of entries, float32.
+    """
+    batch, count, heads, size = queries.shape
+    dtype, tile = queries.dtype, tile_of(count, heads)
+    tiles = -(-count // tile)
+    missing = tiles * tile - count
+    halves = min(tiles, 2)
+    each = -(-tiles // halves)
+    rows = tile * heads
+
+    def by_row(x: Array) -> Array:
+        x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)) if missing else x
+        return x.reshape(batch, tiles * rows, -1)
+
+    statistics = jnp.stack([maximum * LOG2E, of_total], axis=-1)
+    statistics = jnp.pad(statistics, [(0, 0)] * 3 + [(0, LANES - 2)])
+    operands = [by_row(queries), by_row(of_weighted.astype(dtype)), by_row(statistics)]
+    index, nothing = jnp.arange(count, dtype=jnp.int32), jnp.zeros((batch, count), jnp.int32)
+    ranges = [nothing] * 4
+
+    def place(b: Any, h: Any, t: Any, *_: Any) -> Any:
+        return b, jnp.minimum(h * each + t, tiles - 1), 0
+
+    specs = [pl.BlockSpec((None, rows, x.shape[2]), place) for x in operands]
+    out, out_specs = [jax.ShapeDtypeStruct(operands[0].shape, dtype)], [specs[0]]
+    scalars, room, block = [], 0, 0
+
+    def held(x: Array, length: int) -> None:
+        """Adds keys that are in VMEM, made up to a length, and sums for their gradients."""
+        operands.append(jnp.pad(x.astype(dtype), ((0, 0), (0, length - x.shape[1]), (0, 0))))
+        specs.append(pl.BlockSpec((None, length, size), lambda b, *_: (b, 0, 0)))
+        out.append(jax.ShapeDtypeStruct((batch, halves, length, size), jnp.float32))
+        out_specs.append(pl.BlockSpec((None, None, length, size), lambda b, h, *_: (b, h, 0, 0)))
+
+    if keys is not None and oldest is not None:
+        past = keys.shape[1] - count
+        ranges[:2] = jnp.maximum(oldest, index), jnp.broadcast_to(index + past + 1, (batch, count))
+        room = up(tile + past + (0 if tiles == 1 else SUBLANES - 1), LANES)
+        held(keys, max((tiles - 1) * tile // SUBLANES * SUBLANES + room, up(keys.shape[1], SUBLANES)))
+    if entries is not None and visible is not None:
+        ranges[2:] = visible.low, visible.high
+        block = min(ENTRIES, up(entries.shape[1], LANES))
+        scalars = [bounds_of(visible.low, visible.high, tile, tiles, block).reshape(-1)]
+        held(entries, up(entries.shape[1], block))
+    limits = jnp.pad(jnp.stack(ranges, axis=-1), ((0, 0), (0, missing), (0, 0)))
+    seen = (room and past + 1) + (0 if entries is None else entries.shape[1])
+    found = pl.pallas_call(
+        functools.partial(_kernel, heads=heads, tiles=tiles, room=room, block=block, scale=size**-0.5),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(batch, halves, each),
+            in_specs=[pl.BlockSpec((None, tile, 4), place), *specs],
+            out_specs=out_specs,
+            scratch_shapes=[pltpu.VMEM((rows, size), jnp.float32)],
+        ),
+        out_shape=out,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=10 * batch * count * heads * size * seen,
+            bytes_accessed=batch * (3 * dtype.itemsize * size + 4 * LANES) * count * heads,
+            transcendentals=batch * count * heads * seen,
+        ),
+        interpret=interpret,
+        name="window_attention_gradients",
+    )(*scalars, limits, *operands)
+    of_queries, *sums = found
+    of_queries = of_queries.reshape(batch, tiles * tile, heads, size)[:, :count]
+    of_entries = None if not block or entries is None else jnp.sum(sums.pop(), axis=1)[:, : entries.shape[1]]
+    of_keys = None if not room or keys is None else jnp.sum(sums.pop(), axis=1)[:, : keys.shape[1]].astype(keys.dtype)
+    return of_queries, of_keys, of_entries
+
+
+def _kernel(*refs: Any, heads: int, tiles: int, room: int, block: int, scale: float) -> None:
+    """A grid step: one tile.
+
+    Refs: [bounds,] ranges [tile, 4], queries and gradients [rows, C], largest logits and gradients of the sums [rows,
+    128], [keys [length, C],] [entries [E, C],] gradients of queries [rows, C] [, of keys] [, of entries]; scratch:
+    gradients of queries in float32.
+    """
+    left = list(refs)
+    bounds: Any = left.pop(0) if block else None
+    ranges, queries, gradients, statistics = (left.pop(0) for _ in range(4))
+    keys: Any = left.pop(0) if room else None
+    entries: Any = left.pop(0) if block else None
+    of_queries = left.pop(0)
+    of_keys: Any = left.pop(0) if room else None
+    of_entries: Any = left.pop(0) if block else None
+    (sums,) = left
+    tile, dtype = ranges.shape[0], queries.dtype
+    tokens = next(n for n in range(max(1, CHUNK // heads), 0, -1) if tile % n == 0)  # of a chunk
+    chunk, chunks = tokens * heads, tile // tokens
+    here = pl.program_id(1) * pl.num_programs(2) + pl.program_id(2)
+    place = (pl.program_id(0) * tiles + here) * 4
+    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+    def dot(a: Array, b: Array, axes: tuple[int, int]) -> Array:
+        dimensions = (((axes[0],), (axes[1],)), ((), ()))
+        return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+    def attend(held: Any, of_held: Any, start: Any, count: int, columns: tuple[int, int]) -> None:
+        """Takes keys from `start` on, of which each query sees a range, which is in two columns of `ranges`."""
+        some = held[pl.ds(start, count), :]
+        total = jnp.zeros(some.shape, jnp.float32)
+        for c in range(chunks):
+            rows = slice(c * chunk, (c + 1) * chunk)
+            own, given = queries[rows, :], gradients[rows, :]
+            low, high = (ranges[c * tokens : (c + 1) * tokens, x : x + 1] for x in columns)
+            number = start + jax.lax.broadcasted_iota(jnp.int32, (tokens, count), 1)
+            hidden = jnp.where((number >= low) & (number < high), 0.0, HIDDEN)
+            logits = dot(own, some, (1, 1)) * (scale * LOG2E)
+            logits = (logits.reshape(tokens, heads, count) + hidden[:, None, :]).reshape(chunk, count)
+            shares = jnp.exp2(logits - statistics[rows, 0:1])
+            of_logits = shares * (dot(given, some, (1, 1)) + statistics[rows, 1:2]) * scale
+            of_logits, shares = of_logits.astype(dtype), shares.astype(dtype)
+            sums[rows, :] += dot(of_logits, some, (1, 0))
+            total += dot(of_logits, own, (0, 0)) + dot(shares, given, (0, 0))
+        of_held[pl.ds(start, count), :] += total
+
+    @pl.when(pl.program_id(2) == 0)
+    def _() -> None:
+        for total in (of_keys, of_entries):
+            if total is not None:
+                total[...] = jnp.zeros(total.shape, total.dtype)
+
+    @pl.when(here < tiles)
+    def _() -> None:
+        sums[...] = jnp.zeros(sums.shape, jnp.float32)
+        if room:
+            start = 0 if tiles == 1 else pl.multiple_of(here * tile & -SUBLANES, SUBLANES)
+            attend(keys, of_keys, start, room, (0, 1))
+        if block:
+
+            def each_block(j: Any, carry: None) -> None:
+                attend(entries, of_entries, pl.multiple_of(j * block, block), block, (2, 3))
+                return carry
+
+            jax.lax.fori_loop(bounds[place], bounds[place + 1], each_block, None)
+        of_queries[...] = sums[...].astype(dtype)
