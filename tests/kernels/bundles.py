@@ -60,12 +60,16 @@ class Bundles:
         if self._late:
             warnings.warn("libtpu was started before it could be told to count bundles: make tpu counts", stacklevel=2)
             return
-        kernels, counts = set(_KERNEL.findall(text)), Counter[str]()
-        for path in self._folder.glob("*schedule-analysis_final_bundles.txt"):
+        kernels, last = set(_KERNEL.findall(text)), dict[str, int]()
+        reports = self._folder.glob("*schedule-analysis_final_bundles.txt")
+        for path in sorted(reports, key=lambda path: path.stat().st_mtime_ns):
             said = path.read_text()
             total, operation = _TOTAL.search(said), _OPERATION.search(said)
             if total and operation and operation[1] in kernels:
-                counts[operation[1].partition(".")[0]] += int(total[1])
+                last[operation[1]] = int(total[1])  # of one that the compiler takes up again, what it ends with
+        counts = Counter[str]()
+        for operation_name, bundles in last.items():
+            counts[operation_name.partition(".")[0]] += bundles
         assert counts, "the compiler counted nothing: the program was kept from another run, or an option has gone"
         self._found[case] = dict(sorted(counts.items()))
         if RECORD not in os.environ:
