@@ -153,7 +153,7 @@ def _run(
     from v4_jax.train.checkpoints import SaveError
     from v4_jax.train.loop import Trainer, TrainingError
     from v4_jax.train.metrics import Report
-    from v4_jax.train.rollouts import RolloutError
+    from v4_jax.train.on_policy.rollouts import RolloutError
     from v4_jax.train.schedules import stage_at
 
     report = Report(

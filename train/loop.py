@@ -30,8 +30,8 @@ from v4_jax.train.batch import Batch, Rows
 from v4_jax.train.checkpoints import Checkpoints, Saved
 from v4_jax.train.data import DataError
 from v4_jax.train.objectives.objective import Counts, Decisions
+from v4_jax.train.on_policy.rollouts import RolloutError
 from v4_jax.train.optimizer import optimizer
-from v4_jax.train.rollouts import RolloutError
 from v4_jax.train.rounds import Rounds, SavedPart
 from v4_jax.train.schedules import attention, learning_rate, loss_weights, stage_at, trained_loss
 from v4_jax.train.settings import Settings, differences
@@ -236,7 +236,7 @@ class Trainer:
           v4_jax.train.checkpoints.SaveError: a checkpoint cannot be written.
           v4_jax.train.checkpoints.FitError: the newest checkpoint is one of other settings.
           v4_jax.train.data.DataError: a document cannot be used; what was learnt before it is saved.
-          v4_jax.train.rollouts.RolloutError: answers cannot be had or judged; likewise.
+          v4_jax.train.on_policy.rollouts.RolloutError: answers cannot be had or judged; likewise.
         """
         with self._stopping(), quiet():  # what Orbax would log reaches us as exceptions
             try:

@@ -23,8 +23,8 @@ from jax.experimental import multihost_utils
 from v4_jax.outputs import Routing
 from v4_jax.train.batch import Batch
 from v4_jax.train.objectives.objective import Decisions
-from v4_jax.train.teacher_rows import Part
-from v4_jax.train.teachers import Teachers
+from v4_jax.train.teachers.reading import Teachers
+from v4_jax.train.teachers.rows import Part
 
 ROUNDS = "rounds"
 _RECORD = "round.json"

@@ -20,7 +20,7 @@ from v4_jax.policy import PolicyName
 from v4_jax.train.objectives.distillation import Distillation
 from v4_jax.train.objectives.pretraining import Pretraining
 from v4_jax.train.objectives.table import ChosenObjective
-from v4_jax.train.rollouts import RolloutSettings
+from v4_jax.train.on_policy.rollouts import RolloutSettings
 from v4_jax.train.section import Section
 
 Attention = Literal["dense", "indexer", "sparse"]

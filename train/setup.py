@@ -29,18 +29,18 @@ from v4_jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from v4_jax.train.batch import Rows
 from v4_jax.train.data import Corpus, PackedRows
 from v4_jax.train.documents import Source
-from v4_jax.train.group_advantages import GroupAdvantages
 from v4_jax.train.objectives.distillation import Distillation
 from v4_jax.train.objectives.grpo import Grpo
 from v4_jax.train.objectives.sft import Conversations
-from v4_jax.train.on_policy import Judge, OnPolicy, unjudged
-from v4_jax.train.prompts import Prompts
-from v4_jax.train.rollouts import Rollouts, RolloutSettings
+from v4_jax.train.on_policy.advantages import GroupAdvantages
+from v4_jax.train.on_policy.prompts import Prompts
+from v4_jax.train.on_policy.rollouts import Rollouts, RolloutSettings
+from v4_jax.train.on_policy.rows import Judge, OnPolicy, unjudged
 from v4_jax.train.rounds import GivenTexts, Rounds, Supply
 from v4_jax.train.schedules import stage_at
 from v4_jax.train.settings import Settings, SettingsError, SourceSettings, write_settings
-from v4_jax.train.teacher_rows import TeacherRows
-from v4_jax.train.teachers import TOKENIZER, Teachers
+from v4_jax.train.teachers.reading import TOKENIZER, Teachers
+from v4_jax.train.teachers.rows import TeacherRows
 
 SETTINGS = "settings.yaml"
 

@@ -22,7 +22,7 @@ from v4_jax.placement import Place
 from v4_jax.policy import PolicyName
 
 if TYPE_CHECKING:
-    from v4_jax.train.rollouts import Prompt, RolloutSettings, Sample
+    from v4_jax.train.on_policy.rollouts import Prompt, RolloutSettings, Sample
 
 _PRESET = "long-context"
 
@@ -77,7 +77,7 @@ class EngineRollouts:
 
     def sample(self, params: Any, prompts: Sequence[Prompt], samples: int) -> list[list[Sample]]:
         """As for `Rollouts`."""
-        from v4_jax.train.rollouts import RolloutError, Sample
+        from v4_jax.train.on_policy.rollouts import RolloutError, Sample
 
         with self._working("generating answers"):
             engine = self._loaded(params)

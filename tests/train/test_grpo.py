@@ -15,10 +15,10 @@ import pytest
 
 from v4_jax.tokenizer import ByteTokenizer
 from v4_jax.train.batch import Batch
-from v4_jax.train.group_advantages import GroupAdvantages
 from v4_jax.train.objectives.grpo import Grpo
-from v4_jax.train.rewards import Reply, Reward
-from v4_jax.train.rollouts import Prompt, RolloutError, Sample
+from v4_jax.train.on_policy.advantages import GroupAdvantages
+from v4_jax.train.on_policy.rewards import Reply, Reward
+from v4_jax.train.on_policy.rollouts import Prompt, RolloutError, Sample
 
 TOKENIZER = ByteTokenizer(320)
 LEAST = {"rollouts": {"prompts": 1, "samples": 2, "max_tokens": 8}, "rewards": [{"kind": "exact"}]}

@@ -24,9 +24,9 @@ from v4_jax.sharding.mesh import make_mesh
 from v4_jax.tokenizer import ByteTokenizer
 from v4_jax.train.data import DataError
 from v4_jax.train.loop import Trainer
-from v4_jax.train.on_policy import Answer, pack
+from v4_jax.train.on_policy.rollouts import Prompt, Sample
+from v4_jax.train.on_policy.rows import Answer, pack
 from v4_jax.train.precision import held_as
-from v4_jax.train.rollouts import Prompt, Sample
 from v4_jax.train.settings import SettingsError, read_settings
 from v4_jax.train.setup import Origin, open_rounds, open_rows, open_run
 

@@ -16,9 +16,9 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from v4_jax.train.batch import Batch
 from v4_jax.train.objectives.objective import targets
-from v4_jax.train.rollouts import RolloutSettings
+from v4_jax.train.on_policy.rollouts import RolloutSettings
 from v4_jax.train.section import Section
-from v4_jax.train.teacher_settings import TeacherSettings
+from v4_jax.train.teachers.settings import TeacherSettings
 from v4_jax.transformer import Transformer
 
 

@@ -16,10 +16,10 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from v4_jax.chat import Mode
 from v4_jax.train.batch import Batch
 from v4_jax.train.objectives.objective import shift, targets
-from v4_jax.train.rewards import Reward
-from v4_jax.train.rollouts import RolloutSettings
+from v4_jax.train.on_policy.rewards import Reward
+from v4_jax.train.on_policy.rollouts import RolloutSettings
 from v4_jax.train.section import Section
-from v4_jax.train.teacher_settings import TeacherSettings
+from v4_jax.train.teachers.settings import TeacherSettings
 from v4_jax.transformer import Transformer
 
 

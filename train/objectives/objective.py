@@ -19,7 +19,7 @@ from jax import Array
 from v4_jax.architecture import Architecture
 from v4_jax.outputs import Output, Routing
 from v4_jax.train.batch import Batch
-from v4_jax.train.teacher_settings import TeacherSettings
+from v4_jax.train.teachers.settings import TeacherSettings
 from v4_jax.transformer import Transformer
 
 

@@ -10,7 +10,7 @@ from jax import Array
 from v4_jax.train.batch import Batch
 from v4_jax.train.objectives.objective import cross_entropy
 from v4_jax.train.section import Section
-from v4_jax.train.teacher_settings import TeacherSettings
+from v4_jax.train.teachers.settings import TeacherSettings
 from v4_jax.transformer import Transformer
 
 

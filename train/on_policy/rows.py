@@ -11,9 +11,9 @@ import numpy as np
 from v4_jax.outputs import Routing
 from v4_jax.train.batch import Batch
 from v4_jax.train.objectives.objective import Decisions
-from v4_jax.train.prompts import Prompts
-from v4_jax.train.rollouts import Prompt, Rollouts, RolloutSettings, Sample
-from v4_jax.train.teacher_rows import Part
+from v4_jax.train.on_policy.prompts import Prompts
+from v4_jax.train.on_policy.rollouts import Prompt, Rollouts, RolloutSettings, Sample
+from v4_jax.train.teachers.rows import Part
 
 
 class Answer(NamedTuple):

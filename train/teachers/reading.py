@@ -22,8 +22,8 @@ from v4_jax.placement import Place
 from v4_jax.sharding.axes import resolve, sharding
 from v4_jax.train.objectives.objective import shift
 from v4_jax.train.settings import SettingsError
-from v4_jax.train.teacher_rows import Part, marked
-from v4_jax.train.teacher_settings import TeacherSettings
+from v4_jax.train.teachers.rows import Part, marked
+from v4_jax.train.teachers.settings import TeacherSettings
 from v4_jax.transformer import Transformer
 
 TOKENIZER = "tokenizer.json"

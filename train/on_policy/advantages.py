@@ -10,8 +10,8 @@ from jax.experimental import multihost_utils
 
 from v4_jax.tokenizer import Tokenizer
 from v4_jax.train.objectives.grpo import Grpo
-from v4_jax.train.rewards import Reply, Reward
-from v4_jax.train.rollouts import Prompt, RolloutError, Sample
+from v4_jax.train.on_policy.rewards import Reply, Reward
+from v4_jax.train.on_policy.rollouts import Prompt, RolloutError, Sample
 
 _ALIKE = 1e-6  # a group whose rewards differ by no more teaches nothing
 
@@ -34,7 +34,7 @@ def _agreed(reward: Reward, replies: Sequence[Reply]) -> np.ndarray:
 
 
 class GroupAdvantages:
-    """Judges answers, a group for each prompt; see `v4_jax.train.on_policy.Judge`.
+    """Judges answers, a group for each prompt; see `v4_jax.train.on_policy.rows.Judge`.
 
     Args:
       objective: the rewards, and what is made of them.

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from v4_jax.chat.protocol import THINK_CLOSE
-from v4_jax.train.rollouts import Prompt, RolloutError
+from v4_jax.train.on_policy.rollouts import Prompt, RolloutError
 from v4_jax.train.section import Section
 
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
