@@ -303,12 +303,15 @@ def test_forms_of_the_processor_are_compared(run, bare):
 
 
 def test_kernels_are_found_where_they_are_chosen():
-    """A TPUs' kernel, interpreted: the choice of experts, among the scores that the program makes."""
+    """What is TPUs' own, interpreted: the choice of experts, among the scores that the program makes, and the rows' ways
+    to experts and back."""
     one = {"num_hidden_layers": 1, "num_hash_layers": 0, "n_routed_experts": 128, "compress_ratios": (0, 0)}
     job = Job(without_mtp(make(**TWO | one).config), "decode", 32, 2, 1, ALONE, "decode", "bfloat16")
     with interpreted():
-        (found,) = comparisons(job, make_mesh(ALONE, jax.devices()[:1]))
-    assert found.name == "best_experts" and found.error is None and found.seconds
+        compared = {one.name: one for one in comparisons(job, make_mesh(ALONE, jax.devices()[:1]))}
+    assert set(compared) == {"best_experts", "leave", "back"}
+    found = compared["best_experts"]
+    assert found.error is None and found.seconds
     assert found.difference < 1e-6 and found.unequal == 0
 
 
