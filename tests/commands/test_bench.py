@@ -303,7 +303,7 @@ def test_forms_of_the_processor_are_compared(run, bare):
 
 
 def test_kernels_are_found_where_they_are_chosen():
-    """What is TPUs' own, interpreted: the choice of experts, among the scores that the program makes, and the rows' ways
+    """What is TPUs' own, interpreted: the choice of experts, among the scores of the program, and the rows' ways
     to experts and back."""
     one = {"num_hidden_layers": 1, "num_hash_layers": 0, "n_routed_experts": 128, "compress_ratios": (0, 0)}
     job = Job(without_mtp(make(**TWO | one).config), "decode", 32, 2, 1, ALONE, "decode", "bfloat16")
