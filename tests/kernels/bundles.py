@@ -60,15 +60,14 @@ class Bundles:
         if self._late:
             warnings.warn("libtpu was started before it could be told to count bundles: make tpu counts", stacklevel=2)
             return
-        kernels, last = set(_KERNEL.findall(text)), dict[str, int]()
-        reports = self._folder.glob("*schedule-analysis_final_bundles.txt")
-        for path in sorted(reports, key=lambda path: path.stat().st_mtime_ns):
+        kernels, most = set(_KERNEL.findall(text)), dict[str, int]()
+        for path in self._folder.glob("*schedule-analysis_final_bundles.txt"):
             said = path.read_text()
             total, operation = _TOTAL.search(said), _OPERATION.search(said)
-            if total and operation and operation[1] in kernels:
-                last[operation[1]] = int(total[1])  # of one that the compiler takes up again, what it ends with
+            if total and operation and operation[1] in kernels:  # the compiler may take one up more than once
+                most[operation[1]] = max(most.get(operation[1], 0), int(total[1]))
         counts = Counter[str]()
-        for operation_name, bundles in last.items():
+        for operation_name, bundles in most.items():
             counts[operation_name.partition(".")[0]] += bundles
         assert counts, "the compiler counted nothing: the program was kept from another run, or an option has gone"
         self._found[case] = dict(sorted(counts.items()))
