@@ -55,7 +55,7 @@ def visit(function: Work, width: int, axes: Axes, everywhere: Axes, x: Array, ch
     departures = _departures(choices.owner, axes, everywhere)
 
     def step(number: Array, total: Array) -> Array:
-        return total + _round(function, axes, number, departures, choices.owner, x, choices.extra, weights)
+        return total + _round(function, axes, number, departures, x, choices.extra, weights)
 
     return jax.lax.fori_loop(0, departures.rounds, step, jnp.zeros((x.shape[0], width), jnp.float32))
 
@@ -69,7 +69,8 @@ class _Departures(NamedTuple):
     """The order in which a device's choices leave it."""
 
     order: Array  # [T * K] choices by owner
-    rank: Array  # [T, K] where each choice is in that order
+    owner: Array  # [T, K] of each choice, or its count for nowhere
+    rank: Array  # [T, K] how many of its owner's choices are before each
     first: Array  # [devices] where each owner's begin
     counts: Array  # [devices] how many each owner gets
     rounds: Array
@@ -80,8 +81,9 @@ def _departures(owner: Array, axes: Axes, everywhere: Axes) -> _Departures:
     count = count_each(flat, devices)
     rounds = -(-jnp.max(count) // capacity(flat.shape[0], devices))
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    rank = jnp.argsort(order).astype(jnp.int32).reshape(owner.shape)
-    return _Departures(order, rank, jnp.cumsum(count) - count, count, pmax(rounds, everywhere))
+    first = jnp.cumsum(count) - count
+    rank = jnp.argsort(order).astype(jnp.int32).reshape(owner.shape) - first[jnp.minimum(owner, devices - 1)]
+    return _Departures(order, owner, rank, first, count, pmax(rounds, everywhere))
 
 
 def count_each(numbers: Array, length: int) -> Array:
@@ -90,17 +92,10 @@ def count_each(numbers: Array, length: int) -> Array:
 
 
 def _round(
-    function: Work,
-    axes: Axes,
-    number: Array,
-    departures: _Departures,
-    owner: Array,
-    x: Array,
-    extra: Any,
-    weights: Any,
+    function: Work, axes: Axes, number: Array, departures: _Departures, x: Array, extra: Any, weights: Any
 ) -> Array:
     """One exchange there and back."""
-    devices, (rows, top) = size(axes), owner.shape
+    devices, (rows, top) = size(axes), departures.owner.shape
     room = capacity(rows * top, devices)
     place = number * room + jnp.arange(room, dtype=jnp.int32)
     used = place < departures.counts[:, None]
@@ -108,10 +103,9 @@ def _round(
     sent = jnp.sum(used, axis=1, dtype=jnp.int32)
     got = jax.lax.all_to_all(sent, axes, 0, 0, tiled=True)
 
-    target = jnp.clip(owner, 0, devices - 1)
-    within = departures.rank - departures.first[target] - number * room
-    inside = (owner < devices) & (within >= 0) & (within < room)
-    places = jnp.where(inside, target * room + within, -1)
+    within = departures.rank - number * room
+    inside = (departures.owner < devices) & (within >= 0) & (within < room)
+    places = jnp.where(inside, departures.owner * room + within, -1)
 
     def by_choice(values: Array) -> Array:
         chosen = leave(values.reshape(-1), choice, places.reshape(-1, 1))
@@ -226,7 +220,7 @@ def _visit_backward(function: Work, width: int, axes: Axes, everywhere: Axes, re
     def step(number: Array, total: list[Array]) -> list[Array]:
         def run(floats: list[Array]) -> Array:
             x, extra, weights = restore(floats)
-            return _round(function, axes, number, departures, choices.owner, x, extra, weights)
+            return _round(function, axes, number, departures, x, extra, weights)
 
         (part,) = jax.vjp(run, floats)[1](gradient)
         return jax.tree.map(lambda a, b: a + b, total, part)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.kernels.test_grouped_matmul import SIZES as ALL_SIZES
 from v4_jax.kernels import choose
 from v4_jax.kernels.experts import training
 from v4_jax.kernels.grouped_matmul.groups import map_groups
@@ -22,14 +23,8 @@ from v4_jax.sharding.platform import interpreted
 LIMIT = 3.0
 HALF_STEP = 2.0**-8  # of bfloat16, of a value
 FLOAT32 = 2.0**-19  # of the functions of gate and up, and of sums of a thousand
-SIZES = {  # tiles are of 128 rows
-    "some empty": [5, 0, 1, 7, 0, 3],
-    "one has all": [0, 0, 520, 0, 0, 0],
-    "first and last": [20, 0, 0, 0, 0, 17],
-    "across tiles": [127, 129, 128, 1, 100, 30],
-    "on tile edges": [128, 256, 0, 128, 0, 0],
-    "no rows": [0, 0, 0, 0, 0, 0],
-}
+NAMES = ("some empty", "one has all", "first and last", "across tiles", "on tile edges", "no rows")
+SIZES = {name: ALL_SIZES[name] for name in NAMES}
 
 
 def case(count, sizes, depth, hidden):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.models import TWO, Tiny, make, trained
+from tests.train.logs import Metrics
 from v4_jax import Transformer, load
 from v4_jax.placement import Place
 from v4_jax.sharding.mesh import make_mesh
@@ -23,21 +22,6 @@ from v4_jax.train.settings import SettingsError, read_settings
 from v4_jax.train.setup import Origin, open_rounds, open_rows, open_run
 
 ROWS, LENGTH, STEPS, ROUND = 4, 128, 8, 2
-
-
-class Metrics:
-    """A log that remembers, and asks the run to stop after a step."""
-
-    def __init__(self, stop=None):
-        self.found, self.stop = {}, stop
-
-    def write(self, step, metrics, over_at):
-        self.found[step] = metrics
-        if step == self.stop:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def rewind(self, step):
-        pass
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
-import signal
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests.models import Tiny, trained
+from tests.train.logs import Metrics
 from v4_jax import Transformer, chat, declarations, load
 from v4_jax.commands.shared.rollouts import EngineRollouts
 from v4_jax.outputs import Routing
@@ -51,21 +50,6 @@ LINES = [
     }
     for i in range(20)
 ]
-
-
-class Metrics:
-    """A log that remembers, and asks the run to stop after a step."""
-
-    def __init__(self, stop=None):
-        self.found, self.stop = {}, stop
-
-    def write(self, step, metrics, over_at):
-        self.found[step] = metrics
-        if step == self.stop:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def rewind(self, step):
-        pass
 
 
 @pytest.fixture(scope="module")

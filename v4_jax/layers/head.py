@@ -179,14 +179,9 @@ def log_probabilities(hidden: Array, head: Array, tokens: Array, axes: Axes = ()
 
 
 def _scores_backward(axes: Axes, residuals: Any, gradient: Array) -> tuple[Array, Array, None]:
+    """That of the cross-entropy whose weights are the gradient, which is negative."""
     hidden, head, tokens = residuals
-
-    def of_block(hidden: Array, tokens: Array, gradient: Array) -> tuple[Array, Array]:
-        loss, powers, total = _block(hidden, tokens, gradient, head, axes)
-        chosen = jnp.arange(head.shape[0])[:, None] == tokens
-        return loss, gradient * chosen - gradient / total * powers
-
-    found = with_gradient(of_block, hidden, head, tokens, psum(gradient, axes))[1]
+    found = _forward(hidden, head, tokens, -psum(gradient, axes), axes)[1]
     return *found.times(jnp.float32(1)), None
 
 

@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.kernels.experts.feed_forward import VMEM_BYTES, Cut, Visits
 from v4_jax.kernels.stored_weights import SPREAD_ROWS, spread
-from v4_jax.sharding.dispatch import back
+from v4_jax.sharding.dispatch import back, count_each
 
 
 def saves(rows: int, cut: Cut) -> bool:
@@ -109,7 +109,7 @@ def _plan(assigned: Array, count: int) -> _Plan:
     most = min(count * -(-rows // SPREAD_ROWS), size // SPREAD_ROWS + min(count, size))
     flat = jnp.where((assigned < 0) | (assigned >= count), count, assigned).reshape(-1)
     numbers = jnp.arange(count)[:, None]
-    each = jnp.sum(flat == numbers, axis=1, dtype=jnp.int32)
+    each = count_each(flat, count)
     turns = jax.lax.div(each + (SPREAD_ROWS - 1), SPREAD_ROWS)
     until = numbers >= numbers.T  # [E, E] each one's own and those before it
     ends, last = jnp.sum(jnp.where(until, turns, 0), axis=1), jnp.sum(jnp.where(until, each, 0), axis=1)
