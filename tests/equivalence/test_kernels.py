@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -30,8 +29,10 @@ WIDE = dict(
     index_head_dim=128,
 )
 CHUNKS = ((0, 100), (100, 101))
-# KL per token. Most differ by roundings; one may choose another expert, which costs what bfloat16 itself costs.
+# KL of tokens that choose the same experts and entries: they differ by roundings. Roundings settle near-ties, too, on
+# each kind of processor in their own way: a few tokens choose otherwise, which costs what bfloat16 itself costs.
 MEDIAN, MEAN = 1e-4, 1e-3
+CHOOSE_OTHERWISE = 0.03
 
 
 @pytest.fixture(scope="module")
@@ -63,31 +64,34 @@ def interpreted_calls(monkeypatch):
 
 
 def chunked(wide, tokens, policy, mesh):
-    """A function that computes the logits of the chunks anew each time, so that it is traced anew."""
+    """A function that computes logits and choices of the chunks anew each time, so that it is traced anew."""
     place = {} if mesh is None else dict(mesh=make_mesh(mesh, jax.devices()[:2]), rules="long-context")
     model = Transformer(wide.config, policy=policy, **place)
     params = wide.params if mesh is None else jax.device_put(wide.params, placements(wide.config, *place.values()))
 
-    def logits():
-        step = jax.jit(lambda params, tokens, cache: model.apply({"params": params}, tokens, cache=cache))
-        found, cache = [], init_cache(wide.config, 1, 256, dtype=policy, **place)
+    def computed():
+        step = jax.jit(
+            lambda params, tokens, cache: model.apply({"params": params}, tokens, cache=cache, return_routing=True)
+        )
+        logits, choices, cache = [], [], init_cache(wide.config, 1, 256, dtype=policy, **place)
         for first, last in CHUNKS:
             output = step(params, tokens[:, first:last], cache)
-            found.append(output.logits)
+            logits.append(output.logits)
+            choices.append([np.sort(x) for x in (*output.routing.experts, *output.routing.entries)])
             cache = output.cache
-        return np.concatenate(found, axis=1)
+        return np.concatenate(logits, axis=1), [np.concatenate(x, axis=1) for x in zip(*choices, strict=True)]
 
-    return logits
+    return computed
 
 
 @pytest.mark.parametrize("mesh", [None, "seq=2"])
 def test_float32(wide, tokens, mesh, interpreted_calls):
     """Entries are chosen by one kernel, the window is attended by another: exactly as without."""
-    logits = chunked(wide, tokens, "float32", mesh)
-    plain = logits()
+    computed = chunked(wide, tokens, "float32", mesh)
+    plain, _ = computed()
     assert not interpreted_calls
     with interpreted():
-        kernels = logits()
+        kernels, _ = computed()
     assert interpreted_calls == len(CHUNKS) * ["window_attention", "best_entries", "window_attention"]
     np.testing.assert_allclose(kernels, plain, atol=TOLERANCE, rtol=0)
 
@@ -95,12 +99,14 @@ def test_float32(wide, tokens, mesh, interpreted_calls):
 @pytest.mark.parametrize("mesh", [None, "seq=2"])
 def test_bfloat16(wide, tokens, mesh, interpreted_calls):
     """They are attended by one, too, and sublayers meet in one: in the same arithmetic, so that sums' order differs."""
-    logits = chunked(wide, tokens, "bfloat16", mesh)
-    plain = logits()
+    computed = chunked(wide, tokens, "bfloat16", mesh)
+    plain, plain_choices = computed()
     with interpreted():
-        kernels = logits()
+        kernels, choices = computed()
     of_each = [*4 * ["cross"], "best_entries", "attend_picked"]
     assert sorted(interpreted_calls) == sorted([*of_each, *2 * ["window_attention"], *of_each, *2 * ["step"]])
     a, b = jax.nn.log_softmax(plain), jax.nn.log_softmax(kernels)
-    divergence = jnp.sum(jnp.exp(a) * (a - b), axis=-1)
-    assert float(jnp.median(divergence)) < MEDIAN and float(jnp.mean(divergence)) < MEAN
+    divergence = np.sum(np.exp(a) * (a - b), axis=-1)
+    alike = np.all([np.all(x == y, axis=-1) for x, y in zip(choices, plain_choices, strict=True)], axis=0)
+    assert np.mean(~alike) <= CHOOSE_OTHERWISE
+    assert np.median(divergence) < MEDIAN and np.mean(divergence[alike]) < MEAN
