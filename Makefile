@@ -58,7 +58,7 @@ meshes: $(VENV)/ready-test
 	@$(BIN)/python -m pytest tests/equivalence -m by_axis --numprocesses auto --dist load
 
 torture: $(VENV)/ready-test
-	@TORTURE=20000 $(BIN)/python -m pytest tests/checkpoint/test_torture.py tests/infer/openai/test_fuzzed_requests.py --numprocesses auto --dist load
+	@TORTURE=20000 $(BIN)/python -m pytest tests/checkpoint/test_torture.py tests/infer/http/test_fuzzed_requests.py --numprocesses auto --dist load
 
 lint: $(VENV)/ready-test
 	@$(BIN)/ruff check .

@@ -99,11 +99,11 @@ def serve(
     with needs("serve"):
         import uvicorn
 
+        from v4_jax.infer.http.connections import ConnectionLimits, http_protocol
+        from v4_jax.infer.http.server import Limits, make_app
+        from v4_jax.infer.http.service import Service
         from v4_jax.infer.openai.completions import Defaults
         from v4_jax.infer.openai.completions import Model as Served
-        from v4_jax.infer.openai.connections import ConnectionLimits, http_protocol
-        from v4_jax.infer.openai.server import Limits, make_app
-        from v4_jax.infer.openai.service import Service
 
     check_profile(profile)
     directory = ModelDirectory.open(model)

@@ -15,9 +15,9 @@ import uvicorn
 import v4_jax
 from v4_jax.infer.engine.sampling import GREEDY
 from v4_jax.infer.engine.scheduler import Engine
+from v4_jax.infer.http.server import make_app
+from v4_jax.infer.http.service import Service
 from v4_jax.infer.openai.completions import Defaults, Model
-from v4_jax.infer.openai.server import make_app
-from v4_jax.infer.openai.service import Service
 from v4_jax.tokenizer import load_tokenizer
 
 DEMO = Path(v4_jax.__file__).parent / "data" / "demo"

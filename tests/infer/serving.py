@@ -10,10 +10,10 @@ from tests.models import two
 from v4_jax.infer.engine.requests import Event
 from v4_jax.infer.engine.sampling import Sampling
 from v4_jax.infer.engine.scheduler import Engine
+from v4_jax.infer.http.connections import ConnectionLimits, http_protocol
+from v4_jax.infer.http.server import make_app
+from v4_jax.infer.http.service import Service
 from v4_jax.infer.openai.completions import Defaults, Model
-from v4_jax.infer.openai.connections import ConnectionLimits, http_protocol
-from v4_jax.infer.openai.server import make_app
-from v4_jax.infer.openai.service import Service
 
 HELLO = [{"role": "user", "content": "Hello"}]
 SLOTS, LENGTH, MOST = 2, 1536, 4

@@ -14,10 +14,10 @@ import pytest
 
 from tests.infer.serving import LENGTH, MOST, SLOTS, Slow, serving, until
 from v4_jax.infer.engine.requests import Request
-from v4_jax.infer.openai.connections import ConnectionLimits
-from v4_jax.infer.openai.request_log import report
-from v4_jax.infer.openai.server import Limits
-from v4_jax.infer.openai.service import Service
+from v4_jax.infer.http.connections import ConnectionLimits
+from v4_jax.infer.http.request_log import report
+from v4_jax.infer.http.server import Limits
+from v4_jax.infer.http.service import Service
 
 
 def test_limits(parts):

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from v4_jax.infer.http.request_log import Record
 from v4_jax.infer.openai.api import ApiError
-from v4_jax.infer.openai.request_log import Record
 
 SALT = "v4_jax.prefix_salt"  # in a request's scope: what its key's prompts are kept apart by
 RECORD = "v4_jax.record"  # in a request's scope: its line of the log

@@ -19,8 +19,8 @@ from tests.models import two
 from v4_jax import chat
 from v4_jax.chat.protocol import EOS, THINK_CLOSE
 from v4_jax.infer.engine.requests import Request
-from v4_jax.infer.openai.server import make_app
-from v4_jax.infer.openai.service import Overloaded, Service, ServiceDown
+from v4_jax.infer.http.server import make_app
+from v4_jax.infer.http.service import Overloaded, Service, ServiceDown
 from v4_jax.infer.score import Scorer, TextToScore
 
 JSON = {"Content-Type": "application/json"}

@@ -11,10 +11,10 @@ from typing import TypeVar
 from starlette.requests import ClientDisconnect, Request
 
 from v4_jax.infer.engine.requests import Event
+from v4_jax.infer.http.metrics import Metrics
+from v4_jax.infer.http.service import Overloaded, Service, ServiceDown
 from v4_jax.infer.openai.api import RETRY_SECONDS, ApiError, Writer
 from v4_jax.infer.openai.completions import Completion, Update
-from v4_jax.infer.openai.metrics import Metrics
-from v4_jax.infer.openai.service import Overloaded, Service, ServiceDown
 
 KEEP_ALIVE = b": keep-alive\n\n"  # a comment, which clients leave unread
 

@@ -10,10 +10,10 @@ import dataclasses
 import logging
 import time
 
+from v4_jax.infer.http.running import Running
+from v4_jax.infer.http.service import LOG, Service
 from v4_jax.infer.memory import peak_memory
 from v4_jax.infer.openai.api import ApiError
-from v4_jax.infer.openai.running import Running
-from v4_jax.infer.openai.service import LOG, Service
 
 REPORT_SECONDS = 10.0  # between two lines on throughput
 

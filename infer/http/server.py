@@ -26,17 +26,17 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from v4_jax.infer.anthropic.answer import COUNT_TOKENS, MESSAGES
+from v4_jax.infer.http.gate import RECORD, SALT, Gate
+from v4_jax.infer.http.metrics import Metrics
+from v4_jax.infer.http.openapi import openapi
+from v4_jax.infer.http.request_log import LOG, Record, report
+from v4_jax.infer.http.running import Running, open_stream, overloaded, too_slow, unless_gone
+from v4_jax.infer.http.service import Service
 from v4_jax.infer.openai.answers import CHAT, TEXT
 from v4_jax.infer.openai.api import Api, ApiError, Question
 from v4_jax.infer.openai.bodies import BodyError
 from v4_jax.infer.openai.completions import Completion, Model
-from v4_jax.infer.openai.gate import RECORD, SALT, Gate
-from v4_jax.infer.openai.metrics import Metrics
-from v4_jax.infer.openai.openapi import openapi
-from v4_jax.infer.openai.request_log import LOG, Record, report
 from v4_jax.infer.openai.responses_answer import RESPONSES
-from v4_jax.infer.openai.running import Running, open_stream, overloaded, too_slow, unless_gone
-from v4_jax.infer.openai.service import Service
 from v4_jax.json_text import JsonError, read_json
 
 APIS = {api.path: api for api in (CHAT, TEXT, RESPONSES, MESSAGES, COUNT_TOKENS)}

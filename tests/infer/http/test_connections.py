@@ -11,7 +11,7 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from v4_jax.infer.openai.connections import ConnectionLimits, http_protocol
+from v4_jax.infer.http.connections import ConnectionLimits, http_protocol
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n"
 SLOW = GET.replace(b"/ ", b"/slow ")
