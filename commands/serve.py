@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import signal
 import socket
 from typing import Any
 
+import jax
+
 from v4_jax.chat import Mode
 from v4_jax.commands.shared.console import CommandError, bad_input, needs, read_text, say
 from v4_jax.commands.shared.contexts import DEFAULT_MAX_TOKENS, check_length, check_mode
+from v4_jax.commands.shared.devices import join
 from v4_jax.commands.shared.engines import EngineOptions, PrefixOptions
 from v4_jax.commands.shared.models import ModelDirectory
 from v4_jax.commands.shared.options import Count, Flag, Model, OptionalCount, OptionalFile, OptionalText, Profile, Size
 from v4_jax.commands.shared.profiling import check_profile, profiled
 from v4_jax.commands.shared.sampling import SamplingOptions
+from v4_jax.infer.engine.grammar import Grammars
+from v4_jax.infer.engine.lockstep import LeadingEngine, find_leader, follow, gather_followers
+from v4_jax.infer.engine.scheduler import Engine
 
 KEY = "V4_JAX_API_KEY"
 DEFAULT_CONTEXT = 32768
+MOST_SLOTS = 1 << 30  # that could be of use: clients are as many as come
 
 
 def serve(
@@ -46,6 +54,7 @@ def serve(
     profile: OptionalFile = None,
     share_prefixes: Flag = False,
     engine: EngineOptions = EngineOptions(prefix=PrefixOptions(prefix_memory=1 << 30)),  # noqa: B008 (frozen)
+    distributed: Flag = False,
 ) -> None:
     """Serves a model over HTTP by OpenAI's API (chat completions, completions, responses) and Anthropic's (messages).
 
@@ -95,6 +104,8 @@ def serve(
       share_prefixes: Keep the prompts of all keys in one cache. Otherwise no key learns, from counts of cached tokens
         or from time, what another one asked.
       engine: How requests are served.
+      distributed: This is one of several processes, one per host, that serve one model together. The first one listens;
+        the others work for it until it ends. Should one of them end, requests get 503 from then on.
     """
     with needs("serve"):
         import uvicorn
@@ -106,6 +117,7 @@ def serve(
         from v4_jax.infer.openai.completions import Model as Served
 
     check_profile(profile)
+    join(distributed)
     directory = ModelDirectory.open(model)
     engine.check(directory)
     config, tokenizer, release = directory.config, directory.tokenizer(), directory.generation_defaults()
@@ -116,12 +128,20 @@ def serve(
     check_mode(mode, context, efforts)
     with bad_input():
         chosen = sampling.over(release, seed=0)
+    if jax.process_index():
+        _follow(engine, directory, context)
+        return
     legal = _keys(keys)
     listening = _listen(host, port)
-    server = engine.build(directory, context, most=1 << 30)
+    followers = gather_followers() if jax.process_count() > 1 else None
+    kind = Engine if followers is None else functools.partial(LeadingEngine, followers)
+    server = engine.build(directory, context, MOST_SLOTS, kind)
     defaults = Defaults(chosen, release.stop_ids, max_tokens, mode, efforts)
     served = Served(name or directory.path.name, config, tokenizer, defaults, context, server.slots)
     service = Service(server, requests or 4 * server.slots)
+    if followers is not None:
+        followers.watch(service.fail)
+        _stay_until_the_end()
     app = make_app(
         service,
         served,
@@ -144,6 +164,24 @@ def serve(
 
     with profiled(server, profile):
         Runner(settings).run(sockets=[listening])
+    if followers is not None and not followers.dismissed:
+        # It was told twice, or the engine has failed, and a thread waits for devices that are gone: nothing is left to
+        # wait for, and the others end with this process.
+        logging.shutdown()
+        os._exit(1)
+
+
+def _follow(engine: EngineOptions, directory: ModelDirectory, context: int) -> None:
+    """What every process but the first does."""
+    _stay_until_the_end()
+    leader = find_leader()
+    follow(engine.build(directory, context, MOST_SLOTS), leader, lambda: Grammars(directory.tokenizer()))
+
+
+def _stay_until_the_end() -> None:
+    """Lets no signal end this process: all of a pod get them, the first one drains, and then all end together."""
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ending, lambda number, frame: None)
 
 
 def _log(quiet: bool) -> None:

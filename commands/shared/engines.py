@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 
@@ -119,13 +119,14 @@ class EngineOptions:
             check_precision(directory.config, self.policy, cache_format(self.cache_dtype, self.policy))
             choose_drafter(directory.config, self.draft)
 
-    def build(self, directory: ModelDirectory, length: int, most: int) -> Engine:
+    def build(self, directory: ModelDirectory, length: int, most: int, kind: Callable[..., Engine] = Engine) -> Engine:
         """Settles mesh and slots, says what the cache takes, reads the weights and compiles.
 
         Args:
           directory: the model.
           length: tokens that a slot has room for.
           most: slots that could be of use, where nothing else says how many.
+          kind: makes the engine.
 
         Raises:
           CommandError: no such mesh can be made, the cache does not fit, or the weights are damaged.
@@ -145,7 +146,7 @@ class EngineOptions:
         say(describe_cache(slots, length, pages, spot.page, sizes))
         params = directory.load(self.dtype, spot)
         with bad_input():
-            engine = Engine(
+            engine = kind(
                 config,
                 params,
                 slots=slots,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,18 @@ from v4_jax.tokenizer import ByteTokenizer, Tokenizer, VocabularyTokenizer
 # Between two tokens of a JSON text: nothing, a space, or a new line with its indentation. Unlimited, as the library has
 # it, a model may write blanks forever.
 WHITESPACE = r" ?|\n[ \t]{0,20}"
+
+
+class Source(NamedTuple):
+    """What a grammar is compiled from.
+
+    Attributes:
+      kind: what it was given as, for sentences about it.
+      text: in the library's language.
+    """
+
+    kind: str
+    text: str
 
 
 class Grammars:
@@ -63,7 +75,7 @@ class Grammars:
             grammar = self._library.LLMatcher.grammar_from_json_schema(text, overrides=options)
         except ValueError as error:
             raise ValueError(f"the JSON schema cannot be used: {_reason(str(error))}") from None
-        return self._compile("JSON schema", grammar)
+        return self.compile(Source("JSON schema", grammar))
 
     def json_object(self) -> Grammar:
         """Any JSON object."""
@@ -75,7 +87,7 @@ class Grammars:
         Raises:
           ValueError: it is not one.
         """
-        return self._compile("regular expression", self._library.LLMatcher.grammar_from_regex(pattern))
+        return self.compile(Source("regular expression", self._library.LLMatcher.grammar_from_regex(pattern)))
 
     def choice(self, texts: Sequence[str]) -> Grammar:
         """One of some texts.
@@ -85,13 +97,18 @@ class Grammars:
         """
         if not texts or "" in texts:
             raise ValueError(f"the choice is between {list(texts)}; expected at least one text, none of them empty")
-        return self._compile("choice", self._library.grammar_from("choice", json.dumps(list(texts))))
+        return self.compile(Source("choice", self._library.grammar_from("choice", json.dumps(list(texts)))))
 
-    def _compile(self, kind: str, grammar: str) -> Grammar:
-        matcher = self._library.LLMatcher(self._tokenizer, grammar, log_level=0)
+    def compile(self, source: Source) -> Grammar:
+        """Compiles a grammar.
+
+        Raises:
+          ValueError: the library cannot read it.
+        """
+        matcher = self._library.LLMatcher(self._tokenizer, source.text, log_level=0)
         if matcher.is_error():
-            raise ValueError(f"the {kind} cannot be used: {_reason(matcher.get_error())}")
-        return Grammar(matcher, self.vocab_size, self._end)
+            raise ValueError(f"the {source.kind} cannot be used: {_reason(matcher.get_error())}")
+        return Grammar(source, matcher, self.vocab_size, self._end)
 
 
 def _reason(error: str) -> str:
@@ -105,11 +122,12 @@ class Grammar:
     """A compiled grammar, from which any number of samples start.
 
     Attributes:
+      source: what it was compiled from.
       vocab_size: the vocabulary that it was compiled for.
     """
 
-    def __init__(self, matcher: Any, vocab_size: int, end: int) -> None:
-        self.vocab_size = vocab_size
+    def __init__(self, source: Source, matcher: Any, vocab_size: int, end: int) -> None:
+        self.source, self.vocab_size = source, vocab_size
         self._matcher, self._end = matcher, end
 
     def start(self, stops: Collection[int]) -> Matcher:

@@ -72,8 +72,8 @@ def openapi(version: str, *, keys: bool) -> dict[str, Any]:
 
     def errors(*codes: str, form: dict[str, Any] = _ERROR) -> dict[str, Any]:
         found = {code: response(_ERRORS[code], form) for code in codes}
-        if "429" in found:
-            found["429"]["headers"] = {"Retry-After": {"schema": _WHOLE}}
+        for code in {"429", "503"} & set(found):
+            found[code]["headers"] = {"Retry-After": {"schema": _WHOLE}}
         return found
 
     def post(

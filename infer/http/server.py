@@ -150,7 +150,7 @@ class _Server:
         """Whether requests can be served."""
         if self._service.alive:
             return JSONResponse({"status": "ok"})
-        return CHAT.refusal(ApiError(503, "the engine does not run", kind="server_error"))
+        return CHAT.refusal(ApiError(503, self._service.down, kind="server_error"))
 
     async def metrics(self, request: Request) -> Response:
         """Counters."""

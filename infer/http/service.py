@@ -12,6 +12,7 @@ import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 
+from v4_jax.infer.engine.lockstep import ProcessLost
 from v4_jax.infer.engine.requests import Event, Request
 from v4_jax.infer.engine.scheduler import Engine
 
@@ -59,6 +60,21 @@ class Service:
         """Whether requests can be served."""
         return self._thread is not None and self._thread.is_alive() and self._failure is None
 
+    @property
+    def down(self) -> str:
+        """Why requests cannot be served, where they cannot: a sentence for clients."""
+        why = f": {self._failure}" if isinstance(self._failure, ProcessLost) else ""
+        return f"the engine does not run{why}"
+
+    def fail(self, error: Exception) -> None:
+        """Ends the service from any thread: requests fail, those to come, too."""
+        if self._failure is None:
+            self._failure = error
+            what = error if isinstance(error, ProcessLost) else type(error).__name__
+            LOG.critical("the engine has failed (%s): requests get 503 from now on", what)
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._fail, error)
+
     async def start(self) -> None:
         """Starts the thread."""
         self._loop = asyncio.get_running_loop()
@@ -68,9 +84,9 @@ class Service:
     async def close(self) -> None:
         """Stops the thread after its round; requests that are still there fail."""
         self._wanted.put(None)
-        if self._thread is not None:
-            await asyncio.to_thread(self._thread.join)
-        if self._failure is None:
+        if self._failure is None:  # else it may be waiting for devices that are gone
+            if self._thread is not None:
+                await asyncio.to_thread(self._thread.join)
             await asyncio.to_thread(self.engine.close)
         for number in self._listeners:
             self.engine.cancel(number)
@@ -91,7 +107,7 @@ class Service:
           ValueError: the engine refuses one of the requests.
         """
         if not self.alive:
-            raise ServiceDown("the engine does not run")
+            raise ServiceDown(self.down)
         if self._active >= self.most:
             raise Overloaded(f"{self._active} requests are being served or wait, and no more are taken")
         self._active += 1
@@ -103,7 +119,7 @@ class Service:
             while left:
                 event = await events.get()
                 if isinstance(event, Exception):
-                    raise ServiceDown("the engine has failed") from event
+                    raise ServiceDown(self.down) from event
                 number, event = event.request, event._replace(request=places[event.request])
                 which = event.request, event.sample
                 if which not in left:
@@ -175,10 +191,10 @@ class Service:
                     action()
                 if events := self.engine.round():
                     self._loop.call_soon_threadsafe(self._deliver, events)
+        except ProcessLost as error:
+            self.fail(error)
         except Exception as error:
-            self._failure = error
-            LOG.critical("the engine has failed (%s): requests get 503 from now on", type(error).__name__)
-            self._loop.call_soon_threadsafe(self._fail, error)
+            self.fail(error)
             raise
 
     def _deliver(self, events: list[Event]) -> None:
@@ -192,4 +208,4 @@ class Service:
             listener.put_nowait(error)
         for answer in self._submitting:
             if not answer.done():
-                answer.set_exception(ServiceDown("the engine has failed"))
+                answer.set_exception(ServiceDown(self.down))

@@ -13,6 +13,7 @@ from v4_jax.infer.openai.bodies import ChatBody, CompletionBody
 from v4_jax.infer.openai.completions import Completion, Update
 
 RETRY_SECONDS = 1  # when to come back that was turned away
+RESTART_SECONDS = 30  # and when there was nobody to answer
 
 
 class ApiError(Exception):
@@ -91,7 +92,8 @@ class Api:
 
     def refusal(self, error: ApiError) -> JSONResponse:
         """An answer that is an error."""
-        headers = {"Retry-After": str(RETRY_SECONDS)} if error.status == 429 else {}
+        seconds = {429: RETRY_SECONDS, 503: RESTART_SECONDS}.get(error.status)
+        headers = {} if seconds is None else {"Retry-After": str(seconds)}
         if error.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         if error.status == 408:

@@ -1,5 +1,7 @@
 """`v4-jax serve` from the outside: it says where it listens, answers, and ends when its requests are answered."""
 
+import contextlib
+import json
 import re
 import signal
 import socket
@@ -7,6 +9,8 @@ import socket
 import httpx
 import openai
 import pytest
+
+from tests.processes import free_address
 
 OPTIONS = ("--policy", "float32", "--context", "1K", "--slots", "2")
 
@@ -77,3 +81,78 @@ def test_what_cannot_be_served(run, model, tmp_path):
         ):
             result = run("serve", model, *options)
             assert result.code == 2 and sentence in result.err, result
+
+
+@contextlib.contextmanager
+def two_processes(start, model):
+    """Two processes that serve one model: the first one, the other, and where the first one listens."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    coordinator = free_address()
+    processes = [
+        start(
+            *("serve", model, *OPTIONS, "--mesh", "expert=2", "--distributed", "--port", port),
+            JAX_COORDINATOR_ADDRESS=coordinator,
+            JAX_NUM_PROCESSES="2",
+            JAX_PROCESS_ID=str(number),
+            XLA_FLAGS="--xla_force_host_platform_device_count=1",
+        )
+        for number in range(2)
+    ]
+    try:
+        said = ""
+        while "serving" not in said:
+            line = processes[0].stderr.readline()
+            assert line, said
+            said += line
+        yield *processes, f"http://127.0.0.1:{port}"
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+ASKED = dict(prompt=[5, 6, 7], max_tokens=12, temperature=0.9, seed=3, logprobs=2, n=2)
+
+
+def test_two_processes_serve_one_model(start, run, model, tmp_path):
+    """They answer as one does: in company, with constraints, when clients leave; and end together."""
+    (tmp_path / "in.jsonl").write_text(json.dumps(ASKED) + "\n")
+    alone = run("batch", model, tmp_path / "in.jsonl", tmp_path / "out.jsonl", *OPTIONS[:2], "--slots", 2)
+    assert alone.code == 0
+    expected = json.loads((tmp_path / "out.jsonl").read_text())["response"]["body"]["choices"]
+    with two_processes(start, model) as (first, second, address):
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        left = client.completions.create(model=model.name, prompt="x", max_tokens=900, stream=True)
+        next(left)
+        left.close()  # its slot becomes free in both
+        for _ in range(2):  # the second time with its prompt from the prefix cache
+            found = client.completions.create(model=model.name, **ASKED).choices
+            assert [one.text for one in found] == [one["text"] for one in expected]
+            for one, other in zip(found, expected, strict=True):
+                assert one.logprobs.token_logprobs == pytest.approx(other["logprobs"]["token_logprobs"], abs=1e-4)
+        schema = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": [17, "no"]}}}
+        said = client.chat.completions.create(
+            model=model.name, messages=[{"role": "user", "content": "?"}], response_format=schema
+        )
+        assert json.loads(said.choices[0].message.content) in (17, "no")
+        for process in (second, first):  # as a pod's hosts are told
+            process.send_signal(signal.SIGTERM)
+        assert (first.wait(60), second.wait(60)) == (0, 0)
+        assert "Traceback" not in first.stderr.read() + second.stderr.read()
+
+
+def test_a_lost_process_is_noticed(start, model):
+    with two_processes(start, model) as (first, second, address):
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        stream = client.completions.create(model=model.name, prompt="x", max_tokens=900, stream=True)
+        next(stream)
+        second.kill()
+        with pytest.raises(openai.APIError, match="the engine does not run"):
+            list(stream)
+        with pytest.raises(openai.InternalServerError) as caught:
+            client.completions.create(model=model.name, prompt="x")
+        assert caught.value.status_code == 503 and caught.value.response.headers["Retry-After"] == "30"
+        assert httpx.get(f"{address}/health").status_code == 503
+        first.send_signal(signal.SIGTERM)
+        assert first.wait(60) == 1

@@ -77,7 +77,7 @@ def test_a_silent_stream_says_that_it_is_there(parts):
             assert response.status_code == 200 and response.headers["cache-control"] == "no-cache"
             return [line for line in response.iter_lines() if line]
 
-    with serving((Busy(parts[0]), parts[1]), limits=Limits(seconds=0.5, silent_seconds=0.1)) as (address, service):
+    with serving((Busy(parts[0]), parts[1]), limits=Limits(seconds=2.0, silent_seconds=0.1)) as (address, service):
         *silence, said = lines(address)
         assert len(silence) > 2 and set(silence) == {": keep-alive"}
         assert json.loads(said.removeprefix("data: "))["error"]["code"] == "timeout"
