@@ -4,6 +4,7 @@ more instructions of a kernel than are recorded (`make bundles` records them).""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -18,6 +19,7 @@ from v4_jax.cache.entries import Entries
 from v4_jax.cache.ring import Ring
 from v4_jax.cache.rows import StoredRows
 from v4_jax.kernels.choose import best_experts, many_rows_experts
+from v4_jax.kernels.csa import tpu as csa
 from v4_jax.kernels.experts.tpu import ROWS, experts
 from v4_jax.kernels.grouped_matmul.tpu import grouped_matmul
 from v4_jax.kernels.hyper_connections.reference import Numbers, Site
@@ -289,6 +291,16 @@ def test_picked_entries_of_a_scan_over_layers(build, model, queries, paged):
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
     partials = 4 * 4 * queries * config.num_attention_heads * config.head_dim
     assert compiled.memory_analysis().temp_size_in_bytes < SPARE + partials < 2 * count * size
+
+
+def test_picks_that_are_spread_over_devices(build):
+    """Decode of 128 rows on 16 devices: of 512 picks a row some 32 are here, which one turn attends."""
+    words = shape(jnp.int32, 20 * 128 * 512, 2, 128)
+    queries, place = shape(jnp.bfloat16, 128, 64, 512), shape(jnp.int32, 128, 512)
+    attend = functools.partial(csa._attend, share=csa._share(512, 16), together=True, interpret=False)
+    assert csa._share(512, 16) <= csa.ROWS[0]
+    compiled = build(attend, queries, words, place)
+    assert copied(compiled) <= 2 * 128 * 64 * 512
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ Products of one part with another are left out, for queries are few and the matr
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -29,7 +30,7 @@ from v4_jax.natural import quotient
 from v4_jax.sharding import collectives
 
 QUERIES = 16  # of a block
-ROWS = 128  # of a query that are attended at once
+ROWS = 64, 128  # of a query that are attended at once: few where there are hardly more, as each is fetched
 VMEM_BYTES = 48 << 20
 
 
@@ -69,7 +70,8 @@ def attend_picked(
             f"queries {queries.shape} of {queries.dtype} over entries of kind {entries.rows.kind!r}: expected "
             f"{WORD_CHANNELS} or {2 * WORD_CHANNELS} channels, heads in multiples of 8 up to {LANES}, bfloat16, 'words'"
         )
-    if collectives.size(entries.axes) > 1:
+    devices = collectives.size(entries.axes)
+    if devices > 1:
         local = -jnp.sort(-local, axis=-1)  # most picks lie elsewhere: those here first, and no work for the rest
     rows, places = entries.places(batch_rows(local, 2), local)
     (_, rows_count, places_count), words = entries.rows.shape, entries.rows.arrays[0]
@@ -80,6 +82,7 @@ def attend_picked(
         queries.reshape(batch * count, heads, size),
         words.reshape(-1, *words.shape[3:]),
         place.reshape(batch * count, -1),
+        share=_share(local.shape[-1], devices),
         together=together,
         interpret=interpret,
     )
@@ -87,18 +90,25 @@ def attend_picked(
     return Packed(apart[0][None]) if together else Partial(*apart)
 
 
-@functools.partial(jax.jit, static_argnames=("together", "interpret"))
-def _attend(queries: Array, words: Array, place: Array, *, together: bool, interpret: bool) -> list[Array]:
-    """The same of queries [N, H, C] over rows `place` [N, K] of words [R, parts, 128]."""
+def _share(picks: int, devices: int) -> int:
+    """How many of a query's picks a device has at most, nearly always, where entries go round the devices by number."""
+    mean = picks / devices
+    return min(picks, math.ceil(mean + 3 * math.sqrt(mean * (1 - 1 / devices))))
+
+
+@functools.partial(jax.jit, static_argnames=("share", "together", "interpret"))
+def _attend(queries: Array, words: Array, place: Array, *, share: int, together: bool, interpret: bool) -> list[Array]:
+    """The same of queries [N, H, C] over rows `place` [N, K] of words [R, parts, 128], nearly always `share` or fewer."""
+    at_once = next((rows for rows in ROWS if share <= rows), ROWS[-1])
     (count, heads, size), parts = queries.shape, words.shape[1]
     queries, (words,) = kept_in_hbm(queries, [words], interpret=interpret)
     block = min(QUERIES, count)
-    padding, room = -count % block, -place.shape[1] % ROWS
+    padding, room = -count % block, -place.shape[1] % at_once
     queries = jnp.pad(queries, ((0, padding), (0, 0), (0, 0)))
     place = jnp.pad(place, ((0, padding), (0, room)), constant_values=-1)
     total, slots = place.shape
     last = jnp.max(jnp.where(place >= 0, jnp.arange(1, slots + 1, dtype=jnp.int32), 0), axis=1)
-    chunks = quotient(last + ROWS - 1, ROWS)
+    chunks = quotient(last + at_once - 1, at_once)
     seen = jnp.repeat(place >= 0, parts, axis=1).astype(jnp.float32)
     shapes: list[tuple[int, ...]] = [(heads, size + STATISTICS)] if together else [(heads,), (heads,), (heads, size)]
 
@@ -106,7 +116,9 @@ def _attend(queries: Array, words: Array, place: Array, *, together: bool, inter
         return pl.BlockSpec((block, *shape), lambda i, _: (i, *(0 for _ in shape)))
 
     found = pl.pallas_call(
-        functools.partial(_kernel, scale=size**-0.5, unroll=1 if interpret else ROWS),
+        functools.partial(
+            _kernel, scale=size**-0.5, at_once=at_once, turns=-(-share // at_once), unroll=1 if interpret else at_once
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(total // block,),
@@ -119,7 +131,7 @@ def _attend(queries: Array, words: Array, place: Array, *, together: bool, inter
             out_specs=[along(*shape) for shape in shapes],
             scratch_shapes=[
                 pltpu.VMEM((2, slots * parts, LANES), jnp.int32),
-                pltpu.SemaphoreType.DMA((2, slots // ROWS)),
+                pltpu.SemaphoreType.DMA((2, slots // at_once)),
             ],
         ),
         out_shape=[jax.ShapeDtypeStruct((total, *shape), jnp.float32) for shape in shapes],
@@ -127,9 +139,9 @@ def _attend(queries: Array, words: Array, place: Array, *, together: bool, inter
             dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_BYTES, disable_bounds_checks=True
         ),
         cost_estimate=pl.CostEstimate(
-            flops=4 * count * heads * slots * size,
-            bytes_accessed=2 * count * slots * size + 6 * count * heads * size,
-            transcendentals=count * heads * slots,
+            flops=4 * count * heads * share * size,
+            bytes_accessed=2 * count * share * size + 6 * count * heads * size,
+            transcendentals=count * heads * share,
         ),
         interpret=interpret,
         name="attend_picked",
@@ -145,9 +157,11 @@ def _kernel(
     words: Any,
     *refs: Any,
     scale: float,
+    at_once: int,
+    turns: int,
     unroll: int,
 ) -> None:
-    """A block of queries, one after another.
+    """A block of queries, one after another, `at_once` rows of each at a time, about `turns` times.
 
     Refs: largest logits and sums of each query, or one array of all; scratch: rows [2, parts * K, 128], those of this
     query and of the next, and their semaphores.
@@ -155,18 +169,18 @@ def _kernel(
     *out, rows, arrived = refs
     count, heads, size = queries.shape
     parts, start = words.shape[1], pl.program_id(0) * count
-    lines, slots = ROWS * parts, rows.shape[1] // parts
+    lines, slots = at_once * parts, rows.shape[1] // parts
 
     def ask(query: Any, slot: Any, chunk: Any) -> None:
         first = pl.multiple_of(chunk * lines, lines)
 
         def row(i: Any, carry: None) -> None:
             there = rows.at[slot, pl.ds(first + i * parts, parts), :]
-            place = places[0, query * slots + chunk * ROWS + i]
+            place = places[0, query * slots + chunk * at_once + i]
             pltpu.make_async_copy(words.at[place], there, arrived.at[slot, chunk]).start()
             return carry
 
-        jax.lax.fori_loop(0, ROWS, row, None, unroll=unroll)
+        jax.lax.fori_loop(0, at_once, row, None, unroll=unroll)
 
     def own(slot: Any, chunk: Any) -> Any:
         return rows.at[slot, pl.ds(pl.multiple_of(chunk * lines, lines), lines), :]
@@ -217,8 +231,8 @@ def _kernel(
         def attend_alone(chunk: Any, state: tuple[Array, ...]) -> tuple[Array, ...]:
             return attend(query, chunk, receive(slot, chunk), state)
 
-        def at_once(chunk: Any, state: tuple[Array, ...]) -> tuple[Array, ...]:
-            words = receive(slot, chunk)  # a barrier to the scheduler: what follows runs side by side
+        def side_by_side(chunk: Any, state: tuple[Array, ...]) -> tuple[Array, ...]:
+            words = receive(slot, chunk)  # a barrier to the scheduler, which mixes what follows
             ask(query + 1, other, chunk)
             return attend(query, chunk, words, state)
 
@@ -227,9 +241,9 @@ def _kernel(
             jnp.zeros((heads, 1)),
             *(jnp.zeros((heads, WORD_CHANNELS)) for _ in range(parts)),
         )
-        whole, rest = (slots // ROWS, 1) if count > 1 else (1, slots // ROWS)
+        whole, rest = (turns, 1) if count > 1 else (1, turns)
         with about(whole):
-            state = jax.lax.fori_loop(0, both, at_once, state)
+            state = jax.lax.fori_loop(0, both, side_by_side, state)
         with about(1):
             jax.lax.fori_loop(both, ahead, ask_next, None)
         with about(rest):
@@ -247,7 +261,7 @@ def _kernel(
         ask(0, 0, chunk)
         return carry
 
-    with about(slots // ROWS):
+    with about(turns):
         jax.lax.fori_loop(0, chunks[start], ask_first, None)
     jax.lax.fori_loop(0, count, each, None)
 
