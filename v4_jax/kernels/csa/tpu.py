@@ -98,7 +98,7 @@ def _share(picks: int, devices: int) -> int:
 
 @functools.partial(jax.jit, static_argnames=("share", "together", "interpret"))
 def _attend(queries: Array, words: Array, place: Array, *, share: int, together: bool, interpret: bool) -> list[Array]:
-    """The same of queries [N, H, C] over rows `place` [N, K] of words [R, parts, 128], nearly always `share` or fewer."""
+    """The same of queries [N, H, C] over rows `place` [N, K] of words [R, parts, 128], mostly of `share` or fewer."""
     at_once = next((rows for rows in ROWS if share <= rows), ROWS[-1])
     (count, heads, size), parts = queries.shape, words.shape[1]
     queries, (words,) = kept_in_hbm(queries, [words], interpret=interpret)
