@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh
 from v4_jax import costs
 from v4_jax.architecture import RATIO_OF_ROLE
 from v4_jax.layers.expert_parallelism import FEW_TOKENS
+from v4_jax.layers.partials import STATISTICS
 from v4_jax.number_formats import BlockScaled
 from v4_jax.on_mesh import UNIT
 from v4_jax.parameter_tree import declarations
@@ -164,7 +165,7 @@ def estimate(workload: Workload, least: Least | None = None) -> Estimate:
     experts = sum(stored for parameter, stored in parts if EXPERTS in parameter.axes)
     gathered = sum(stored * (_joined(split, parameter) - 1) for parameter, stored in parts)
     moved = passes * (used - experts + 2 * gathered + experts * _reached(workload))
-    hbm = moved + (2 * held if workload.trains else least.cache / devices)
+    hbm = moved + (2 * held if workload.trains else _cache_read(workload, mesh))
     work = Floor.of(chip, least.flops / devices, hbm, passes * (gathered + _exchanged(workload, split, mesh)))
     fits = held + cache <= (1 - HEADROOM) * chip.hbm_bytes
     return Estimate(workload, held, cache, fits, work)
@@ -234,5 +235,18 @@ def _exchanged(workload: Workload, split: Split, mesh: AbstractMesh) -> float:
         sent += layers * 2 * tokens * width if axes else 0
     if split.long:  # the entries come to the queries
         entries = list(abstract_cache(workload, mesh).entries.values())
-        sent += bytes_per_device(entries) * (split.count(split.axes("entries")) - 1)
-    return sent
+        return sent + bytes_per_device(entries) * (split.count(split.axes("entries")) - 1)
+    # Queries of all heads visit the entries of a device, and their softmaxes come back; what is left is added up.
+    where, own = split.axes("entries"), split.share("heads", config.num_attention_heads)
+    visiting = [axis for axis in split.shared("heads") if axis in where]
+    visits = own * (split.count(visiting) - 1) * (2 * config.head_dim + 4 * (config.head_dim + STATISTICS))
+    added = 2 * 4 * own * config.head_dim if len(visiting) < len(where) else 0
+    with_entries = sum(RATIO_OF_ROLE[layer.attention] > 0 for layer in config.layers)
+    return sent + with_entries * tokens * (visits + added)
+
+
+def _cache_read(workload: Workload, mesh: AbstractMesh) -> float:
+    """Bytes of its cache that a device reads: all but the CSA entries that nobody picks."""
+    cache, entries = abstract_cache(workload, mesh), max(1, workload.context // RATIO_OF_ROLE["csa"])
+    unpicked = bytes_per_device(cache.entries["csa"]) if "csa" in cache.entries else 0
+    return bytes_per_device(cache) - unpicked * max(0.0, 1 - workload.config.index_topk / entries)

@@ -104,6 +104,16 @@ def test_candidates_are_ranked():
     assert not whole.fits and whole.weights == pytest.approx(parameter_bytes(FLASH).total, rel=0.01)
 
 
+def test_many_rows_split_over_data():
+    """Each device would read windows of all rows, and hand on their softmaxes: the compiler says 38 ms, and here 22."""
+    found = planning.candidates(workload(batch=128, context=2**15, topology=Topology.parse("v6e:4x4")), ["decode"])
+    assert {axis: size for axis, size in found[0].workload.mesh.items() if size > 1} == {"data": 4, "tensor": 4}
+    together = planning.estimate(
+        dataclasses.replace(found[0].workload, mesh=found[0].workload.mesh | {"data": 1, "seq": 4})
+    )
+    assert together.floor.ici > 2 * found[0].floor.ici and together.floor.hbm > found[0].floor.hbm
+
+
 def test_the_least_of_a_step():
     least = planning.least_work(workload())
     assert least.flops == FLASH.flops_per_token(2**20).total
