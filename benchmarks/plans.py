@@ -33,10 +33,10 @@ MODELS = {"flash": Config.flash, "pro": Config.pro}
 PLANS = (
     ("flash", "decode", "1M", 1, "1", "v6e:2x4", "tensor=8", "decode"),
     ("flash", "decode", "1M", 1, "1", "tpu7x:2x2x1", "tensor=8", "decode"),
-    ("flash", "decode", "32K", 128, "1", "v6e:4x4", "seq=2,tensor=8", "decode"),
-    ("flash", "decode", "32K", 128, "1", "v5e:4x8", "seq=4,tensor=8", "decode"),
+    ("flash", "decode", "32K", 128, "1", "v6e:4x4", "data=4,tensor=4", "decode"),
+    ("flash", "decode", "32K", 128, "1", "v5e:4x8", "data=8,tensor=4", "decode"),
     ("flash", "decode", "8K", 1, "1", "tpu7x:2x2x1", "tensor=8", "decode"),
-    ("flash", "decode", "9K", 64, "1", "tpu7x:2x2x1", "tensor=8", "decode"),
+    ("flash", "decode", "9K", 64, "1", "tpu7x:2x2x1", "data=4,tensor=2", "decode"),
     ("flash", "prefill", "8K", 1, "8K", "tpu7x:2x2x1", "seq=8", "long-context"),
     ("flash", "prefill", "1M", 1, "8K", "v6e:4x4", "seq=16", "long-context"),
     ("flash", "prefill", "1M", 1, "8K", "v5p:2x2x2", "seq=8", "long-context"),
