@@ -33,7 +33,7 @@ MODELS = {"flash": Config.flash, "pro": Config.pro}
 PLANS = (
     ("flash", "decode", "1M", 1, "1", "v6e:2x4", "tensor=8", "decode"),
     ("flash", "decode", "1M", 1, "1", "tpu7x:2x2x1", "tensor=8", "decode"),
-    ("flash", "decode", "32K", 128, "1", "v6e:4x4", "data=4,tensor=4", "decode"),
+    ("flash", "decode", "32K", 128, "1", "v6e:4x4", "data=8,tensor=2", "decode"),
     ("flash", "decode", "32K", 128, "1", "v5e:4x8", "data=8,tensor=4", "decode"),
     ("flash", "decode", "8K", 1, "1", "tpu7x:2x2x1", "tensor=8", "decode"),
     ("flash", "decode", "9K", 64, "1", "tpu7x:2x2x1", "data=4,tensor=2", "decode"),
