@@ -126,7 +126,8 @@ def gradients(
             operands.append(jnp.pad(hidden, ((0, 0), (0, missing), (0, 0))))
             specs.append(pl.BlockSpec((None, tile, hidden.shape[2]), tile_place))
     limits = jnp.pad(jnp.stack(ranges, axis=-1), ((0, 0), (0, missing), (0, 0)))
-    seen = (room and past + 1) + (0 if entries is None else entries.shape[1])
+    # Of a row's entries its queries see a half, on the mean.
+    seen = (room and past + 1) + (0 if entries is None else entries.shape[1] // 2)
     found = pl.pallas_call(
         functools.partial(
             _kernel, heads=heads, tiles=tiles, room=room, block=block, picks=hidden is not None, scale=size**-0.5

@@ -134,6 +134,8 @@ def window_attention(
         by_tile = pl.BlockSpec((step, tile, heads), lambda b, i, *_: (b, i, 0))
         out_specs = [by_tile, by_tile, pl.BlockSpec((step, tile * heads, size), lambda b, i, *_: (b, i, 0))]
     rows, seen = tile * heads, (0 if keys is None else past + 1) + (0 if entries is None else entries.count)
+    if hidden is not None and entries is not None:  # a whole row's, of which its queries see a half, on the mean
+        seen -= entries.count // 2
     found = pl.pallas_call(
         functools.partial(
             _kernel,
