@@ -385,7 +385,7 @@ def test_gradients_of_norm_and_rotation(build, tokens, heads):
     of_out = x if normed else shape(jnp.bfloat16, 1, tokens, heads, size)
     compiled = build(run, x, shape(jnp.float32, size) if normed else None, turned, turned, of_out)
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
-    turns = 2 * 4 * 64 * tokens
+    turns = 2 * 4 * 128 * tokens  # as they lie in tiles
     assert compiled.memory_analysis().temp_size_in_bytes < SPARE + turns and copied(compiled) <= 64 * tokens
 
 
