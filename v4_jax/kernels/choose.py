@@ -138,7 +138,10 @@ def attends_in_training(queries: Any, keys: Any, entries: Entries | None) -> boo
     """Whether `window_attention` has kernels for the gradients, too, in programs for TPUs, of arrays or shapes."""
     held = None if entries is None else entries.rows.arrays[0][0]
     uncached = entries is None or (
-        entries.table is None and entries.rows.dtype == jnp.float32 and isinstance(entries.layer, int)
+        entries.table is None
+        and entries.rows.kind == "plain"
+        and entries.rows.dtype == jnp.float32
+        and isinstance(entries.layer, int)
     )
     return uncached and attention_gradients.supports(queries, keys, held)
 

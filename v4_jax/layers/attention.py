@@ -168,7 +168,7 @@ class Attention(Module):
                     picked = keep(chosen, "picked")
             at_once = x.keys is not None and entries is not None and not entry_axes
             if picked is not None:
-                at_once = at_once and attends_in_training(queries, x.keys, entries)
+                at_once = at_once and cache is None and attends_in_training(queries, x.keys, entries)
             window: Partial | Packed
             if at_once:
                 window = attend_window(queries, x.keys, x.oldest, entries, x.visible, picked=picked)
