@@ -151,7 +151,8 @@ class Call(NamedTuple):
       computation: where it stands.
       runs: how often; None where that depends on the data.
       at_most: whether a conditional may leave it out.
-      fused: whether it is part of a fusion, so that its operands and results need not exist in memory.
+      fused: whether it is part of a fusion, so that its operands and results need not exist in memory; a Pallas
+        kernel is none, though it may be fused with the update in place that its result is for.
     """
 
     instruction: Instruction
@@ -250,6 +251,13 @@ class Program:
         """
         yield from self._calls(self.entry, {}, 1, False, False, expected)
 
+    def holds_kernel(self, instruction: Instruction) -> bool:
+        """Whether it is a fusion of a Pallas kernel with the update in place that its result is for."""
+        if instruction.opcode != "fusion":
+            return False
+        (callee,) = instruction.called("calls")
+        return any(inner.is_kernel for inner in self.computations[callee].instructions.values())
+
     def communicates(self, loop: Instruction) -> bool:
         """Whether a loop's body has collectives."""
         calls = self._calls(loop.called("body")[0], {}, 1, False, False, Once())
@@ -260,7 +268,7 @@ class Program:
     ) -> Iterator[Call]:
         computation = self.computations[name]
         for instruction in computation.instructions.values():
-            yield Call(instruction, computation, runs, at_most, fused)
+            yield Call(instruction, computation, runs, at_most, fused and not instruction.is_kernel)
             opcode = instruction.opcode
             if opcode == "while":
                 body, condition = instruction.called("body", "condition")

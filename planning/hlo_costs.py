@@ -147,6 +147,8 @@ def _nbytes(call: Call, program: Program) -> float:
         return 2 * _held(operands[1]) if operands[1].space == 0 else _held(operands[0]) and operands[1].nbytes
     if opcode == "scatter":
         return 2.0 * operands[-1].nbytes
+    if opcode == "fusion" and program.holds_kernel(instruction):
+        return 0.0  # the kernel in it counts
     if opcode == "fusion":
         return _fusion(instruction, operands, program)
     return results + sum(map(_held, operands))

@@ -109,16 +109,19 @@ def _round(
 
     def by_choice(values: Array) -> Array:
         chosen = leave(values.reshape(-1), choice, places.reshape(-1, 1))
-        return exchange(jnp.where(used.reshape(-1), chosen, 0), sent, got, axes)
+        return exchange(jnp.where(used.reshape(-1), chosen, 0), None, sent, got, axes)
 
     def in_tiles(rows: Array) -> Array:
         """Rows as whole tiles of a TPU's memory. Else its compiler cuts them for the exchange in a way of its own, in
         which all that is done to them before and after takes ten times as long."""
         return rows.reshape(rows.shape[0], -1, LANES) if rows.shape[1] % LANES == 0 else rows
 
-    there = exchange(leave(in_tiles(x), choice // top, places), sent, got, axes)
+    leaving = leave(in_tiles(x), choice // top, places)
+    there = exchange(leaving, None, sent, got, axes)
     out = function(there.reshape(-1, x.shape[1]), jax.tree.map(by_choice, extra), weights)
-    total = back(exchange(in_tiles(out), got, sent, axes), choice // top, places)
+    out = in_tiles(out)
+    alike = (leaving.shape, leaving.dtype) == (out.shape, out.dtype)
+    total = back(exchange(out, leaving if alike else None, got, sent, axes), choice // top, places)
     return total.reshape(rows, -1)
 
 
@@ -162,44 +165,46 @@ leave.defvjp(lambda x, *where: (leave(x, *where), where), _leave_backward)
 back.defvjp(lambda rows, *where: (back(rows, *where), (rows[:0], *where)), _back_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def exchange(x: Array, sent: Array, got: Array, axes: Axes) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def exchange(x: Array, onto: Array | None, sent: Array, got: Array, axes: Axes) -> Array:
     """Swaps blocks of rows between all pairs of devices.
 
     Args:
       x: [devices * room, ...] rows for each device; only the first `sent` of each device's block count.
+      onto: an array like it that nobody needs any more, in whose place rows may come on TPUs, and their gradients too.
+        None: there is none, and they come onto a copy of x.
       sent: [devices] int32 rows for each device.
       got: [devices] int32 rows from each device.
       axes: mesh axes to exchange over.
 
     Returns:
-      [devices * room, ...] rows from each device. Beyond `got` they are any rows of a device's x.
+      [devices * room, ...] rows from each device. Beyond `got` they are any rows of a device's x, or of `onto`.
     """
 
-    def dense(x: Array, sent: Array, got: Array) -> Array:
-        del sent, got
+    def dense(x: Array, onto: Array | None, sent: Array, got: Array) -> Array:
+        del onto, sent, got
         return jax.lax.all_to_all(x, axes, 0, 0, tiled=True)
 
-    def ragged(x: Array, sent: Array, got: Array) -> Array:
+    def ragged(x: Array, onto: Array | None, sent: Array, got: Array) -> Array:
         room = x.shape[0] // size(axes)
         start = jnp.arange(size(axes), dtype=jnp.int32) * room
         mine = jnp.full_like(start, index(axes) * room)
         # What is not received stays as it was, which costs less than to clear it.
-        return jax.lax.ragged_all_to_all(x, x, start, sent, mine, got, axis_name=axes)
+        return jax.lax.ragged_all_to_all(x, x if onto is None else onto, start, sent, mine, got, axis_name=axes)
 
     if x.ndim == 1:  # a handful of bytes
-        return dense(x, sent, got)
+        return dense(x, onto, sent, got)
     # XLA:CPU has no ragged exchange; there the unused places travel too.
-    return by_platform(x, sent, got, tpu=ragged, default=dense)
+    return by_platform(x, onto, sent, got, tpu=ragged, default=dense)
 
 
-def _exchange_forward(x: Array, sent: Array, got: Array, axes: Axes) -> tuple[Array, tuple[Array, Array]]:
-    return exchange(x, sent, got, axes), (sent, got)
+def _exchange_forward(x: Array, onto: Array | None, sent: Array, got: Array, axes: Axes) -> tuple[Array, Any]:
+    return exchange(x, onto, sent, got, axes), (onto, sent, got)
 
 
-def _exchange_backward(axes: Axes, residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, None, None]:
-    sent, got = residuals
-    return exchange(gradient, got, sent, axes), None, None
+def _exchange_backward(axes: Axes, residuals: Any, gradient: Array) -> tuple[Array, None, None, None]:
+    onto, sent, got = residuals
+    return exchange(gradient, onto, got, sent, axes), None, None, None
 
 
 exchange.defvjp(_exchange_forward, _exchange_backward)

@@ -348,7 +348,8 @@ class Transformer(Module):
         head, axes, first = self._shared_head()
         tokens = jnp.clip(targets, 0, self.config.vocab_size - 1) - first
         flat = self.hidden(streams, mtp=mtp).reshape(-1, self.config.hidden_size)
-        loss = cross_entropy(flat, head, tokens.reshape(-1), weights.reshape(-1), axes)
+        with jax.named_scope("head.cross_entropy"):
+            loss = cross_entropy(flat, head, tokens.reshape(-1), weights.reshape(-1), axes)
         return self._over_tokens(loss)
 
     def log_probabilities(self, streams: Array, targets: Array) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,9 +14,11 @@ from v4_jax.kernels.csa import tpu as csa
 from v4_jax.kernels.hyper_connections import tpu as hyper_connections
 from v4_jax.kernels.indexer import tpu as indexer
 from v4_jax.kernels.window import tpu as window
+from v4_jax.layers.stages import Stage
 from v4_jax.parameter_tree import placements
 from v4_jax.sharding.mesh import make_mesh
 from v4_jax.sharding.platform import interpreted
+from v4_jax.train.objectives.objective import value_and_grad
 
 # The kernels want the real models' widths, of which these are the least: a sliding and a CSA layer.
 WIDE = dict(
@@ -94,6 +97,25 @@ def test_float32(wide, tokens, mesh, interpreted_calls):
         kernels, _ = computed()
     assert interpreted_calls == len(CHUNKS) * ["window_attention", "best_entries", "window_attention"]
     np.testing.assert_allclose(kernels, plain, atol=TOLERANCE, rtol=0)
+
+
+def test_gradients(wide, tokens, interpreted_calls):
+    """Of a row of two blocks of queries, in which entries are picked: as they are without kernels."""
+    model = Transformer(wide.config, policy="float32", stage=Stage(indexer_loss=True))
+
+    def loss(params):
+        some = tokens[:, : wide.config.sliding_window + 3]
+        output = model.apply({"params": params}, some, return_routing=True)
+        probe = jnp.cos(jnp.arange(output.logits.size, dtype=jnp.float32)).reshape(output.logits.shape)
+        return jnp.mean(output.logits * probe) + jnp.mean(output.statistics.indexer_loss), None
+
+    plain = jax.jit(lambda params: value_and_grad(loss, params))(wide.params)
+    assert not interpreted_calls
+    with interpreted():
+        kernels = jax.jit(lambda params: value_and_grad(loss, params))(wide.params)
+    assert "window_attention" in interpreted_calls and "attend_picked" not in interpreted_calls
+    for one, other in zip(jax.tree.leaves(kernels), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4 * (1e-3 + abs(other).max()), rtol=0)
 
 
 @pytest.mark.parametrize("mesh", [None, "seq=2"])

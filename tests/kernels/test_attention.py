@@ -13,6 +13,7 @@ import pytest
 from v4_jax.cache.entries import Entries
 from v4_jax.cache.rows import StoredRows
 from v4_jax.kernels.attention.tpu import MASKED, supports, window_attention
+from v4_jax.kernels.csa.hidden import hide, reference
 from v4_jax.layers.partial_softmax import finish, merge
 from v4_jax.layers.partials import Partial, separate
 from v4_jax.layers.visible import Visible
@@ -34,6 +35,7 @@ class Case(NamedTuple):
     paged: bool = False
     uncached: bool = False
     packed: bool = False
+    picks: int = 0  # of each query, of the entries that it sees, and some places for none; 0: it attends all of them
 
 
 CASES = {
@@ -53,14 +55,17 @@ CASES = {
     "entries alone": Case(5, 1, 64, None, 528),
     "entries alone, several tiles": Case(1, 20, 64, None, 1040, packed=True),
     "one entry": Case(2, 3, 8, 3, 1),
+    "picks": Case(2, 19, 64, 20, 600, uncached=True, packed=True, picks=40),
+    "picks alone, float32": Case(1, 20, 8, None, 640, dtype="float32", uncached=True, picks=130),
 }
 
 
 @functools.partial(jax.jit, static_argnames="how")
-def run(how, *operands):
+def run(how, *operands, picked=None):
     if how == "kernel":
-        return window_attention(*operands, interpret=True)
-    return attend_in_parts(*operands)
+        hidden = None if picked is None else hide(picked, operands[3].count, interpret=True)
+        return window_attention(*operands, hidden, interpret=True)
+    return attend_in_parts(*operands, picked)
 
 
 def inputs(case, seed=0, scale=2.0):
@@ -90,6 +95,26 @@ def inputs(case, seed=0, scale=2.0):
     return queries, keys, oldest, entries, visible
 
 
+def picks(case, visible):
+    """[B, Q, K] entries that queries pick, of those that they see; None where they pick none."""
+    if not case.picks:
+        return None
+    scores = np.random.default_rng(5).random((case.rows, case.queries, case.entries))
+    number = np.arange(case.entries)
+    seen = (number >= np.asarray(visible.low)[..., None]) & (number < np.asarray(visible.high)[..., None])
+    best = np.argsort(np.where(seen, -scores, 1), axis=-1)[..., : case.picks]
+    kept = np.take_along_axis(seen & (scores < 0.9), best, -1)  # places for none are anywhere, as in replayed decisions
+    return jnp.asarray(np.where(kept, best, -1), jnp.int32)
+
+
+def attended(visible, picked, count):
+    """[B, Q, E] which entries queries attend."""
+    number = np.arange(count)
+    if picked is not None:
+        return (np.asarray(picked)[..., None] == number).any(2)
+    return (number >= np.asarray(visible.low)[..., None]) & (number < np.asarray(visible.high)[..., None])
+
+
 def stored(case, held, rng):
     if case.uncached:
         return Entries.uncached(held)
@@ -106,7 +131,7 @@ def stored(case, held, rng):
     return entries.write(jnp.broadcast_to(jnp.arange(case.entries), held.shape[:2]), held)
 
 
-def expected(queries, keys, oldest, entries, visible):
+def expected(queries, keys, oldest, entries, visible, picked=None):
     """Float64, all keys at once."""
     queries = np.asarray(queries, np.float64)
     count = queries.shape[1]
@@ -117,9 +142,8 @@ def expected(queries, keys, oldest, entries, visible):
         parts.append(np.asarray(keys, np.float64))
         masks.append((number >= np.maximum(np.asarray(oldest), own[:, 0])[..., None]) & (number <= last))
     if entries is not None:
-        number = np.arange(entries.count)
         parts.append(np.asarray(entries.block(0, entries.count), np.float64))
-        masks.append((number >= np.asarray(visible.low)[..., None]) & (number < np.asarray(visible.high)[..., None]))
+        masks.append(attended(visible, picked, entries.count))
     keys, mask = np.concatenate(parts, 1), np.concatenate(masks, 2)[:, :, None]
     logits = np.where(mask, np.einsum("bqhc,bkc->bqhk", queries, keys) * C**-0.5, -np.inf)
     maximum = np.maximum(logits.max(-1), MASKED)
@@ -132,14 +156,26 @@ def expected(queries, keys, oldest, entries, visible):
 def test_against_float64(case, how):
     """The largest logit to float32's rounding; sums to that of shares: each is rounded once, to the keys' dtype."""
     operands = inputs(case)
-    maximum, total, weighted = run(how, *operands)
-    exact = expected(*operands)
+    picked = picks(case, operands[4])
+    maximum, total, weighted = run(how, *operands, picked=picked)
+    exact = expected(*operands, picked)
     single = float(jnp.finfo(jnp.float32).eps)
     np.testing.assert_allclose(maximum, exact[0], rtol=64 * single, atol=64 * single)
     np.testing.assert_allclose(total, exact[1], rtol=256 * single, atol=0)
     unit = float(jnp.finfo(case.dtype).eps) / 2
     bound = (unit + 256 * single) * (exact[1][..., None] * 6)  # keys are below 6
     assert (np.abs(np.asarray(weighted) - exact[2]) <= bound).all()
+
+
+@pytest.mark.parametrize(("queries", "top", "count"), [(19, 40, 300), (1, 512, 1024), (3, 1, 1)])
+def test_what_is_hidden(queries, top, count):
+    """Every entry but the picked ones, exactly, whatever the order and number of picks."""
+    rng = np.random.default_rng(3)
+    picked = np.stack([rng.permutation(count)[:top] for _ in range(2 * queries)]).reshape(2, queries, -1)
+    picked = jnp.asarray(np.where(rng.random(picked.shape) < 0.2, -1, picked), jnp.int32)
+    found = hide(picked, count, interpret=True)
+    np.testing.assert_array_equal(found, reference(picked, count))
+    np.testing.assert_array_equal(found == 0, attended(None, picked, count))
 
 
 @pytest.mark.parametrize("how", ["kernel", "plain"])

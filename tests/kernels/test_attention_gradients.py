@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.kernels.test_attention import C, Case, inputs
+from tests.kernels.test_attention import C, Case, attended, inputs, picks
 from v4_jax.cache.entries import Entries
 from v4_jax.kernels import choose
 from v4_jax.kernels.attention import gradients as kernel
 from v4_jax.kernels.attention.reference import MASKED
+from v4_jax.kernels.csa.hidden import hide
 from v4_jax.layers.window_attention import attend_in_parts, attend_window
 from v4_jax.sharding.platform import interpreted
 
@@ -23,12 +24,15 @@ CASES = {
     "odd heads, documents": Case(1, 30, 40, 7, 130, uncached=True, packed=True),
     "entries alone, float32": Case(2, 20, 64, None, 600, dtype="float32", uncached=True, packed=True),
     "one entry": Case(2, 3, 8, 3, 1, uncached=True),
+    "picks": Case(2, 19, 64, 20, 600, uncached=True, packed=True, picks=40),
+    "picks alone, float32": Case(1, 20, 8, None, 640, dtype="float32", uncached=True, picks=130),
 }
 
 
 @jax.jit
-def run(queries, keys, oldest, held, visible, *given):
-    return kernel.gradients(queries, keys, oldest, held, visible, *given, interpret=True)
+def run(queries, keys, oldest, held, visible, picked, *given):
+    hidden = None if picked is None else hide(picked, held.shape[1], interpret=True)
+    return kernel.gradients(queries, keys, oldest, held, visible, *given, hidden, interpret=True)
 
 
 def given(case):
@@ -40,14 +44,13 @@ def given(case):
     return queries, keys, oldest, held, visible, of_total, of_weighted
 
 
-def masks(case, oldest, visible):
+def masks(case, oldest, visible, picked):
     parts = []
     if case.past is not None:
         number, own = np.arange(case.past + case.queries), np.arange(case.queries)[:, None]
         parts.append((number >= np.maximum(np.asarray(oldest)[..., None], own)) & (number <= own + case.past))
     if case.entries:
-        number = np.arange(case.entries)
-        parts.append((number >= np.asarray(visible.low)[..., None]) & (number < np.asarray(visible.high)[..., None]))
+        parts.append(attended(visible, picked, case.entries))
     return np.concatenate(parts, 2)[:, :, None]
 
 
@@ -57,12 +60,13 @@ def test_against_float64(case):
     queries, keys, oldest, held, visible, of_total, of_weighted = given(case)
     q, g = (np.asarray(x, np.float64) for x in (queries, of_weighted))
     k = np.concatenate([np.asarray(x, np.float64) for x in (keys, held) if x is not None], axis=1)
-    mask, scale = masks(case, oldest, visible), C**-0.5
+    picked = picks(case, visible)
+    mask, scale = masks(case, oldest, visible, picked), C**-0.5
     logits = np.where(mask, np.einsum("bqhc,bkc->bqhk", q, k) * scale, -np.inf)
     maximum = np.maximum(logits.max(-1), MASKED)
     shares = np.exp(logits - maximum[..., None])
     of_logits = shares * (np.einsum("bqhc,bkc->bqhk", g, k) + of_total[..., None]) * scale
-    found = run(queries, keys, oldest, held, visible, np.float32(maximum), of_total, of_weighted)
+    found = run(queries, keys, oldest, held, visible, picked, np.float32(maximum), of_total, of_weighted)
 
     unit, single = float(jnp.finfo(case.dtype).eps) / 2, 256 * float(jnp.finfo(jnp.float32).eps)
     large = shares * (np.einsum("bqhc,bkc->bqhk", abs(g), abs(k)) + abs(of_total[..., None])) * scale
@@ -86,11 +90,11 @@ def test_against_float64(case):
     assert [x is None for x in found] == [False, keys is None, held is None]
 
 
-@pytest.mark.parametrize("name", ["window alone", "one tile, float32"])
+@pytest.mark.parametrize("name", ["window alone", "one tile, float32", "picks"])
 def test_training_takes_the_kernels_in_programs_for_tpus_alone(name, monkeypatch):
     """The same gradients through the layers; elsewhere they are plain JAX's, number for number."""
     queries, keys, oldest, held, visible, of_total, of_weighted = given(CASES[name])
-    held = None if held is None else held.astype(queries.dtype)
+    held, picked = None if held is None else held.astype(queries.dtype), picks(CASES[name], visible)
     calls = []
 
     def spy(*operands, **options):
@@ -103,7 +107,7 @@ def test_training_takes_the_kernels_in_programs_for_tpus_alone(name, monkeypatch
     def pulled(attend):
         def call(queries, keys, held):
             entries = None if held is None else Entries.uncached(held)
-            return attend(queries, keys, oldest, entries, visible)[1:]
+            return attend(queries, keys, oldest, entries, visible, picked=picked)[1:]
 
         return jax.vjp(call, queries, keys, held)[1]((jnp.asarray(of_total), jnp.asarray(of_weighted)))
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from v4_jax.kernels.attention.reference import MASKED
-from v4_jax.kernels.output import few, tpu
+from v4_jax.kernels.output import few, gradients, tpu
 from v4_jax.layers.partial_softmax import attend, finish, merge
-from v4_jax.layers.partials import Packed, packed, separate
+from v4_jax.layers.partials import Packed, Partial, packed, separate
 from v4_jax.layers.rotary import turn
 from v4_jax.layers.window_attention import attention_end, output_in_parts
 from v4_jax.number_formats import E4M3, Stack, dequantise, quantise
@@ -46,6 +46,54 @@ def test_parts_of_devices(rows, queries, heads, devices):
             found = form(partials, sink, turned, dtype)
             assert found.dtype == dtype and found.shape == (rows, queries, heads * C)
             np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("rows", "queries", "heads", "parts", "dtype"),
+    [(2, 37, 24, 1, "bfloat16"), (1, 9, 8, 3, "bfloat16"), (2, 5, 16, 2, "float32")],
+)
+@pytest.mark.parametrize("how", ["kernel", "plain"])
+def test_gradients_against_float64(rows, queries, heads, parts, dtype, how):
+    """Within the roundings of what comes in, to the output's dtype; one query of the first part sees nothing."""
+    partials = [softmax(10 * i, rows, queries, heads) for i in range(parts)]
+    sink, given = normal(5, heads), normal(6, rows, queries, heads * C).astype(dtype)
+    positions = jnp.arange(rows * queries, dtype=jnp.int32).reshape(rows, queries)
+    turned = turn(positions, np.geomspace(1, 1e-3, 32).astype(np.float32))
+    if how == "kernel":
+        run = jax.jit(lambda *operands: gradients.gradients(*operands, interpret=True))
+        of_partials, of_sink = run(partials, sink, turned, given)
+    else:
+
+        def plain(partials, sink):
+            held = [Partial(jax.lax.stop_gradient(x.maximum), x.total, x.weighted) for x in partials]
+            return output_in_parts(held, sink, turned, jnp.dtype(dtype))
+
+        of_partials, of_sink = jax.vjp(plain, partials, sink)[1](given)
+
+    g = np.asarray(given, np.float64).reshape(rows, queries, heads, C)
+    cos, sin = (np.asarray(part, np.float64)[:, :, None] for part in turned)
+    tail = g[..., -64:]
+    partner = tail.reshape(*tail.shape[:-1], 32, 2)[..., ::-1].reshape(tail.shape)
+    g = np.concatenate([g[..., :-64], tail * cos + partner * sin], axis=-1)
+    maxima, totals, sums = (np.stack([np.asarray(x[i], np.float64) for x in partials]) for i in range(3))
+    sinks = np.asarray(sink, np.float64)
+    largest = np.maximum(maxima.max(0), sinks)
+    shares, of_sinks = np.exp(maxima - largest), np.exp(sinks - largest)
+    denominator = (totals * shares).sum(0) + of_sinks
+    factors = shares / denominator
+    along = np.einsum("bqhc,nbqhc,nbqh->bqh", g, sums, factors) / denominator
+    size = np.einsum("bqhc,nbqhc,nbqh->bqh", abs(g), abs(sums), factors) / denominator
+    bound = 2 * float(jnp.finfo(dtype).eps) + 256 * float(jnp.finfo(jnp.float32).eps)
+    for i, found in enumerate(of_partials):
+        assert not found.maximum.any()
+        for one, expected, terms in (
+            (found.total, -shares[i] * along, shares[i] * size),
+            (found.weighted, g * factors[i][..., None], abs(g) * factors[i][..., None]),
+        ):
+            large = np.broadcast_to(terms.max(-1, keepdims=True), terms.shape) if one.ndim == 4 else terms
+            assert (abs(np.asarray(one, np.float64) - expected) <= bound * large).all()
+    expected, terms = ((of_sinks * x).sum((0, 1)) for x in (-along, size))
+    assert (abs(np.asarray(of_sink, np.float64) - expected) <= bound * terms).all()
 
 
 def test_packing_loses_nothing():

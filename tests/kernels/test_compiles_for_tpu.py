@@ -18,7 +18,8 @@ from v4_jax import Config
 from v4_jax.cache.entries import Entries
 from v4_jax.cache.ring import Ring
 from v4_jax.cache.rows import StoredRows
-from v4_jax.kernels.choose import best_experts, many_rows_experts
+from v4_jax.kernels import choose
+from v4_jax.kernels.choose import best_experts, many_rows_experts, norm_rotate
 from v4_jax.kernels.csa import tpu as csa
 from v4_jax.kernels.experts.tpu import ROWS, experts
 from v4_jax.kernels.grouped_matmul.tpu import grouped_matmul
@@ -40,7 +41,7 @@ from v4_jax.layers.partial_softmax import finish
 from v4_jax.layers.partials import STATISTICS, Packed, Partial
 from v4_jax.layers.rotary import Turn
 from v4_jax.layers.visible import Visible
-from v4_jax.layers.window_attention import attend_window, attention_end
+from v4_jax.layers.window_attention import attend_window, attention_end, output_in_parts
 from v4_jax.layout import SHORT, Layout
 from v4_jax.number_formats import E2M1, E4M3, E8M0, FP4_BLOCK, FP8_BLOCK, BlockScaled, Stack, scale_shape
 from v4_jax.sharding.split import UNSPLIT
@@ -337,22 +338,25 @@ def test_window_attention(build, rows, queries, heads, past, entries, dtype):
 
 
 @pytest.mark.parametrize(
-    ("queries", "heads", "entries"),
+    ("queries", "heads", "entries", "picks"),
     [
-        (512, 64, 0),  # Flash: a sliding layer
-        (512, 64, 128),  # HCA, 16K tokens
-        (300, 128, 512),  # Pro, 64K tokens, an uneven chunk
+        (512, 64, 0, 0),  # Flash: a sliding layer
+        (512, 64, 128, 0),  # HCA, 16K tokens
+        (300, 128, 512, 0),  # Pro, 64K tokens, an uneven chunk
+        (512, 64, 4096, 512),  # Flash: CSA, 16K tokens
+        (300, 128, 8192, 1024),  # Pro: CSA, 32K tokens
     ],
 )
-def test_gradients_of_window_attention(build, queries, heads, entries):
+def test_gradients_of_window_attention(build, queries, heads, entries, picks):
     """Forward and backward are a kernel each, between which nothing is kept but a number for each head."""
     size, past = 512, 127
 
-    def run(queries, keys, held, low, high, given):
+    def run(queries, keys, held, low, high, picked, given):
         visible = Visible(low, high, jnp.min(low), jnp.max(high)) if entries else None
 
         def attend(queries, keys, held):
-            return attend_window(queries, keys, low, Entries.uncached(held) if entries else None, visible)
+            uncached = Entries.uncached(held) if entries else None
+            return attend_window(queries, keys, low, uncached, visible, picked=picked)
 
         partial, pull = jax.vjp(attend, queries, keys, held)
         return partial, pull(Partial(*given))
@@ -364,14 +368,58 @@ def test_gradients_of_window_attention(build, queries, heads, entries):
         shape(jnp.bfloat16, 1, entries, size) if entries else None,
         shape(jnp.int32, 1, queries),
         shape(jnp.int32, 1, queries),
+        shape(jnp.int32, 1, queries, picks) if picks else None,
         (by_head, by_head, shape(jnp.float32, 1, queries, heads, size)),
     )
     compiled = build(run, *arguments)
-    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == (3 if picks else 2)
     rounded, statistics = 2 * queries * heads * size, 4 * 128 * queries * heads
     padded = 2 * rounded if queries % 8 else 0
-    sums = 4 * 2 * 2 * (queries + 512 + entries) * size
-    assert compiled.memory_analysis().temp_size_in_bytes < SPARE + rounded + 3 * statistics + 2 * padded + sums
+    sums, hidden = 4 * 2 * 2 * (queries + 512 + entries) * size, 4 * queries * entries if picks else 0
+    most = SPARE + rounded + 3 * statistics + 2 * padded + sums + 3 * hidden
+    assert compiled.memory_analysis().temp_size_in_bytes < most
+
+
+@pytest.mark.parametrize(("tokens", "heads"), [(512, 64), (300, 128), (16384, 1)])
+def test_gradients_of_norm_and_rotation(build, tokens, heads):
+    """A kernel each way, and nothing is copied from one tiling to another on its way in or out."""
+    size, normed = 512, heads == 1
+
+    def run(x, weight, cos, sin, gradient):
+        def call(x, weight):
+            rows = x if normed else x.reshape(1, tokens, heads, size)
+            return norm_rotate(rows, weight, Turn(cos, sin), Steps(1e-6))
+
+        out, pull = jax.vjp(call, x, weight)
+        return out, pull(gradient)
+
+    x, turned = shape(jnp.bfloat16, 1, tokens, heads * size), shape(jnp.float32, 1, tokens, 64)
+    of_out = x if normed else shape(jnp.bfloat16, 1, tokens, heads, size)
+    compiled = build(run, x, shape(jnp.float32, size) if normed else None, turned, turned, of_out)
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
+    turns = 2 * 4 * 128 * tokens  # as they lie in tiles
+    assert compiled.memory_analysis().temp_size_in_bytes < SPARE + turns and copied(compiled) <= 64 * tokens
+
+
+@pytest.mark.parametrize(("tokens", "heads", "partials"), [(512, 64, 1), (300, 128, 2)])
+def test_gradients_of_the_end_of_attention(build, tokens, heads, partials):
+    """The same."""
+    size = 512
+
+    def run(partials, sink, cos, sin, gradient):
+        def call(partials, sink):
+            return choose.attention_output(output_in_parts, partials, sink, Turn(cos, sin), jnp.bfloat16)
+
+        out, pull = jax.vjp(call, partials, sink)
+        return out, pull(gradient)
+
+    by_head, sums = shape(jnp.float32, 1, tokens, heads), shape(jnp.float32, 1, tokens, heads, size)
+    turned = shape(jnp.float32, 1, tokens, 64)
+    given = [Partial(by_head, by_head, sums)] * partials
+    gradient = shape(jnp.bfloat16, 1, tokens, heads * size)
+    compiled = build(run, given, shape(jnp.float32, heads), turned, turned, gradient)
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
+    assert compiled.memory_analysis().temp_size_in_bytes < SPARE
 
 
 LAYERS = 20

@@ -85,6 +85,24 @@ def test_a_kernel_takes_at_least_its_bytes():
     assert found.parts["experts.ffn"] == pytest.approx(1e-3)
 
 
+def test_a_kernel_that_is_fused_with_an_update_in_place_counts_as_itself():
+    """And not as the whole buffer that its result is a part of."""
+    call = next(line for line in TEXT.splitlines() if line.startswith("  %kernel ="))
+    fusion = f"""%fused (buffer: f32[999,1024], sum: f32[1024], n: s32[]) -> f32[999,1024] {{
+  %buffer = f32[999,1024]{{1,0}} parameter(0)
+  %sum = f32[1024]{{0}} parameter(1)
+  %n = s32[] parameter(2)
+{call}
+  ROOT %in = f32[999,1024]{{1,0}} dynamic-update-slice(%buffer, %kernel, %n, %n)
+}}
+
+ENTRY"""
+    update = "  %all = f32[999,1024]{1,0} fusion(%all, %sum, %p), kind=kCustom, calls=%fused"
+    text = TEXT.replace(call, update).replace("ENTRY", fusion).replace("(%p, %kernel, %kernel)", "(%p, %sum, %sum)")
+    found, apart = (cycles.estimate(Program(x), {KERNEL: 10 * ONE_MS}, CHIP, Sometimes()) for x in (text, TEXT))
+    assert found.parts == pytest.approx(apart.parts) and found.operations == apart.operations
+
+
 def test_an_operation_without_an_estimate_costs_what_the_smallest_do():
     text = TEXT.replace(f', backend_config={{"estimated_cycles":"{3 * ONE_MS}"}}', "")
     found = cycles.estimate(Program(text), {}, CHIP, Expected())

@@ -17,9 +17,9 @@ Pallas kernel, or `cpu.py`, written so that XLA:CPU makes quick code of it. Laye
     best_entries             running top-k over blocks      reference                                 kernel
     attend_picked            caller's, over a gathered copy reference                                 kernel
     compress                 caller's, all rows at once     reference                                 row by row
-    norm_rotate              one after the other            reference                                 one kernel
+    norm_rotate              one after the other            reference                                 a kernel both ways
     settle                   norm_rotate one by one         reference                                 one kernel
-    attention_output         caller's                       reference                                 one kernel
+    attention_output         caller's                       reference                                 a kernel both ways
     attention_end            the same, and products         reference                                 one kernel
     map_groups               tiles of each group in turn    reference                                 caller's kernel
     few_rows_experts,        caller's, by groups of rows    reference                                 one kernel
@@ -48,6 +48,7 @@ from v4_jax.kernels.attention import reference as attention
 from v4_jax.kernels.attention import tpu as attention_tpu
 from v4_jax.kernels.compressor import tpu as compressor_tpu
 from v4_jax.kernels.compressor.tpu import CompressorWeights
+from v4_jax.kernels.csa import hidden as csa_hidden
 from v4_jax.kernels.csa import tpu as csa_tpu
 from v4_jax.kernels.experts import tpu as experts_tpu
 from v4_jax.kernels.experts import training as experts_training
@@ -64,7 +65,9 @@ from v4_jax.kernels.linear import reference as linear
 from v4_jax.kernels.linear import shares as linear_shares
 from v4_jax.kernels.linear import tpu as linear_tpu
 from v4_jax.kernels.output import few as output_few
+from v4_jax.kernels.output import gradients as output_gradients
 from v4_jax.kernels.output import tpu as output_tpu
+from v4_jax.kernels.rotary import gradients as rotary_gradients
 from v4_jax.kernels.rotary import parts as rotary_parts
 from v4_jax.kernels.rotary import reference as rotary
 from v4_jax.kernels.rotary import tpu as rotary_tpu
@@ -73,7 +76,7 @@ from v4_jax.kernels.router import reference as router
 from v4_jax.kernels.router import tpu as router_tpu
 from v4_jax.kernels.stored_weights import one_in_stack
 from v4_jax.kernels.window import tpu as window_tpu
-from v4_jax.layer_stack import uncut
+from v4_jax.layer_stack import Cut, uncut
 from v4_jax.layers.partials import Packed, Partial, packed, shape_of
 from v4_jax.layers.rotary import Turn
 from v4_jax.layers.visible import Visible
@@ -106,8 +109,9 @@ def window_attention(
     entries: Entries | None,
     visible: Visible | None,
     together: bool = False,
+    picked: Array | None = None,
 ) -> Partial | Packed:
-    """See `attention.tpu.window_attention` for all arguments but the first.
+    """See `attention.tpu.window_attention` for all arguments but the first and the last.
 
     Args:
       plain: the same, in whose place the kernel runs in programs for TPUs. It has gradients where entries live in no
@@ -118,12 +122,14 @@ def window_attention(
       entries: the entries.
       visible: which of them the queries see.
       together: whether to return one `Packed` softmax.
+      picked: [B, Q, K] int32 those of the entries that are attended, -1 for none, where `attends_in_training`. None:
+        all that are visible.
     """
+    if picked is not None or (attends_in_training(queries, keys, entries) and not together):
+        operands = (queries, keys, oldest, entries, visible, picked)
+        return by_platform(*operands, default=_handed_on(plain, together), tpu=_attend_in_training)
     if not attention_tpu.supports(queries):
         return _handed_on(plain, together)(queries, keys, oldest, entries, visible)
-    if attends_in_training(queries, keys, entries) and not together:
-        default = _handed_on(plain, together)
-        return by_platform(queries, keys, oldest, entries, visible, default=default, tpu=_attend_in_training)
     kernel = functools.partial(attention_tpu.window_attention, together=together, interpret=interpreting())
     return _without_gradients(_handed_on(plain, together), tpu=kernel)(queries, keys, oldest, entries, visible)
 
@@ -132,20 +138,29 @@ def attends_in_training(queries: Any, keys: Any, entries: Entries | None) -> boo
     """Whether `window_attention` has kernels for the gradients, too, in programs for TPUs, of arrays or shapes."""
     held = None if entries is None else entries.rows.arrays[0][0]
     uncached = entries is None or (
-        entries.table is None and entries.rows.dtype == jnp.float32 and isinstance(entries.layer, int)
+        entries.table is None
+        and entries.rows.kind == "plain"
+        and entries.rows.dtype == jnp.float32
+        and isinstance(entries.layer, int)
     )
     return uncached and attention_gradients.supports(queries, keys, held)
 
 
 def _attend_in_training(
-    queries: Array, keys: Array | None, oldest: Array | None, entries: Entries | None, visible: Visible | None
+    queries: Array,
+    keys: Array | None,
+    oldest: Array | None,
+    entries: Entries | None,
+    visible: Visible | None,
+    picked: Array | None,
 ) -> Partial:
     """The kernel, whose gradients are a kernel's."""
     interpret, dtype = interpreting(), None if entries is None else entries.dtype
 
-    def run(queries: Array, keys: Array | None, held: Array | None, oldest: Any, visible: Any) -> Partial:
+    def run(queries: Array, keys: Array | None, held: Array | None, *numbers: Any) -> Partial:
+        oldest, visible, hidden = numbers
         entries = None if held is None else Entries.uncached(held.astype(dtype))
-        found = attention_tpu.window_attention(queries, keys, oldest, entries, visible, interpret=interpret)
+        found = attention_tpu.window_attention(queries, keys, oldest, entries, visible, hidden, interpret=interpret)
         assert isinstance(found, Partial)
         return found
 
@@ -154,16 +169,18 @@ def _attend_in_training(
         return found, (operands, found.maximum)
 
     def backward(residuals: Any, gradient: Partial) -> Any:
-        (queries, keys, held, oldest, visible), maximum = residuals
+        (queries, keys, held, oldest, visible, hidden), maximum = residuals
+        of_sums = gradient.total, gradient.weighted
         found = attention_gradients.gradients(
-            queries, keys, oldest, held, visible, maximum, gradient.total, gradient.weighted, interpret=interpret
+            queries, keys, oldest, held, visible, maximum, *of_sums, hidden, interpret=interpret
         )
-        return *found, None, None
+        return *found, None, None, None
 
     call = jax.custom_vjp(run)
     call.defvjp(forward, backward)
     held = None if entries is None else entries.rows.arrays[0][0]
-    return call(queries, keys, held, oldest, visible)
+    hidden = None if picked is None or held is None else csa_hidden.hide(picked, held.shape[1], interpret=interpret)
+    return call(queries, keys, held, oldest, visible, hidden)
 
 
 def _handed_on(plain: Form, together: bool) -> Form:
@@ -273,12 +290,26 @@ def compress(
 
 
 def norm_rotate(x: Array, weight: Array | None, turn: Turn | None, steps: Steps) -> Array:
-    """See `rotary.reference.norm_rotate`."""
-    plain = functools.partial(rotary.norm_rotate, steps=steps)
+    """See `rotary.reference.norm_rotate`. Where nothing is rounded a kernel gives the gradients, too; none flows to the
+    turn.
+    """
+
+    def plain(x: Array, weight: Array | None, turn: Turn | None) -> Array:
+        return rotary.norm_rotate(x, weight, jax.lax.stop_gradient(turn), steps)
+
     if not rotary_tpu.supports(x.shape, x.dtype, turn):
         return plain(x, uncut(weight), turn)
     kernel = functools.partial(rotary_tpu.norm_rotate, steps=steps, interpret=interpreting())
-    return _without_gradients(plain, tpu=kernel)(x, weight, turn)
+    if isinstance(weight, Cut) or not rotary_gradients.supports(x.shape, x.dtype, turn, steps):
+        return _without_gradients(plain, tpu=kernel)(x, weight, turn)
+
+    def gradients(operands: Any, gradient: Array) -> Any:
+        x, weight, turn = operands
+        found = rotary_gradients.gradients(x, weight, turn, gradient, steps, interpret=interpreting())
+        return *found, jax.tree.map(jnp.zeros_like, turn)
+
+    call = functools.partial(by_platform, default=plain, tpu=kernel)
+    return _with_gradients(call, default=_pull(plain), tpu=gradients)(x, weight, turn)
 
 
 def settle(sums: Array, projections: Sequence[Projection]) -> list[Array]:
@@ -300,16 +331,30 @@ def attention_output(plain: Form, partials: Sequence[Any], sink: Array, turn: Tu
     """See `layers.window_attention.attention_output` for all arguments but the first.
 
     Args:
-      plain: the same, in whose place the kernel runs in programs for TPUs, but where gradients are asked for.
+      plain: the same, in whose place kernels run in programs for TPUs, and give the gradients of partials that are not
+        packed.
       partials: of disjoint sets of keys.
       sink: logits of the sink.
-      turn: of the queries' positions.
+      turn: of the queries' positions, to which no gradient flows, nor to the partials' maxima.
       dtype: of the result.
     """
     if not rotary_tpu.supports(shape_of(partials[0]), jnp.dtype(dtype), turn):
         return plain(partials, uncut(sink), turn, dtype)
     kernel = functools.partial(output_tpu.attention_output, dtype=dtype, interpret=interpreting())
-    return _without_gradients(functools.partial(plain, dtype=dtype), tpu=kernel)(list(partials), sink, turn)
+    if isinstance(sink, Cut) or not all(isinstance(some, Partial) for some in partials):
+        return _without_gradients(functools.partial(plain, dtype=dtype), tpu=kernel)(list(partials), sink, turn)
+
+    def default(partials: Sequence[Partial], sink: Array, turn: Turn) -> Array:
+        still = [some._replace(maximum=jax.lax.stop_gradient(some.maximum)) for some in partials]
+        return plain(still, sink, jax.lax.stop_gradient(turn), dtype)
+
+    def gradients(operands: Any, gradient: Array) -> Any:
+        partials, sink, turn = operands
+        found = output_gradients.gradients(partials, sink, turn, gradient, interpret=interpreting())
+        return *found, jax.tree.map(jnp.zeros_like, turn)
+
+    call = functools.partial(by_platform, default=default, tpu=kernel)
+    return _with_gradients(call, default=_pull(default), tpu=gradients)(list(partials), sink, turn)
 
 
 def attention_end(

@@ -166,10 +166,12 @@ class Attention(Module):
                     if chosen is None:
                         chosen = select(*scored, x.visible, c.index_topk)
                     picked = keep(chosen, "picked")
-            at_once = x.keys is not None and entries is not None and picked is None and not entry_axes
+            at_once = x.keys is not None and entries is not None and not entry_axes
+            if picked is not None:
+                at_once = at_once and cache is None and attends_in_training(queries, x.keys, entries)
             window: Partial | Packed
             if at_once:
-                window = attend_window(queries, x.keys, x.oldest, entries, x.visible)
+                window = attend_window(queries, x.keys, x.oldest, entries, x.visible, picked=picked)
             elif x.keys is not None:
                 window = attend_window(queries, x.keys, x.oldest)
             else:
@@ -223,7 +225,7 @@ class Attention(Module):
                 else:
                     before, rows = ring.advance(keys, layout, past, split)
                     tail = before()
-            wide = platform_of_mesh() == "tpu" and (cache is not None or (whole and index is None and in_kernels))
+            wide = platform_of_mesh() == "tpu" and (cache is not None or (whole and in_kernels))
             output, picked, loss, _ = by_query_blocks(block, tail, keys, queries, heads, wide=wide)
             if whole:
                 with jax.named_scope("attention.output"):

@@ -14,7 +14,7 @@ from v4_jax.cache.entries import Entries
 from v4_jax.cache.ring import Ring
 from v4_jax.cache.rows import StoredRows
 from v4_jax.kernels import choose
-from v4_jax.layers.entry_attention import attend_range
+from v4_jax.layers.entry_attention import attend_copies, attend_range
 from v4_jax.layers.linear import grouped_linear, linear
 from v4_jax.layers.partial_softmax import attend, finish, merge, nothing
 from v4_jax.layers.partials import Packed, Partial, separate
@@ -32,8 +32,9 @@ def attend_window(
     entries: Entries | None = None,
     visible: Visible | None = None,
     together: bool = False,
+    picked: Array | None = None,
 ) -> Partial | Packed:
-    """Attention of a block of queries over its window, or all visible entries, or both.
+    """Attention of a block of queries over its window, or visible entries, or both.
 
     Args:
       queries: [B, Q, H, C].
@@ -42,15 +43,23 @@ def attend_window(
       entries: the entries, of which those that lie here are attended. None: no entries.
       visible: which of them the queries see.
       together: whether to return one `Packed` softmax, to be handed to other devices.
+      picked: [B, Q, K] int32 those of the entries that are attended, -1 for none, where `attends_in_training`. None:
+        all that are visible.
     """
-    with jax.named_scope("attention.window" if entries is None else "attention.hca"):
-        return choose.window_attention(attend_in_parts, queries, keys, oldest, entries, visible, together)
+    scope = "window" if entries is None else "hca" if picked is None else "csa"
+    with jax.named_scope("attention." + scope):
+        return choose.window_attention(attend_in_parts, queries, keys, oldest, entries, visible, together, picked)
 
 
 def attend_in_parts(
-    queries: Array, keys: Array | None, oldest: Array | None, entries: Entries | None, visible: Visible | None
+    queries: Array,
+    keys: Array | None,
+    oldest: Array | None,
+    entries: Entries | None,
+    visible: Visible | None,
+    picked: Array | None = None,
 ) -> Partial:
-    """The same by plain JAX: the window, and entries block by block."""
+    """The same by plain JAX: the window, and entries block by block, or copies of those that were picked."""
     partial = None
     if keys is not None and oldest is not None:
         number, own = jnp.arange(keys.shape[1]), jnp.arange(queries.shape[1])[:, None]
@@ -58,8 +67,8 @@ def attend_in_parts(
         with jax.named_scope("attention.window"):
             partial = attend(queries, keys, (number >= first) & (number <= own + keys.shape[1] - queries.shape[1]))
     if entries is not None and visible is not None:
-        distant = attend_range(queries, entries, visible)
-        partial = distant if partial is None else merge(partial, distant)
+        some = attend_range(queries, entries, visible) if picked is None else attend_copies(queries, entries, picked)
+        partial = some if partial is None else merge(partial, some)
     if partial is None:
         partial = nothing(queries)
     return partial

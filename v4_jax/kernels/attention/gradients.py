@@ -29,6 +29,7 @@ from v4_jax.kernels.attention.tpu import (
     SUBLANES,
     VMEM_BYTES,
     bounds_of,
+    hidden_from,
     tile_of,
     up,
 )
@@ -36,14 +37,14 @@ from v4_jax.kernels.attention.tpu import supports as attends
 from v4_jax.layers.visible import Visible
 
 ENTRIES = 256  # of a block
-HELD_BYTES = 24 << 20  # of keys, entries and their gradients, which are all in VMEM
+HELD_BYTES = 32 << 20  # of keys, entries and their gradients, which are all in VMEM
 
 
 def supports(queries: Any, keys: Any, entries: Any) -> bool:
     """Whether `gradients` takes queries [B, Q, H, C], keys [B, past + Q, C] and entries [B, E, C], arrays or shapes."""
     held = sum(x.shape[1] + 2 * LANES for x in (keys, entries) if x is not None)
     per_row = queries.shape[3] * (4 + queries.dtype.itemsize)
-    return attends(queries) and 2 * held * per_row <= HELD_BYTES
+    return attends(queries) and held * per_row <= HELD_BYTES
 
 
 def gradients(
@@ -55,6 +56,7 @@ def gradients(
     maximum: Array,
     of_total: Array,
     of_weighted: Array,
+    hidden: Array | None = None,
     *,
     interpret: bool = False,
 ) -> tuple[Array, Array | None, Array | None]:
@@ -69,6 +71,7 @@ def gradients(
       maximum: [B, Q, H] float32, of the result.
       of_total: [B, Q, H] float32 gradient of the sums.
       of_weighted: [B, Q, H, C] float32 gradient of the weighted keys, which is rounded to the dtype of the queries.
+      hidden: as for `tpu.window_attention`.
       interpret: run in interpret mode, on any platform.
 
     Returns:
@@ -92,19 +95,21 @@ def gradients(
     index, nothing = jnp.arange(count, dtype=jnp.int32), jnp.zeros((batch, count), jnp.int32)
     ranges = [nothing] * 4
 
-    def place(b: Any, h: Any, t: Any, *_: Any) -> Any:
+    def tile_place(b: Any, h: Any, t: Any, *_: Any) -> Any:
         return b, jnp.minimum(h * each + t, tiles - 1), 0
 
-    specs = [pl.BlockSpec((None, rows, x.shape[2]), place) for x in operands]
+    specs = [pl.BlockSpec((None, rows, x.shape[2]), tile_place) for x in operands]
     out, out_specs = [jax.ShapeDtypeStruct(operands[0].shape, dtype)], [specs[0]]
     scalars, room, block = [], 0, 0
 
     def held(x: Array, length: int) -> None:
         """Adds keys that are in VMEM, made up to a length, and sums for their gradients."""
         operands.append(jnp.pad(x.astype(dtype), ((0, 0), (0, length - x.shape[1]), (0, 0))))
-        specs.append(pl.BlockSpec((None, length, size), lambda b, *_: (b, 0, 0)))
+        once = pl.Buffered(1)  # they change with the batch's row alone
+        specs.append(pl.BlockSpec((None, length, size), lambda b, *_: (b, 0, 0), pipeline_mode=once))
         out.append(jax.ShapeDtypeStruct((batch, halves, length, size), jnp.float32))
-        out_specs.append(pl.BlockSpec((None, None, length, size), lambda b, h, *_: (b, h, 0, 0)))
+        place = pl.BlockSpec((None, None, length, size), lambda b, h, *_: (b, h, 0, 0), pipeline_mode=once)
+        out_specs.append(place)
 
     if keys is not None and oldest is not None:
         past = keys.shape[1] - count
@@ -116,14 +121,21 @@ def gradients(
         block = min(ENTRIES, up(entries.shape[1], LANES))
         scalars = [bounds_of(visible.low, visible.high, tile, tiles, block).reshape(-1)]
         held(entries, up(entries.shape[1], block))
+        if hidden is not None:
+            hidden = hidden_from(hidden, up(entries.shape[1], block))
+            operands.append(jnp.pad(hidden, ((0, 0), (0, missing), (0, 0))))
+            specs.append(pl.BlockSpec((None, tile, hidden.shape[2]), tile_place))
     limits = jnp.pad(jnp.stack(ranges, axis=-1), ((0, 0), (0, missing), (0, 0)))
-    seen = (room and past + 1) + (0 if entries is None else entries.shape[1])
+    # Of a row's entries its queries see a half, on the mean.
+    seen = (room and past + 1) + (0 if entries is None else entries.shape[1] // 2)
     found = pl.pallas_call(
-        functools.partial(_kernel, heads=heads, tiles=tiles, room=room, block=block, scale=size**-0.5),
+        functools.partial(
+            _kernel, heads=heads, tiles=tiles, room=room, block=block, picks=hidden is not None, scale=size**-0.5
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(batch, halves, each),
-            in_specs=[pl.BlockSpec((None, tile, 4), place), *specs],
+            in_specs=[pl.BlockSpec((None, tile, 4), tile_place), *specs],
             out_specs=out_specs,
             scratch_shapes=[pltpu.VMEM((rows, size), jnp.float32)],
         ),
@@ -146,18 +158,19 @@ def gradients(
     return of_queries, of_keys, of_entries
 
 
-def _kernel(*refs: Any, heads: int, tiles: int, room: int, block: int, scale: float) -> None:
+def _kernel(*refs: Any, heads: int, tiles: int, room: int, block: int, picks: bool, scale: float) -> None:
     """A grid step: one tile.
 
     Refs: [bounds,] ranges [tile, 4], queries and gradients [rows, C], largest logits and gradients of the sums [rows,
-    128], [keys [length, C],] [entries [E, C],] gradients of queries [rows, C] [, of keys] [, of entries]; scratch:
-    gradients of queries in float32.
+    128], [keys [length, C],] [entries [E, C],] [hidden [tile, E],] gradients of queries [rows, C] [, of keys] [, of
+    entries]; scratch: gradients of queries in float32.
     """
     left = list(refs)
     bounds: Any = left.pop(0) if block else None
     ranges, queries, gradients, statistics = (left.pop(0) for _ in range(4))
     keys: Any = left.pop(0) if room else None
     entries: Any = left.pop(0) if block else None
+    hides: Any = left.pop(0) if picks else None
     of_queries = left.pop(0)
     of_keys: Any = left.pop(0) if room else None
     of_entries: Any = left.pop(0) if block else None
@@ -173,16 +186,21 @@ def _kernel(*refs: Any, heads: int, tiles: int, room: int, block: int, scale: fl
         dimensions = (((axes[0],), (axes[1],)), ((), ()))
         return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
-    def attend(held: Any, of_held: Any, start: Any, count: int, columns: tuple[int, int]) -> None:
-        """Takes keys from `start` on, of which each query sees a range, which is in two columns of `ranges`."""
+    def attend(held: Any, of_held: Any, start: Any, count: int, columns: tuple[int, int] | None) -> None:
+        """Takes keys from `start` on, of which each query sees a range, which is in two columns of `ranges`; None: what
+        is not hidden."""
         some = held[pl.ds(start, count), :]
         total = jnp.zeros(some.shape, jnp.float32)
         for c in range(chunks):
             rows = slice(c * chunk, (c + 1) * chunk)
             own, given = queries[rows, :], gradients[rows, :]
-            low, high = (ranges[c * tokens : (c + 1) * tokens, x : x + 1] for x in columns)
-            number = start + jax.lax.broadcasted_iota(jnp.int32, (tokens, count), 1)
-            hidden = jnp.where((number >= low) & (number < high), 0.0, HIDDEN)
+            of_chunk = slice(c * tokens, (c + 1) * tokens)
+            if columns is None:
+                hidden = hides[of_chunk, pl.ds(start, count)]
+            else:
+                low, high = (ranges[of_chunk, x : x + 1] for x in columns)
+                number = start + jax.lax.broadcasted_iota(jnp.int32, (tokens, count), 1)
+                hidden = jnp.where((number >= low) & (number < high), 0.0, HIDDEN)
             logits = dot(own, some, (1, 1)) * (scale * LOG2E)
             logits = (logits.reshape(tokens, heads, count) + hidden[:, None, :]).reshape(chunk, count)
             shares = jnp.exp2(logits - statistics[rows, 0:1])
@@ -207,7 +225,7 @@ def _kernel(*refs: Any, heads: int, tiles: int, room: int, block: int, scale: fl
         if block:
 
             def each_block(j: Any, carry: None) -> None:
-                attend(entries, of_entries, pl.multiple_of(j * block, block), block, (2, 3))
+                attend(entries, of_entries, pl.multiple_of(j * block, block), block, None if picks else (2, 3))
                 return carry
 
             jax.lax.fori_loop(bounds[place], bounds[place + 1], each_block, None)

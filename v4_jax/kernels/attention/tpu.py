@@ -53,6 +53,7 @@ def window_attention(
     oldest: Array | None,
     entries: Entries | None,
     visible: Visible | None,
+    hidden: Array | None = None,
     *,
     together: bool = False,
     interpret: bool = False,
@@ -65,6 +66,8 @@ def window_attention(
       oldest: [B, Q] int32 the first of the keys that a query's document has; queries do not see what comes before.
       entries: the entries. None: no entries.
       visible: which of them the queries see.
+      hidden: [B, Q, E] float32 what is added to the logits of E entries, no fewer than there are: 0 for those that a
+        query attends, of those that it sees, and `HIDDEN` for all others. None: a query attends what it sees.
       together: whether to return one `Packed` softmax.
       interpret: run in interpret mode, on any platform.
 
@@ -107,7 +110,7 @@ def window_attention(
 
     if entries is not None and visible is not None:
         ranges += [visible.low, visible.high]
-        stack, layer, block = _blocks_of(entries, queries.dtype)
+        stack, layer, block = _blocks_of(entries, queries.dtype, apart=hidden is not None)
         queries, (stack,) = kept_in_hbm(queries, [stack], interpret=interpret)
         scalars = [
             jnp.asarray(layer, jnp.int32).reshape(1),
@@ -115,6 +118,9 @@ def window_attention(
         ]
         operands.append(stack)
         specs.append(pl.BlockSpec(memory_space=pl.ANY))
+        if hidden is not None:
+            operands.append(hidden_from(hidden, up(stack.shape[2], block)))
+            specs.append(pl.BlockSpec((step, tile, operands[-1].shape[2]), lambda b, i, *_: (b, i, 0)))
         scratch = [pltpu.VMEM((2, 2, block, size), stack.dtype), pltpu.SemaphoreType.DMA((2, 2))]
     else:
         ranges += [nothing, nothing]
@@ -128,6 +134,8 @@ def window_attention(
         by_tile = pl.BlockSpec((step, tile, heads), lambda b, i, *_: (b, i, 0))
         out_specs = [by_tile, by_tile, pl.BlockSpec((step, tile * heads, size), lambda b, i, *_: (b, i, 0))]
     rows, seen = tile * heads, (0 if keys is None else past + 1) + (0 if entries is None else entries.count)
+    if hidden is not None and entries is not None:  # a whole row's, of which its queries see a half, on the mean
+        seen -= entries.count // 2
     found = pl.pallas_call(
         functools.partial(
             _kernel,
@@ -135,6 +143,7 @@ def window_attention(
             tiles=tiles,
             room=room,
             block=block,
+            picks=hidden is not None,
             together=together,
             scale=size**-0.5 * LOG2E,
         ),
@@ -177,8 +186,14 @@ def up(size: int, unit: int) -> int:
     return -(-size // unit) * unit
 
 
-def _blocks_of(entries: Entries, dtype: Any) -> tuple[Array, Any, int]:
-    """Where blocks of entries are fetched from.
+def hidden_from(hidden: Array, count: int) -> Array:
+    """`hidden` [B, Q, E] of so many entries."""
+    room = max(0, count - hidden.shape[2])
+    return jnp.pad(hidden, ((0, 0), (0, 0), (0, room)), constant_values=HIDDEN)
+
+
+def _blocks_of(entries: Entries, dtype: Any, *, apart: bool) -> tuple[Array, Any, int]:
+    """Where blocks of entries are fetched from; those that are to be `apart` have no entries in common.
 
     Returns:
       A stack [layers, B, E, C] of numbers or, as unsigned integers, their bits; the layer there; entries of a block.
@@ -186,8 +201,9 @@ def _blocks_of(entries: Entries, dtype: Any) -> tuple[Array, Any, int]:
     stored = entries.rows.arrays[0]
     count = entries.count
     direct = entries.table is None and entries.rows.kind == "plain" and entries.rows.dtype == dtype
-    if direct and count >= LANES and count % SUBLANES == 0:
-        return stored, entries.layer, min(ENTRIES, count // LANES * LANES)
+    block = min(ENTRIES, count // LANES * LANES)
+    if direct and block and count % (block if apart else SUBLANES) == 0:
+        return stored, entries.layer, block
     block = min(ENTRIES, up(count, LANES))
     copy = jnp.pad(entries.block(0, count), ((0, 0), (0, up(count, block) - count), (0, 0)))
     return copy.astype(dtype)[None], 0, block
@@ -209,12 +225,15 @@ def bounds_of(low: Array, high: Array, tile: int, tiles: int, block: int) -> Arr
     return jnp.stack([jnp.minimum(first, last), last, whole_first, whole_last], axis=-1)
 
 
-def _kernel(*refs: Any, heads: int, tiles: int, room: int, block: int, together: bool, scale: float) -> None:
+def _kernel(
+    *refs: Any, heads: int, tiles: int, room: int, block: int, picks: bool, together: bool, scale: float
+) -> None:
     """A grid step: one tile of each of `step` batch rows.
 
     Refs: [layer, bounds,] ranges [step, tile, 4], queries [step, rows, C], [keys [step, length, C],] [entries
-    [layers, B, E, C],] maximum and total [step, tile, heads], weighted [step, rows, C], or all three `together` [step,
-    rows, C + 128]; scratch: largest and sums [rows, 128] [, blocks of two batch rows, two each; their semaphores].
+    [layers, B, E, C],] [hidden [step, tile, E],] maximum and total [step, tile, heads], weighted [step, rows, C], or
+    all three `together` [step, rows, C + 128]; scratch: largest and sums [rows, 128] [, blocks of two batch rows, two
+    each; their semaphores].
     """
     left = list(refs)
     layer: Any = left.pop(0) if block else None
@@ -222,6 +241,7 @@ def _kernel(*refs: Any, heads: int, tiles: int, room: int, block: int, together:
     ranges, queries = left.pop(0), left.pop(0)
     keys: Any = left.pop(0) if room else None
     stack: Any = left.pop(0) if block else None
+    hides: Any = left.pop(0) if picks else None
     packed: Any = left.pop(0) if together else None
     maximum: Any = None if together else left.pop(0)
     total: Any = None if together else left.pop(0)
@@ -240,11 +260,19 @@ def _kernel(*refs: Any, heads: int, tiles: int, room: int, block: int, together:
         return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
     def attend(
-        row: Any, keys: Array, number: Any, columns: tuple[int, int] | None, wanted: Any = 0, *, fresh: bool
+        row: Any,
+        keys: Array,
+        number: Any,
+        columns: tuple[int, int] | None,
+        wanted: Any = 0,
+        *,
+        fresh: bool,
+        picked: bool = False,
     ) -> None:
         """Joins keys from `number` on.
 
-        Of those from `wanted` on each query sees a range, which is in two columns of `ranges`; None: all.
+        Of those from `wanted` on each query sees a range, which is in two columns of `ranges`; None: all, or those that
+        it is said to attend.
         """
         count = keys.shape[0]
 
@@ -256,11 +284,14 @@ def _kernel(*refs: Any, heads: int, tiles: int, room: int, block: int, together:
             logits, rows = ahead * scale, slice(c * chunk, (c + 1) * chunk)
             if c + 1 < chunks:
                 ahead = score(c + 1)
+            own = slice(c * tokens, (c + 1) * tokens)
+            hidden: Any = hides[row, own, pl.ds(pl.multiple_of(number, LANES), count)] if picked else None
             if columns is not None:
-                low, high = (ranges[row, c * tokens : (c + 1) * tokens, x : x + 1] for x in columns)
+                low, high = (ranges[row, own, x : x + 1] for x in columns)
                 place = number + jax.lax.broadcasted_iota(jnp.int32, (tokens, count), 1)
                 seen = (place >= jnp.maximum(low, wanted)) & (place < high)
                 hidden = jnp.where(seen, 0.0, HIDDEN)
+            if hidden is not None:
                 logits = (logits.reshape(tokens, heads, count) + hidden[:, None, :]).reshape(chunk, count)
             most = jnp.max(_by_lane(logits, jnp.maximum), axis=1, keepdims=True)
             before = jnp.full((chunk, LANES), MASKED * LOG2E, jnp.float32) if fresh else largest[rows, :]
@@ -313,6 +344,9 @@ def _kernel(*refs: Any, heads: int, tiles: int, room: int, block: int, together:
             slot = (j - bound(row, 0)) & 1
             ask(row, j + 1, 1 - slot)
             transfer(row, j, slot).wait()
+            if picks:
+                attend(row, entries(slot), begin(j), None, fresh=False, picked=True)
+                return carry
             whole = (j >= bound(row, 2)) & (j < bound(row, 3))
 
             @pl.when(whole)
