@@ -171,7 +171,7 @@ def _run(
                 origin.config,
                 place,
                 rows,
-                lambda: origin.fresh(place, settings.seed),
+                lambda: origin.fresh(place, settings.seed, settings.held),
                 report,
                 say,
                 compiling=_compiling,

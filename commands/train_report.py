@@ -14,6 +14,7 @@ from v4_jax import costs
 from v4_jax.checkpoint.trained import steps
 from v4_jax.commands.info_report import make_table
 from v4_jax.commands.shared.sizes import bytes_text, operations_text, share_text
+from v4_jax.parameter_tree import declarations
 from v4_jax.placement import Place, bytes_per_device
 from v4_jax.planning.measure import free_bytes
 from v4_jax.sharding.mesh import format_mesh
@@ -58,14 +59,17 @@ class DryRun:
             float((np.asarray(rows.next_batch(stage.rows, stage.length).segment_ids) > 0).mean())
             for stage in settings.stages
         ]
+        adapters = settings.adapters
+        declared = declarations(origin.config) if adapters is None else adapters.declarations(origin.config)
         transform = optimizer(
             origin.config,
             settings.optimizer.learning_rate,
             matrices=settings.optimizer.matrices,
             mesh=place.mesh,
             rules=place.rules,
+            declared=declared,
         )
-        state = bytes_per_device(abstract_state(origin.config, transform, place))
+        state = bytes_per_device(abstract_state(origin.config, transform, place, declared))
         mesh = Mesh(np.array(jax.devices()[:1]), ("one",)) if place.mesh is None else place.mesh
         return cls(settings, origin, place, filled, state, free_bytes(mesh))
 
