@@ -300,10 +300,12 @@ class Settings(Section):
         if self.fp4_experts:
             raise ValueError("fp4_experts rounds weights that are trained, and lora trains none: leave one of them out")
         for i, stage in enumerate(self.stages):
-            if stage.attention == "indexer" and "indexer" not in lora.families:
+            of_indexer = {family == "indexer" for family in lora.families}
+            if (stage.attention, False) in {("indexer", True in of_indexer), ("dense", False in of_indexer)}:
+                learns = "nothing but the indexer" if stage.attention == "indexer" else "all but the indexer"
                 raise ValueError(
-                    f"stages.{i}.attention is indexer, where nothing but the indexer learns, and lora.families are "
-                    f"{', '.join(lora.families)}: expected indexer among them, or another attention"
+                    f"stages.{i}.attention is {stage.attention}, where {learns} learns, and lora.families are "
+                    f"{', '.join(lora.families)}: expected what learns among them, or another attention"
                 )
 
 

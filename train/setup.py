@@ -293,9 +293,16 @@ def check_run(settings: Settings, origin: Origin) -> None:
 
 
 def adapters_of(settings: Settings, origin: Origin) -> Record | None:
-    """What a run's adapters are adapters of; None where it has none."""
+    """What a run's adapters are adapters of; None where it has none.
+
+    Raises:
+      SettingsError: the model has nothing that they could be beside.
+    """
     if settings.adapters is None or settings.model is None or origin.checkpoint is None:
         return None
+    if not settings.adapters.declarations(origin.config):
+        families = ", ".join(settings.adapters.families)
+        raise SettingsError(f"lora.families are {families}, and {settings.model} has no such matrices; expected others")
     return Record.of(settings.model, origin.checkpoint, settings.adapters)
 
 

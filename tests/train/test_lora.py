@@ -16,8 +16,11 @@ import pytest
 from tests.models import jitted, trained
 from tests.train.logs import Metrics, shared_programs
 from v4_jax.adapters import FAMILIES, A, Adapters, B
-from v4_jax.checkpoint import CheckpointError, export, load, verify
+from v4_jax.checkpoint import CheckpointError, block_formats, export, export_adapters, load, open_checkpoint, verify
+from v4_jax.checkpoint.byte_ranges import LocalFile
+from v4_jax.checkpoint.names import transformers_name
 from v4_jax.checkpoint.orbax_arrays import nested, open_arrays
+from v4_jax.checkpoint.safetensors import SafetensorsFile
 from v4_jax.layers.stages import Stage
 from v4_jax.low_rank import is_adapted, merged
 from v4_jax.number_formats import BlockScaled, dequantise
@@ -238,6 +241,28 @@ def test_saved_apart_and_merged_at_export(run, released, tiny, tmp_path):
     assert differing and all(".attn.w" in name or ".experts." in name for name in differing)
 
 
+def test_adapters_alone(run, released, tmp_path):
+    """As PEFT has them: with them the weights of transformers' modules are those of the run."""
+    written = export_adapters(run[0], tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (3, 6.0, str(released))
+    file = SafetensorsFile(LocalFile(tmp_path / "out" / "adapter_model.safetensors"))
+    assert written.tensors == len(file.entries) == 2 * len(config["target_modules"])
+    with open_checkpoint(run[0]) as merged_run, open_checkpoint(released) as base:
+        for name in ("layers.1.attn.wo_a.weight", "layers.1.ffn.experts.5.w3.weight"):
+            module = f"base_model.model.{transformers_name(name).removesuffix('.weight')}"
+            a, b = (file.read(file.entries[f"{module}.{factor}.weight"]) for factor in (A, B))
+            form = base.formats.block("expert" if "experts" in name else "fp8")
+            held = block_formats.dequantise(base.read(name), base.read(block_formats.scale_name(name)), form)
+            np.testing.assert_allclose(merged_run.unrounded(name), held + 2 * b @ a, atol=1e-6)
+    with pytest.raises(CheckpointError, match="has no adapters, expected a training run with lora"):
+        export_adapters(released, tmp_path / "none")
+
+
 def test_another_base_is_refused(run, build, tiny, tmp_path):
     """As are weights in place of adapters, and other adapters; and a base that changed is not merged."""
     path, moved = run[0], tmp_path / "run"
@@ -245,6 +270,7 @@ def test_another_base_is_refused(run, build, tiny, tmp_path):
     for change, said in (
         ("lora=null", "trains adapters, and lora says otherwise"),
         ("lora.rank=4", "rank=3"),
+        ("lora.families=[mtp]", "has no such matrices; expected others"),
     ):
         with pytest.raises(SettingsError, match=said):
             build(moved, Metrics(), change)
@@ -264,13 +290,14 @@ def test_another_base_is_refused(run, build, tiny, tmp_path):
         ("lora={families: [mlp]}", "lora.families.0 is 'mlp': input should be 'attention', "),
         ("lora={targets: [wq_a]}", "unknown field lora.targets; expected one of alpha, base, families, rank"),
         ("fp4_experts=true", "fp4_experts rounds weights that are trained, and lora trains none"),
-        ("stages.0.attention=indexer", "expected indexer among them, or another attention"),
+        ("stages.0.attention=indexer", "nothing but the indexer learns, and lora.families are attention, shared"),
+        ("lora={families: [indexer]} stages.0.attention=dense", "where all but the indexer learns, and"),
     ],
 )
 def test_settings_that_make_no_sense(change, said):
     given = "run=r", "model=m", "data.sources=[{path: x}]", "stages=[{steps: 1, length: 8, rows: 1}]", "lora={}"
     with pytest.raises(SettingsError, match=re.escape(said)):
-        read_settings(None, [*given, change])
+        read_settings(None, [*given, *re.split(" (?=stages)", change)])
 
 
 def test_a_fresh_model_has_nothing_to_adapt():

@@ -89,7 +89,12 @@ def _identity(model: str, checkpoint: Checkpoint) -> str:
 
 
 class Merged(Checkpoint):
-    """A model with the updates of a step in it. The model's own tensors are handed out bit for bit."""
+    """A model with the updates of a step in it. The model's own tensors are handed out bit for bit.
+
+    Attributes:
+      record: what the adapters are adapters of.
+      adapted: released name -> shapes of both factors, of each matrix that has an update.
+    """
 
     def __init__(self, base: Checkpoint, record: Record, path: str | Path):
         """Opens the adapters of the newest complete step of a run, or of the one given.
@@ -110,7 +115,7 @@ class Merged(Checkpoint):
             )
         if not (step / ADAPTERS).is_dir():
             raise CheckpointError(f"{step} is damaged: it has no {ADAPTERS}")
-        self._base, self._scale = base, record.adapters.scale
+        self._base, self.record = base, record
         self._factors = _factors(step, record.adapters, base)
         self.label, self.config, self.hf_config, self.formats = str(step), base.config, base.hf_config, base.formats
         self.tensors, self.ignored, self.notes, self.files = base.tensors, base.ignored, base.notes, companions(run)
@@ -118,6 +123,11 @@ class Merged(Checkpoint):
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
         self._entries = entries(base.config, base.formats)
         self._names = {(one.path, one.place): name for name, one in self._entries.items() if one.role != "scales"}
+        self.adapted: dict[str, tuple[tuple[int, ...], ...]] = {
+            name: tuple(factor.shape[len(place) :] for factor in self._factors[path])
+            for (path, place), name in self._names.items()
+            if path in self._factors
+        }
         self._last = threading.local()  # loading reads with several threads, each a tensor of its own
 
     def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> np.ndarray:
@@ -134,6 +144,12 @@ class Merged(Checkpoint):
             return self._base.unrounded(name, rows, columns)
         return self._count(self._values(entry)[rows, columns])
 
+    def factors(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """The factors a [rank, in] and b [out, rank] of an adapted matrix, float32."""
+        entry = self._entries[name]
+        a, b = (factor.read(entry.place, name) for factor in self._factors[entry.path])
+        return a, b
+
     def close(self) -> None:
         """Closes the model."""
         self._last = threading.local()
@@ -144,8 +160,8 @@ class Merged(Checkpoint):
         place = entry.path, entry.place
         if getattr(self._last, "place", None) != place:
             name = self._names[place]
-            a, b = (factor.read(entry.place, name) for factor in self._factors[entry.path])
-            values = self._of_base(name, entry) + np.float32(self._scale) * (b @ a)
+            a, b = self.factors(name)
+            values = self._of_base(name, entry) + np.float32(self.record.adapters.scale) * (b @ a)
             self._last.place, self._last.values, self._last.tensor = place, values, None
         return self._last.values
 
