@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from tests.models import jitted, six, trained
 from tests.train.logs import Metrics, shared_programs
@@ -21,14 +22,17 @@ from v4_jax.checkpoint.byte_ranges import LocalFile
 from v4_jax.checkpoint.names import transformers_name
 from v4_jax.checkpoint.orbax_arrays import nested, open_arrays
 from v4_jax.checkpoint.safetensors import SafetensorsFile
+from v4_jax.layers.expert_parallelism import dispatch, local_experts
+from v4_jax.layers.experts import Experts
 from v4_jax.layers.stages import Stage
 from v4_jax.low_rank import is_adapted, merged
-from v4_jax.number_formats import BlockScaled, dequantise
+from v4_jax.number_formats import E2M1, BlockScaled, dequantise, quantise
 from v4_jax.parameter_tree import declarations, drawn, placements
 from v4_jax.parameters import is_parameter, places
 from v4_jax.placement import Place
 from v4_jax.sharding.axes import resolve
 from v4_jax.sharding.mesh import make_mesh
+from v4_jax.sharding.split import Split
 from v4_jax.train.batch import Batch
 from v4_jax.train.loop import Trainer
 from v4_jax.train.objectives.objective import Weights
@@ -144,6 +148,39 @@ def test_on_a_mesh(tiny, model, factors, rows, gradients):
         jax.tree_util.tree_leaves_with_path(factors), *map(jax.tree.leaves, (after.params, gradients[0])), strict=True
     ):
         np.testing.assert_allclose(x - y, expected, atol=2e-5 + 1e-4 * np.abs(expected).max(), err_msg=str(path))
+
+
+def test_experts_that_rows_travel_to(tiny, factors):
+    """More rows than visit every device: each goes to its experts, FP4 with adapters, and gradients come back."""
+    count, tokens, names = tiny.config.n_routed_experts, 1200, ("w1", "w2", "w3")
+    rng = np.random.default_rng(0)
+    x, probe = (rng.normal(size=(tokens, tiny.config.hidden_size)).astype(np.float32) for _ in range(2))
+    assigned = np.argsort(rng.random((tokens, count)), axis=1)[:, :2].astype(np.int32)
+    scale = rng.random(assigned.shape).astype(np.float32)
+    layer, base = factors["layer_1"]["ffn"], tiny.params["layer_1"]["ffn"]
+    base, layer = ({name: tree[name] for name in names} for tree in (base, layer))
+    stored = {name: quantise(value, E2M1) for name, value in base.items()}
+
+    def alone(factors, x, scale):
+        experts = Experts(**ALL.onto(stored, factors))
+        found = local_experts(x, assigned, scale, experts, None, count=count, limit=tiny.config.swiglu_limit)
+        return jnp.sum(probe * found)
+
+    mesh, rows = make_mesh("expert=4", jax.devices()[:4]), P("expert")
+    split = Split.on(mesh, resolve("train"), 1, 128)
+
+    def spread(factors, x, scale):
+        @functools.partial(jax.shard_map, mesh=mesh, in_specs=rows, out_specs=P(), check_vma=False)
+        def each(experts, x, assigned, scale, probe):
+            found = dispatch(x, assigned, scale, experts, None, tiny.config, jnp.float32, split)
+            return jax.lax.psum(jnp.sum(probe * found), "expert")
+
+        return each(Experts(**ALL.onto(stored, factors)), x, assigned, scale, probe)
+
+    expected, found = (jax.jit(jax.grad(call, argnums=(0, 1, 2)))(layer, x, scale) for call in (alone, spread))
+    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        assert np.abs(b).max() > 0
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------
