@@ -93,7 +93,8 @@ class DryRun:
         said = f"state: {bytes_text(self.state)} of each device, {has}"
         if not self.fits:
             return f"{said}: it has no room; expected a mesh of more devices, or a smaller model"
-        return f"{said}; a step's temporaries come on top, which v4-jax plan --task train counts"
+        task = "train" if self.settings.lora is None else "sft"
+        return f"{said}; a step's temporaries come on top, which v4-jax plan --task {task} counts"
 
     def objective(self) -> str:
         """What is made of the next tokens, and who takes part in it."""
