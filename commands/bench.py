@@ -40,7 +40,7 @@ TRACED = 3  # calls that are traced for the parts
 def bench(
     *,
     model: Text,
-    task: Task,
+    task: Literal["decode", "prefill", "train"],
     layers: OptionalCount = None,
     context: OptionalSize = None,
     batch: Count = 1,

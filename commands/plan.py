@@ -57,10 +57,12 @@ def plan(
       v4-jax plan --model pro --task prefill --context 1M --chunk 32K --topology v5p:4x4x8
       v4-jax plan --model flash --task decode --context 1M --topology v6e:2x4 --mesh seq=2,tensor=4 --json
       v4-jax plan --model flash --task train --context 16K --batch 128 --topology v5p:4x4x8
+      v4-jax plan --model flash --task sft --context 8K --batch 8 --topology v6e:2x4
 
     Args:
       model: A directory with a config.json, or flash, pro, flash-0731, pro-0813 or tiny.
-      task: decode: one token of each row; prefill: a chunk of each row; train: a step of whole rows, MTP included.
+      task: decode: one token of each row; prefill: a chunk of each row; train: a step of whole rows, MTP included; sft:
+        a step that trains LoRA adapters of rank 16 beside attention and shared experts, and leaves the weights alone.
       topology: The chips: v4, v5e, v5p, v6e or tpu7x and the slice's shape, such as v6e:2x4 or v5p:2x2x2.
       context: Tokens of each row after the call, such as 128K or 1M. Default: 1M, or 16K in training, or the model's
         most if that is less.
@@ -69,7 +71,8 @@ def plan(
       preset: Which mesh axes split what: decode, prefill, long-context or train. Default: what suits the task.
       chunk: Tokens of each row that one prefill call takes. Default: 8K, or 128 per device if that is more.
       dtype: native: weights in the released formats, computing with its rounding; bfloat16: both in that. The cache is
-        bfloat16 in either case. Training keeps float32 masters and moments and computes in bfloat16.
+        bfloat16 in either case. Training keeps float32 masters and moments and computes in bfloat16; with sft they are
+        the adapters' alone.
       as_json: Write the plan as one JSON object.
     """
     jax.config.update("jax_platforms", "cpu")  # only shapes are computed here, also where there are TPUs

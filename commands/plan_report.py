@@ -19,6 +19,8 @@ from v4_jax.sharding.mesh import format_mesh
 PARTS = 12  # parts of the estimate
 SHOWN = 5  # heaviest instructions, and estimates that were not compiled
 
+_STATE = {"train": "masters and moments", "sft": "weights and adapters"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
@@ -64,7 +66,7 @@ def refusal(workload: Workload, error: PlanError) -> str:
     held = estimate(workload)
     arguments = f"weights take {bytes_text(held.weights)} and the cache {bytes_text(held.cache)} of the same memory"
     if workload.trains:
-        arguments = f"masters and moments take {bytes_text(held.weights)} of the same memory"
+        arguments = f"{_STATE[workload.task]} take {bytes_text(held.weights)} of the same memory"
     what = "temporaries" if "temporaries" in str(error) else "the program"
     over = error.required - error.available
     return (
@@ -142,9 +144,12 @@ def _title(workload: Workload) -> str:
         f", {workload.topology.devices} devices" if workload.topology.chip.devices > 1 else ""
     )
     rows = f"{workload.batch} row{'s' if workload.batch > 1 else ''}"
-    taken = {"decode": "one token", "prefill": f"the last {format_size(workload.chunk)} tokens", "train": "a step"}
-    formats = "float32 masters, computing in bfloat16" if workload.trains else f"{workload.dtype} weights"
-    call = f"{taken[workload.task]} of {rows} at {format_size(workload.context)} tokens"
+    taken = {"decode": "one token", "prefill": f"the last {format_size(workload.chunk)} tokens"}
+    formats = f"{workload.dtype} weights"
+    if workload.trains:
+        formats = f"{formats} and float32 adapters" if workload.adapters else "float32 masters"
+        formats += ", computing in bfloat16"
+    call = f"{taken.get(workload.task, 'a step')} of {rows} at {format_size(workload.context)} tokens"
     return f"{workload.task}: {call}, {formats}, on {workload.topology} ({count})"
 
 
@@ -186,7 +191,7 @@ def _memory_table(workload: Workload, compiled: Compiled) -> Table:
     hbm = workload.topology.chip.per_device().hbm_bytes
     shown = make_table(f"Memory of {device(workload)}", "", "bytes", "share")
     rows = {
-        "masters and moments" if workload.trains else "weights": compiled.weights,
+        _STATE.get(workload.task, "weights"): compiled.weights,
         "cache": compiled.cache,
         "padding, other arguments": compiled.arguments - compiled.weights - compiled.cache,
         "temporaries": compiled.temporaries,

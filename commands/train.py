@@ -6,7 +6,7 @@ import contextlib
 import importlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import jax
 import tyro
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from v4_jax.train.batch import Rows
     from v4_jax.train.metrics import Metrics
     from v4_jax.train.rounds import Rounds
-    from v4_jax.train.settings import Settings, StageSettings
+    from v4_jax.train.settings import Settings
     from v4_jax.train.setup import Origin
 
 Words = Annotated[
@@ -171,7 +171,7 @@ def _run(
                 origin.config,
                 place,
                 rows,
-                lambda: origin.fresh(place, settings.seed),
+                lambda: origin.fresh(place, settings.seed, settings.held),
                 report,
                 say,
                 compiling=_compiling,
@@ -212,20 +212,24 @@ def _place(settings: Settings, config: Config) -> Place:
     mesh = devices.wanted_mesh(settings.mesh)
     if mesh == devices.AUTO:
         first = settings.stages[0]
-        demand = Demand(config, first.length, first.rows // first.microbatches, "train", "float32", task="train")
-        return devices.best_place(demand, lambda sizes: all(_splits(config, stage, sizes) for stage in settings.stages))
+        rows = first.rows // first.microbatches
+        task: Literal["train", "sft"] = "train" if settings.lora is None else "sft"
+        demand = Demand(config, first.length, rows, "train", settings.held, task=task)
+        return devices.best_place(demand, lambda sizes: _splits(settings, config, sizes))
     place = Place()
     for stage in settings.stages:
         rows = stage.rows // stage.microbatches
-        place = devices.place(config, mesh, "train", batch=rows, length=stage.length, dtype="float32")
+        place = devices.place(config, mesh, "train", batch=rows, length=stage.length, dtype=settings.held)
     return place
 
 
-def _splits(config: Config, stage: StageSettings, sizes: dict[str, int]) -> bool:
-    """Whether a stage's batches split evenly over a mesh."""
-    rows = stage.rows // stage.microbatches
+def _splits(settings: Settings, config: Config, sizes: dict[str, int]) -> bool:
+    """Whether every stage's batches split evenly over a mesh."""
+    mesh, native = abstract_mesh(sizes), settings.held == "native"
     try:
-        check_mesh(config, abstract_mesh(sizes), "train", batch=rows, length=stage.length, native=False)
+        for stage in settings.stages:
+            rows = stage.rows // stage.microbatches
+            check_mesh(config, mesh, "train", batch=rows, length=stage.length, native=native)
     except ShardingError:
         return False
     return True

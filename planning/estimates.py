@@ -34,12 +34,13 @@ PRESETS_OF_TASK: dict[Task, tuple[str, ...]] = {
     "decode": ("decode",),
     "prefill": ("prefill", "long-context"),
     "train": ("train",),
+    "sft": ("train",),
 }
 
 HEADROOM = 0.15  # of a device's memory: what an estimate leaves for temporaries
 
 # What a call goes through: the layers once; in training forward, once more for the backward pass, and backward.
-PASSES: dict[Task, int] = {"decode": 1, "prefill": 1, "train": 3}
+PASSES: dict[Task, int] = {"decode": 1, "prefill": 1, "train": 3, "sft": 3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +78,10 @@ class Least:
     """The least that the algorithm needs for a call, all devices together.
 
     Attributes:
-      flops: FLOPs; in training, see `v4_jax.costs.training_flops`.
+      flops: FLOPs; in training, see `v4_jax.costs.training_flops`; where adapters are trained, without those of the
+        weights' gradients, and without the adapters' own.
       weights: bytes of weights read once: all dense ones, and the experts that the call's tokens can reach at most. In
-        training, of masters and moments read and written once.
+        training, of masters and moments read and written once, and the base of adapters read.
       cache: bytes of cache read once: windows, open blocks, index keys and HCA entries of every row, and the CSA
         entries that its last token picks.
     """
@@ -95,7 +97,7 @@ class Estimate:
 
     Attributes:
       workload: the workload.
-      weights: bytes; in training, of masters and moments.
+      weights: bytes; in training, of masters and moments, and of the base of adapters.
       cache: bytes.
       fits: whether both leave `HEADROOM` of the memory.
       floor: a rough floor of its time.
@@ -158,14 +160,15 @@ def estimate(workload: Workload, least: Least | None = None) -> Estimate:
     split = Split.on(mesh, resolve(workload.preset), workload.chunk, UNIT)
     parts = list(_parts(workload, mesh))
     used = sum(stored for _, stored in parts)
-    held = bytes_per_device(training(workload, mesh).state) if workload.trains else used
+    state = bytes_per_device(training(workload, mesh).state) if workload.trains else 0
+    held = state if workload.task == "train" else state + used
     cache = 0 if workload.trains else bytes_per_device(abstract_cache(workload, mesh))
     least, devices, passes = least or least_work(workload), workload.topology.devices, PASSES[workload.task]
 
     experts = sum(stored for parameter, stored in parts if EXPERTS in parameter.axes)
     gathered = sum(stored * (_joined(split, parameter) - 1) for parameter, stored in parts)
     moved = passes * (used - experts + 2 * gathered + experts * _reached(workload))
-    hbm = moved + (2 * held if workload.trains else _cache_read(workload, mesh))
+    hbm = moved + (2 * state if workload.trains else _cache_read(workload, mesh))
     work = Floor.of(chip, least.flops / devices, hbm, passes * (gathered + _exchanged(workload, split, mesh)))
     fits = held + cache <= (1 - HEADROOM) * chip.hbm_bytes
     return Estimate(workload, held, cache, fits, work)
@@ -176,8 +179,9 @@ def least_work(workload: Workload) -> Least:
     config = workload.config
     mesh = abstract_mesh(dict.fromkeys(workload.mesh, 1))
     if workload.trains:
-        flops = workload.tokens * costs.training_flops(config, workload.context)
-        return Least(float(flops), 2.0 * bytes_per_device(training(workload, mesh).state), 0.0)
+        flops = workload.tokens * costs.training_flops(config, workload.context, frozen=workload.task == "sft")
+        found = training(workload, mesh)
+        return Least(float(flops), 2.0 * bytes_per_device(found.state) + bytes_per_device(found.base), 0.0)
     # A chunk's tokens count as its last one, which sees most; a prompt's head is for its last token alone.
     per_token = costs.flops_per_token(config, workload.context)
     total = workload.tokens * per_token.total - (workload.tokens - workload.batch) * per_token.linear["head"]

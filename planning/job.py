@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from v4_jax.adapters import Adapters
 from v4_jax.cache.cache import CacheDtype, cache_shapes
 from v4_jax.config import Config
 from v4_jax.number_formats import BlockScaled, layout, scale_shape
@@ -18,7 +19,7 @@ from v4_jax.parameter_tree import declarations, placements
 from v4_jax.parameters import Parameter, is_parameter
 from v4_jax.placement import Place
 
-Task = Literal["prefill", "decode", "train"]
+Task = Literal["prefill", "decode", "train", "sft"]
 WeightFormat = Literal["native", "bfloat16"]
 
 
@@ -28,14 +29,15 @@ class Job:
 
     Attributes:
       config: the architecture; an MTP block is trained, and left out otherwise (`without_mtp`).
-      task: "decode" one token per row, or "prefill" a chunk of each, or "train", a step of whole rows.
+      task: "decode" one token per row, or "prefill" a chunk of each, or "train", a step of whole rows, or
+        "sft", a step that trains adapters beside weights that stay as they are.
       context: tokens of a row when the call is over, which is what its cache has room for.
       batch: rows.
       chunk: tokens per row and call; all of `context` in training.
       mesh: sizes of the mesh axes.
       preset: the sharding preset.
       dtype: "native": weights in the released formats; "bfloat16": in that. The cache is bfloat16 in either case.
-        Training computes in bfloat16, and keeps masters and moments in float32.
+        Training computes in bfloat16, and keeps masters and moments in float32: where it trains adapters, theirs.
     """
 
     config: Config
@@ -59,12 +61,19 @@ class Job:
     @property
     def policy(self) -> str:
         """Precision of the computation."""
-        return "released" if self.dtype == "native" else "bfloat16"
+        return "released" if self.dtype == "native" and not self.trains else "bfloat16"
 
     @property
     def trains(self) -> bool:
         """Whether it is a training step."""
-        return self.task == "train"
+        return self.task in ("train", "sft")
+
+    @property
+    def adapters(self) -> Adapters | None:
+        """What a step trains in place of the weights: what `lora` of training settings is by default."""
+        from v4_jax.train.settings import LoraSettings
+
+        return LoraSettings().adapters if self.task == "sft" else None
 
     @property
     def tokens(self) -> int:
@@ -111,11 +120,13 @@ class Training(NamedTuple):
       step: `(state, batch) -> (state, metrics)`.
       transform: the optimiser.
       state: shapes and places of weights and the optimiser's state.
+      base: those of weights beside which adapters are trained; None where there are none.
     """
 
     step: Any
     transform: Any
     state: Any
+    base: Any
 
 
 def training(job: Job, mesh: Any) -> Training:
@@ -134,18 +145,24 @@ def training(job: Job, mesh: Any) -> Training:
     from v4_jax.train.step import abstract_state, make_step
     from v4_jax.transformer import Transformer
 
-    transform = optimizer(job.config, 2.7e-4, mesh=mesh, rules=job.preset)
-    state = abstract_state(job.config, transform, Place(mesh, job.preset))
+    adapters, base, declared = job.adapters, None, None
+    if adapters is not None:
+        base = abstract_params(job.config, mesh, job.preset, job.dtype)
+        declared = adapters.declarations(job.config)
+    transform = optimizer(job.config, 2.7e-4, mesh=mesh, rules=job.preset, declared=declared)
+    state = abstract_state(job.config, transform, Place(mesh, job.preset), declared)
     stage = Stage(dense=False, indexer_loss=True)
     model = Transformer(job.config, policy=job.policy, mesh=mesh, rules=job.preset, stage=stage, remat="layers")
-    return Training(make_step(model, transform, lambda step: Weights(indexer=1.0)), transform, state)
+    step = make_step(model, transform, lambda step: Weights(indexer=1.0), adapters=adapters)
+    return Training(step, transform, state, base)
 
 
 class JobProgram(NamedTuple):
     """A job's program before it is traced.
 
     Attributes:
-      function: `(weights, tokens, cache) -> (logits, cache)`, or `(state, batch) -> (state, metrics)`, jitted.
+      function: `(weights, tokens, cache) -> (logits, cache)`, or `(state, batch, None, base) -> (state, metrics)`,
+        jitted.
       arguments: shapes, dtypes and places of its arguments.
     """
 
@@ -154,13 +171,14 @@ class JobProgram(NamedTuple):
 
     @property
     def weights(self) -> Any:
-        """Of its arguments, the weights or the training state."""
-        return self.arguments[0]
+        """Of its arguments, the weights, or the training state and the base of adapters, if there is one."""
+        state, *_, base = self.arguments
+        return (state, base) if len(self.arguments) == 4 and base is not None else state
 
     @property
     def cache(self) -> Any:
         """Of its arguments, the cache; None in training."""
-        return self.arguments[2] if len(self.arguments) > 2 else None
+        return self.arguments[2]
 
 
 def program_of(job: Job, mesh: Mesh) -> JobProgram:
@@ -177,9 +195,9 @@ def program_of(job: Job, mesh: Mesh) -> JobProgram:
         from v4_jax.train.batch import Batch
         from v4_jax.train.step import jit_step
 
-        step, _, state = training(job, mesh)
+        step, _, state, base = training(job, mesh)
         rows = jax.ShapeDtypeStruct((1, *tokens.shape), tokens.dtype, sharding=everywhere)
-        return JobProgram(jit_step(step, state, Place(mesh, job.preset)), (state, Batch(rows, rows)))
+        return JobProgram(jit_step(step, state, Place(mesh, job.preset)), (state, Batch(rows, rows), None, base))
 
     model = Transformer(job.config, policy=job.policy, mesh=mesh, rules=job.preset)
     weights, cache = abstract_params(job.config, mesh, job.preset, job.dtype), abstract_cache(job, mesh)

@@ -37,7 +37,7 @@ class Demand:
       preset: the sharding preset.
       dtype: format of the weights.
       cache: format of the cache; training has none.
-      task: what the devices do: "decode", or "train", where rows are those of a microbatch.
+      task: what the devices do: "decode", or "train" or "sft", where rows are those of a microbatch.
     """
 
     config: Config
@@ -46,7 +46,7 @@ class Demand:
     preset: str
     dtype: Literal["native", "bfloat16", "float32"]
     cache: CacheDtype = "bfloat16"
-    task: Literal["decode", "train"] = "decode"
+    task: Literal["decode", "train", "sft"] = "decode"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ def rank(demand: Demand, kind: str, devices: int) -> list[Choice]:
         task=demand.task,
         context=demand.context,
         batch=demand.rows,
-        chunk=demand.context if demand.task == "train" else 1,
+        chunk=1 if demand.task == "decode" else demand.context,
         mesh=dict.fromkeys(MESH_AXES, 1),
         preset=demand.preset,
         dtype="native" if demand.dtype == "native" else "bfloat16",

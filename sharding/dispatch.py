@@ -19,8 +19,8 @@ from v4_jax.sharding.platform import by_platform
 
 LANES = 128  # of a TPU's registers
 
-# Rows [R, D], what belongs to each row, and the weights -> [R, width]; rows without a valid choice are ignored.
-Work = Callable[[Array, Any, Any], Array]
+# Rows [R, D], what belongs to each row, weights, and fixed ones -> [R, width]; rows without a valid choice are ignored.
+Work = Callable[[Array, Any, Any, Any], Array]
 
 
 class Choices(NamedTuple):
@@ -36,18 +36,21 @@ class Choices(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def visit(function: Work, width: int, axes: Axes, everywhere: Axes, x: Array, choices: Choices, weights: Any) -> Array:
+def visit(
+    function: Work, width: int, axes: Axes, everywhere: Axes, x: Array, choices: Choices, weights: Any, fixed: Any
+) -> Array:
     """Runs every choice of every row on the device that owns it, and adds the results of a row up.
 
     Args:
-      function: `function(rows, extra, weights)`, run on the owner with the rows that reached it. Places without a row
-        repeat any, come with every `extra` zero, and what they yield is not used.
+      function: `function(rows, extra, weights, fixed)`, run on the owner with the rows that reached it. Places without
+        a row repeat any, come with every `extra` zero, and what they yield is not used.
       width: size of the last axis of its output.
       axes: mesh axes to exchange over.
       everywhere: mesh axes whose devices must agree on the number of rounds: all that run this program together.
       x: [T, D] this device's rows.
       choices: where they go.
       weights: this device's own weights, as `function` takes them.
+      fixed: more of them, which have no gradients.
 
     Returns:
       [T, width] float32. Differentiable in `x`, float `extra` and float `weights`.
@@ -55,7 +58,7 @@ def visit(function: Work, width: int, axes: Axes, everywhere: Axes, x: Array, ch
     departures = _departures(choices.owner, axes, everywhere)
 
     def step(number: Array, total: Array) -> Array:
-        return total + _round(function, axes, number, departures, x, choices.extra, weights)
+        return total + _round(function, axes, number, departures, x, choices.extra, (weights, fixed))
 
     return jax.lax.fori_loop(0, departures.rounds, step, jnp.zeros((x.shape[0], width), jnp.float32))
 
@@ -92,7 +95,7 @@ def count_each(numbers: Array, length: int) -> Array:
 
 
 def _round(
-    function: Work, axes: Axes, number: Array, departures: _Departures, x: Array, extra: Any, weights: Any
+    function: Work, axes: Axes, number: Array, departures: _Departures, x: Array, extra: Any, weights: tuple[Any, Any]
 ) -> Array:
     """One exchange there and back."""
     devices, (rows, top) = size(axes), departures.owner.shape
@@ -118,7 +121,7 @@ def _round(
 
     leaving = leave(in_tiles(x), choice // top, places)
     there = exchange(leaving, None, sent, got, axes)
-    out = function(there.reshape(-1, x.shape[1]), jax.tree.map(by_choice, extra), weights)
+    out = function(there.reshape(-1, x.shape[1]), jax.tree.map(by_choice, extra), *weights)
     out = in_tiles(out)
     alike = (leaving.shape, leaving.dtype) == (out.shape, out.dtype)
     total = back(exchange(out, leaving if alike else None, got, sent, axes), choice // top, places)
@@ -211,28 +214,28 @@ exchange.defvjp(_exchange_forward, _exchange_backward)
 
 
 def _visit_forward(
-    function: Work, width: int, axes: Axes, everywhere: Axes, x: Array, choices: Choices, weights: Any
+    function: Work, width: int, axes: Axes, everywhere: Axes, x: Array, choices: Choices, weights: Any, fixed: Any
 ) -> tuple[Array, Any]:
-    return visit(function, width, axes, everywhere, x, choices, weights), (x, choices, weights)
+    return visit(function, width, axes, everywhere, x, choices, weights, fixed), (x, choices, weights, fixed)
 
 
 def _visit_backward(function: Work, width: int, axes: Axes, everywhere: Axes, residuals: Any, gradient: Array) -> Any:
     """Repeats each round and pulls the gradient back through it."""
-    x, choices, weights = residuals
+    x, choices, weights, fixed = residuals
     departures = _departures(choices.owner, axes, everywhere)
     floats, restore = _floats((x, choices.extra, weights))
 
     def step(number: Array, total: list[Array]) -> list[Array]:
         def run(floats: list[Array]) -> Array:
             x, extra, weights = restore(floats)
-            return _round(function, axes, number, departures, x, extra, weights)
+            return _round(function, axes, number, departures, x, extra, (weights, fixed))
 
         (part,) = jax.vjp(run, floats)[1](gradient)
         return jax.tree.map(lambda a, b: a + b, total, part)
 
     total = jax.lax.fori_loop(0, departures.rounds, step, [jnp.zeros_like(x) for x in floats])
     of_x, of_extra, of_weights = restore(total, absent=None)
-    return of_x, Choices(cast(Any, None), of_extra), of_weights
+    return of_x, Choices(cast(Any, None), of_extra), of_weights, None
 
 
 visit.defvjp(_visit_forward, _visit_backward)

@@ -1,6 +1,7 @@
 """Checkpoints of a run, by Orbax: written in the background, complete or not there at all.
 
 RUN/checkpoints/STEP/params/      the float32 master weights, as `v4_jax.init` returns them
+RUN/checkpoints/STEP/adapters/    or, in their place, the factors of adapters: the tree of `Adapters.declarations`
 RUN/checkpoints/STEP/optimizer/   the optimiser's state
 RUN/checkpoints/STEP/progress/    JSON: where the data stands, what the loss has been, and the settings
 RUN/checkpoints/STEP/ahead/       experts chosen for coming batches, while anticipatory routing is on
@@ -23,7 +24,7 @@ from jax.experimental import multihost_utils
 from v4_jax.checkpoint.digests import Digests, enabled
 from v4_jax.checkpoint.orbax_arrays import chunking, open_arrays
 from v4_jax.checkpoint.tensors import CheckpointError, names_in
-from v4_jax.checkpoint.trained import CHECKPOINTS
+from v4_jax.checkpoint.trained import CHECKPOINTS, PARAMS
 from v4_jax.json_files import read_object
 from v4_jax.outputs import Routing
 from v4_jax.train.objectives.objective import Decisions
@@ -31,7 +32,8 @@ from v4_jax.train.settings import differences
 from v4_jax.train.step import TrainState
 
 _UNFINISHED = ".orbax-checkpoint-tmp"
-_SHAPING = ("optimizer.matrices", "model", "architecture")  # settings that parameters and optimiser take shape from
+# Settings that parameters and optimiser take shape from.
+_SHAPING = ("optimizer.matrices", "model", "architecture", "lora")
 
 
 class SaveError(Exception):
@@ -64,9 +66,19 @@ class Checkpoints:
       keep: how many of the newest to keep.
       keep_every: also keep those of multiples of so many steps.
       digests: whether to write and check digests of what is saved.
+      params: what the parameters are called: `PARAMS`, or `ADAPTERS`.
     """
 
-    def __init__(self, run: Path, *, keep: int = 3, keep_every: int | None = None, digests: bool = True) -> None:
+    def __init__(
+        self,
+        run: Path,
+        *,
+        keep: int = 3,
+        keep_every: int | None = None,
+        digests: bool = True,
+        params: str = PARAMS,
+    ) -> None:
+        self._params = params
         self._directory = run.absolute() / CHECKPOINTS
         self._digests, self._saving, self._failed = digests and enabled(), 0, False
         self._options = ocp.CheckpointManagerOptions(
@@ -83,7 +95,7 @@ class Checkpoints:
             self._directory,
             options=self._options,
             item_handlers={
-                "params": ocp.StandardCheckpointHandler(),
+                self._params: ocp.StandardCheckpointHandler(),
                 "optimizer": ocp.StandardCheckpointHandler(),
                 "progress": ocp.JsonCheckpointHandler(),
                 "ahead": ocp.PyTreeCheckpointHandler(),
@@ -109,7 +121,7 @@ class Checkpoints:
         self._saving = step = int(state.step)
         items: dict[str, Any] = {
             # One chunk a matrix, so that an export reads each of them once.
-            "params": ocp.args.StandardSave(state.params, save_args=jax.tree.map(chunking, state.params)),
+            self._params: ocp.args.StandardSave(state.params, save_args=jax.tree.map(chunking, state.params)),
             "optimizer": ocp.args.StandardSave(state.optimizer),
             "progress": ocp.args.JsonSave(progress),
         }
@@ -211,7 +223,7 @@ class Checkpoints:
         """
         folder = self._directory / str(step)
         different: list[str] = []
-        for item, tree in (("params", shapes.params), ("optimizer", shapes.optimizer)):
+        for item, tree in ((self._params, shapes.params), ("optimizer", shapes.optimizer)):
             found = {key: array.shape for key, array in open_arrays(folder / item)}
             wanted = {
                 jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
@@ -230,7 +242,7 @@ class Checkpoints:
 
     def _read(self, step: int, shapes: TrainState) -> Saved:
         items: dict[str, Any] = {
-            "params": ocp.args.StandardRestore(shapes.params),
+            self._params: ocp.args.StandardRestore(shapes.params),
             "optimizer": ocp.args.StandardRestore(shapes.optimizer),
             "progress": ocp.args.JsonRestore(),
         }
@@ -239,7 +251,7 @@ class Checkpoints:
         found = self._manager.restore(step, args=ocp.args.Composite(**items))
         count = jax.device_put(jnp.int32(step), shapes.step.sharding)
         ahead = [_decisions(saved) for saved in found.get("ahead") or []]
-        return Saved(TrainState(count, found["params"], found["optimizer"]), found["progress"], ahead)
+        return Saved(TrainState(count, found[self._params], found["optimizer"]), found["progress"], ahead)
 
     def close(self) -> None:
         """Ends background work, and takes away what a failed save left."""

@@ -21,7 +21,9 @@ import optax
 from jax.experimental import multihost_utils
 
 from v4_jax.checkpoint.orbax_arrays import quiet
+from v4_jax.checkpoint.trained import ADAPTERS, PARAMS
 from v4_jax.config import Config
+from v4_jax.parameter_tree import declarations, drawn
 from v4_jax.parameters import Loss
 from v4_jax.placement import Place
 from v4_jax.policy import Policy
@@ -85,7 +87,8 @@ class Trainer:
       config: the architecture.
       place: the mesh, or one device.
       rows: the data, from its beginning.
-      fresh: makes the parameters that a new run starts from: float32, where `place` wants them.
+      fresh: makes the parameters that a new run starts from: float32, where `place` wants them; or, with adapters,
+        their base, as the settings hold it.
       log: where metrics go.
       say: told what a person at the terminal should know.
       compiling: entered while a program is compiled, which takes minutes; told which.
@@ -116,13 +119,16 @@ class Trainer:
             keep=settings.checkpoints.keep,
             keep_every=settings.checkpoints.keep_every,
             digests=settings.checkpoints.digests,
+            params=PARAMS if settings.adapters is None else ADAPTERS,
         )
+        self._adapters, self._base = settings.adapters, None
+        self._declared = declarations(config) if self._adapters is None else self._adapters.declarations(config)
         stability = settings.stability
         # What is made ahead is made by the parameters of then: it is not made again, nor for steps still further ahead.
         self._detector = SpikeDetector(None if rounds else stability.spike, stability.window)
         self._recovery = Recovery(stability.hold, stability.rollbacks)
         self._rate = learning_rate(settings)
-        self._shapes = abstract_state(config, self._optimizer(), place)
+        self._shapes = abstract_state(config, self._optimizer(), place, self._declared)
         self._programs: dict[Any, Any] = {}
         self._ready: deque[_Ready] = deque()
         self._ahead: deque[Decisions] = deque()
@@ -147,6 +153,7 @@ class Trainer:
             mesh=self._place.mesh,
             rules=self._place.rules,
             loss=loss,
+            declared=self._declared,
         )
 
     def _program(self, stage: int, replayed: bool) -> Any:
@@ -161,6 +168,7 @@ class Trainer:
                 lambda step: loss_weights(self._settings, chosen, step),
                 self._settings.objective,
                 fp4_experts=self._settings.fp4_experts,
+                adapters=self._adapters,
             )
             self._programs[key] = jit(step, self._shapes, self._place)
         return self._programs[key]
@@ -169,7 +177,7 @@ class Trainer:
         """The compiled choice of experts."""
         key = stage, "decide"
         if key not in self._programs:
-            decide = make_decide(self._model(stage), fp4_experts=self._settings.fp4_experts)
+            decide = make_decide(self._model(stage), fp4_experts=self._settings.fp4_experts, adapters=self._adapters)
             self._programs[key] = jax.jit(decide, out_shardings=self._place.replicated)
         return self._programs[key]
 
@@ -190,8 +198,10 @@ class Trainer:
         saved = self._checkpoints.restore(self._shapes, self._say, self._settings.model_dump(mode="json"))
         self._ready.clear()
         self._ahead.clear()
+        if self._adapters is not None and self._base is None:
+            self._base = self._fresh()
         if saved is None:
-            params = self._fresh()
+            params = self._fresh() if self._adapters is None else self._drawn()
             places = jax.tree.map(lambda x: x.sharding, self._shapes.optimizer)
             state = jax.jit(self._optimizer().init, out_shardings=places)(params)
             step = jax.device_put(jnp.int32(0), self._shapes.step.sharding)
@@ -205,6 +215,15 @@ class Trainer:
         self._recovery.restore(saved.progress["recovery"])
         self._ahead.extend(self._place.put(decisions) for decisions in saved.ahead)
         return saved.state
+
+    def _drawn(self) -> Any:
+        """The factors of fresh adapters."""
+        key = jax.random.key(self._settings.seed)
+        return drawn(self._declared, key, mesh=self._place.mesh, rules=self._place.rules)
+
+    def _whole(self, state: TrainState) -> Any:
+        """The model's parameters, with adapters beside them where these are trained."""
+        return state.params if self._adapters is None else self._adapters.onto(self._base, state.params)
 
     def _say_changes(self, saved: Saved) -> None:
         """Tells what is not as it was when a checkpoint was saved."""
@@ -306,7 +325,7 @@ class Trainer:
                 then = stage_at(self._settings, later)
                 following = self._batch(step, later)
                 with self._first(then, "decide"):
-                    self._ahead.append(self._decide(then)(state.params, following))
+                    self._ahead.append(self._decide(then)(state.params, following, self._base))
             decisions = self._ahead.popleft()
         else:
             self._ahead.clear()
@@ -314,12 +333,12 @@ class Trainer:
         batch = self._batch(step, step)
         self._data = self._ready.popleft().data
         with self._first(stage, decisions is not None):
-            return self._program(stage, decisions is not None)(state, batch, decisions)
+            return self._program(stage, decisions is not None)(state, batch, decisions, self._base)
 
     def _take_parts(self, rounds: Rounds, state: TrainState, step: int, stage: int) -> tuple[TrainState, Any]:
         """Begins a step whose rows were made ahead."""
         oldest = self._checkpoints.oldest
-        prepared = rounds.step(step, self._settings.steps, state.params, self._data, oldest)
+        prepared = rounds.step(step, self._settings.steps, self._whole(state), self._data, oldest)
         counts = Counts.of(jax.tree.map(lambda *rows: np.stack(rows), *(part.rows() for part in prepared.parts)))
         counts = counts._replace(**self._place.put({"loss": counts.loss, "mtp": counts.mtp, "tokens": counts.tokens}))
 
@@ -331,7 +350,7 @@ class Trainer:
                 yield self._place.put(batch)._replace(given=put), decisions, rounds.shared(part)
 
         with self._first(stage, False):
-            after, metrics = self._program(stage, False)(state, parts(), counts)
+            after, metrics = self._program(stage, False)(state, parts(), counts, self._base)
         self._data = prepared.data
         return after, metrics | {name: jnp.float32(value) for name, value in prepared.metrics.items()}
 

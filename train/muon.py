@@ -25,8 +25,6 @@ from jax import Array
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
-from v4_jax.architecture import Architecture
-from v4_jax.parameter_tree import declarations
 from v4_jax.parameters import Parameter, is_parameter
 from v4_jax.sharding.axes import Rules, ShardingError, resolve
 from v4_jax.sharding.split import Split
@@ -40,7 +38,7 @@ _BATCH_BYTES = 2**28  # of float32 matrices that are orthogonalised at once
 
 
 def muon(
-    config: Architecture,
+    declared: Any,
     learning_rate: optax.ScalarOrSchedule,
     *,
     momentum: float = 0.95,
@@ -53,7 +51,7 @@ def muon(
     """The report's Muon, for the "muon" parameters of a model alone.
 
     Args:
-      config: the architecture.
+      declared: the declarations of what is trained.
       learning_rate: constant, or by step.
       momentum: decay of the momentum M <- momentum * M + G; what is orthogonalised is momentum * M + G.
       weight_decay: decoupled, times the learning rate.
@@ -64,19 +62,19 @@ def muon(
     """
     return optax.chain(
         optax.trace(decay=momentum, nesterov=True),
-        orthogonalise(config, rms=rms, dtype=dtype, mesh=mesh, rules=rules),
+        orthogonalise(declared, rms=rms, dtype=dtype, mesh=mesh, rules=rules),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )
 
 
-def groups(config: Architecture) -> Any:
+def groups(declared: Any) -> Any:
     """Who updates each parameter: its declared group, but nobody DSpark's stages.
 
     No loss here trains them, and decay alone would wear them away.
     """
-    found = jax.tree.map(lambda p: p.group, declarations(config), is_leaf=is_parameter)
-    if config.dspark_stages:
+    found = jax.tree.map(lambda p: p.group, declared, is_leaf=is_parameter)
+    if "dspark" in found:
         found["dspark"] = jax.tree.map(lambda _: "frozen", found["dspark"])
     return found
 
@@ -112,7 +110,7 @@ def _product(spec: str, a: Array, b: Array) -> Array:
 
 
 def orthogonalise(
-    config: Architecture,
+    declared: Any,
     *,
     rms: float = RMS,
     dtype: Any = jnp.float32,
@@ -126,10 +124,10 @@ def orthogonalise(
     Raises:
       ShardingError: independent matrices of one weight that do not lie whole on the devices.
     """
-    leaves = jax.tree.leaves(declarations(config), is_leaf=is_parameter)
-    updated = jax.tree.leaves(groups(config))
-    declared = [leaf for leaf, group in zip(leaves, updated, strict=True) if group == "muon"]
-    assignments = [Assignment.of(leaf, mesh, resolve(rules)) for leaf in declared]
+    leaves = jax.tree.leaves(declared, is_leaf=is_parameter)
+    updated = jax.tree.leaves(groups(declared))
+    matrices = [leaf for leaf, group in zip(leaves, updated, strict=True) if group == "muon"]
+    assignments = [Assignment.of(leaf, mesh, resolve(rules)) for leaf in matrices]
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params

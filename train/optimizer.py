@@ -11,9 +11,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from v4_jax.architecture import Architecture
-from v4_jax.parameter_tree import declarations, placements
-from v4_jax.parameters import Loss, is_parameter
-from v4_jax.sharding.axes import Rules
+from v4_jax.parameter_tree import declarations
+from v4_jax.parameters import Loss, is_parameter, places
+from v4_jax.sharding.axes import Rules, resolve
 from v4_jax.train.muon import RMS, groups, muon
 
 BALANCE_SPEED = 0.001  # technical report, section 4.2.2
@@ -34,6 +34,7 @@ def optimizer(
     mesh: Mesh | None = None,
     rules: Rules | str | None = None,
     loss: Loss | None = None,
+    declared: Any = None,
 ) -> optax.GradientTransformation:
     """The optimiser of the technical report (section 2.4 and 4.2.2), whose defaults are the report's.
 
@@ -53,6 +54,7 @@ def optimizer(
       mesh: devices that the parameters lie on.
       rules: which mesh axes split which logical axes.
       loss: whose parameters are trained; those of the other loss are left alone. None trains both.
+      declared: the declarations of what is trained, such as adapters; by default the whole model.
 
     DSpark's stages stay as they are.
 
@@ -61,9 +63,10 @@ def optimizer(
     """
     if matrices not in ("muon", "adamw"):
         raise ValueError(f"unknown optimiser {matrices!r} for matrices, expected 'muon' or 'adamw'")
+    declared = declarations(config) if declared is None else declared
     adamw = optax.adamw(learning_rate, *betas, eps=eps, weight_decay=weight_decay)
     orthogonal = muon(
-        config,
+        declared,
         learning_rate,
         momentum=momentum,
         weight_decay=weight_decay,
@@ -74,8 +77,8 @@ def optimizer(
     )
     rule = {"muon": orthogonal if matrices == "muon" else adamw, "adamw": adamw}
     rule |= {"bias": balance(balance_speed), "frozen": optax.set_to_zero()}
-    whole = optax.partition(rule, groups(config))
-    return whole if loss is None else only(config, loss, whole)
+    whole = optax.partition(rule, groups(declared))
+    return whole if loss is None else only(declared, loss, whole)
 
 
 def balance(speed: float) -> optax.GradientTransformation:
@@ -88,9 +91,9 @@ def balance(speed: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(optax.init_empty_state, update)
 
 
-def only(config: Architecture, loss: Loss, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+def only(declared: Any, loss: Loss, inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """`inner` for the parameters of one loss: the others are left alone, and so are their moments."""
-    chosen = jax.tree.map(lambda p: p.loss == loss, declarations(config), is_leaf=is_parameter)
+    chosen = jax.tree.map(lambda p: p.loss == loss, declared, is_leaf=is_parameter)
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         updates, after = inner.update(grads, state, params)
@@ -102,12 +105,12 @@ def only(config: Architecture, loss: Loss, inner: optax.GradientTransformation) 
 
 
 def state_placements(
-    config: Architecture, transform: optax.GradientTransformation, mesh: Mesh, rules: Rules | str | None
+    declared: Any, transform: optax.GradientTransformation, mesh: Mesh, rules: Rules | str | None
 ) -> Any:
     """Where the optimiser's state lies: moments with their parameters, the rest on every device."""
-    shapes = jax.tree.map(lambda p: p.value, declarations(config), is_leaf=is_parameter)
+    shapes = jax.tree.map(lambda p: p.value, declared, is_leaf=is_parameter)
     state = jax.eval_shape(transform.init, shapes)
-    return _like_state(transform, state, placements(config, mesh, rules), NamedSharding(mesh, P()))
+    return _like_state(transform, state, places(declared, mesh, resolve(rules)), NamedSharding(mesh, P()))
 
 
 def _like_state(transform: optax.GradientTransformation, state: Any, of_params: Any, other: Any) -> Any:

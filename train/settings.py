@@ -14,8 +14,10 @@ import pydantic
 import yaml
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from v4_jax.adapters import FAMILIES, Adapters
 from v4_jax.chat import Mode
 from v4_jax.layers.stages import Remat
+from v4_jax.parameters import Family
 from v4_jax.policy import PolicyName
 from v4_jax.train.objectives.distillation import Distillation
 from v4_jax.train.objectives.pretraining import Pretraining
@@ -123,6 +125,25 @@ class OptimizerSettings(Section):
     """Decoupled, of both."""
 
 
+class LoraSettings(Section):
+    """Low-rank adapters in place of the weights, which stay as they are."""
+
+    rank: PositiveInt = 16
+    """Of each adapter."""
+    alpha: PositiveFloat = 32.0
+    """What adapters add counts alpha / rank."""
+    families: list[Family] = Field(["attention", "shared"], min_length=1)
+    """Which matrices have one: "attention", "compressor", "indexer", "router", "shared" and "experts", of all layers,
+    and "mtp", the MTP block's own two."""
+    base: Literal["native", "bfloat16", "float32"] = "native"
+    """How the weights are held: in the formats that the model has on disk, or in one of these."""
+
+    @property
+    def adapters(self) -> Adapters:
+        """What they are to the model."""
+        return Adapters(self.rank, self.alpha, tuple(family for family in FAMILIES if family in self.families))
+
+
 class LossSettings(Section):
     """What the losses count, where the next token's counts 1; the defaults are the technical report's."""
 
@@ -201,6 +222,8 @@ class Settings(Section):
     """How parameters are updated."""
     objective: ChosenObjective = Pretraining()
     """What is made of the next tokens."""
+    lora: LoraSettings | None = None
+    """Trains low-rank adapters, and no weight; by default all weights are trained."""
     losses: LossSettings = LossSettings()
     """What is minimised."""
     stability: StabilitySettings = StabilitySettings()
@@ -226,6 +249,16 @@ class Settings(Section):
         return sum(stage.steps for stage in self.stages)
 
     @property
+    def adapters(self) -> Adapters | None:
+        """What is trained in place of the weights; None where the weights are."""
+        return None if self.lora is None else self.lora.adapters
+
+    @property
+    def held(self) -> Literal["native", "bfloat16", "float32"]:
+        """How weights are held: as float32 masters, or as the base of adapters."""
+        return "float32" if self.lora is None else self.lora.base
+
+    @property
     def rollouts(self) -> RolloutSettings | None:
         """How the objective has answers generated; None where it does not."""
         return getattr(self.objective, "rollouts", None)
@@ -238,6 +271,8 @@ class Settings(Section):
     def _consistent(self) -> Settings:
         if (self.model is None) == (self.architecture is None):
             raise ValueError("expected either model, a directory to start from, or architecture, of a fresh one")
+        if self.lora is not None:
+            self._check_lora(self.lora)
         teachers = self.objective.teachers if isinstance(self.objective, Distillation) else {}
         for i, source in enumerate(self.data.sources):
             if source.teacher not in teachers and (source.teacher is not None or len(teachers) > 1):
@@ -258,6 +293,20 @@ class Settings(Section):
                 f"exceed the run's {self.steps} steps"
             )
         return self
+
+    def _check_lora(self, lora: LoraSettings) -> None:
+        if self.model is None:
+            raise ValueError("lora trains adapters of a model: expected model, a directory with its weights")
+        if self.fp4_experts:
+            raise ValueError("fp4_experts rounds weights that are trained, and lora trains none: leave one of them out")
+        for i, stage in enumerate(self.stages):
+            of_indexer = {family == "indexer" for family in lora.families}
+            if (stage.attention, False) in {("indexer", True in of_indexer), ("dense", False in of_indexer)}:
+                learns = "nothing but the indexer" if stage.attention == "indexer" else "all but the indexer"
+                raise ValueError(
+                    f"stages.{i}.attention is {stage.attention}, where {learns} learns, and lora.families are "
+                    f"{', '.join(lora.families)}: expected what learns among them, or another attention"
+                )
 
 
 def read_settings(path: Path | None, changes: Sequence[str] = ()) -> Settings:

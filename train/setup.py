@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from v4_jax.architecture import RATIO_OF_ROLE
 from v4_jax.chat import EffortProfile, read_profile
 from v4_jax.checkpoint import Checkpoint, load, local, open_checkpoint
+from v4_jax.checkpoint.adapted import Record, read_record
 from v4_jax.checkpoint.released import companions
 from v4_jax.checkpoint.trained import RECORD, RUN, run_of
 from v4_jax.config import Config
@@ -82,11 +83,11 @@ class Origin(NamedTuple):
         tokenizer, profile = load_tokenizer(directory, config.vocab_size), read_profile(directory)
         return cls(config, tokenizer, companions(directory), checkpoint, profile)
 
-    def fresh(self, place: Place, seed: int) -> Any:
-        """The float32 parameters that the run starts from, placed."""
+    def fresh(self, place: Place, seed: int, held: Literal["native", "bfloat16", "float32"] = "float32") -> Any:
+        """The parameters that the run starts from, placed: float32 masters, or the base of adapters as it is held."""
         if self.checkpoint is None:
             return init(self.config, jax.random.key(seed), mesh=place.mesh, rules=place.rules)
-        return load(self.checkpoint, dtype="float32", mesh=place.mesh, rules=place.rules)[1]
+        return load(self.checkpoint, dtype=held, mesh=place.mesh, rules=place.rules)[1]
 
 
 def open_rows(settings: Settings, origin: Origin, say: Callable[[str], None] = lambda text: None) -> Rows:
@@ -285,9 +286,46 @@ def check_run(settings: Settings, origin: Origin) -> None:
             raise SettingsError(
                 f"{run} is a run of another architecture (it differs in {', '.join(different)}); expected a new name"
             )
+        check_adapters(settings, origin)
     there = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise SettingsError(f"{run} cannot be made in {there}; expected a directory that can be written")
+
+
+def adapters_of(settings: Settings, origin: Origin) -> Record | None:
+    """What a run's adapters are adapters of; None where it has none.
+
+    Raises:
+      SettingsError: the model has nothing that they could be beside.
+    """
+    if settings.adapters is None or settings.model is None or origin.checkpoint is None:
+        return None
+    if not settings.adapters.declarations(origin.config):
+        families = ", ".join(settings.adapters.families)
+        raise SettingsError(f"lora.families are {families}, and {settings.model} has no such matrices; expected others")
+    return Record.of(settings.model, origin.checkpoint, settings.adapters)
+
+
+def check_adapters(settings: Settings, origin: Origin) -> None:
+    """Checks that a run that is there trains what it trained: the weights, or these adapters of this model.
+
+    Raises:
+      SettingsError: it does not.
+      v4_jax.checkpoint.CheckpointError: its record cannot be read.
+    """
+    run, found, wanted = settings.run, read_record(settings.run), adapters_of(settings, origin)
+    if (found is None) != (wanted is None):
+        trained = "weights" if found is None else "adapters"
+        raise SettingsError(f"{run} trains {trained}, and lora says otherwise; expected a new name, or lora as it was")
+    if found is None or wanted is None:
+        return
+    if found.adapters != wanted.adapters:
+        raise SettingsError(f"{run} has {found.adapters} and lora says {wanted.adapters}; expected a new name")
+    if found.fingerprint != wanted.fingerprint:
+        raise SettingsError(
+            f"{run} has adapters of {found.model} as it was then, and {wanted.model} holds other weights: expected the "
+            "model that the run began with, or a new name"
+        )
 
 
 def _open_run(settings: Settings, origin: Origin) -> None:
@@ -301,6 +339,8 @@ def _open_run(settings: Settings, origin: Origin) -> None:
                 shutil.copyfile(file, working)
     if not (run / RUN).exists():
         record_settings(settings)
+    if (record := adapters_of(settings, origin)) is not None:
+        record.write(run)
     for name, text in {
         "config.json": json.dumps(config, indent=2) + "\n",
         RUN: json.dumps(RECORD) + "\n",

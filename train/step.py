@@ -11,13 +11,15 @@ import optax
 from flax import struct
 from jax import Array
 
+from v4_jax.adapters import Adapters
 from v4_jax.architecture import Architecture
 from v4_jax.kernels.compiler_options import compiler_options
 from v4_jax.layer_stack import by_layer
-from v4_jax.parameter_tree import declarations, placements
-from v4_jax.parameters import is_parameter
+from v4_jax.parameter_tree import declarations
+from v4_jax.parameters import is_parameter, places
 from v4_jax.placement import Place
 from v4_jax.policy import Policy
+from v4_jax.sharding.axes import resolve
 from v4_jax.train.batch import Batch
 from v4_jax.train.objectives.objective import (
     Counts,
@@ -45,7 +47,7 @@ class TrainState(struct.PyTreeNode):
 
     Attributes:
       step: int32 steps done.
-      params: float32 master weights.
+      params: float32 master weights; of a run with adapters their factors alone.
       optimizer: the optimiser's state.
     """
 
@@ -54,20 +56,30 @@ class TrainState(struct.PyTreeNode):
     optimizer: Any
 
 
-def abstract_state(config: Architecture, transform: optax.GradientTransformation, place: Place) -> TrainState:
-    """The state's shapes and places, as `jax.ShapeDtypeStruct`s: float32 masters, and what the optimiser keeps."""
-    params = jax.tree.map(lambda p: p.value, declarations(config), is_leaf=is_parameter)
+def abstract_state(
+    config: Architecture, transform: optax.GradientTransformation, place: Place, declared: Any = None
+) -> TrainState:
+    """The state's shapes and places, as `jax.ShapeDtypeStruct`s: float32 masters, and what the optimiser keeps.
+
+    Args:
+      config: the architecture.
+      transform: the optimiser.
+      place: where both lie.
+      declared: as for `v4_jax.train.optimizer.optimizer`.
+    """
+    declared = declarations(config) if declared is None else declared
+    params = jax.tree.map(lambda p: p.value, declared, is_leaf=is_parameter)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
     state = TrainState(step, params, jax.eval_shape(transform.init, params))
     mesh, rules = place.mesh, place.rules
-    places: Any
+    placed: Any
     if mesh is None:
-        places = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), state)
+        placed = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), state)
     else:
         everywhere: Any = place.replicated
-        of_optimizer = state_placements(config, transform, mesh, rules)
-        places = TrainState(everywhere, placements(config, mesh, rules), of_optimizer)
-    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, places)
+        of_optimizer = state_placements(declared, transform, mesh, rules)
+        placed = TrainState(everywhere, places(declared, mesh, resolve(rules)), of_optimizer)
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, placed)
 
 
 def make_step(
@@ -77,8 +89,9 @@ def make_step(
     objective: Objective = PRETRAINING,
     *,
     fp4_experts: bool = False,
-) -> Callable[[TrainState, Batch, Decisions | None], tuple[TrainState, Metrics]]:
-    """A function of state, batch and experts to use, to be jitted.
+    adapters: Adapters | None = None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """A function of state, batch, experts to use, and the base of adapters, to be jitted.
 
     The batch is [microbatches, B, S]; gradients add up in float32. Where the loss or the gradient is not finite the
     state stays as it was, and the metrics say so.
@@ -89,14 +102,18 @@ def make_step(
       weights: of the losses, by step.
       objective: what is made of the next tokens.
       fp4_experts: see `v4_jax.train.precision.compute_copy`.
+      adapters: what is trained, beside a base that is not: any parameters, which the step is given; None trains the
+        whole model.
     """
-    parts = make_partial_step(model, transform, weights, objective, fp4_experts=fp4_experts)
+    parts = make_partial_step(model, transform, weights, objective, fp4_experts=fp4_experts, adapters=adapters)
 
-    def step(state: TrainState, batch: Batch, decisions: Decisions | None = None) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, batch: Batch, decisions: Decisions | None = None, base: Any = None
+    ) -> tuple[TrainState, Metrics]:
         counts = Counts.of(batch)
 
         def one(batch: Batch, decisions: Decisions | None) -> Any:
-            return parts.gradient(state, batch, counts, decisions)
+            return parts.gradient(state, batch, counts, decisions, None, base)
 
         if batch.tokens.shape[0] == 1:
             found = one(*jax.tree.map(lambda x: x[0], (batch, decisions)))
@@ -111,8 +128,8 @@ class PartialStep(NamedTuple):
     """A step in parts, of which the program that calls them adds up the gradients.
 
     Attributes:
-      gradient: `(state, batch, counts, decisions=None, shared=None)` -> loss, sums and gradient of rows [B, S], whose
-        share of the step's counts they are; `shared` is for the objective.
+      gradient: `(state, batch, counts, decisions=None, shared=None, base=None)` -> loss, sums and gradient of rows
+        [B, S], whose share of the step's counts they are; `shared` is for the objective, `base` is that of adapters.
       update: `(state, what `gradient` returned, added up, counts)` -> state and metrics.
     """
 
@@ -127,16 +144,24 @@ def make_partial_step(
     objective: Objective = PRETRAINING,
     *,
     fp4_experts: bool = False,
+    adapters: Adapters | None = None,
 ) -> PartialStep:
     """The parts of `make_step`, whose arguments are the same."""
     config, policy = model.config, Policy.of(model.policy)
+    declared = declarations(config) if adapters is None else adapters.declarations(config)
 
     def gradient(
-        state: TrainState, batch: Batch, counts: Counts, decisions: Decisions | None = None, shared: Any = None
+        state: TrainState,
+        batch: Batch,
+        counts: Counts,
+        decisions: Decisions | None = None,
+        shared: Any = None,
+        base: Any = None,
     ) -> Any:
         now = weights(state.step)
 
-        def loss(params: Any) -> tuple[Array, Sums]:
+        def loss(trained: Any) -> tuple[Array, Sums]:
+            params = trained if adapters is None else adapters.onto(base, trained)
             params = compute_copy(params, config, policy, fp4_experts=fp4_experts)
             return total_loss(objective, model, params, batch, counts, now, decisions, shared)
 
@@ -144,10 +169,10 @@ def make_partial_step(
 
     def update(state: TrainState, found: Any, counts: Counts) -> tuple[TrainState, Metrics]:
         (total, sums), grads = found
-        grads = _with_loads(config, grads, sums.load)
+        grads = _with_loads(config, declared, grads, sums.load)
         updates, optimizer = transform.update(grads, state.optimizer, state.params)
         after = TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer)
-        metrics = _metrics(config, counts, sums) | _sizes(config, grads, updates) | {"total_loss": total}
+        metrics = _metrics(config, counts, sums) | _sizes(declared, grads, updates) | {"total_loss": total}
         finite = jnp.isfinite(total) & jnp.isfinite(metrics["gradient_norm"])
         after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
         return after, metrics | {"finite": finite}
@@ -182,7 +207,11 @@ class JittedParts:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(self._step.gradient, *arguments))
 
     def __call__(
-        self, state: TrainState, parts: Iterable[tuple[Batch, Decisions | None, Any]], counts: Counts
+        self,
+        state: TrainState,
+        parts: Iterable[tuple[Batch, Decisions | None, Any]],
+        counts: Counts,
+        base: Any = None,
     ) -> tuple[TrainState, Metrics]:
         """Takes a step.
 
@@ -191,10 +220,11 @@ class JittedParts:
           parts: rows [B, S], decisions to replay and what the rows share, of each part, all of one shape; drawn when
             they are needed.
           counts: of all of them together.
+          base: that of adapters.
         """
         found = None
         for batch, decisions, shared in parts:
-            arguments = state, batch, counts, decisions, shared
+            arguments = state, batch, counts, decisions, shared, base
             found = self._add(self._begin(*arguments) if found is None else found, *arguments)
         return self._update(state, found, counts)
 
@@ -207,15 +237,19 @@ def jit_step(step: Any, state: TrainState, place: Place) -> Any:
       state: from `abstract_state`.
       place: where both lie.
     """
-    places = jax.tree.map(lambda x: x.sharding, state)
+    placed = jax.tree.map(lambda x: x.sharding, state)
     options = compiler_options("training", place.platform)
-    return jax.jit(step, donate_argnums=0, out_shardings=(places, place.replicated), compiler_options=options)
+    return jax.jit(step, donate_argnums=0, out_shardings=(placed, place.replicated), compiler_options=options)
 
 
-def make_decide(model: Transformer, *, fp4_experts: bool = False) -> Callable[[Any, Batch], Decisions]:
-    """A function of parameters and batch that says which experts they choose, to be jitted; as for `make_step`."""
+def make_decide(
+    model: Transformer, *, fp4_experts: bool = False, adapters: Adapters | None = None
+) -> Callable[..., Decisions]:
+    """A function of parameters, batch and the base of adapters that says which experts are chosen, to be jitted; as for
+    `make_step`."""
 
-    def run(params: Any, batch: Batch) -> Decisions:
+    def run(trained: Any, batch: Batch, base: Any = None) -> Decisions:
+        params = trained if adapters is None else adapters.onto(base, trained)
         params = compute_copy(params, model.config, Policy.of(model.policy), fp4_experts=fp4_experts)
         return jax.lax.map(lambda rows: decide(model, params, rows), batch)
 
@@ -233,7 +267,7 @@ def _accumulated(one: Callable[[Batch, Decisions | None], Any], batch: Batch, de
     return jax.lax.scan(add, zeros, (batch, decisions))[0]
 
 
-def _with_loads(config: Architecture, grads: Any, load: Array) -> Any:
+def _with_loads(config: Architecture, declared: Any, grads: Any, load: Array) -> Any:
     """The gradients, with each expert's tokens in place of the gradient of its router's bias."""
     arranged = by_layer(config, load)
 
@@ -243,7 +277,7 @@ def _with_loads(config: Architecture, grads: Any, load: Array) -> Any:
         names = tuple(entry.key for entry in path)
         return next(value for prefix, value in arranged if names[: len(prefix)] == prefix).astype(jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(replace, declarations(config), grads, is_leaf=is_parameter)
+    return jax.tree_util.tree_map_with_path(replace, declared, grads, is_leaf=is_parameter)
 
 
 def _metrics(config: Architecture, counts: Counts, sums: Sums) -> Metrics:
@@ -264,14 +298,14 @@ def _metrics(config: Architecture, counts: Counts, sums: Sums) -> Metrics:
     return found | ({"indexer_loss": sums.indexer / (counts.tokens * indexers)} if indexers else {})
 
 
-def _sizes(config: Architecture, grads: Any, updates: Any) -> Metrics:
+def _sizes(declared: Any, grads: Any, updates: Any) -> Metrics:
     """Norm of the gradient, and root mean square of the updates, by optimiser group."""
-    declared = jax.tree.leaves(declarations(config), is_leaf=is_parameter)
+    parameters = jax.tree.leaves(declared, is_leaf=is_parameter)
     found: Metrics = {}
-    pairs = list(zip(declared, *map(jax.tree.leaves, (grads, updates)), strict=True))
+    pairs = list(zip(parameters, *map(jax.tree.leaves, (grads, updates)), strict=True))
     trained = [(p, g, u) for p, g, u in pairs if p.group in ("muon", "adamw")]
     found["gradient_norm"] = optax.tree.norm([g for _, g, _ in trained])
     for group in ("muon", "adamw"):
-        of_group = [u for p, _, u in trained if p.group == group]
-        found[f"update_rms_{group}"] = optax.tree.norm(of_group) / sum(u.size for u in of_group) ** 0.5
+        if of_group := [u for p, _, u in trained if p.group == group]:
+            found[f"update_rms_{group}"] = optax.tree.norm(of_group) / sum(u.size for u in of_group) ** 0.5
     return found

@@ -255,13 +255,19 @@ def draft_flops(config: Architecture) -> int:
     return total + rows * config.draft_blocks * seen * per_key
 
 
-def training_flops(config: Architecture, length: int) -> int:
+def training_flops(config: Architecture, length: int, *, frozen: bool = False) -> int:
     """FLOPs per token of a training step on rows of `length` tokens, as the model needs them.
 
     Three times the trunk's forward pass, the mean over a row's positions: what is computed again in the backward pass
     does not count, nor does what drafts.
+
+    Args:
+      config: the architecture.
+      length: tokens of a row.
+      frozen: whether the weights have no gradients, which are a third of what their products take.
     """
-    return 3 * flops_per_token(config, length, phase="prefill").total
+    forward = flops_per_token(config, length, phase="prefill")
+    return 3 * forward.total - (sum(forward.linear.values()) if frozen else 0)
 
 
 def _keys_at_the_end(context: int, ratio: int, limit: int) -> int:

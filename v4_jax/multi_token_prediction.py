@@ -26,8 +26,8 @@ class MultiTokenPrediction(Module):
     def setup(self) -> None:  # noqa: D102 called by Linen
         c = self.config
         square, axes = (c.hidden_size, c.hidden_size), ("embed_out", "embed")
-        self.e_proj = self.linear("e_proj", square, axes, config=c)
-        self.h_proj = self.linear("h_proj", square, axes, config=c)
+        self.e_proj = self.linear("e_proj", square, axes, config=c, family="mtp")
+        self.h_proj = self.linear("h_proj", square, axes, config=c, family="mtp")
         self.enorm = self.norm("enorm", c.hidden_size)
         self.hnorm = self.norm("hnorm", c.hidden_size)
         self.norm_weight = self.norm("norm", c.hidden_size)

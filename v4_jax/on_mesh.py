@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from v4_jax.architecture import RATIO_OF_ROLE, Architecture
 from v4_jax.cache.cache import cache_specs
 from v4_jax.outputs import Logits, Output, Routing, RoutingStatistics
-from v4_jax.parameters import declared, places
+from v4_jax.parameters import declared, specs
 from v4_jax.sharding.axes import Rules, resolve, sharding
 from v4_jax.sharding.split import Split
 
@@ -167,15 +167,18 @@ class _OnMesh(NamedTuple):
         check_rows(mesh, rules, rows)
         return cls(model, mesh, rules, Split.on(mesh, rules, length, UNIT))
 
-    def run(self, call: Callable[..., Any], arguments: dict[str, Any], specs: dict[str, Any], returned: Any) -> Any:
+    def run(self, call: Callable[..., Any], arguments: dict[str, Any], places: dict[str, Any], returned: Any) -> Any:
         """`call` of each device's part of the model with its part of the arguments."""
         model = self.model
         local = model.clone(parent=None, name=None, mesh=None, rules=None, split=self.split)
         alone: Any = type(model)(model.config, policy="float32", parent=None)  # type: ignore[call-arg]
-        params = jax.tree.map(lambda place: place.spec, places(declared(alone), self.mesh, self.rules))
+        values = nn.meta.unbox(model.variables["params"])
+        params = specs(declared(alone), values, self.mesh, self.rules)
 
         def on_device(params: Any, arguments: dict[str, Any]) -> Any:
             return local.apply({"params": params}, **arguments, method=call)
 
-        mapped = jax.shard_map(on_device, mesh=self.mesh, in_specs=(params, specs), out_specs=returned, check_vma=False)
-        return mapped(nn.meta.unbox(model.variables["params"]), arguments)
+        mapped = jax.shard_map(
+            on_device, mesh=self.mesh, in_specs=(params, places), out_specs=returned, check_vma=False
+        )
+        return mapped(values, arguments)

@@ -44,10 +44,15 @@ def init(config: Architecture, key: Array, *, mesh: Mesh | None = None, rules: R
     Raises:
       ShardingError: a parameter that does not split evenly.
     """
-    leaves, tree = jax.tree.flatten(declarations(config), is_leaf=is_parameter)
-    places = None if mesh is None else jax.tree.leaves(placements(config, mesh, rules))
+    return drawn(declarations(config), key, mesh=mesh, rules=rules)
 
-    @functools.partial(jax.jit, out_shardings=places)
+
+def drawn(declared: Any, key: Array, *, mesh: Mesh | None = None, rules: Rules | str | None = None) -> Any:
+    """Fresh values of a tree of declarations, unboxed; see `init`."""
+    leaves, tree = jax.tree.flatten(declared, is_leaf=is_parameter)
+    where = None if mesh is None else jax.tree.leaves(places(declared, mesh, resolve(rules)))
+
+    @functools.partial(jax.jit, out_shardings=where)
     def draw(key: Array) -> list[Array]:
         keys = jax.random.split(key, len(leaves))
         return [leaf.fresh(key) for leaf, key in zip(leaves, keys, strict=True)]

@@ -20,7 +20,8 @@ from jax import Array
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from v4_jax.architecture import Architecture, Period
-from v4_jax.layer_stack import Cut
+from v4_jax.layer_stack import Cut, uncut
+from v4_jax.low_rank import Adapted, factor_axes
 from v4_jax.number_formats import BlockScaled
 from v4_jax.sharding.axes import Rules, sharding
 from v4_jax.sharding.split import UNSPLIT, Split
@@ -34,6 +35,9 @@ Loss = Literal["model", "indexer"]
 
 # How the release stores it: "fp8" (E4M3 in 128x128 blocks), "expert" (as `Architecture.expert_dtype` says), or plain.
 Storage = Literal["fp8", "expert", "bf16", "f32", "i64"]
+
+# Which matrices it is one of: those of a family are adapted together (`v4_jax.adapters`).
+Family = Literal["attention", "compressor", "indexer", "router", "shared", "experts", "mtp"]
 
 LAYERS, EXPERTS = "layers", "experts"
 
@@ -61,6 +65,7 @@ class Parameter(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
       matrices: independent matrices of equal size that lie one below the other in a [out, in] weight.
       loss: which loss trains it.
       period: the layers that the "layers" axis stands for; None without one.
+      family: of a [out, in] matrix that `layers.linear` multiplies with, which ones it belongs to; None for all else.
     """
 
     value: Any
@@ -72,6 +77,7 @@ class Parameter(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
     matrices: int = struct.field(pytree_node=False, default=1)
     loss: Loss = struct.field(pytree_node=False, default="model")
     period: Period | None = struct.field(pytree_node=False, default=None)
+    family: Family | None = struct.field(pytree_node=False, default=None)
 
     def unbox(self) -> Any:
         """The value alone."""
@@ -148,8 +154,9 @@ class Module(nn.Module, kw_only=True):
         gather: bool = True,
         matrices: int = 1,
         stacked: bool = False,
+        family: Family | None = None,
     ) -> Any:
-        """Declares a parameter and returns its value: an array, or a `BlockScaled` where one was loaded.
+        """Declares a parameter and returns its value: an array, or a `BlockScaled` or `Adapted` where that is given.
 
         On a mesh the value is this device's part of it, along the logical axes that `Split.shared` names; along all
         others it is whole.
@@ -166,6 +173,7 @@ class Module(nn.Module, kw_only=True):
           gather: False returns the device's shard as it is stored.
           matrices: see `Parameter`.
           stacked: whether the user takes a `Cut`, which an array is where layers are stacked.
+          family: see `Parameter`.
 
         Raises:
           ValueError: a supplied value has another shape than declared.
@@ -177,19 +185,22 @@ class Module(nn.Module, kw_only=True):
 
         def boxed(key: Array) -> Parameter:
             value = init(key, stored, dtype)
-            return Parameter(value, axes, group, self.prefix + released, storage, init, matrices, self.loss)
+            return Parameter(
+                value, axes, group, self.prefix + released, storage, init, matrices, self.loss, family=family
+            )
 
-        value = self.param(name, boxed)
+        value: Any = self.param(name, boxed)
         if tuple(value.shape) != stored:
             raise ValueError(
                 f"{self.prefix}{released}: the given value has shape {tuple(value.shape)}, expected {stored}"
             )
         moved = gather and self.split.used(shape, axes) != stored  # gathered, it lies elsewhere
-        if isinstance(value, Cut) and (moved or not stacked):
-            value = value.value
-        if isinstance(value, BlockScaled) and moved:
-            value = value.replace(stack=None)
-        return self.split.gather(value, axes) if moved else value
+        if isinstance(value, Adapted):
+            base = _at_hand(value.base, moved=moved, stacked=stacked)
+            value = Adapted(base, *uncut((value.a, value.b)), value.scale)
+        else:
+            value = _at_hand(value, moved=moved, stacked=stacked)
+        return gathered(self.split, value, axes) if moved else value
 
     def linear(
         self,
@@ -201,6 +212,7 @@ class Module(nn.Module, kw_only=True):
         storage: Storage = "fp8",
         released: str | None = None,
         matrices: int = 1,
+        family: Family | None = None,
     ) -> Any:
         """Declares a [out, in] matrix, or several one below the other, updated by Muon."""
         return self.declare(
@@ -213,6 +225,7 @@ class Module(nn.Module, kw_only=True):
             init=normal(config),
             matrices=matrices,
             stacked=True,
+            family=family,
         )
 
     def norm(self, name: str, size: int, *, released: str | None = None) -> Any:
@@ -227,6 +240,27 @@ class Module(nn.Module, kw_only=True):
             init=nn.initializers.ones,
             stacked=True,
         )
+
+
+def _at_hand(value: Any, *, moved: bool, stacked: bool) -> Any:
+    """A value that forgets where layers are stacked, where it is to lie elsewhere or nobody would ask."""
+    if isinstance(value, Cut) and (moved or not stacked):
+        return value.value
+    return value.replace(stack=None) if isinstance(value, BlockScaled) and moved else value
+
+
+def gathered(split: Split, value: Any, axes: tuple[str | None, ...]) -> Any:
+    """A parameter's value joined with those of other devices, see `Split.gather`; an update's factors as their weight.
+
+    Args:
+      split: how the mesh splits the call's tokens and the parameters.
+      value: array, `BlockScaled` or `Adapted`.
+      axes: logical axis of each dimension.
+    """
+    if not isinstance(value, Adapted):
+        return split.gather(value, axes)
+    a, b = map(split.gather, (value.a, value.b), factor_axes(axes))
+    return Adapted(split.gather(value.base, axes), a, b, value.scale)
 
 
 @functools.lru_cache(maxsize=64)
@@ -256,6 +290,26 @@ def places(declared: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> Any:
         return sharding(mesh, parameter.axes, parameter.shape, rules, name=named(path))
 
     return jax.tree_util.tree_map_with_path(place, declared, is_leaf=is_parameter)
+
+
+def specs(declared: Any, params: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> Any:
+    """Which mesh axes split the dimensions of given parameters: a tree of `PartitionSpec`s, or a prefix of theirs.
+
+    Raises:
+      ShardingError: as `places`.
+    """
+
+    def one(path: Any, parameter: Parameter, value: Any) -> Any:
+        def spec(axes: tuple[str | None, ...], shape: tuple[int, ...]) -> Any:
+            return sharding(mesh, axes, shape, rules, name=named(path)).spec
+
+        whole = spec(parameter.axes, parameter.shape)
+        if not isinstance(value, Adapted):
+            return whole
+        a, b = factor_axes(parameter.axes)
+        return Adapted(whole, spec(a, value.a.shape), spec(b, value.b.shape), value.scale)
+
+    return jax.tree_util.tree_map_with_path(one, declared, params, is_leaf=is_parameter)
 
 
 def bytes_in_memory(params: Any) -> int:

@@ -33,7 +33,7 @@ def job_of(
 
     Args:
       whole: the model, with what drafts.
-      task: decode, prefill or train.
+      task: decode, prefill, train or sft.
       devices: how many there will be.
       context: tokens of a row when the call is over; None for the task's default.
       batch: rows.
@@ -46,18 +46,20 @@ def job_of(
     """
     if preset is not None and preset not in SHARDING_PRESETS:
         raise CommandError(f"no preset {preset!r}; expected one of {', '.join(SHARDING_PRESETS)}")
-    config = whole if task == "train" else without_mtp(whole)
-    context = min(_ROW if task == "train" else _CONTEXT, config.max_position_embeddings) if context is None else context
+    trains = task in ("train", "sft")
+    config = whole if trains else without_mtp(whole)
+    context = min(_ROW if trains else _CONTEXT, config.max_position_embeddings) if context is None else context
     check_length(config, context)
     if chunk is not None and task != "prefill":
         takes = "decode takes one token of each row" if task == "decode" else "training takes whole rows"
         raise CommandError(f"--chunk is for prefill: {takes}")
     if chunk is None:
-        chunk = {"decode": 1, "prefill": min(context, max(_CHUNK, UNIT * devices)), "train": context}[task]
+        taken = {"decode": 1, "prefill": min(context, max(_CHUNK, UNIT * devices))}
+        chunk = taken.get(task, context)
     if chunk > context:
         raise CommandError(f"--chunk {format_size(chunk)} is more than --context {format_size(context)}")
     odd = config.nope_head_dim % KV_BLOCK or config.index_head_dim % INDEX_BLOCK
-    if task != "train" and dtype == "native" and odd:
+    if not trains and dtype == "native" and odd:
         raise CommandError(
             f"--dtype native rounds keys in blocks of {KV_BLOCK} non-rotary and {INDEX_BLOCK} index channels, and the "
             f"model has {config.nope_head_dim} and {config.index_head_dim}; expected --dtype bfloat16"

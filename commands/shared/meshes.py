@@ -23,8 +23,8 @@ from v4_jax.planning.mesh_choice import Choice, Demand, device_memory, fewest_de
 from v4_jax.sharding.axes import MESH_AXES
 from v4_jax.sharding.mesh import format_mesh
 
-_HELD = {"decode": "weights and cache", "train": "masters and moments"}
-_OPTION = {"decode": "--mesh", "train": "mesh"}
+_HELD = {"decode": "weights and cache", "train": "masters and moments", "sft": "weights and adapters"}
+_OPTION = {"decode": "--mesh", "train": "mesh", "sft": "mesh"}
 
 
 def choose_mesh(demand: Demand, legal: Callable[[dict[str, int]], bool] = lambda mesh: True) -> dict[str, int] | None:
@@ -84,7 +84,7 @@ def _no_room(demand: Demand, needed: int, kind: str, count: int, memory: int) ->
         # More virtual devices share the same memory.
         if jax.default_backend() != "cpu" and (more := fewest_devices(demand, kind, count, memory)):
             would.append(f"{more} such devices")
-    if demand.dtype != "native" and demand.task != "train":
+    if demand.dtype != "native" and demand.task == "decode":
         would.append("perhaps --dtype native")
     fits = ", or ".join(would) or "nothing less of this model"
     return (

@@ -126,6 +126,17 @@ def test_the_least_of_a_step():
     assert least.weights < many.weights < planning.least_work(workload(batch=1024)).weights
 
 
+def test_adapters_need_little_beside_the_weights():
+    """Their state is theirs alone, the base lies in its formats, and no weight has a gradient."""
+    there = dict(config=Config.flash(), context=4096, chunk=4096, batch=8, preset="train", mesh=NO_MESH | {"expert": 8})
+    whole, tuned = (workload(task=task, **there) for task in ("train", "sft"))
+    found, weights = planning.estimate(tuned), parameter_bytes(Config.flash()).total / 8
+    assert found.fits and weights < found.weights < 1.02 * weights
+    assert planning.estimate(whole).weights > 12 * found.weights
+    flops = [planning.least_work(one).flops for one in (whole, tuned)]
+    assert 2 / 3 < flops[1] / flops[0] < 0.75
+
+
 def test_the_floor_is_the_largest_of_three():
     floor = planning.floor_of(workload(), compiled())
     assert floor.flops == 1e12 / 918e12 and floor.hbm == 50e9 / 1638e9 and floor.ici == 1.75e9 / 400e9

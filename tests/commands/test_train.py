@@ -128,6 +128,21 @@ def test_the_example_of_reinforcement(run, monkeypatch, tmp_path):
     assert result.code == 0 and "<｜Assistant｜></think>\n" in result.out and "⟦" not in result.out
 
 
+def test_the_example_of_adapters(run, monkeypatch, tmp_path):
+    """Its settings are legal; what is counted are adapters, beside weights that stay as they are on disk."""
+    monkeypatch.chdir(ROOT)
+    here = (f"run={tmp_path / 'run'}",)
+    result = run("train", "examples/lora.yaml", *here, "--dry-run")
+    assert result.code == 0, result.err
+    assert "adapters: rank 8 of attention, shared, 86,016 parameters; weights native, left as they are\n" in result.out
+    whole = run("train", "examples/lora.yaml", *here, "lora=null", "--dry-run")
+    assert whole.code == 0 and "adapters:" not in whole.out
+    state = [re.search(r"state: ([\d.]+) MB", one.out)[1] for one in (result, whole)]
+    assert float(state[0]) < float(state[1]) / 4
+    flops = [one.out.splitlines()[-2].split("│")[7] for one in (result, whole)]
+    assert flops[0] != flops[1]
+
+
 def test_rows_say_nothing_to_the_terminal(capsys):
     """What a terminal would obey in a text of the data is not passed on."""
     tokenizer = ByteTokenizer(300)

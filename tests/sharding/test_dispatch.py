@@ -15,10 +15,10 @@ from v4_jax.sharding.mesh import make_mesh
 DEVICES, ROWS, TOP, WIDTH = 4, 24, 3, 2 * LANES
 
 
-def work(x, extra, weight):
+def work(x, extra, weight, fixed):
     """What places without a row yield is no number."""
     number, scale = extra
-    return jnp.where(number[:, None] > 0, jnp.tanh(x) * scale[:, None] * weight, jnp.nan)
+    return jnp.where(number[:, None] > 0, jnp.tanh(x) * scale[:, None] * weight * fixed, jnp.nan)
 
 
 def run(x, owner, scale, weights, probe):
@@ -28,7 +28,7 @@ def run(x, owner, scale, weights, probe):
     def each(x, owner, scale, weights, probe):
         def call(x, scale, weight):
             choices = Choices(owner, (jnp.where(owner < DEVICES, owner + 1, 0), scale))
-            return visit(work, WIDTH, ("expert",), ("expert",), x, choices, weight)
+            return visit(work, WIDTH, ("expert",), ("expert",), x, choices, weight, jnp.float32(2))
 
         out, pull = jax.vjp(call, x, scale, weights[0])
         of_x, of_scale, of_weight = pull(probe)
@@ -48,7 +48,7 @@ def test_results_and_gradients_are_those_of_no_exchange():
     weights = rng.normal(size=(DEVICES, WIDTH)).astype(np.float32)
 
     def here(x, scale, weights):
-        found = jnp.tanh(x)[:, None] * scale[..., None] * weights[np.minimum(owner, DEVICES - 1)]
+        found = 2 * jnp.tanh(x)[:, None] * scale[..., None] * weights[np.minimum(owner, DEVICES - 1)]
         return jnp.sum(jnp.where(owner[..., None] < DEVICES, found, 0), axis=1)
 
     out, pull = jax.vjp(here, x, scale, weights)

@@ -1,9 +1,14 @@
-"""A run's log, as tests read it."""
+"""A run's log, as tests read it, and programs that runs share."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+
+import pytest
+
+from v4_jax.train.loop import Trainer
 
 
 class Metrics:
@@ -19,3 +24,26 @@ class Metrics:
 
     def rewind(self, step):
         pass
+
+
+@contextlib.contextmanager
+def shared_programs():
+    """Runs of the same settings share their programs: tracing each run's anew would take most of the time."""
+    programs = {}
+
+    def sharing(name):
+        make = getattr(Trainer, name)
+
+        def shared(self, *which):
+            settings = self._settings.model_copy(update={"run": ""}).model_dump_json()
+            key = (name, which, settings, str(self._place))
+            if key not in programs:
+                programs[key] = make(self, *which)
+            return programs[key]
+
+        return shared
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_program", "_decide"):
+            patch.setattr(Trainer, name, sharing(name))
+        yield

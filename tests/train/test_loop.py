@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.models import trained
+from tests.train.logs import shared_programs
 from v4_jax.placement import Place
 from v4_jax.sharding.mesh import make_mesh
 from v4_jax.train import loop
@@ -60,24 +61,7 @@ class Losses:
 
 @pytest.fixture(scope="module", autouse=True)
 def _shared_programs():
-    """Runs of the same settings share their programs: tracing each run's anew would take most of the time."""
-    programs = {}
-
-    def sharing(name):
-        make = getattr(Trainer, name)
-
-        def shared(self, *which):
-            settings = self._settings.model_copy(update={"run": ""}).model_dump_json()
-            key = (name, which, settings, str(self._place))
-            if key not in programs:
-                programs[key] = make(self, *which)
-            return programs[key]
-
-        return shared
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("_program", "_decide"):
-            patch.setattr(Trainer, name, sharing(name))
+    with shared_programs():
         yield
 
 

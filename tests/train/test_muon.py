@@ -155,7 +155,7 @@ def test_spread_over_devices(tiny, mesh):
 
     together = optimizer(tiny.config, RATE, dtype=jnp.float32, mesh=spread, rules="train")
     params, given = jax.device_put(tiny.params, places), jax.device_put(grads, places)
-    where = state_placements(tiny.config, together, spread, "train")
+    where = state_placements(declarations(tiny.config), together, spread, "train")
     state = jax.jit(together.init, out_shardings=where)(params)
     compiled = jax.jit(together.update, out_shardings=(places, where)).lower(given, state, params).compile()
     found, _ = compiled(given, state, params)
@@ -181,7 +181,7 @@ def test_groups_that_do_not_lie_whole_are_refused(tiny):
     with pytest.raises(
         ShardingError, match=r"wo_a.* holds 2 independent matrices, which do not lie whole on 4 devices"
     ):
-        orthogonalise(tiny.config, mesh=mesh, rules="train")
+        orthogonalise(declarations(tiny.config), mesh=mesh, rules="train")
 
 
 def test_only_the_indexer(tiny):
@@ -215,7 +215,7 @@ def test_adamw_for_matrices_too(tiny):
 
 def test_muon_alone_is_an_optax_transformation(tiny):
     masked = jax.tree.map(lambda p: p.group == "muon", declarations(tiny.config), is_leaf=is_parameter)
-    transform = optax.masked(muon(tiny.config, RATE, dtype=jnp.float32), masked)
+    transform = optax.masked(muon(declarations(tiny.config), RATE, dtype=jnp.float32), masked)
     updates, _ = transform.update(gradients(tiny.params), transform.init(tiny.params), tiny.params)
     assert jax.tree.structure(updates) == jax.tree.structure(tiny.params)
 

@@ -18,6 +18,7 @@ from v4_jax.checkpoint.fingerprint import fingerprint
 from v4_jax.checkpoint.interface import Checkpoint, Progress
 from v4_jax.checkpoint.loading import load
 from v4_jax.checkpoint.opening import Source, open_checkpoint
+from v4_jax.checkpoint.peft import export_adapters
 from v4_jax.checkpoint.reformatting import Format
 from v4_jax.checkpoint.released import local
 from v4_jax.checkpoint.remote import url_of
@@ -40,6 +41,7 @@ __all__ = [
     "check",
     "convert",
     "export",
+    "export_adapters",
     "fingerprint",
     "load",
     "local",

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from v4_jax.checkpoint.adapted import Merged, read_record
 from v4_jax.checkpoint.converted import MANIFEST, Converted
 from v4_jax.checkpoint.in_memory import InMemory
 from v4_jax.checkpoint.interface import Checkpoint
@@ -35,8 +36,9 @@ def open_checkpoint(path: str | Path, *, strict: bool = True) -> Checkpoint:
     """
     if url_of(path):
         return Released(path, strict=strict)
-    if run_of(path):
-        return Trained(path)
+    if run := run_of(path):
+        record = read_record(run)
+        return Trained(path) if record is None else Merged(open_checkpoint(record.model), record, path)
     kind = Converted if (Path(path) / MANIFEST).exists() else Released
     return kind(path, strict=strict)
 

@@ -4,6 +4,8 @@
     run/config.json               the architecture, with tokenizer and generation files beside it
     run/checkpoints/STEP/params/  float32 parameters (int32 hash tables) as one Orbax tree, shaped like `v4_jax.init`'s
 
+A run that trains adapters has these in their place; see `v4_jax.checkpoint.adapted`.
+
 A step has its final name only when it is complete, so what else lies in `checkpoints` is left alone.
 """
 
@@ -24,6 +26,7 @@ from v4_jax.checkpoint.tensors import CheckpointError
 RUN = "run.json"
 CHECKPOINTS = "checkpoints"
 PARAMS = "params"
+ADAPTERS = "adapters"
 RECORD = {"format": "v4-jax training run", "version": 1}
 
 
@@ -60,13 +63,7 @@ class Trained(InMemory):
         Raises:
           CheckpointError: no complete step, or one that is damaged or does not fit the run's configuration.
         """
-        path = Path(path).absolute()
-        run = run_of(path)
-        if run is None:
-            raise CheckpointError(f"{path} has no {RUN}, expected a training run or one of its steps")
-        if (record := read_json(run / RUN)) != RECORD:
-            raise CheckpointError(f"{run / RUN} holds {record}, expected {RECORD}")
-        step = _step(run, path)
+        run, step = opened_step(path)
         config, hf_config = read_config(run)
         params = step / PARAMS
         if not params.is_dir():
@@ -77,7 +74,22 @@ class Trained(InMemory):
         except CheckpointError as error:
             raise CheckpointError(f"{step} does not fit {run / 'config.json'}: {error}") from None
         self.label, self.hf_config, self.files = str(step), hf_config, companions(run)
-        self.fingerprint = _fingerprint(run, step)
+        self.fingerprint = step_fingerprint(run, params)
+
+
+def opened_step(path: str | Path) -> tuple[Path, Path]:
+    """A run, and the directory of the step that a path means: the run's newest, or its own.
+
+    Raises:
+      CheckpointError: it is no training run, or has no such complete step.
+    """
+    path = Path(path).absolute()
+    run = run_of(path)
+    if run is None:
+        raise CheckpointError(f"{path} has no {RUN}, expected a training run or one of its steps")
+    if (record := read_json(run / RUN)) != RECORD:
+        raise CheckpointError(f"{run / RUN} holds {record}, expected {RECORD}")
+    return run, _step(run, path)
 
 
 def _step(run: Path, path: Path) -> Path:
@@ -92,9 +104,9 @@ def _step(run: Path, path: Path) -> Path:
     return path
 
 
-def _fingerprint(run: Path, step: Path) -> str:
-    """Changes when a step is written anew: its database's root has a new version then."""
-    root = step / PARAMS / "manifest.ocdbt"
+def step_fingerprint(run: Path, folder: Path) -> str:
+    """Changes when what a step has in a folder is written anew: its database's root has a new version then."""
+    root, step = folder / "manifest.ocdbt", folder.parent
     digest = hashlib.sha256((run / "config.json").read_bytes())
     digest.update(f"{step.name} {root.stat().st_mtime_ns} ".encode() + root.read_bytes())
     return digest.hexdigest()

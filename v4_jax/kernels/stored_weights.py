@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.kernels.block_scales import LANES, SUBLANES, block_lines, by_scaled_rows, product, repeat_lanes
+from v4_jax.low_rank import Adapted
 from v4_jax.number_formats import E2M1, E4M3, FP4_BLOCK, FP8_BLOCK, BlockScaled, Weight
 
 STRIP = 256  # outputs at a time: the widest matrix unit
@@ -49,6 +50,8 @@ class Form(NamedTuple):
 
 def supports(weight: Weight, dtype: Any) -> bool:
     """Whether `multiply` takes tiles of this weight [..., N, K] and rows of this dtype."""
+    if isinstance(weight, Adapted):
+        return False
     if jnp.dtype(dtype) != jnp.bfloat16 or any(size % LANES for size in weight.shape[-2:]):
         return False
     if isinstance(weight, BlockScaled):

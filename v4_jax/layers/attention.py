@@ -241,17 +241,13 @@ class Attention(Module):
         """Declares what every role has."""
         c = self.config
         heads, size = c.num_attention_heads, c.head_dim
-        wq_a = self.linear("wq_a", (c.q_lora_rank, c.hidden_size), ("q_lora", "embed"), config=c)
-        wq_b = self.linear("wq_b", (heads * size, c.q_lora_rank), ("heads", "latent"), config=c)
-        wkv = self.linear("wkv", (size, c.hidden_size), ("head_dim", "embed"), config=c)
-        wo_a = self.linear(
-            "wo_a",
-            (c.o_groups * c.o_lora_rank, heads * size // c.o_groups),
-            ("o_groups", "group_input"),
-            config=c,
-            matrices=c.o_groups,
-        )
-        wo_b = self.linear("wo_b", (c.hidden_size, c.o_groups * c.o_lora_rank), ("embed", "o_groups"), config=c)
+        matrix = functools.partial(self.linear, config=c, family="attention")
+        wq_a = matrix("wq_a", (c.q_lora_rank, c.hidden_size), ("q_lora", "embed"))
+        wq_b = matrix("wq_b", (heads * size, c.q_lora_rank), ("heads", "latent"))
+        wkv = matrix("wkv", (size, c.hidden_size), ("head_dim", "embed"))
+        grouped = (c.o_groups * c.o_lora_rank, heads * size // c.o_groups)
+        wo_a = matrix("wo_a", grouped, ("o_groups", "group_input"), matrices=c.o_groups)
+        wo_b = matrix("wo_b", (c.hidden_size, c.o_groups * c.o_lora_rank), ("embed", "o_groups"))
         q_norm = self.norm("q_norm", c.q_lora_rank)
         kv_norm = self.norm("kv_norm", size)
         sink = self.declare(

@@ -64,7 +64,15 @@ class Compressor(Module):
         shape, axes = (self.blocks_per_token * self.width, c.hidden_size), ("compressed", "embed")
         # With overlap, one matrix serves the block after a token's own, another the token's own block.
         self.value_weight, self.gate_weight = (
-            self.linear(name, shape, axes, config=c, storage="bf16", matrices=self.blocks_per_token)
+            self.linear(
+                name,
+                shape,
+                axes,
+                config=c,
+                storage="bf16",
+                matrices=self.blocks_per_token,
+                family="indexer" if self.index else "compressor",
+            )
             for name in ("wkv", "wgate")
         )
         self.place_gates = self.declare(

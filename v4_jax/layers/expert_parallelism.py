@@ -15,6 +15,7 @@ from v4_jax.kernels.choose import few_rows_experts, many_rows_experts, map_group
 from v4_jax.kernels.grouped_matmul.tpu import grouped_matmul
 from v4_jax.kernels.stored_weights import supports
 from v4_jax.layers.experts import Experts, expert_ffn
+from v4_jax.low_rank import parts_of
 from v4_jax.sharding import collectives
 from v4_jax.sharding.dispatch import Choices, back, count_each, leave, visit
 from v4_jax.sharding.platform import by_platform, interpreting
@@ -68,9 +69,13 @@ def dispatch(
         total = local(rows, jnp.where(here, assigned - first, own), weights, experts, layer)
         return collectives.psum(collectives.reduce_scatter(total, away, 0), same)
 
-    def work(rows: Array, extra: tuple[Array, Array], weights: tuple[Experts, Any]) -> Array:
+    parts = parts_of(experts)
+
+    def work(rows: Array, extra: tuple[Array, Array], trained: Any, fixed: tuple[Any, Any]) -> Array:
         number, weight = extra  # counted from 1, so that places without a row have none
-        total = local(rows, jnp.where(number > 0, number - 1, own)[:, None], weight[:, None], *weights)
+        frozen, layer = fixed
+        experts = parts.joined(trained, frozen)
+        total = local(rows, jnp.where(number > 0, number - 1, own)[:, None], weight[:, None], experts, layer)
         return total.astype(dtype)  # exact: the result of one expert, which was rounded so
 
     places = dict(
@@ -84,7 +89,8 @@ def dispatch(
         owner = owner * split.count((axis,)) + places[axis]
     owner = jnp.where(mine, owner, split.count(away))
     choices = Choices(owner, (assigned % own + 1, weights))
-    total = visit(work, x.shape[-1], away, split.everywhere, x.astype(dtype), choices, (experts, layer))
+    fixed = parts.frozen, layer
+    total = visit(work, x.shape[-1], away, split.everywhere, x.astype(dtype), choices, parts.trained, fixed)
     return collectives.psum(total, same)
 
 

@@ -5,6 +5,8 @@ Technical report, section 2.3.1.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -36,11 +38,10 @@ class LightningIndexer(Module):
     def setup(self) -> None:  # noqa: D102 called by Linen
         c = self.config
         heads, size = c.index_n_heads, c.index_head_dim
-        self.query_weight = self.linear("wq_b", (heads * size, c.q_lora_rank), ("index_heads", "latent"), config=c)
+        matrix = functools.partial(self.linear, config=c, family="indexer")
+        self.query_weight = matrix("wq_b", (heads * size, c.q_lora_rank), ("index_heads", "latent"))
         # Small enough that every device makes the weights of all heads: to join them would take longer.
-        self.head_weight = self.linear(
-            "weights_proj", (heads, c.hidden_size), ("index_weights", "embed"), config=c, storage="bf16"
-        )
+        self.head_weight = matrix("weights_proj", (heads, c.hidden_size), ("index_weights", "embed"), storage="bf16")
         self.keys = Compressor(
             config=c,
             policy=self.policy,

@@ -1,6 +1,7 @@
 """Matrix products with weights that may be block-scaled.
 
-A block-scaled weight is expanded for the product alone, or, on TPUs, read as it is stored (`kernels/linear`).
+A block-scaled weight is expanded for the product alone, or, on TPUs, read as it is stored (`kernels/linear`). Where a
+low-rank update is beside it, rows meet the weight as it is held, and the update's two factors in turn.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from jax import Array
 from v4_jax.kernels import choose
 from v4_jax.kernels.linear import reference
 from v4_jax.kernels.rotary.reference import Projection
+from v4_jax.low_rank import Adapted, base_of, is_adapted
 from v4_jax.number_formats import Weight
 from v4_jax.sharding import collectives
 from v4_jax.sharding.collectives import Axes
@@ -24,12 +26,16 @@ FEW_ROWS = 32  # sums of more rows take longer on their way between devices than
 
 def linear(x: Array, weight: Weight, dtype: Any) -> Array:
     """[..., in] times a released-layout [out, in] weight: [..., out] of `dtype`."""
-    return choose.products_with(x, [weight], dtype)[0]
+    return linears(x, [weight], dtype)[0]
 
 
 def linears(x: Array, weights: Sequence[Weight], dtype: Any) -> list[Array]:
     """`linear` with several weights of the same input, which may thus go in one operation."""
-    return choose.products_with(x, weights, dtype)
+    found = choose.products_with(x, [base_of(weight) for weight in weights], dtype)
+    for place, weight in enumerate(weights):
+        if isinstance(weight, Adapted):
+            found[place] += weight.scale * linear(linear(x, weight.a, dtype), weight.b, dtype)
+    return found
 
 
 def project(x: Array, projections: Sequence[Projection], axes: Axes = ()) -> list[Array]:
@@ -45,7 +51,8 @@ def project(x: Array, projections: Sequence[Projection], axes: Axes = ()) -> lis
       [B, S, out] for each, and what is to become of it done.
     """
     rows, devices = math.prod(x.shape[:-1]), collectives.size(axes)
-    if devices > 1 and rows <= FEW_ROWS and all(reference.divides(p.weight, devices) for p in projections):
+    shared = not any(is_adapted(p.weight) for p in projections) and devices > 1 and rows <= FEW_ROWS
+    if shared and all(reference.divides(p.weight, devices) for p in projections):
         weights, dtypes = [p.weight for p in projections], [p.dtype for p in projections]
         sums = choose.partial_products(x.reshape(rows, -1), weights, dtypes, collectives.index(axes), devices)
         found = choose.settle(collectives.psum(sums, axes), projections)
@@ -69,4 +76,7 @@ def grouped_linear(x: Array, weight: Weight, dtype: Any) -> Array:
 
     Each group of inputs meets its own matrix.
     """
-    return choose.grouped_product(x, weight, dtype)
+    product = choose.grouped_product(x, base_of(weight), dtype)
+    if not isinstance(weight, Adapted):
+        return product
+    return product + weight.scale * choose.grouped_product(linear(x, weight.a, dtype), weight.b, dtype)

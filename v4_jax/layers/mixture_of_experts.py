@@ -22,7 +22,7 @@ from v4_jax.layers.experts import Experts, shared_expert
 from v4_jax.layers.linear import linear
 from v4_jax.layers.stages import keep
 from v4_jax.outputs import Decided, Routing, RoutingStatistics
-from v4_jax.parameters import EXPERTS, Initializer, Module, normal
+from v4_jax.parameters import EXPERTS, Initializer, Module, gathered, normal
 from v4_jax.policy import Policy
 from v4_jax.sharding import collectives
 from v4_jax.sharding.dispatch import count_each
@@ -102,6 +102,7 @@ class MixtureOfExperts(Module):
             storage="bf16",
             group="muon",
             init=normal(c),
+            family="router",
         )
         logits = linear(y, gate, jnp.float32)
         # The smallest normal number keeps the root's slope and the weights' sum finite where softplus underflows.
@@ -146,8 +147,9 @@ class MixtureOfExperts(Module):
                 group="muon",
                 init=normal(c),
                 gather=False,
+                family="experts",
             )
-            return self.split.gather(value, (None, *axes))
+            return gathered(self.split, value, (None, *axes))
 
         d, hidden = c.hidden_size, c.moe_intermediate_size
         return Experts(
@@ -158,11 +160,15 @@ class MixtureOfExperts(Module):
 
     def _declare_shared(self) -> Experts:
         c, d, hidden = self.config, self.config.hidden_size, self.config.moe_intermediate_size
-        name = "shared_experts."
+
+        def shared(name: str, shape: tuple[int, int], axes: tuple[str, str]) -> Any:
+            released = "shared_experts." + name
+            return self.linear("shared_" + name, shape, axes, config=c, family="shared", released=released)
+
         return Experts(
-            self.linear("shared_w1", (hidden, d), ("mlp", "embed"), config=c, released=name + "w1"),
-            self.linear("shared_w2", (d, hidden), ("embed", "mlp"), config=c, released=name + "w2"),
-            self.linear("shared_w3", (hidden, d), ("mlp", "embed"), config=c, released=name + "w3"),
+            shared("w1", (hidden, d), ("mlp", "embed")),
+            shared("w2", (d, hidden), ("embed", "mlp")),
+            shared("w3", (hidden, d), ("mlp", "embed")),
         )
 
 

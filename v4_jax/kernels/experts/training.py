@@ -30,6 +30,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.kernels.block_scales import LANES
 from v4_jax.kernels.grouped_matmul.visits import Visits, list_visits
+from v4_jax.low_rank import Adapted
 from v4_jax.number_formats import BlockScaled
 
 ROWS = (128, 256)  # rows of a tile: when groups are small, and when they are several tiles each
@@ -42,7 +43,10 @@ VMEM_BYTES = 56 << 20  # of the 64 MiB or more that every generation from v5e on
 
 def supports(rows: Array, weights: Sequence[Any]) -> bool:
     """Whether rows [M, D] and weights w1, w3 and w2 are such as `forward` takes."""
-    if any(isinstance(weight, BlockScaled) or weight.dtype not in (jnp.bfloat16, jnp.float32) for weight in weights):
+    if any(
+        isinstance(weight, Adapted | BlockScaled) or weight.dtype not in (jnp.bfloat16, jnp.float32)
+        for weight in weights
+    ):
         return False
     return rows.dtype == jnp.bfloat16 and not any(size % LANES for size in weights[0].shape[-2:])
 

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from v4_jax.low_rank import parts_of
+
 # Rows of one group that are multiplied at once: more of them reuse the weights that a tile reads, and each group's last
 # tile multiplies more rows for nothing.
 TILE, LARGEST_TILE = 128, 1024
@@ -132,27 +134,32 @@ def _forward_with_residuals(function: Any, width: int, rows: Any, weights: Any, 
 
 
 def _backward(function: Any, width: int, residuals: Any, gradient: Array) -> Any:
-    """Recomputes each tile and pulls the gradient back through it; weight gradients accumulate per group."""
+    """Recomputes each tile and pulls the gradient back through it; weight gradients accumulate per group.
+
+    Weights in blocks, and those with a low-rank update beside them, have none.
+    """
     del width
     rows, weights, sizes = residuals
     count = gradient.shape[0]
     tile = tile_rows(count, sizes.shape[0])
     padded, padded_gradient = _pad(rows, tile), _pad(gradient, tile)
-    ends = jnp.cumsum(sizes)
+    ends, parts = jnp.cumsum(sizes), parts_of(weights)
 
     def visit(carry: Any, group_weights: Any, group: Any, first: Any) -> Any:
         of_rows, of_weights = carry
         inside = first + jnp.arange(tile) < ends[group]
-        _, pull = jax.vjp(function, _cut(padded, first, tile), group_weights)
+        own = parts_of(group_weights)
+        run = lambda rows, trained: function(rows, own.joined(trained, own.frozen))  # noqa: E731
+        _, pull = jax.vjp(run, _cut(padded, first, tile), own.trained)
         row_tile, weight_tile = pull(_masked(_cut(padded_gradient, first, tile), inside))
         of_rows = jax.tree.map(lambda out, x: _put(out, x, first), of_rows, row_tile)
         of_weights = jax.tree.map(lambda out, x: out.at[group].add(x.astype(out.dtype)), of_weights, weight_tile)
         return of_rows, of_weights
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (padded, weights))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (padded, parts.trained))
     of_rows, of_weights = _walk(sizes, tile, lambda group: _group(weights, group, None), visit, zeros)
     of_rows = _masked(jax.tree.map(lambda x: x[:count], of_rows), jnp.arange(count) < ends[-1])
-    return of_rows, of_weights, None
+    return of_rows, parts.joined(of_weights), None
 
 
 _map_groups.defvjp(_forward_with_residuals, _backward)
