@@ -461,17 +461,20 @@ def test_shares_of_projections(build, rows, devices):
     depth = 4096
     stacks = [weight(form, LAYERS, width, depth) for form, widths in PROJECTED.items() for width in widths]
 
-    def run(x, stacks, number, device):
-        weights = [
-            BlockScaled(one.codes[0], one.scales[0], one.block, Stack(one.codes, one.scales, number))
-            if isinstance(one, BlockScaled)
-            else Cut(one[0], one, number)
-            for one in stacks
-        ]
-        return partial_products(x, weights, device, devices=devices)
+    def run(x, stacks, device):
+        def layer(number, total):
+            weights = [
+                BlockScaled(one.codes[0], one.scales[0], one.block, Stack(one.codes, one.scales, number))
+                if isinstance(one, BlockScaled)
+                else Cut(one[0], one, number)
+                for one in stacks
+            ]
+            return total + jnp.sum(partial_products(x + total, weights, device, devices=devices)).astype(x.dtype)
 
-    compiled = build(run, shape(jnp.bfloat16, rows, depth), stacks, shape(jnp.int32), shape(jnp.int32))
-    assert compiled.memory_analysis().temp_size_in_bytes < SPARE and copied(compiled) == 0
+        return jax.lax.fori_loop(0, LAYERS, layer, jnp.zeros((), x.dtype))
+
+    compiled = build(run, shape(jnp.bfloat16, rows, depth), stacks, shape(jnp.int32))
+    assert compiled.memory_analysis().temp_size_in_bytes < SPARE and copied(compiled) <= rows * depth
     assert "dynamic-slice" not in compiled.as_text()
 
 

@@ -29,6 +29,9 @@ from v4_jax.number_formats import BlockScaled, bytes_of
 
 WEIGHT_BYTES = 40 << 20  # of a device's shares at most
 VMEM_BYTES = 56 << 20
+# Lines of bfloat16 that are a dimension of their own outside. Else tpu7x's compiler puts twice as many in a tile, which
+# kernels do not read: a loop over layers then copies the whole stack in each of them.
+LINES = 8
 
 AnyWeight = Array | Cut | BlockScaled
 
@@ -63,6 +66,7 @@ def partial_products(
             scale_specs.append(_of_layer(lines, place))
         else:
             codes, layer = stack_of(weight)
+            codes = codes.reshape(codes.shape[0], -1, LINES, inputs)
         arrays.append(codes)
         layers.append(layer)
     scalars = jnp.stack([jnp.asarray(number, jnp.int32) for number in (share, *layers)])
@@ -83,7 +87,7 @@ def partial_products(
             out_specs=pl.BlockSpec(out.shape, lambda i, scalars: (0, 0)),
             scratch_shapes=[
                 pltpu.VMEM((count, depth), jnp.bfloat16),
-                *(pltpu.VMEM((array.shape[1], depth), array.dtype) for array in arrays),
+                *(pltpu.VMEM((math.prod(array.shape[1:-1]), depth), array.dtype) for array in arrays),
                 pltpu.SemaphoreType.DMA((len(arrays),)),
             ],
         ),
@@ -109,10 +113,11 @@ def _kernel(scalars: Any, x: Any, *refs: Any, across: list[bool | None]) -> None
     out, rows, *shares, arrived = rest
     depth = rows.shape[1]
     first = pl.multiple_of(scalars[0] * depth, LANES)
-    copies = [
-        pltpu.make_async_copy(weight.at[scalars[1 + i], :, pl.ds(first, depth)], share, arrived.at[i])
-        for i, (weight, share) in enumerate(zip(weights, shares, strict=True))
-    ]
+    copies = []
+    for i, (weight, share) in enumerate(zip(weights, shares, strict=True)):
+        lines_together = weight.reshape(weight.shape[0], *share.shape[:1], weight.shape[-1])
+        own = lines_together.at[scalars[1 + i], :, pl.ds(first, depth)]
+        copies.append(pltpu.make_async_copy(own, share, arrived.at[i]))
     for copy in copies:
         copy.start()
     rows[...] = x[:, pl.ds(first, depth)]
