@@ -20,6 +20,7 @@ from v4_jax.infer.engine.scheduler import Engine
 from v4_jax.parameter_tree import placements
 from v4_jax.placement import Place
 from v4_jax.policy import PolicyName
+from v4_jax.sharding.mesh import make_mesh
 
 if TYPE_CHECKING:
     from v4_jax.train.on_policy.rollouts import Prompt, RolloutSettings, Sample
@@ -56,7 +57,9 @@ class EngineRollouts:
         check_precision(config, policy, cache)
         choose_drafter(config, settings.draft)
         self._config, self._settings, self._working = config, settings, working
-        self._place = Place() if place.mesh is None else Place(place.mesh, _PRESET)
+        # A lone device is a mesh, too: trained weights are committed to it, and if all else were left to the default
+        # device, programs would be compiled again for every mixture of the two.
+        self._place = Place(make_mesh("data=1", jax.devices()[:1]) if place.mesh is None else place.mesh, _PRESET)
         shards = self._place.row_shards
         slots = -(-max(settings.slots, settings.samples) // shards) * shards
         self._place.check(slots)
@@ -124,8 +127,6 @@ class EngineRollouts:
         """From masters where they are trained to weights where they serve, on the devices."""
         from v4_jax.train.precision import held_as
 
-        mesh, where = self._place.mesh, None
+        assert self._place.mesh is not None
         hold = functools.partial(held_as, config=self._config, dtype=self._settings.dtype)
-        if mesh is not None:
-            where = placements(self._config, mesh, self._place.rules)
-        return jax.jit(hold, out_shardings=where)
+        return jax.jit(hold, out_shardings=placements(self._config, self._place.mesh, self._place.rules))

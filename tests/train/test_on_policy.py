@@ -276,12 +276,15 @@ def test_answers_on_a_mesh(folder, student, rollouts):
         np.testing.assert_array_equal(*map(np.sort, padded))
 
 
-def test_on_policy_distillation(folder, build, tmp_path):
+def test_on_policy_distillation(folder, build, tmp_path, caplog):
     """From oneself nothing is learnt at first; then it goes on bit for bit after a stop amid a round."""
     log = Metrics()
-    assert build(log, "same", distilling(folder), "stages.0.steps=1").run() == "done"
+    with jax.log_compiles():
+        assert build(log, "same", distilling(folder), "stages.0.steps=1").run() == "done"
+        stopped_and_continued(build, tmp_path, "distilled", distilling(folder))
     assert abs(log.found[1]["loss"]) < 1e-5 and 1 <= log.found[1]["answer_tokens"] <= 16
-    stopped_and_continued(build, tmp_path, "distilled", distilling(folder))
+    for program in ("step", "prefill", "copy"):  # the engine's, for weights of all steps
+        assert caplog.text.count(f"Compiling jit(_{program})") <= 1
 
 
 def test_reinforcement(folder, build, tmp_path, monkeypatch):
