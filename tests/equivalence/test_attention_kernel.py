@@ -32,9 +32,9 @@ def calls(monkeypatch):
     """What the kernel was interpreted for: how many queries, whether a window, whether entries."""
     traced, kernel = [], tpu.window_attention
 
-    def spy(queries, keys, oldest, entries, visible, *, interpret, **options):
+    def spy(queries, keys, oldest, entries, *rest, interpret, **options):
         traced.extend([(queries.shape[1], keys is not None, entries is not None)] * interpret)
-        return kernel(queries, keys, oldest, entries, visible, interpret=interpret, **options)
+        return kernel(queries, keys, oldest, entries, *rest, interpret=interpret, **options)
 
     monkeypatch.setattr(tpu, "window_attention", spy)
     return traced
