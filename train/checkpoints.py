@@ -86,7 +86,11 @@ class Checkpoints:
             keep_period=keep_every,
             enable_async_checkpointing=True,
             create=True,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_digests),
+            async_options=ocp.AsyncOptions(
+                post_finalization_callback=self._write_digests,
+                # In the background they would be made after a save has failed, and what it left was taken away.
+                create_directories_asynchronously=False,
+            ),
         )
         self._manager = self._open()
 
