@@ -128,12 +128,12 @@ def serve(
     check_mode(mode, context, efforts)
     with bad_input():
         chosen = sampling.over(release, seed=0)
-    if jax.process_index():
+    if distributed and jax.process_index():
         _follow(engine, directory, context)
         return
     legal = _keys(keys)
     listening = _listen(host, port)
-    followers = gather_followers() if jax.process_count() > 1 else None
+    followers = gather_followers() if distributed and jax.process_count() > 1 else None
     kind = Engine if followers is None else functools.partial(LeadingEngine, followers)
     server = engine.build(directory, context, MOST_SLOTS, kind)
     defaults = Defaults(chosen, release.stop_ids, max_tokens, mode, efforts)

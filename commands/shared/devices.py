@@ -34,6 +34,7 @@ def join(distributed: bool) -> None:
     Raises:
       CommandError: they are not found.
     """
+    enough_threads()  # before anything asks for the devices
     if not distributed:
         return
     try:
