@@ -112,7 +112,7 @@ def two_processes(start, model):
             process.communicate()
 
 
-ASKED = dict(prompt=[5, 6, 7], max_tokens=12, temperature=0.9, seed=3, logprobs=2, n=2)
+ASKED = dict(prompt=[*range(5, 155), *range(5, 155), 6], max_tokens=12, temperature=0.9, seed=3, logprobs=2, n=2)
 
 
 def test_two_processes_serve_one_model(start, run, model, tmp_path):
@@ -126,8 +126,10 @@ def test_two_processes_serve_one_model(start, run, model, tmp_path):
         left = client.completions.create(model=model.name, prompt="x", max_tokens=900, stream=True)
         next(left)
         left.close()  # its slot becomes free in both
-        for _ in range(2):  # the second time with its prompt from the prefix cache
-            found = client.completions.create(model=model.name, **ASKED).choices
+        for cached in (0, 256):
+            answer = client.completions.create(model=model.name, **ASKED)
+            found = answer.choices
+            assert answer.usage.prompt_tokens_details.cached_tokens == cached
             assert [one.text for one in found] == [one["text"] for one in expected]
             for one, other in zip(found, expected, strict=True):
                 assert one.logprobs.token_logprobs == pytest.approx(other["logprobs"]["token_logprobs"], abs=1e-4)
