@@ -191,8 +191,7 @@ def least_work(workload: Workload) -> Least:
             continue  # of which each token reads a row
         weights += stored * (_reached(workload) if EXPERTS in parameter.axes else 1)
     by_role = costs.cache_bytes(config, workload.context, workload.cache_dtype).by_role
-    entries = max(1, workload.context // RATIO_OF_ROLE["csa"])
-    cache = by_role | {"csa": by_role.get("csa", 0) * min(1.0, config.index_topk / entries)}
+    cache = by_role | {"csa": by_role.get("csa", 0) * _picked(workload)}
     return Least(float(total), weights, workload.batch * float(sum(cache.values())))
 
 
@@ -251,6 +250,12 @@ def _exchanged(workload: Workload, split: Split, mesh: AbstractMesh) -> float:
 
 def _cache_read(workload: Workload, mesh: AbstractMesh) -> float:
     """Bytes of its cache that a device reads: all but the CSA entries that nobody picks."""
-    cache, entries = abstract_cache(workload, mesh), max(1, workload.context // RATIO_OF_ROLE["csa"])
-    unpicked = bytes_per_device(cache.entries["csa"]) if "csa" in cache.entries else 0
-    return bytes_per_device(cache) - unpicked * max(0.0, 1 - workload.config.index_topk / entries)
+    cache = abstract_cache(workload, mesh)
+    csa = bytes_per_device(cache.entries["csa"]) if "csa" in cache.entries else 0
+    return bytes_per_device(cache) - csa * (1 - _picked(workload))
+
+
+def _picked(workload: Workload) -> float:
+    """Share of a row's CSA entries that its last token picks."""
+    entries = max(1, workload.context // RATIO_OF_ROLE["csa"])
+    return min(1.0, workload.config.index_topk / entries)

@@ -30,6 +30,11 @@ def start_two(script: Path, devices: int, *arguments) -> list[subprocess.Popen]:
     return [start(script, devices, *arguments, number, address) for number in range(2)]
 
 
+def one_of_two(number: int, coordinator: str) -> dict[str, str]:
+    """Variables of the environment by which a command with `--distributed` finds the other of two."""
+    return dict(JAX_COORDINATOR_ADDRESS=coordinator, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(number))
+
+
 def free_address() -> str:
     """Where a coordinator can listen."""
     with socket.socket() as probe:

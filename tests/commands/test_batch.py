@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.processes import free_address
+from tests.processes import free_address, one_of_two
 from v4_jax.infer.openai.journal import Journal
 
 OPTIONS = ("--policy", "float32", "--max-tokens", "6", "--prefill-chunk", "16", "--context", "256")
@@ -147,9 +147,7 @@ def test_two_processes_serve_one_model(start, model, questions, tmp_path, answer
     processes = [
         start(
             *("batch", model, questions, output, *OPTIONS, "--slots", 4, "--mesh", "expert=2", "--distributed"),
-            JAX_COORDINATOR_ADDRESS=address,
-            JAX_NUM_PROCESSES="2",
-            JAX_PROCESS_ID=str(number),
+            **one_of_two(number, address),
             XLA_FLAGS="--xla_force_host_platform_device_count=1",
         )
         for number in range(2)

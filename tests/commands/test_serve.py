@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from tests.processes import free_address
+from tests.processes import free_address, one_of_two
 
 OPTIONS = ("--policy", "float32", "--context", "1K", "--slots", "2")
 
@@ -92,9 +92,7 @@ def two_processes(start, model):
     processes = [
         start(
             *("serve", model, *OPTIONS, "--mesh", "expert=2", "--distributed", "--port", port),
-            JAX_COORDINATOR_ADDRESS=coordinator,
-            JAX_NUM_PROCESSES="2",
-            JAX_PROCESS_ID=str(number),
+            **one_of_two(number, coordinator),
             XLA_FLAGS="--xla_force_host_platform_device_count=1",
         )
         for number in range(2)

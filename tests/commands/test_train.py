@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.models import trained
-from tests.processes import free_address
+from tests.processes import free_address, one_of_two
 from v4_jax.commands.train_rows import print_rows
 from v4_jax.tokenizer import ByteTokenizer
 from v4_jax.train.batch import Batch
@@ -232,9 +232,7 @@ def test_two_processes(start, run, settings, tmp_path):
         start(
             *("train", settings("run", mesh="data=2,expert=2"), f"stages.0.steps={STEPS // 2}", "--distributed"),
             XLA_FLAGS=flags,
-            JAX_COORDINATOR_ADDRESS=address,
-            JAX_NUM_PROCESSES="2",
-            JAX_PROCESS_ID=str(number),
+            **one_of_two(number, address),
         )
         for number in range(2)
     ]
