@@ -19,7 +19,7 @@ from v4_jax.cache.pages import entry_numbers, page_sizes, put, take
 from v4_jax.infer.engine.drafters import Apply, Drafter
 from v4_jax.infer.engine.guide import NO_TOKEN
 from v4_jax.infer.engine.history import History
-from v4_jax.infer.engine.sampling import ALL, GREEDY, SamplingBatch
+from v4_jax.infer.engine.sampling import ALL, GREEDY, MOST_ALTERNATIVES, SamplingBatch
 from v4_jax.infer.engine.speculative import SamplingInputs, StepOutput, verify
 from v4_jax.infer.engine.state import State
 from v4_jax.infer.engine.verification_width import best_width, expected_tokens, step_widths
@@ -44,6 +44,7 @@ class PrefillInputs(NamedTuple):
       slots: [P] int32 which slots they are read into; the number of slots for none.
       begin: [P] int32 tokens that the slots hold before.
       sealed: [P] int32 tokens, from a prompt's first on, whose entries are there already.
+      scored: [] bool: whether anyone asks how probable the prompts' tokens are.
     """
 
     tokens: Array
@@ -51,6 +52,35 @@ class PrefillInputs(NamedTuple):
     slots: Array
     begin: Array
     sealed: Array
+    scored: Array
+
+
+class PromptScores(NamedTuple):
+    """How probable the tokens of a chunk of prompts are, each given those before it. Zeros if nobody asks.
+
+    Attributes:
+      logprobs: [P, C] float32 log-probabilities of the tokens after those of the chunk.
+      alternatives: ids and log-probabilities [P, C, K] of the most probable tokens in their places.
+    """
+
+    logprobs: Array
+    alternatives: tuple[Array, Array]
+
+
+class PrefillOutput(NamedTuple):
+    """What a chunk of prompts yields.
+
+    Attributes:
+      copies: what a prefix cache may keep of it; None without one.
+      lengths: [P] int32 of the rows: something to wait for.
+      routing: decisions for its tokens, where they are kept.
+      scores: of its tokens.
+    """
+
+    copies: PageCopies | None
+    lengths: Array
+    routing: Routing | None
+    scores: PromptScores
 
 
 class StepInputs(NamedTuple):
@@ -90,7 +120,7 @@ class Programs:
       prefill: as `_prefill`, jitted, and likewise `step` and `copy`; after `compile`.
     """
 
-    prefill: Callable[..., tuple[State, PageCopies | None, Array, Routing | None]]
+    prefill: Callable[..., tuple[State, PrefillOutput]]
     step: Callable[..., tuple[State, Array, StepOutput]]
     copy: Callable[..., State]
 
@@ -131,7 +161,7 @@ class Programs:
         step = jax.jit(
             self._step, donate_argnums=(1, 2), out_shardings=(places, whole, whole), compiler_options=options
         )
-        prefill = jax.jit(self._prefill, donate_argnums=1, out_shardings=(places, whole, whole, whole))
+        prefill = jax.jit(self._prefill, donate_argnums=1, out_shardings=(places, whole))
         copy = jax.jit(self._copy, donate_argnums=0, out_shardings=places)
         self.step, self.prefill, self.copy = step, prefill, copy
 
@@ -145,7 +175,7 @@ class Programs:
         step.lower(params, state, next_tokens, inputs, sampling, allowed, seconds).compile()
         self.count += 1
         tokens, reader = integers(readers, self._chunk + 1), integers(readers)
-        chunk = PrefillInputs(tokens, reader, reader, reader, reader)
+        chunk = PrefillInputs(tokens, reader, reader, reader, reader, flag)
         prefill.lower(params, state, chunk).compile()
         self.count += 1
         if slots > 1:
@@ -177,13 +207,8 @@ class Programs:
             return None
         return output.routing if self._kept == "all" else output.routing.replace(entries=None)
 
-    def _prefill(
-        self, params: Any, state: State, inputs: PrefillInputs
-    ) -> tuple[State, PageCopies | None, Array, Routing | None]:
-        """Reads a chunk of prompts.
-
-        Returns the state, what a prefix cache may keep of the chunk, something to wait for, and decisions to keep.
-        """
+    def _prefill(self, params: Any, state: State, inputs: PrefillInputs) -> tuple[State, PrefillOutput]:
+        """Reads a chunk of prompts."""
         apply, drafter, tokens = self._apply(params), self._drafter, inputs.tokens[:, :-1]
         rows = state.cache.take_rows(inputs.slots).replace(lengths=inputs.begin)
         rows = drafter.at(rows, inputs.begin)
@@ -200,10 +225,24 @@ class Programs:
         if self._pager is not None:
             with jax.named_scope("engine.save_pages"):
                 rows, copies = self._pager.copy_chunk(rows, inputs.begin)
+        with jax.named_scope("engine.score"):
+            scores = self._scores(apply, output.streams, inputs)
         with jax.named_scope("engine.history"):
             history = state.history.read(inputs.slots, tokens, inputs.counts, inputs.begin)
         state = state._replace(cache=state.cache.put_rows(inputs.slots, rows), history=history)
-        return state, copies, rows.lengths, self._decisions(output)
+        return state, PrefillOutput(copies, rows.lengths, self._decisions(output), scores)
+
+    def _scores(self, apply: Apply, streams: Array, inputs: PrefillInputs) -> PromptScores:
+        """How probable the tokens after those of a chunk are, from its streams, if anyone asks."""
+        most = min(MOST_ALTERNATIVES, self._model.config.vocab_size)
+
+        def scored() -> PromptScores:
+            logprobs = apply(streams, inputs.tokens[:, 1:], method="log_probabilities")
+            ids, best = apply(streams, most, method="top_scores")
+            return self._place.keep(PromptScores(logprobs, (ids, best[..., :most])))
+
+        shapes = jax.eval_shape(scored)
+        return jax.lax.cond(inputs.scored, scored, lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
 
     def _step(
         self,

@@ -28,7 +28,7 @@ class Request:
 
     Attributes:
       prompt: token ids, at least one.
-      max_tokens: most tokens to generate, per sample.
+      max_tokens: most tokens to generate, per sample; 0 is legal with `echo`.
       sampling: how to sample; sample number i uses the seed plus i.
       stop_ids: tokens that end a sample; the model's end-of-sentence token when None.
       n: samples, which share the reading of the prompt.
@@ -40,6 +40,8 @@ class Request:
         generated, unless it was before.
       opening: tokens that the answer begins with, after any reasoning; stop ids among them do not end it.
       salt: the prefix cache has nothing for it but what requests of the same salt left there.
+      echo: whether the events of each sample begin with the prompt's tokens after the first, to learn how probable they
+        are. Such a prompt is read whole: the prefix cache does not know.
     """
 
     prompt: Sequence[int]
@@ -53,6 +55,7 @@ class Request:
     reasoning_budget: int | None = None
     opening: Sequence[int] = ()
     salt: bytes = b""
+    echo: bool = False
 
     def check(self, config: Config, slots: int, max_length: int) -> None:
         """Checks that it can be served.
@@ -67,9 +70,10 @@ class Request:
         """
         check_ids(self.prompt, config)
         check_vocabulary([*self.sampling.logit_bias, *self.reasoning_end, *self.opening], config)
-        for name, value in (("max_tokens", self.max_tokens), ("n", self.n)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}, expected at least 1")
+        least = 0 if self.echo and len(self.prompt) > 1 else 1
+        for name, value, smallest in (("max_tokens", self.max_tokens, least), ("n", self.n, 1)):
+            if value < smallest:
+                raise ValueError(f"{name} is {value}, expected at least {smallest}")
         check_samples(self.n, slots)
         if len(self.prompt) + self.max_tokens > max_length:
             raise ValueError(
@@ -107,7 +111,7 @@ class Request:
 
 
 class Event(NamedTuple):
-    """One generated token.
+    """One generated token, or one of a prompt that is echoed.
 
     Attributes:
       request: the number that `Engine.submit` returned.

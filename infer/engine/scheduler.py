@@ -34,10 +34,10 @@ from v4_jax.infer.checks import check_precision
 from v4_jax.infer.engine.decisions import joined, piece
 from v4_jax.infer.engine.drafters import choose_drafter
 from v4_jax.infer.engine.page_table import PageTable
-from v4_jax.infer.engine.programs import PrefillInputs, Programs, StepInputs
+from v4_jax.infer.engine.programs import PrefillInputs, Programs, PromptScores, StepInputs
 from v4_jax.infer.engine.requests import Event, Request
 from v4_jax.infer.engine.sampling import GREEDY, SamplingBatch
-from v4_jax.infer.engine.sequences import PrefillState, SequenceState
+from v4_jax.infer.engine.sequences import EchoedChunk, PrefillState, SequenceState
 from v4_jax.infer.engine.speculative import Acceptance, DraftCounts, StepOutput
 from v4_jax.infer.engine.state import State
 from v4_jax.infer.engine.steps import (
@@ -152,6 +152,7 @@ class Engine:
             kept=kept,
         )
         self._unread: list[tuple[Routing, dict[int, tuple[PrefillState, int]]]] = []  # decisions of chunks
+        self._scored: list[tuple[PromptScores, dict[int, EchoedChunk]]] = []  # chunks whose scores were not read yet
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
         self._prefills: list[PrefillState] = []
         self._occupied: list[SequenceState | None] = [None] * slots  # by slot: who generates or waits for its prompt
@@ -190,7 +191,8 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether nothing is left to do."""
-        return not (self._waiting or self._prefills or self._generating or self._in_flight or self._events)
+        at_work = self._waiting or self._prefills or self._generating or self._in_flight
+        return not (at_work or self._scored or self._events)
 
     @property
     def acceptance(self) -> list[Acceptance]:
@@ -285,11 +287,12 @@ class Engine:
         self.compile()
         self._admit()
         self._send_table()
+        scored, self._scored = self._scored, []
         self._prefill_chunk()
         started = self._start_step()
         if self._pager is not None:
             self._pager.drain(in_flight=1)  # what this round's chunk completed
-        events = list(self._events)
+        events = [*self._events, *self._echo(scored)]
         self._events.clear()
         if self._in_flight is not None:
             events += self._collect(self._in_flight, started.instructions if started else {})
@@ -319,7 +322,7 @@ class Engine:
                 sequence = SequenceState.of(request, number, sample, slot, self.config, self.draft_depth)
                 self._occupied[slot] = sequence
                 sequences.append(sequence)
-            self._prefills.append(PrefillState(request.prompt, sequences, salt=request.salt))
+            self._prefills.append(PrefillState(request.prompt, sequences, salt=request.salt, echo=request.echo))
 
     def _pages_of(self, request: Request) -> tuple[int, int]:
         """Pages of each sample, and how many of them the samples share: those that the prompt fills."""
@@ -355,7 +358,7 @@ class Engine:
     def _load_prefix(self, prefill: PrefillState) -> None:
         """Fetches what the prefix cache has of a prompt."""
         prefill.tokens_read = 0
-        if self._pager is None:
+        if self._pager is None or prefill.echo:
             return
         self._state, prefix = self._pager.load_prefix(self._state, prefill.slot, prefill.prompt, prefill.salt)
         prefill.tokens_read, prefill.sealed, prefill.hashes = prefix
@@ -372,7 +375,7 @@ class Engine:
         counts: Any = np.zeros(self._readers, np.int32)
         begin, sealed = counts.copy(), counts.copy()
         slots: Any = np.full(self._readers, self.slots, np.int32)  # out of range: read by nobody
-        chunks = []
+        chunks, echoed = [], {}
         for row, prefill in batch.items():
             assert prefill.tokens_read is not None
             first = prefill.tokens_read
@@ -383,16 +386,22 @@ class Engine:
             self.tokens_read += len(known) - 1
             if prefill.hashes is not None:
                 chunks.append(PrefilledChunk(row, prefill.hashes, first, prefill.tokens_read))
-        inputs = self._place.put(PrefillInputs(tokens, counts, slots, begin, sealed))
+            if prefill.echo:
+                echoed[row] = EchoedChunk(prefill, first, prefill.tokens_read)
+        scored: Any = np.bool_(echoed)
+        inputs = self._place.put(PrefillInputs(tokens, counts, slots, begin, sealed, scored))
         before = self._last_chunk
-        self._state, copies, self._last_chunk, routing = self._programs.prefill(self._params, self._state, inputs)
+        self._state, output = self._programs.prefill(self._params, self._state, inputs)
+        self._last_chunk, routing = output.lengths, output.routing
+        if echoed:
+            self._scored.append((output.scores, echoed))
         # One chunk runs, one is queued: never idle, and whoever comes next waits for two chunks, not for a prompt.
         jax.block_until_ready(before)
         if routing is not None:
             self._read_decisions()
             self._unread.append((routing, {row: (prefill, int(counts[row])) for row, prefill in batch.items()}))
-        if self._pager is not None and copies is not None:
-            self._pager.save_chunk(copies, chunks)
+        if self._pager is not None and output.copies is not None:
+            self._pager.save_chunk(output.copies, chunks)
 
     def _read_decisions(self) -> None:
         """Takes what was decided in chunks from the devices."""
@@ -409,7 +418,7 @@ class Engine:
         filled, begun = read // self._place.page, self._place.pages(read)
         complete = {self._table.shard(first.slot)}  # shards whose pages hold the prompt
         for sequence in others:
-            if not sequence.tokens_left:
+            if not sequence.tokens_left:  # it has ended, or only echoes
                 continue
             shard = self._table.shard(sequence.slot)
             pages = range(filled if shard in complete else 0, begun)
@@ -422,7 +431,7 @@ class Engine:
             sequence.hashes = None if prefill.hashes is None else prefill.hashes.copy()
             sequence.routing = prefill.routing.copy()
         self._generating += [sequence for sequence in prefill.sequences if sequence.tokens_left]
-        if not first.tokens_left:  # cancelled while the others still needed what was read into its slot
+        if first.ended:  # cancelled while the others still needed what was read into its slot
             self._free(first.slot)
 
     def _copy(self, source: int, target: int, page: int, count: int) -> None:
@@ -451,7 +460,22 @@ class Engine:
             output = output._replace(alternatives=None)  # so that they are not read
         return InFlightStep(instructions, drafted, output)
 
-    # ---- what a step yields ------------------------------------------------------------------------------------------
+    # ---- what prompts and steps yield --------------------------------------------------------------------------------
+
+    def _echo(self, scored: list[tuple[PromptScores, dict[int, EchoedChunk]]]) -> list[Event]:
+        """Reads how probable the tokens of chunks are that were started a round ago."""
+        events = []
+        for scores, chunks in scored:
+            read = jax.device_get(scores)
+            for row, chunk in chunks.items():
+                for index, place in enumerate(range(chunk.begin, chunk.end)):
+                    for sequence in chunk.prefill.sequences:
+                        if sequence.echo_left:
+                            event = sequence.echo(read, row, index, chunk.prefill.prompt[place + 1])
+                            if event.finish:
+                                self._end(sequence)
+                            events.append(event)
+        return events
 
     def _collect(self, step: InFlightStep, following: Instructions) -> list[Event]:
         """Reads the tokens of a step that was started a round ago.
@@ -497,7 +521,7 @@ class Engine:
 
     def _end(self, sequence: SequenceState) -> None:
         """Ends a sequence and frees its slot, unless a prompt is being read into it, which others may need."""
-        sequence.tokens_left = 0
+        sequence.tokens_left = sequence.echo_left = 0
         if sequence in self._generating:
             self._generating.remove(sequence)
         if not any(prefill.sequences[0] is sequence for prefill in self._prefills):

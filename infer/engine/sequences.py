@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from v4_jax.config import Config
 from v4_jax.infer.engine.guide import Guide
+from v4_jax.infer.engine.programs import PromptScores
 from v4_jax.infer.engine.requests import Event, Finish, Request
 from v4_jax.infer.engine.sampling import Sampling
 from v4_jax.infer.engine.speculative import DraftCounts, StepOutput
@@ -27,13 +29,14 @@ class SequenceState:
       stops: tokens that end it.
       top_logprobs: most probable tokens to report.
       guide: what else decides about its tokens; None once nothing does.
-      tokens_left: tokens that it may still yield; 0 once it has ended.
+      tokens_left: tokens that it may still generate; 0 once it has ended.
       last_prompt_token: the prompt's last token until a step takes it; None from then on.
       newest_token: the token that its next step takes, as far as the host knows.
       hashes: of the tokens before the newest one; None without a prefix cache.
       cached_tokens: tokens of its prompt that were in the prefix cache.
       drafts: how often drafts of its tokens were right.
       routing: decisions for the tokens that were read, piece by piece, where they are kept.
+      echo_left: tokens of its prompt that it has still to echo.
     """
 
     request: int
@@ -50,6 +53,7 @@ class SequenceState:
     cached_tokens: int = 0
     drafts: DraftCounts = dataclasses.field(default_factory=DraftCounts)
     routing: list[Routing] = dataclasses.field(default_factory=list)
+    echo_left: int = 0
 
     @classmethod
     def of(cls, request: Request, number: int, sample: int, slot: int, config: Config, depth: int = 0) -> SequenceState:
@@ -76,7 +80,13 @@ class SequenceState:
             last_prompt_token=request.prompt[-1],
             newest_token=request.prompt[-1],
             drafts=DraftCounts(depth),
+            echo_left=len(request.prompt) - 1 if request.echo else 0,
         )
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing comes of it any more."""
+        return not (self.tokens_left or self.echo_left)
 
     @property
     def takes_drafts(self) -> bool:
@@ -115,12 +125,33 @@ class SequenceState:
         """
         at = self.slot, index
         token, logprob = int(output.ids[at]), float(output.logprobs[at])
+        return self._event(token, logprob, finish, output.alternatives, at)
+
+    def echo(self, scores: PromptScores, row: int, index: int, token: int) -> Event:
+        """What is said about the next token of its prompt.
+
+        Args:
+          scores: of the chunk that the token before it was read in, on the host.
+          row: of the chunk.
+          index: where in the chunk the token before it stands.
+          token: the token.
+        """
+        self.echo_left -= 1
+        logprob, finish = float(scores.logprobs[row, index]), None
+        if not math.isfinite(logprob):
+            finish = "error"
+        elif self.ended:
+            finish = "length"
+        return self._event(token, logprob, finish, scores.alternatives, (row, index))  # type: ignore[arg-type]
+
+    def _event(
+        self, token: int, logprob: float, finish: Finish | None, alternatives: Any, at: tuple[int, int]
+    ) -> Event:
         said = {"cached": self.cached_tokens, "drafts": self.drafts.by_depth}
         event = Event(self.request, self.sample, token, logprob, finish, **said)  # type: ignore[arg-type]
         if not self.top_logprobs:
             return event
-        assert output.alternatives is not None
-        ids, logprobs = (x[at][: self.top_logprobs].tolist() for x in output.alternatives)
+        ids, logprobs = (x[at][: self.top_logprobs].tolist() for x in alternatives)
         return event._replace(alternatives=tuple(zip(ids, logprobs, strict=True)))
 
 
@@ -135,6 +166,7 @@ class PrefillState:
       sealed: tokens whose entries were loaded from the prefix cache.
       hashes: of what there is to read; None without a prefix cache.
       salt: the request's.
+      echo: likewise.
       routing: decisions for what was read, piece by piece, where they are kept.
     """
 
@@ -144,6 +176,7 @@ class PrefillState:
     sealed: int = 0
     hashes: BlockHashes | None = None
     salt: bytes = b""
+    echo: bool = False
     routing: list[Routing] = dataclasses.field(default_factory=list)
 
     @property
@@ -154,9 +187,23 @@ class PrefillState:
     @property
     def cancelled(self) -> bool:
         """Whether nobody waits for it any more."""
-        return not any(sequence.tokens_left for sequence in self.sequences)
+        return all(sequence.ended for sequence in self.sequences)
 
     @property
     def complete(self) -> bool:
         """Whether nothing is left to read."""
         return self.tokens_read == len(self.prompt) - 1
+
+
+class EchoedChunk(NamedTuple):
+    """Tokens of a prompt that were read, and whose followers are echoed.
+
+    Attributes:
+      prefill: the prompt.
+      begin: the first token.
+      end: behind the last.
+    """
+
+    prefill: PrefillState
+    begin: int
+    end: int

@@ -124,7 +124,6 @@ class Completion:
         self.body, self.model = body, model
         self.requests: list[Request] = []
         self.choices: list[Sample] = []
-        echo = isinstance(body, CompletionBody) and bool(body.echo)
         one_call = isinstance(body, ChatBody) and body.parallel_tool_calls is False
         self._echoes_first: list[bool] = []  # of each prompt, whether its first token is a part of the answer
         for number, prompt in enumerate(_encode_prompts(body, model)):
@@ -133,16 +132,14 @@ class Completion:
             # The next turn of a conversation has another prompt; the same line of a job, run again, has the same calls.
             ids = np.asarray(prompt.ids, "<i4").tobytes()
             origin = hashlib.sha256(ids + b"%d" % request.sampling.seed).digest()
-            stops, echoed = request.stops(model.config), 0
-            if echo:
-                request, echoed = _echoing(request), len(prompt.ids) - 1
+            stops = request.stops(model.config)
             self.requests.append(request)
-            self._echoes_first.append(echo and not prompt.begun)
+            self._echoes_first.append(request.echo and not prompt.begun)
             self.choices += [
                 Sample(
                     Reply(model.tokenizer, body.stops, prompt.thinking_mode, origin + b"/%d" % sample, one_call),
                     stops,
-                    echoed=echoed,
+                    echoed=len(prompt.ids) - 1 if request.echo else 0,
                 )
                 for sample in range(self._each)
             ]
@@ -157,6 +154,10 @@ class Completion:
         if thinks and isinstance(body, ChatBody) and body.thinking:
             budget = body.thinking.budget_tokens
         room = model.max_length - len(prompt.ids)
+        if body.limit == 0 and len(prompt.ids) == 1:
+            raise BodyError(
+                "max_tokens is 0 and the prompt one token, before which nothing stands; expected more", "prompt"
+            )
         return Request(
             prompt.ids,
             max_tokens=max(1, min(defaults.max_tokens, room)) if body.limit is None else body.limit,
@@ -169,6 +170,7 @@ class Completion:
             reasoning_budget=budget,
             opening=prompt.opening,
             salt=salt,
+            echo=isinstance(body, CompletionBody) and bool(body.echo),
         )
 
     @property
@@ -184,8 +186,7 @@ class Completion:
     @property
     def prompt_tokens(self) -> int:
         """Tokens of the prompts, all together."""
-        echoed = sum(choice.echoed for choice in self.choices[:: self._each])
-        return sum(len(request.prompt) for request in self.requests) + echoed
+        return sum(len(request.prompt) for request in self.requests)
 
     @property
     def cached(self) -> int:
@@ -237,23 +238,6 @@ class Completion:
             return spelled.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
-
-
-def _echoing(request: Request) -> Request:
-    """A request whose samples begin with what its prompt says after its first token, to learn how probable that is.
-
-    Raises:
-      ValueError: that would change what follows, or there is nothing to say.
-    """
-    for name in ("frequency_penalty", "presence_penalty"):
-        if getattr(request.sampling, name):
-            raise BodyError(f"{name} counts what is generated, which echo would change; expected 0 beside echo", name)
-    first, *others = request.prompt
-    if not others and not request.max_tokens:
-        raise BodyError(
-            "max_tokens is 0 and the prompt one token, before which nothing stands; expected more", "prompt"
-        )
-    return dataclasses.replace(request, prompt=[first], opening=others, max_tokens=len(others) + request.max_tokens)
 
 
 def _encode_prompts(body: ChatBody | CompletionBody, model: Model) -> Iterator[Prompt]:

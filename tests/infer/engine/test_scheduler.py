@@ -195,6 +195,44 @@ def test_alternatives(engine, small):
     assert len(texts) == 4
 
 
+def test_an_echo_says_how_probable_the_prompt_is(engine, small, alone):
+    """In company, around chunks' ends, with samples and alternatives; what is generated is what it is without."""
+    plain = [*requests(), particular()[5]]
+    given = [dataclasses.replace(one, echo=True) for one in plain]
+    found = served(engine, given)
+    assert [sample[0][0][-3:] for sample in found[:-1]] == [sample[0][0][-3:] for sample in alone]
+    assert found[-1][0][0][-20:] == served(engine, plain[-1:])[0][0][0]
+    for request, [(ids, logprobs, finish)] in zip(given, found, strict=True):
+        read = len(request.prompt) - 1
+        assert ids[:read] == request.prompt[1:] and len(ids) == read + request.max_tokens and finish == "length"
+        np.testing.assert_allclose(logprobs[:read], prompt_scores(small, request.prompt)[0], atol=1e-4)
+
+
+def prompt_scores(model, prompt):
+    """Log-probabilities of a prompt's tokens after its first, and all of them [tokens, V] in their places."""
+    text = np.zeros((1, LENGTH), np.int32)
+    text[0, : len(prompt)] = prompt
+    logits = np.asarray(model(text).logits[0, : len(prompt) - 1])
+    scores = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
+    return scores[np.arange(len(prompt) - 1), prompt[1:]], scores
+
+
+def test_an_echo_alone(engine, small):
+    """Nothing is generated; both samples have it, and the most probable tokens; slots are free afterwards."""
+    prompt = np.random.default_rng(1).integers(2, 64, 2 * CHUNK + 3).tolist()
+    number = engine.submit(Request(prompt, 0, stop_ids=(), top_logprobs=3, n=2, echo=True))
+    events = list(engine.run())
+    assert engine.idle and engine.pages_used == 0 and all(event.request == number for event in events)
+    values, scores = prompt_scores(small, prompt)
+    for sample in range(2):
+        own = [event for event in events if event.sample == sample]
+        assert [event.id for event in own] == prompt[1:]
+        assert [event.finish for event in own] == [None] * (len(own) - 1) + ["length"]
+        np.testing.assert_allclose([event.logprob for event in own], values, atol=1e-4)
+        for event, row in zip(own, scores, strict=True):
+            assert [token for token, _ in event.alternatives] == np.argsort(-row, kind="stable")[:3].tolist()
+
+
 def test_cancelled_requests_leave_the_rest_alone(engine, alone):
     """While waiting, being read, shared, and generating; their slots serve others."""
     long = Request([3] * 150, 20, stop_ids=())
@@ -217,6 +255,10 @@ def test_cancelled_requests_leave_the_rest_alone(engine, alone):
     engine.cancel(both, 1)
     engine.cancel(12345)
     assert list(engine.run()) == []
+    echo = engine.submit(Request([3] * 60, 0, echo=True))
+    next(engine.run())
+    engine.cancel(echo)
+    assert list(engine.run()) == [] and engine.pages_used == 0
     assert served(engine, requests()) == alone
 
 
@@ -228,6 +270,7 @@ def test_cancelled_requests_leave_the_rest_alone(engine, alone):
         (Request([3] * 190, 3), "190 tokens and a continuation of 3 exceed the 192 tokens that a slot has room for"),
         (Request([3], 5, n=4), "n is 4, but there are 3 slots"),
         (Request([3], 0), "max_tokens is 0, expected at least 1"),
+        (Request([3], 0, echo=True), "max_tokens is 0, expected at least 1"),
         (Request([3], 5, top_logprobs=21), "top_logprobs is 21, expected 0 to 20"),
         (Request([3], 5, Sampling(logit_bias={64: 1})), "token id 64 is outside of the vocabulary"),
         (Request([3], 5, Sampling(logit_bias={-1: 1})), "token id -1 is outside of the vocabulary"),
@@ -253,6 +296,9 @@ def test_on_a_mesh(small, alone, mesh):
         np.testing.assert_allclose(found[1], expected[1], atol=1e-4)
     [[one, two]] = served(engine, [Request([9] * 40, 4, Sampling(seed=1), stop_ids=(), n=2)])
     assert one[0] != two[0]
+    prompt = requests()[-1].prompt
+    events = served(engine, [Request(prompt, 0, echo=True, top_logprobs=2)])[0][0]
+    np.testing.assert_allclose(events[1], prompt_scores(small, prompt)[0], atol=1e-4)
 
 
 def test_samples_spread_over_shards(small):
@@ -332,3 +378,14 @@ def test_logits_that_are_not_finite_end_their_row_alone(engine, alone):
         assert len(ids) == 1 and math.isnan(logprobs[0]) and finish == "error"
     for sample, (_, wanted) in zip(healthy, [good[0], *good], strict=True):
         assert 63 in wanted[0][0] or sample == wanted  # it may say the token itself
+
+
+def test_logits_that_are_not_finite_end_an_echo(engine):
+    params = engine._params
+    engine._params = params | {"embed": params["embed"].at[63].set(math.nan)}
+    try:
+        [[(ids, logprobs, finish)]] = served(engine, [Request([2, 3, 63, 4, 5], 5, stop_ids=(), echo=True)])
+    finally:
+        engine._params = params
+    # What is not finite may spread over the chunk, in which masked keys are multiplied by zero.
+    assert ids == [3, 63, 4][: len(ids)] and math.isnan(logprobs[-1]) and finish == "error" and engine.pages_used == 0

@@ -96,7 +96,9 @@ def test_an_echo_says_how_probable_the_prompt_is(client, parts):
     ids = [0, *parts[1].tokenizer.encode("Hello"), config.eos_token_id, *parts[1].tokenizer.encode("lo!")]
     scorer = Scorer(config, longest=len(ids), policy="float32", cache_dtype="float32", batch=1, chunk=32)
     [score] = scorer.score(params, [TextToScore(1, ids)])
-    asked = dict(model="tiny", prompt=ids, max_tokens=3, temperature=1, seed=5, logit_bias={1: -100})
+    asked = dict(
+        model="tiny", prompt=ids, max_tokens=3, temperature=1, seed=5, logit_bias={1: -100}, presence_penalty=1
+    )
     plain = client.completions.create(**asked).choices[0]
     for echoed in (
         client.completions.create(**asked, echo=True, logprobs=1, stop="lo!"),

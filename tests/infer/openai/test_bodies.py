@@ -168,17 +168,10 @@ def test_each_of_several_prompts_is_a_request():
     assert usage(together)["prompt_tokens"] == sum(len(one.prompt) for one in alone)
 
 
-@pytest.mark.parametrize(
-    ("fields", "sentence"),
-    [
-        ({"frequency_penalty": 1}, "frequency_penalty counts what is generated, which echo would change"),
-        ({"prompt": [5], "max_tokens": 0}, "max_tokens is 0 and the prompt one token"),
-    ],
-)
-def test_an_echo_that_would_say_something_else_is_refused(fields, sentence):
+def test_an_echo_of_nothing_is_refused():
     model = Model("tiny", two().config, ByteTokenizer(320), Defaults(Sampling(), (1,), 8), 2048)
-    with pytest.raises(BodyError, match=sentence):
-        Completion(read_body({"prompt": "x", "echo": True} | fields), model, 0)
+    with pytest.raises(BodyError, match="max_tokens is 0 and the prompt one token"):
+        Completion(read_body({"prompt": [5], "echo": True, "max_tokens": 0}), model, 0)
 
 
 def test_samples_are_counted_before_anything_is_made():

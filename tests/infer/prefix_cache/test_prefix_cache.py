@@ -95,6 +95,8 @@ def test_a_hit_gives_what_reading_gives(small, cold, mode, draft):
         assert ids == cold[common][1]
         np.testing.assert_allclose(logprobs, cold[common][2], atol=1e-4)
     assert cached(engine, Request(FIRST, 1, stop_ids=()))[0] == {expected(small.config, mode, draft, 699)}
+    whole, ids, _ = cached(engine, Request(FIRST, 0, stop_ids=(), echo=True))  # of what is found no scores are known
+    assert whole == {0} and ids == FIRST[1:]
     assert engine.programs == 6
 
 
