@@ -131,6 +131,14 @@ REFUSED = {
     "ratio text": (dict(compress_ratios=["4"] * 44), "compress_ratios contains '4', expected whole numbers"),
     "limit": (dict(swiglu_limit="10"), "swiglu_limit is '10', expected a number"),
     "negative": (dict(index_topk=-1), "index_topk is -1"),
+    "streams": (dict(hc_mult=10**7), "hc_mult is 10000000, expected at most 64"),
+    "iterations": (dict(hc_sinkhorn_iters=10**7), "hc_sinkhorn_iters is 10000000, expected at most 1,024"),
+    "no turn": (dict(compress_rope_theta=1), "compress_rope_theta is 1, expected a number above 1"),
+    "subnormal": (dict(rms_norm_eps=1e-320), "rms_norm_eps is 1e-320, expected at least 1e-30"),
+    "subnormal yarn": (
+        dict(rope_scaling=Config.flash().to_hf()["rope_scaling"] | {"beta_fast": 1e-320}),
+        "rope_scaling beta_fast is 1e-320, expected a number from 1e-30",
+    ),
 }
 
 

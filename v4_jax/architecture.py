@@ -22,9 +22,9 @@ RATIO_OF_ROLE: dict[AttentionRole, int] = {role: ratio for ratio, role in ROLE_O
 
 # What nobody will build, and what would take for ever to lay out: a field beyond is a damaged one.
 MOST_LAYERS = 4096
-_MOST_EXPERTS = 65536
-_MOST = 1 << 24  # of any other size or id
-_MOST_NUMBER = 2e9  # of fields that are no whole numbers, and may be written like ones of 32 bits
+_MOST = 1 << 24  # of any size or id but these
+_MOST_OF = {"num_hidden_layers": MOST_LAYERS, "n_routed_experts": 65536, "hc_mult": 64, "hc_sinkhorn_iters": 1024}
+_LEAST_NUMBER, _MOST_NUMBER = 1e-30, 2e9  # of fields that are no whole numbers, and may be written like ones of 32 bits
 
 
 class ConfigError(ValueError):
@@ -230,17 +230,24 @@ def _problems(config: Architecture) -> Iterator[str]:
         if value < 0 or (value == 0 and name not in allowed_zero):
             yield f"{name} is {shown(value)}, expected a positive number"
             return
-        most: float = {"num_hidden_layers": MOST_LAYERS, "n_routed_experts": _MOST_EXPERTS}.get(name, _MOST)
+        most: float = _MOST_OF.get(name, _MOST)
         if isinstance(value, float) or name in _NUMBERS:
             most = _MOST_NUMBER
         if name == "max_position_embeddings":
             most = 1 << 31
+        if name in _NUMBERS and 0 < value < _LEAST_NUMBER:
+            yield f"{name} is {shown(value)}, expected at least {_LEAST_NUMBER:g}"
+            return
         if not value <= most:  # what is not a number is not either
             yield f"{name} is {shown(value)}, expected at most {most:,.0f}"
             return
     for name, value in dataclasses.asdict(config.rope_scaling).items():
-        if not 0 < value <= _MOST_NUMBER:
-            yield f"rope_scaling {name} is {shown(value)}, expected a positive number up to {_MOST_NUMBER:,.0f}"
+        if not _LEAST_NUMBER <= value <= _MOST_NUMBER:
+            yield f"rope_scaling {name} is {shown(value)}, expected a number from 1e-30 to {_MOST_NUMBER:,.0f}"
+            return
+    for name in ("rope_theta", "compress_rope_theta"):
+        if getattr(config, name) <= 1:
+            yield f"{name} is {shown(getattr(config, name))}, expected a number above 1"
             return
     if config.dspark_block_size:
         yield from _dspark_problems(config)

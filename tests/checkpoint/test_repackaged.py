@@ -268,6 +268,7 @@ def test_configuration_with_keys_of_gpt(tmp_path):
             {"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}},
             "'pack-quantized'",
         ),
+        ({"quantization_config": {"quant_method": "x\n\u001b[31m"}}, r"X\\n\\x1b\[31M"),
         ({"model_type": "deepseek_v41", "text_config": {}}, "DeepSeek-V4.1"),
     ],
 )

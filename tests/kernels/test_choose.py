@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from v4_jax.kernels import choose
+from v4_jax.kernels.choose import forms
 from v4_jax.kernels.indexer import cpu as indexer_cpu
 from v4_jax.kernels.indexer import reference as indexer
 from v4_jax.kernels.linear import cpu as linear_cpu
@@ -41,9 +42,9 @@ def test_the_programs_platform_decides():
 
 
 def test_gradients_are_those_of_the_platforms_form():
-    chosen = choose._with_gradients(lambda x: 2 * x, cpu=lambda operands, gradient: (3 * gradient,))
+    chosen = forms.with_gradients(lambda x: 2 * x, cpu=lambda operands, gradient: (3 * gradient,))
     assert jax.value_and_grad(lambda x: chosen(x))(1.0) == (2, 3)
-    kernel = choose._without_gradients(lambda x: 2 * x, cpu=lambda x: 3 * x)
+    kernel = forms.without_gradients(lambda x: 2 * x, cpu=lambda x: 3 * x)
     assert kernel(1.0) == 3 and jax.value_and_grad(lambda x: kernel(x))(1.0) == (2, 2)
 
 

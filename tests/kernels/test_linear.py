@@ -14,7 +14,9 @@ import pytest
 from v4_jax import Config, Transformer, declarations, init_cache
 from v4_jax.kernels import choose
 from v4_jax.kernels.linear import reference, shares
+from v4_jax.kernels.linear import tpu as linear_tpu
 from v4_jax.kernels.linear.tpu import MANY, ROWS, matmul, one_row, supports
+from v4_jax.kernels.output import few as output_few
 from v4_jax.kernels.output.few import attention_end
 from v4_jax.layer_stack import Cut
 from v4_jax.layers.linear import grouped_linear, linear, linears
@@ -217,8 +219,8 @@ def test_a_model_reads_every_layer_where_it_lies(monkeypatch):
         given.extend(weights)
         return attention_end(partials, sink, turn, weights, **options)
 
-    monkeypatch.setattr(choose.linear_tpu, "matmul", spy)
-    monkeypatch.setattr(choose.output_few, "attention_end", spy_on_end)
+    monkeypatch.setattr(linear_tpu, "matmul", spy)
+    monkeypatch.setattr(output_few, "attention_end", spy_on_end)
 
     def run(params, replayed):
         cache, found = init_cache(CONFIG, 2, 128, dtype="bfloat16"), []

@@ -25,6 +25,7 @@ from v4_jax.checkpoint.names import InStack, canonical, in_stack
 from v4_jax.checkpoint.safetensors import Entry, SafetensorsFile
 from v4_jax.checkpoint.tensors import CheckpointError, TensorInfo, names_in
 from v4_jax.config import QUANTIZATION, Config
+from v4_jax.json_files import escaped
 from v4_jax.parameters import Storage
 
 ACTIVATION_RULE = "scales of activations"
@@ -270,7 +271,9 @@ def refuse_unreadable(path: Path, hf_config: Mapping[str, Any]) -> None:
             f"{path} is quantised in the {form!r} format of compressed-tensors, which is not read: {_INSTEAD}"
         )
     if method not in _METHODS:
-        raise CheckpointError(f"{path} is quantised by {method.upper()} (quant_method), which is not read: {_INSTEAD}")
+        raise CheckpointError(
+            f"{path} is quantised by {escaped(method.upper())} (quant_method), which is not read: {_INSTEAD}"
+        )
 
 
 def refuse_gguf_files(label: object, names: Iterable[str]) -> None:

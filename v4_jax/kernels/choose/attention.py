@@ -1,0 +1,244 @@
+"""Attention over windows and entries, and how it ends."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from v4_jax.cache.entries import Entries
+from v4_jax.cache.ring import Ring
+from v4_jax.cache.rows import StoredRows
+from v4_jax.kernels.attention import cpu as attention_cpu
+from v4_jax.kernels.attention import gradients as attention_gradients
+from v4_jax.kernels.attention import reference as attention
+from v4_jax.kernels.attention import tpu as attention_tpu
+from v4_jax.kernels.choose.forms import Form, pull, with_gradients, without_gradients
+from v4_jax.kernels.csa import hidden as csa_hidden
+from v4_jax.kernels.csa import tpu as csa_tpu
+from v4_jax.kernels.output import few as output_few
+from v4_jax.kernels.output import gradients as output_gradients
+from v4_jax.kernels.output import tpu as output_tpu
+from v4_jax.kernels.rotary import tpu as rotary_tpu
+from v4_jax.kernels.window import tpu as window_tpu
+from v4_jax.layer_stack import Cut, uncut
+from v4_jax.layers.partials import Packed, Partial, packed, shape_of
+from v4_jax.layers.rotary import Turn
+from v4_jax.layers.visible import Visible
+from v4_jax.layout import Layout
+from v4_jax.number_formats import Weight
+from v4_jax.sharding.platform import by_platform, interpreting
+
+
+def products(queries: Array, keys: Array) -> Array:
+    """See `attention.reference.products`."""
+    if not attention_cpu.helps(queries, keys):
+        return attention.products(queries, keys)
+    return with_gradients(attention.products, cpu=attention_cpu.products_gradients)(queries, keys)
+
+
+def weighted(shares: Array, keys: Array) -> Array:
+    """See `attention.reference.weighted`."""
+    if not attention_cpu.helps(shares, keys):
+        return attention.weighted(shares, keys)
+    return with_gradients(attention.weighted, cpu=attention_cpu.weighted_gradients)(shares, keys)
+
+
+def window_attention(
+    plain: Form,
+    queries: Array,
+    keys: Array | None,
+    oldest: Array | None,
+    entries: Entries | None,
+    visible: Visible | None,
+    together: bool = False,
+    picked: Array | None = None,
+) -> Partial | Packed:
+    """See `attention.tpu.window_attention` for all arguments but the first and the last.
+
+    Args:
+      plain: the same, in whose place the kernel runs in programs for TPUs. It has gradients where entries live in no
+        cache, and those that are asked for beyond are the plain form's.
+      queries: [B, Q, H, C].
+      keys: of the window.
+      oldest: where each query's window may begin.
+      entries: the entries.
+      visible: which of them the queries see.
+      together: whether to return one `Packed` softmax.
+      picked: [B, Q, K] int32 those of the entries that are attended, -1 for none, where `attends_in_training`. None:
+        all that are visible.
+    """
+    if picked is not None or (attends_in_training(queries, keys, entries) and not together):
+        operands = (queries, keys, oldest, entries, visible, picked)
+        return by_platform(*operands, default=_handed_on(plain, together), tpu=_attend_in_training)
+    if not attention_tpu.supports(queries):
+        return _handed_on(plain, together)(queries, keys, oldest, entries, visible)
+    kernel = functools.partial(attention_tpu.window_attention, together=together, interpret=interpreting())
+    return without_gradients(_handed_on(plain, together), tpu=kernel)(queries, keys, oldest, entries, visible)
+
+
+def attends_in_training(queries: Any, keys: Any, entries: Entries | None) -> bool:
+    """Whether `window_attention` has kernels for the gradients, too, in programs for TPUs, of arrays or shapes."""
+    held = None if entries is None else entries.rows.arrays[0][0]
+    uncached = entries is None or (
+        entries.table is None
+        and entries.rows.kind == "plain"
+        and entries.rows.dtype == jnp.float32
+        and isinstance(entries.layer, int)
+    )
+    return uncached and attention_gradients.supports(queries, keys, held)
+
+
+def _attend_in_training(
+    queries: Array,
+    keys: Array | None,
+    oldest: Array | None,
+    entries: Entries | None,
+    visible: Visible | None,
+    picked: Array | None,
+) -> Partial:
+    """The kernel, whose gradients are a kernel's."""
+    interpret, dtype = interpreting(), None if entries is None else entries.dtype
+
+    def run(queries: Array, keys: Array | None, held: Array | None, *numbers: Any) -> Partial:
+        oldest, visible, hidden = numbers
+        entries = None if held is None else Entries.uncached(held.astype(dtype))
+        found = attention_tpu.window_attention(queries, keys, oldest, entries, visible, hidden, interpret=interpret)
+        assert isinstance(found, Partial)
+        return found
+
+    def forward(*operands: Any) -> tuple[Partial, Any]:
+        found = run(*operands)
+        return found, (operands, found.maximum)
+
+    def backward(residuals: Any, gradient: Partial) -> Any:
+        (queries, keys, held, oldest, visible, hidden), maximum = residuals
+        of_sums = gradient.total, gradient.weighted
+        found = attention_gradients.gradients(
+            queries, keys, oldest, held, visible, maximum, *of_sums, hidden, interpret=interpret
+        )
+        return *found, None, None, None
+
+    call = jax.custom_vjp(run)
+    call.defvjp(forward, backward)
+    held = None if entries is None else entries.rows.arrays[0][0]
+    hidden = None if picked is None or held is None else csa_hidden.hide(picked, held.shape[1], interpret=interpret)
+    return call(queries, keys, held, oldest, visible, hidden)
+
+
+def window_step(
+    plain: Form, queries: Array, keys: Array, ring: Ring, layout: Layout, past: int
+) -> tuple[Partial | Packed, StoredRows]:
+    """See `layers.window_attention.attend_ring` for all arguments but the first. It has no gradients.
+
+    Args:
+      plain: the same, in whose place the kernel runs in programs for TPUs.
+      queries: [B, Q, H, C].
+      keys: [B, Q, C].
+      ring: earlier keys.
+      layout: of the chunk.
+      past: tokens before its own that a query sees.
+    """
+    if not window_tpu.supports(queries, ring):
+        partial, rows = plain(queries, keys, ring, layout, past)
+        return partial, rows
+
+    def default(queries: Array, keys: Array, ring: Ring, layout: Layout) -> tuple[Packed, StoredRows]:
+        partial, rows = plain(queries, keys, ring, layout, past)
+        return Packed(packed(partial)[None]), rows
+
+    kernel = functools.partial(window_tpu.step, past=past, interpret=interpreting())
+    return by_platform(queries, keys, ring, layout, default=default, tpu=kernel)
+
+
+def attend_picked(
+    plain: Form, queries: Array, entries: Entries, local: Array, together: bool = False
+) -> Partial | Packed:
+    """Attention of each query over its own entries.
+
+    Args:
+      plain: has the results of `csa.tpu.attend_picked`, which takes its place in programs for TPUs, but where gradients
+        are asked for.
+      queries: [B, Q, H, C].
+      entries: the entries.
+      local: [B, Q, K] int32 local numbers of those to attend, -1 for none.
+      together: whether to return one `Packed` softmax.
+    """
+    copying = _handed_on(plain, together)
+    if not csa_tpu.supports(queries, entries):
+        return copying(queries, entries, local)
+    kernel = functools.partial(csa_tpu.attend_picked, together=together, interpret=interpreting())
+    return without_gradients(copying, tpu=kernel)(queries, entries, local)
+
+
+def attention_output(plain: Form, partials: Sequence[Any], sink: Array, turn: Turn, dtype: Any) -> Array:
+    """See `layers.window_attention.attention_output` for all arguments but the first.
+
+    Args:
+      plain: the same, in whose place kernels run in programs for TPUs, and give the gradients of partials that are not
+        packed.
+      partials: of disjoint sets of keys.
+      sink: logits of the sink.
+      turn: of the queries' positions, to which no gradient flows, nor to the partials' maxima.
+      dtype: of the result.
+    """
+    if not rotary_tpu.supports(shape_of(partials[0]), jnp.dtype(dtype), turn):
+        return plain(partials, uncut(sink), turn, dtype)
+    kernel = functools.partial(output_tpu.attention_output, dtype=dtype, interpret=interpreting())
+    if isinstance(sink, Cut) or not all(isinstance(some, Partial) for some in partials):
+        return without_gradients(functools.partial(plain, dtype=dtype), tpu=kernel)(list(partials), sink, turn)
+
+    def default(partials: Sequence[Partial], sink: Array, turn: Turn) -> Array:
+        still = [some._replace(maximum=jax.lax.stop_gradient(some.maximum)) for some in partials]
+        return plain(still, sink, jax.lax.stop_gradient(turn), dtype)
+
+    def gradients(operands: Any, gradient: Array) -> Any:
+        partials, sink, turn = operands
+        found = output_gradients.gradients(partials, sink, turn, gradient, interpret=interpreting())
+        return *found, jax.tree.map(jnp.zeros_like, turn)
+
+    call = functools.partial(by_platform, default=default, tpu=kernel)
+    return with_gradients(call, default=pull(default), tpu=gradients)(list(partials), sink, turn)
+
+
+def attention_end(
+    plain: Form,
+    partials: Sequence[Partial | Packed],
+    sink: Array,
+    turn: Turn,
+    weights: Sequence[Weight],
+    *,
+    groups: int,
+    dtype: Any,
+) -> Array:
+    """See `layers.window_attention.attention_end` for all arguments but the first.
+
+    Args:
+      plain: the same of the arrays, in whose place the kernel runs in programs for TPUs where rows are few, but where
+        gradients are asked for.
+      partials: of disjoint sets of keys.
+      sink: logits of the sink.
+      turn: of the queries' positions.
+      weights: of both products.
+      groups: matrices in the first of them.
+      dtype: of the result.
+    """
+    operands = (list(partials), sink, turn, list(weights))
+    if not output_few.supports(partials, turn, weights, groups, dtype):
+        return plain(*operands)
+    kernel = functools.partial(output_few.attention_end, groups=groups, dtype=dtype, interpret=interpreting())
+    return without_gradients(plain, tpu=kernel)(*operands)
+
+
+def _handed_on(plain: Form, together: bool) -> Form:
+    """The form, whose partial softmax is `packed`, or its parts one by one."""
+
+    def call(*operands: Any) -> Any:
+        partial = Partial(*plain(*operands))
+        return Packed(packed(partial)[None]) if together else partial
+
+    return call
