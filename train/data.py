@@ -362,7 +362,7 @@ class PackedRows:
 
         return {
             "corpus": self._corpus.identity,
-            "content": self._corpus.content,
+            "texts": self._corpus.content,
             "skipped": self._position.skipped,
             "following": self._position.following,
             "length": self._position.length,
@@ -371,8 +371,10 @@ class PackedRows:
         }
 
     def edited(self, state: dict[str, Any]) -> bool:
-        """Whether files of the corpus have other names or sizes than when `state` was taken."""
-        return state.get("content", self._corpus.content) != self._corpus.content
+        """Whether files of the corpus have other names, sizes or texts than when `state` was taken, as far as samples
+        say.
+        """
+        return state.get("texts", self._corpus.content) != self._corpus.content
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes to where `state` was taken.

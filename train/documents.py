@@ -25,6 +25,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from v4_jax.files import sampled_digest
+
 Format = Literal["auto", "text", "jsonl", "parquet", "arrayrecord"]
 
 # Files with any other ending are text.
@@ -37,6 +39,7 @@ _ENDINGS = {
 TOKENS = "tokens"  # the field whose documents are lists of token ids, not text
 MESSAGES = "messages"  # the field of conversations
 
+_SAMPLES, _BLOCK = 4, 1 << 12  # of a file: blocks that tell an edited one, and bytes of each
 _SCAN_BYTES = 1 << 24  # read at once when looking for the ends of lines
 # Decoded Parquet row groups kept: one for each reading thread, and some in case they are read in order.
 _ROW_GROUPS = 32
@@ -105,7 +108,7 @@ class Documents(NamedTuple):
     Attributes:
       dataset: in the order of their files' paths, then of their places.
       layout: changes where a document's number comes to mean another place.
-      content: changes where a file's size or name does.
+      content: changes where a file's name or size does, or what is in samples of it.
     """
 
     dataset: grain.MapDataset[Document]
@@ -146,12 +149,12 @@ def read_documents(source: Source, *, skip: bool = False) -> Documents:
         layout.append([len(part) for part in opened])
         content += files[name]
         parts += opened
-    sizes = [[path.name, path.stat().st_size] for path in content]
+    found = [[path.name, path.stat().st_size, sampled_digest(path, _SAMPLES, _BLOCK).hex()] for path in content]
     read = [grain.MapDataset.source(_Lenient(part) if skip else part) for part in parts]
     documents = grain.MapDataset.concatenate(read)
     if not len(documents):
         raise DataError(f"there are no documents in {source.path!r}: its files are empty")
-    return Documents(documents, _crc(layout), _crc(sizes))
+    return Documents(documents, _crc(layout), _crc(found))
 
 
 def _crc(content: Any) -> int:

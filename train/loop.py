@@ -236,7 +236,7 @@ class Trainer:
             self._say(f"settings that changed since step {step:,}: {said}")
         if self._rows.edited(saved.progress["data"]):
             self._say(
-                f"note: the training data's files have other sizes or names than at step {step:,}: "
+                f"note: the training data's files have other names, sizes or texts than at step {step:,}: "
                 "the run goes on at the same numbers of documents"
             )
 

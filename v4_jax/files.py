@@ -1,8 +1,9 @@
-"""Files that appear under their name only when they are complete."""
+"""Files that appear under their name only when they are complete, and what tells one from another."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -39,3 +40,26 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def sampled_digest(path: Path, samples: int, block: int) -> bytes:
+    """A digest of a small file's content, or of samples of a large one's.
+
+    Args:
+      path: the file.
+      samples: how many, spread evenly.
+      block: bytes of each.
+
+    Raises:
+      OSError: it cannot be read.
+    """
+    size = path.stat().st_size
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        if size <= samples * block:
+            digest.update(file.read())
+        else:
+            for number in range(samples):
+                file.seek((size - block) * number // (samples - 1))
+                digest.update(file.read(block))
+    return digest.digest()

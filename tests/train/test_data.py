@@ -286,6 +286,8 @@ def test_edited_text_is_said_or_refused(tmp_path):
     def edit(name, values):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"tokens": [i] * 5}) + "\n" for i in values))
 
+    edit("b", [0, 1, 9, 3])  # as long as before
+    assert opened().edited(state)
     edit("b", [100, 200, 300, 7])
     rows = opened()
     assert rows.edited(state)

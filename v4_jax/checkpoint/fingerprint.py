@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from v4_jax.checkpoint.trained import ADAPTERS, CHECKPOINTS, PARAMS, run_of, steps
+from v4_jax.files import sampled_digest
 
 _SAMPLES, _BLOCK = 16, 1 << 16  # of a large file: blocks, and bytes of each
 _APART = {".git", ".cache"}  # folders
@@ -29,7 +30,7 @@ def fingerprint(directory: str | Path) -> str:
     directory, found = Path(directory), hashlib.sha256()
     for root, path in _files(directory):
         found.update(f"{path.relative_to(root).as_posix()}\n{path.stat().st_size}\n".encode())
-        found.update(_sampled(path))
+        found.update(sampled_digest(path, _SAMPLES, _BLOCK))
     return found.hexdigest()
 
 
@@ -47,17 +48,3 @@ def _files(directory: Path) -> Iterator[tuple[Path, Path]]:
         for path in sorted(paths):
             if path.is_file() and path.suffix not in _TEXTS and not _APART & set(path.relative_to(root).parts):
                 yield root, path
-
-
-def _sampled(path: Path) -> bytes:
-    """A digest of a file's content, or of samples of it."""
-    size = path.stat().st_size
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        if size <= _SAMPLES * _BLOCK:
-            digest.update(file.read())
-        else:
-            for number in range(_SAMPLES):
-                file.seek((size - _BLOCK) * number // (_SAMPLES - 1))
-                digest.update(file.read(_BLOCK))
-    return digest.digest()
