@@ -11,7 +11,7 @@ from v4_jax.kernels import choose
 from v4_jax.kernels.grouped_matmul import reference
 from v4_jax.kernels.grouped_matmul.groups import map_groups
 from v4_jax.kernels.grouped_matmul.tpu import grouped_matmul
-from v4_jax.kernels.stored_weights import E4M3_RANGE, supports
+from v4_jax.kernels.stored_weights import E5M2_RANGE, supports
 from v4_jax.layers.experts import Experts, expert_ffn
 from v4_jax.layers.linear import linear
 from v4_jax.number_formats import E2M1, E4M3, E8M0, FP4_BLOCK, BlockScaled, dequantise, quantise
@@ -138,9 +138,9 @@ def test_every_code_and_scale_decodes_exactly(product):
 
 
 @pytest.mark.parametrize("depth", [128, 4096])  # scales across the lanes, and along them
-@pytest.mark.parametrize("binades", [E4M3_RANGE, E4M3_RANGE + 1])
-def test_scales_as_far_apart_as_e4m3_allows_and_farther(binades, depth):
-    """Every code under every scale, exactly, of scales within E4M3's range of one another, and of more."""
+@pytest.mark.parametrize("binades", [E5M2_RANGE, E5M2_RANGE + 1])
+def test_scales_as_far_apart_as_e5m2_allows_and_farther(binades, depth):
+    """Every code under every scale, exactly, of scales within E5M2's range of one another, and of more."""
     size = 128
     exponents = np.arange(size * depth // 32).reshape(size, depth // 32) % (binades + 1) - 20
     codes = (np.arange(depth) + np.arange(size)[:, None]) % 16

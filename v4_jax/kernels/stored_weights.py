@@ -1,12 +1,12 @@
 """Rows times a tile of expert weights as they are stored, inside TPU kernels: a strip of outputs at a time.
 
-Decoding bounds a step with few rows. E4M3 goes to the matrix unit as it is, as in `linear/tpu.py`. E2M1 becomes E4M3,
-by integers and four codes at a time, which is exact where the scales of a weight tile lie within a factor of 2^11 of
+Decoding bounds a step with few rows. E4M3 goes to the matrix unit as it is, as in `linear/tpu.py`. E2M1 becomes E5M2,
+by integers and four codes at a time, which is exact where the scales of a weight tile lie within a factor of 2^26 of
 one another; where they do not, it becomes bfloat16, two codes at a time.
 
 Few rows are spread: each becomes eight, of which the b-th has the inputs of every eighth block of 32 and zeros. Their
 products with a run of eight blocks are sums over one block each, which are scaled instead of the weights, and E2M1
-becomes E4M3 by a shift.
+becomes E5M2 by a shift.
 """
 
 from __future__ import annotations
@@ -27,10 +27,15 @@ from v4_jax.number_formats import E2M1, E4M3, FP4_BLOCK, FP8_BLOCK, BlockScaled,
 
 STRIP = 256  # outputs at a time: the widest matrix unit
 CHUNKS = (1024, 512, 256, 128)  # inputs at a time, the largest that divides K
-SPREAD_ROWS = 16  # are spread at most: eight times as many then fill the matrix unit
+SPREAD_ROWS = 8  # are spread at most: with more, scaling their sums would take longer than the weights' way from HBM
 RUN = SUBLANES * FP4_BLOCK[1]  # inputs of eight blocks
-E4M3_RANGE = 11  # binades from the lowest to the highest scale that E2M1 can have in normal E4M3 numbers
-E4M3_SHIFT = 6  # what E2M1 gains in E4M3 under the highest scale, in binades
+
+# What E2M1 becomes for the matrix unit. All generations take it as it is, whereas v5 and v6 have E4M3 with another bias
+# and without a negative zero, and the compiler makes the difference up with as many instructions as all the rest.
+E5M2 = jnp.float8_e5m2
+E5M2_RANGE = 26  # binades from the lowest to the highest scale that E2M1 can have in its normal numbers
+E5M2_GAIN = 13  # of E2M1 under the highest scale, in binades
+E5M2_LOSS = 14  # of E2M1 without scales, in binades
 
 _FORMATS = {jnp.dtype(E2M1): FP4_BLOCK, jnp.dtype(E4M3): FP8_BLOCK}
 
@@ -151,8 +156,10 @@ def multiply(
     strip = next(size for size in (STRIP, LANES) if columns % size == 0)
     chunk = next(size for size in CHUNKS if depth % size == 0)
 
-    def each_strip(result: Callable[[Any, Any], Array]) -> None:
-        """Stores the `result` of each strip: of its place among the columns, and the number of its first."""
+    def each_strip(result: Callable[[Any, Any], Array], together: int = 1) -> None:
+        """Stores the `result` of each strip, of its place among the columns and the number of its first; of so many
+        together in one turn of the loop.
+        """
 
         def one(i: Any, carry: None) -> None:
             start = pl.multiple_of(i * strip, strip)
@@ -160,7 +167,7 @@ def multiply(
             store(here, result(here, start))
             return carry
 
-        jax.lax.fori_loop(0, columns // strip, one, None)
+        jax.lax.fori_loop(0, columns // strip, one, None, unroll=together)
 
     def sums(expanded: Callable[[int], Array]) -> Array:
         """Sums over all inputs of rows times weights, of which `expanded` gives those of the chunk from an input on."""
@@ -186,13 +193,13 @@ def multiply(
         def in_order(here: Any) -> Array:
             return scales_of(here).T if form.across else scales_of(here)
 
-        def as_e4m3(here: Any, start: Any) -> Array:
+        def as_e5m2(here: Any, start: Any) -> Array:
             del start
             exponents = _quad_exponents(in_order(here), highest)
             total = sums(
-                lambda k: _as_e4m3(codes[here, k : k + chunk], repeat_lanes(exponents, FP4_BLOCK[1], k, chunk))
+                lambda k: _as_e5m2(codes[here, k : k + chunk], repeat_lanes(exponents, FP4_BLOCK[1], k, chunk))
             )
-            return total * (highest * 2.0**-E4M3_SHIFT)
+            return total * (highest * 2.0**-E5M2_GAIN)
 
         def as_bfloat16(here: Any, start: Any) -> Array:
             del start
@@ -206,59 +213,83 @@ def multiply(
             scales = scales_of(here) if form.across else scales_of(here).T  # [K / 32, strip]
             total = jnp.zeros((SUBLANES * count, strip), jnp.float32)
             for k in range(0, depth, RUN):
-                line = scales[k // FP4_BLOCK[1] : (k + RUN) // FP4_BLOCK[1]]
-                found = product(wide[:, k : k + RUN], _unscaled_e4m3(codes[here, k : k + RUN]))
+                line = _evens_first(scales[k // FP4_BLOCK[1] : (k + RUN) // FP4_BLOCK[1]])
+                found = product(wide[:, k : k + RUN], _unscaled_e5m2(codes[here, k : k + RUN]))
                 total += found * jnp.concatenate([line] * count, axis=0)
-            return jnp.sum(total.reshape(count, SUBLANES, strip), axis=1) * 2.0**E4M3_SHIFT
+            out = jnp.sum(total.reshape(count, SUBLANES, strip), axis=1) * 2.0**E5M2_LOSS
+            return _in_turn(jnp.pad(out, ((0, -count % SUBLANES), (0, 0))))[:count]
 
         if wide is not None:
-            each_strip(spread_out)
+            each_strip(spread_out, together=4)  # one's sums are awaited while the other's codes are expanded
             return
         everything = scales_of(slice(None))
         highest, lowest = jnp.max(everything), jnp.min(everything)
-        near = (lowest * 2.0**E4M3_RANGE >= highest) & (highest >= 2.0**-100) & (highest <= 2.0**100)
-        pl.when(near)(lambda: each_strip(as_e4m3))
+        near = (lowest * 2.0**E5M2_RANGE >= highest) & (highest >= 2.0**-100) & (highest <= 2.0**100)
+        pl.when(near)(lambda: each_strip(as_e5m2))
         pl.when(jnp.logical_not(near))(lambda: each_strip(as_bfloat16))
 
 
 def _quad_exponents(scales: Array, highest: Any) -> Array:
     """Scales [R, K / 32] float32 to [R / 4, K / 32] int32: those of rows 4r to 4r + 3 as the bytes of a word.
 
-    They come as exponents of E4M3 at bit 3, 12 for the highest scale, less what `_as_e4m3` is to add to its codes.
+    They come as exponents of E5M2 at bit 2, 28 for 1 under the highest scale, less what `_as_e5m2` is to add to its
+    codes.
     """
     steps = pltpu.bitcast(scales, jnp.int32) - pltpu.bitcast(jnp.full(scales.shape, highest), jnp.int32)
-    return pltpu.bitcast(((steps >> 20) + (12 * 8 - 4)).astype(jnp.int8), jnp.int32)
+    return pltpu.bitcast(((steps >> 21) + (28 * 4 - 6)).astype(jnp.int8), jnp.int32)
 
 
-def _as_e4m3(codes: Array, exponents: Array) -> Array:
-    """E2M1 codes [R, C] times two to their exponents [R / 4, C], see `_quad_exponents`: [R, C] E4M3, exactly.
+def _as_e5m2(codes: Array, exponents: Array) -> Array:
+    """E2M1 codes [R, C] times two to their exponents [R / 4, C], see `_quad_exponents`: [R, C] E5M2, exactly.
 
-    Four codes at a time. With magnitude bits a = e e m (value 0, .5, 1, 1.5, 2, 3, 4, 6) where E4M3 keeps the low
+    Four codes at a time. With magnitude bits a = e e m (value 0, .5, 1, 1.5, 2, 3, 4, 6) where E5M2 keeps the low
     exponent bits and the first of the fraction, a is right from 1 on up to a constant; .5 lies one step of a too high,
     and 0 is no power of two.
     """
-    quad = _quads(codes)
-    magnitude = (quad << 2) & _each(7 << 2)
-    from_one = _shift_right((magnitude + _each(0x80 - (2 << 2))) & _each(0x80), 5)
-    from_half = (magnitude + _each(0x80 - (1 << 2))) & _each(0x80)
+    quad = pltpu.bitcast(pltpu.bitcast(codes, jnp.int4).astype(jnp.int8), jnp.int32)  # signs in bits 3 to 7
+    magnitude = (quad << 1) & _each(7 << 1)
+    from_one = _shift_right((magnitude + _each(0x80 - (2 << 1))) & _each(0x80), 6)
+    from_half = (magnitude + _each(0x80 - (1 << 1))) & _each(0x80)
     keep = from_half - _shift_right(from_half, 7)
     value = (magnitude + from_one + exponents) & keep
-    return pltpu.bitcast(value | (quad & _each(0x80)), E4M3)
+    return pltpu.bitcast(value | (quad & _each(0x80)), E5M2)
 
 
-def _unscaled_e4m3(codes: Array) -> Array:
-    """E2M1 codes [R, C] over 2^6: [R, C] E4M3, exactly.
+def _unscaled_e5m2(codes: Array) -> Array:
+    """E2M1 codes [R, C] over 2^14: [R, C] E5M2, exactly; of rows 0, 2, 4, ... first, and then of 1, 3, 5, ...
 
     Both formats have numbers below their normal ones, so that the exponent and the fraction only move: .5 becomes the
-    half of E4M3's lowest normal number. The matrix unit meets such numbers in released E4M3 weights too.
+    half of E5M2's lowest normal number. A word has eight rows' codes, the first one's in its lowest bits: every other
+    one becomes a byte where it is, which takes half as many instructions as to give each its turn.
     """
-    quad = _quads(codes)
-    return pltpu.bitcast(((quad << 2) & _each(7 << 2)) | (quad & _each(0x80)), E4M3)
+    octet = pltpu.bitcast(codes, jnp.int32)
+    even = ((octet << 1) & _each(7 << 1)) | ((octet << 4) & _each(0x80))
+    odd = ((octet >> 3) & _each(7 << 1)) | (octet & _each(0x80))
+    return jnp.concatenate([pltpu.bitcast(even, E5M2), pltpu.bitcast(odd, E5M2)], axis=0)
 
 
-def _quads(codes: Array) -> Array:
-    """E2M1 codes [R, C] to [R / 4, C] int32: four rows as the bytes of a word, each with its sign in bits 3 to 7."""
-    return pltpu.bitcast(pltpu.bitcast(codes, jnp.int4).astype(jnp.int8), jnp.int32)
+def _evens_first(x: Array) -> Array:
+    """32-bit columns 0, 2, 4, ... and then 1, 3, 5, ... of x [R, C]."""
+    return _columns(x, lambda number, half: 2 * (number & (half - 1)) + (number >= half).astype(jnp.int32))
+
+
+def _in_turn(x: Array) -> Array:
+    """Inverse of `_evens_first`."""
+    return _columns(x, lambda number, half: (number >> 1) + (number & 1) * half)
+
+
+def _columns(x: Array, source: Callable[[Array, int], Array]) -> Array:
+    """Columns of x [R, C] of 32 bits in another order: `source` takes each one's number, and C / 2, to which it is."""
+    lane = jax.lax.broadcasted_iota(jnp.int32, (x.shape[0], LANES), 1)
+    registers, parts = jnp.split(x, x.shape[1] // LANES, axis=1), []
+    for i in range(len(registers)):
+        number = source(i * LANES + lane, x.shape[1] // 2)
+        part = jnp.zeros(lane.shape, x.dtype)
+        for j, register in enumerate(registers):
+            found = jnp.take_along_axis(register, number & (LANES - 1), axis=1, mode="promise_in_bounds")
+            part = jnp.where((number >> 7) == j, found, part) if j else found
+        parts.append(part)
+    return jnp.concatenate(parts, axis=1)
 
 
 def _each(bits: int) -> int:
