@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
-from v4_jax.chat import MODES, EffortProfile, Mode
+from v4_jax.chat import Mode
 from v4_jax.commands.eval_report import PICTURE, RESULTS, check_directory, draw, scores_table, write_results
 from v4_jax.commands.shared.console import (
     CommandError,
@@ -45,18 +44,14 @@ from v4_jax.commands.shared.sampling import SamplingOptions
 from v4_jax.commands.shared.sizes import format_size
 from v4_jax.infer.engine.requests import NOT_FINITE
 from v4_jax.infer.evaluation import synthetic
-from v4_jax.infer.evaluation.asking import Answer, EncodedQuestion, ask
-from v4_jax.infer.evaluation.grading import Result, length_bin, table
-from v4_jax.infer.evaluation.questions import Question
+from v4_jax.infer.evaluation.asking import Answer, ask
+from v4_jax.infer.evaluation.form import Asked, Form, fitting
+from v4_jax.infer.evaluation.grading import Result, table
 from v4_jax.infer.evaluation.tasks import TASKS, TaskName, read_set
-from v4_jax.infer.prompts import chat_prompt, plain_ids
 from v4_jax.infer.score import write_lines
-from v4_jax.tokenizer import Tokenizer
 
 # Made-up sets, where nothing else is asked for.
 _LENGTHS, _DEPTHS, _NEEDLES, _TOLD, _SAMPLES = (4096, 16384), (0.0, 0.25, 0.5, 0.75, 1.0), (2, 4, 8), 24, 8
-
-_SPARE, _THOUGHT = 32, 32768  # tokens of a reply beside the answer: of politeness, and of reasoning
 
 
 def eval(
@@ -143,7 +138,7 @@ def eval(
     with bad_input(f"{name}: "):
         questions = read_set(task, lines)
     with bad_input(f"{name}: "):
-        asked, skipped = _fitting(questions, form, longest, max_tokens)
+        asked, skipped = fitting(questions, form, longest, max_tokens)
     needed = max(len(one.encoded.ids) + one.encoded.max_tokens for one in asked)
     check_mode(form.mode, longest, form.profile)
     server = engine.build(directory, room(needed, longest), len(asked))
@@ -194,71 +189,6 @@ def eval(
         say(f"wrote {output / RESULTS} and {output / PICTURE}")
 
 
-class Form(NamedTuple):
-    """How questions become prompts.
-
-    Attributes:
-      tokenizer: the model's.
-      mode: how a chat is answered; None to continue plain text.
-      profile: what the model takes its reasoning efforts for.
-      bos: plain text begins with the begin-of-sentence token.
-    """
-
-    tokenizer: Tokenizer
-    mode: Mode | None
-    profile: EffortProfile
-    bos: bool
-
-    @property
-    def thinking_mode(self) -> str | None:
-        """The chat encoding's; None for plain text."""
-        return None if self.mode is None else MODES[self.mode].thinking_mode
-
-    def ids(self, question: Question) -> list[int]:
-        """The prompt's tokens.
-
-        Raises:
-          ValueError: a plain text is to be asked in a chat, or the chat format cannot express a message.
-        """
-        if self.mode is None:
-            text, _ = question.plain()
-            return plain_ids(self.tokenizer, text) if self.bos else self.tokenizer.encode(text)
-        if question.text:
-            raise ValueError("its questions are texts to continue; expected --raw")
-        return chat_prompt(self.tokenizer, question.messages, self.mode, profile=self.profile).ids
-
-    def answer_tokens(self, question: Question) -> int:
-        """Tokens of the longest right answer."""
-        return max(len(self.tokenizer.encode(answer)) for answer in question.answers)
-
-    def length(self, task: str, line: dict[str, Any]) -> int:
-        """Tokens of a line's prompt and answer."""
-        question = TASKS[task].read(line)
-        return len(self.ids(question)) + self.answer_tokens(question)
-
-    def stops(self, question: Question) -> tuple[str, ...]:
-        """Strings that end the reply."""
-        return () if self.mode else question.plain()[1]
-
-    def said(self, answer: Answer) -> str:
-        """What is graded; the space that follows a plain text is not the answer's."""
-        return answer.text if self.mode else answer.text.strip()
-
-
-class Asked(NamedTuple):
-    """A question that fits.
-
-    Attributes:
-      question: what is asked.
-      encoded: the same in the model's tokens.
-      length: what its score is grouped by.
-    """
-
-    question: Question
-    encoded: EncodedQuestion
-    length: int
-
-
 def _lines(
     task: TaskName,
     data: Path | None,
@@ -275,6 +205,8 @@ def _lines(
             option = given[0] if given else "--generate"
             raise CommandError(f"{option} is for a set that is made up, but --data {data} gives one")
         return "stdin" if str(data) == "-" else str(data), read_text(data).split("\n")
+    if task == "chats":
+        raise CommandError("no set is made up for --task chats; expected --data FILE")
     chosen = _made(task, made)
     if unknown := [option for option in given if option[2:] not in chosen]:
         legal = ", ".join(f"--{key}" for key in chosen)
@@ -300,33 +232,6 @@ def _make(task: TaskName, chosen: dict[str, Any], form: Form, seed: int) -> Iter
     if task == "needle":
         return synthetic.needles(**arguments, plain=form.mode is None)
     return (synthetic.conversations if task == "mrcr" else synthetic.corpora)(**arguments)
-
-
-def _fitting(
-    questions: Sequence[Question], form: Form, longest: int, max_tokens: int | None
-) -> tuple[list[Asked], list[dict[str, Any]]]:
-    """The questions that leave room for their answer, as prompts, and those that do not.
-
-    Raises:
-      ValueError: none fits, or one has no prompt.
-    """
-    answers = [form.answer_tokens(question) for question in questions]
-    if max_tokens is None:
-        max_tokens = 2 * max(answers) + _SPARE + (_THOUGHT if form.thinking_mode == "thinking" else 0)
-    asked, skipped = [], []
-    for question, answer in zip(questions, answers, strict=True):
-        ids = array("i", form.ids(question))
-        if len(ids) + answer > longest:
-            skipped.append({"id": question.id, "tokens": len(ids) + answer})
-            continue
-        encoded = EncodedQuestion(ids, min(max_tokens, longest - len(ids)), form.stops(question))
-        asked.append(Asked(question, encoded, question.length or length_bin(len(ids) + answer)))
-    if not asked:
-        shortest = min(one["tokens"] for one in skipped)
-        raise ValueError(
-            f"none of {len(skipped)} questions fits in {format_size(longest)} tokens; the shortest takes {shortest:,}"
-        )
-    return asked, skipped
 
 
 def _record(task: TaskName, one: Asked, answer: Answer, result: Result) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from rich.table import Table
 from v4_jax.commands.shared.console import CommandError, bad_input, check_output, needs, say, show
 from v4_jax.commands.shared.options import OptionalFile, OptionalText
 from v4_jax.files import complete
+from v4_jax.train.evaluation import SCORE
 from v4_jax.train.metrics import METRICS, read_metrics
 
 Runs = Annotated[
@@ -23,6 +24,8 @@ Runs = Annotated[
 # What a panel shows together. The first is the large one; metrics that are in none get one of their own when asked for.
 _PANELS = (
     ("loss", "mtp_loss"),
+    ("reward",),
+    ("score",),
     ("learning_rate",),
     ("gradient_norm",),
     ("update_rms_muon", "update_rms_adamw"),
@@ -157,8 +160,11 @@ def draw(runs: Sequence[Run], panels: Sequence[tuple[str, ...]]) -> Any:
                 # Colours are named in the large panel, line styles in each; "_" keeps a line out of the legend.
                 words = (run.name if number == 0 and len(runs) > 1 else "", name if len(names) > 1 else "")
                 label = " ".join(filter(None, words)) if number == 0 or colour == 0 else "_"
-                marker = "." if len(x) <= _FEW else ""
-                axes.plot(x, run.metrics[name], f"C{colour}{style}", marker=marker, linewidth=1.2, label=label)
+                values = run.metrics[name]
+                # Few lines have a score: what lies between them is no gap, as a loss that is not finite is.
+                at = ~np.isnan(values) if name.startswith(SCORE) else np.full(len(x), True)
+                marker = "." if len(x) <= _FEW or not at.all() else ""
+                axes.plot(x[at], values[at], f"C{colour}{style}", marker=marker, linewidth=1.2, label=label)
         axes.set_title(" and ".join(names).replace("_", " "), fontsize=10)
         axes.set_xlabel("tokens" if by_tokens else "step", fontsize=8)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))

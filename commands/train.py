@@ -15,6 +15,7 @@ from rich.table import Table
 from v4_jax.commands import INTERRUPTED
 from v4_jax.commands.shared import devices
 from v4_jax.commands.shared.console import CommandError, bad_input, needs, say, show, working
+from v4_jax.commands.shared.evaluation import EngineEvaluation
 from v4_jax.commands.shared.options import Flag, OptionalCount, OptionalFile
 from v4_jax.commands.shared.profiling import check_profile
 from v4_jax.commands.shared.rollouts import EngineRollouts
@@ -107,6 +108,7 @@ def _train(settings: Settings, distributed: bool, dry_run: bool, profile: Path |
         place = _place(settings, origin.config)
         rows = open_rows(settings, origin, say)
         rounds = open_rounds(settings, origin, place, rows, _rollouts(settings, origin, place), _loading)
+        evaluation = _evaluation(settings, origin, place)
         if dry_run:
             check_run(settings, origin)
         else:
@@ -115,7 +117,7 @@ def _train(settings: Settings, distributed: bool, dry_run: bool, profile: Path |
         say(f"note: {note}")
     if dry_run:
         with bad_input():
-            found = DryRun.of(settings, origin, place, rows)
+            found = DryRun.of(settings, origin, place, rows, evaluation.facts() if evaluation else [])
         print("\n".join(found.facts()))
         show(found.table())
         return 0 if found.fits else 1
@@ -127,7 +129,7 @@ def _train(settings: Settings, distributed: bool, dry_run: bool, profile: Path |
                 trackers = [Tracker(service, settings, say) for service in services]
                 metrics = Metrics(settings.run, tensorboard=settings.log.tensorboard, trackers=trackers)
         stack.enter_context(metrics or contextlib.nullcontext())
-        return _run(settings, origin, place, rows, rounds, metrics, profile)
+        return _run(settings, origin, place, rows, rounds, evaluation, metrics, profile)
 
 
 def _show_rows(settings: Settings, count: int) -> int:
@@ -147,6 +149,7 @@ def _run(
     place: Place,
     rows: Rows,
     rounds: Rounds | None,
+    evaluation: EngineEvaluation | None,
     metrics: Metrics | None,
     profile: Path | None,
 ) -> int:
@@ -177,6 +180,7 @@ def _run(
                 compiling=_compiling,
                 profile=profile,
                 rounds=rounds,
+                evaluation=evaluation,
             ).run()
     except (RolloutError, SaveError, TrainingError) as error:
         raise CommandError(str(error)) from None
@@ -198,6 +202,24 @@ def _rollouts(settings: Settings, origin: Origin, place: Place) -> EngineRollout
         return None
     length = max(stage.length for stage in settings.stages)
     return EngineRollouts(origin.config, place, settings.rollouts, settings.policy, length, working)
+
+
+def _evaluation(settings: Settings, origin: Origin, place: Place) -> EngineEvaluation | None:
+    """What asks the sets between steps, where there are some."""
+    from v4_jax.train.setup import effort_profile
+
+    if settings.evaluate is None:
+        return None
+    return EngineEvaluation(
+        origin.config,
+        origin.tokenizer,
+        place,
+        settings.evaluate,
+        settings.policy,
+        profile=effort_profile(settings, origin),
+        bos=settings.data.begin,
+        working=working,
+    )
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -40,6 +41,7 @@ class DryRun:
       filled: of each stage's first batch, the share of tokens that are no padding.
       state: bytes of masters, moments and what else a device keeps from step to step, the base of adapters included.
       free: bytes that each device has; None where nothing says.
+      sets: what is asked between steps, one a set.
     """
 
     settings: Settings
@@ -48,9 +50,10 @@ class DryRun:
     filled: list[float]
     state: int
     free: int | None
+    sets: Sequence[str] = ()
 
     @classmethod
-    def of(cls, settings: Settings, origin: Origin, place: Place, rows: Rows) -> DryRun:
+    def of(cls, settings: Settings, origin: Origin, place: Place, rows: Rows, sets: Sequence[str] = ()) -> DryRun:
         """Reads each stage's first batch, and counts what is kept.
 
         Raises:
@@ -80,7 +83,7 @@ class DryRun:
             base = bytes_per_device(abstract_params(origin.config, whole, place.rules, dtype))
             state += base * (2 if settings.held == "float32" else 1)
         mesh = Mesh(np.array(jax.devices()[:1]), ("one",)) if place.mesh is None else place.mesh
-        return cls(settings, origin, place, filled, state, free_bytes(mesh))
+        return cls(settings, origin, place, filled, state, free_bytes(mesh), sets)
 
     @property
     def fits(self) -> bool:
@@ -117,6 +120,14 @@ class DryRun:
             f"adapters: rank {lora.rank} of {families}, {trained:,} parameters; weights {lora.base}, left as they are"
         ]
 
+    def evaluation(self) -> list[str]:
+        """A line on what is asked between steps."""
+        chosen = self.settings.evaluate
+        if chosen is None:
+            return []
+        kept = f"; the best by {chosen.best or 'their mean'} is kept" if chosen.keep_best else ""
+        return [f"evaluation: every {chosen.every:,} steps; {'; '.join(self.sets)}{kept}"]
+
     def facts(self) -> list[str]:
         """Lines on all but the stages."""
         settings, origin = self.settings, self.origin
@@ -134,6 +145,7 @@ class DryRun:
             f"objective: {self.objective()}",
             f"data: {sources} source{'' if sources == 1 else 's'}, first batches read",
             f"checkpoints: every {every:,} steps, {settings.checkpoints.keep} kept",
+            *self.evaluation(),
             self.memory(),
         ]
 

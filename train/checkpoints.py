@@ -5,13 +5,14 @@ RUN/checkpoints/STEP/adapters/    or, in their place, the factors of adapters: t
 RUN/checkpoints/STEP/optimizer/   the optimiser's state
 RUN/checkpoints/STEP/progress/    JSON: where the data stands, what the loss has been, and the settings
 RUN/checkpoints/STEP/ahead/       experts chosen for coming batches, while anticipatory routing is on
+RUN/checkpoints/STEP/metrics/     JSON: the step, and its scores by set, where it was evaluated
 """
 
 from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN
 
 from v4_jax.checkpoint.digests import Digests, enabled
 from v4_jax.checkpoint.orbax_arrays import chunking, open_arrays
 from v4_jax.checkpoint.tensors import CheckpointError, names_in
-from v4_jax.checkpoint.trained import CHECKPOINTS, PARAMS
+from v4_jax.checkpoint.trained import CHECKPOINTS, PARAMS, mark_best
 from v4_jax.json_files import read_object
 from v4_jax.outputs import Routing
 from v4_jax.train.objectives.objective import Decisions
@@ -67,6 +69,8 @@ class Checkpoints:
       keep_every: also keep those of multiples of so many steps.
       digests: whether to write and check digests of what is saved.
       params: what the parameters are called: `PARAMS`, or `ADAPTERS`.
+      score: of a step's scores by set, the one that makes it the best; None where no step is evaluated.
+      keep_best: also keep the step with the highest score; of several the first.
     """
 
     def __init__(
@@ -77,13 +81,19 @@ class Checkpoints:
         keep_every: int | None = None,
         digests: bool = True,
         params: str = PARAMS,
+        score: Callable[[Mapping[str, float]], float] | None = None,
+        keep_best: bool = False,
     ) -> None:
-        self._params = params
+        self._params, self._keep, self._score = params, keep, score
         self._directory = run.absolute() / CHECKPOINTS
         self._digests, self._saving, self._failed = digests and enabled(), 0, False
+        kept: list[Any] = [LatestN(keep)]
+        kept += [] if keep_every is None else [EveryNSteps(keep_every)]
+        kept += [BestN(get_metric_fn=self._rank, n=1, keep_checkpoints_without_metrics=False)] if keep_best else []
+        self._keep_best = keep_best
         self._options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            keep_period=keep_every,
+            preservation_policy=AnyPreservationPolicy(kept),
+            best_fn=None if score is None else self._rank,  # without it no scores are saved
             enable_async_checkpointing=True,
             create=True,
             async_options=ocp.AsyncOptions(
@@ -92,10 +102,11 @@ class Checkpoints:
                 create_directories_asynchronously=False,
             ),
         )
+        self._ranks: dict[int, tuple[float, int]] = {}  # of steps that were evaluated, the one being written included
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
-        return ocp.CheckpointManager(
+        manager = ocp.CheckpointManager(
             self._directory,
             options=self._options,
             item_handlers={
@@ -105,6 +116,16 @@ class Checkpoints:
                 "ahead": ocp.PyTreeCheckpointHandler(),
             },
         )
+        if self._score is not None:
+            found = {step: manager.metrics(step) for step in manager.all_steps()}
+            self._ranks = {step: self._rank(metrics) for step, metrics in found.items() if metrics is not None}
+            self._mark()
+        return manager
+
+    def _mark(self) -> None:
+        """Says in the run's directory which checkpoint is the best."""
+        if self._keep_best and jax.process_index() == 0:
+            mark_best(self._directory.parent, None if self.best is None else self.best[0])
 
     @property
     def newest(self) -> int | None:
@@ -113,15 +134,40 @@ class Checkpoints:
 
     @property
     def oldest(self) -> int:
-        """Step of the oldest checkpoint that is kept; 0 without any."""
-        return min(self._manager.all_steps(), default=0)
+        """Step of the oldest of the newest checkpoints, which the run goes back to if later ones are damaged; 0 without
+        any. What is kept for other reasons may be older."""
+        return min(sorted(self._manager.all_steps())[-self._keep :], default=0)
 
-    def save(self, state: TrainState, progress: dict[str, Any], ahead: list[Decisions]) -> None:
-        """Begins to save a state, which may be changed as soon as this returns.
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """The checkpoint with the highest score, its step and score; None as long as none has one."""
+        step = max(self._ranks, key=self._ranks.__getitem__, default=None)
+        return None if step is None else (step, self._ranks[step][0])
+
+    def _rank(self, metrics: dict[str, Any]) -> tuple[float, int]:
+        """Where a step stands by its score; the first of those that are alike is before the others."""
+        assert self._score is not None
+        return self._score(metrics["scores"]), -metrics["step"]
+
+    def save(
+        self,
+        state: TrainState,
+        progress: dict[str, Any],
+        ahead: list[Decisions],
+        scores: Mapping[str, float] | None = None,
+    ) -> None:
+        """Begins to save a state, which may be changed as soon as this returns. The best one is waited for.
+
+        Args:
+          state: what to save.
+          progress: see the module.
+          ahead: experts chosen for coming batches.
+          scores: by set, where the state was evaluated.
 
         Raises:
           SaveError: this one or the one before cannot be written.
         """
+        self.finish()  # the one before, whose digests are written by its number
         self._saving = step = int(state.step)
         items: dict[str, Any] = {
             # One chunk a matrix, so that an export reads each of them once.
@@ -131,7 +177,13 @@ class Checkpoints:
         }
         if ahead:
             items["ahead"] = ocp.args.PyTreeSave([_plain(decisions) for decisions in ahead])
-        self._guard(lambda: self._manager.save(step, args=ocp.args.Composite(**items), force=True))
+        metrics = {"step": step, "scores": dict(scores)} if scores else None
+        if metrics is not None:
+            self._ranks[step] = self._rank(metrics)
+        self._guard(lambda: self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True))
+        if self._keep_best and self.best is not None and self.best[0] == step:
+            self.finish()  # the one that was the best is gone then
+            self._mark()
 
     def finish(self) -> None:
         """Waits until everything is written.

@@ -10,7 +10,7 @@ import contextlib
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -21,7 +21,7 @@ import optax
 from jax.experimental import multihost_utils
 
 from v4_jax.checkpoint.orbax_arrays import quiet
-from v4_jax.checkpoint.trained import ADAPTERS, PARAMS
+from v4_jax.checkpoint.trained import ADAPTERS, BEST, PARAMS
 from v4_jax.config import Config
 from v4_jax.parameter_tree import declarations, drawn
 from v4_jax.parameters import Loss
@@ -31,6 +31,7 @@ from v4_jax.profiler import Recorder
 from v4_jax.train.batch import Batch, Rows
 from v4_jax.train.checkpoints import Checkpoints, Saved
 from v4_jax.train.data import DataError
+from v4_jax.train.evaluation import EVALUATION_SECONDS, Evaluation
 from v4_jax.train.objectives.objective import Counts, Decisions
 from v4_jax.train.on_policy.rollouts import RolloutError
 from v4_jax.train.optimizer import optimizer
@@ -94,6 +95,7 @@ class Trainer:
       compiling: entered while a program is compiled, which takes minutes; told which.
       profile: where to trace some of the first steps, once they are compiled.
       rounds: what the objective has made of the data, some steps at a time; None where it takes the rows as they are.
+      evaluation: asks the sets of the settings; None where there are none.
     """
 
     def __init__(
@@ -108,9 +110,10 @@ class Trainer:
         compiling: Callable[[str], contextlib.AbstractContextManager[None]] = lambda what: contextlib.nullcontext(),
         profile: Path | None = None,
         rounds: Rounds | None = None,
+        evaluation: Evaluation | None = None,
     ) -> None:
         self._compiling, self._called = compiling, set[Any]()
-        self._profile, self._rounds = profile, rounds
+        self._profile, self._rounds, self._evaluation = profile, rounds, evaluation
         self._trace: Recorder | None = None
         self._settings, self._config, self._place, self._rows = settings, config, place, rows
         self._fresh, self._log, self._say = fresh, log, say
@@ -120,6 +123,8 @@ class Trainer:
             keep_every=settings.checkpoints.keep_every,
             digests=settings.checkpoints.digests,
             params=PARAMS if settings.adapters is None else ADAPTERS,
+            score=None if settings.evaluate is None else settings.evaluate.score,
+            keep_best=settings.evaluate is not None and settings.evaluate.keep_best,
         )
         self._adapters, self._base = settings.adapters, None
         self._declared = declarations(config) if self._adapters is None else self._adapters.declarations(config)
@@ -240,10 +245,10 @@ class Trainer:
                 "the run goes on at the same numbers of documents"
             )
 
-    def _save(self, state: TrainState) -> None:
+    def _save(self, state: TrainState, scores: Mapping[str, float]) -> None:
         progress = {"data": self._data, "loss": self._detector.state(), "recovery": self._recovery.state()}
         progress["settings"] = self._settings.model_dump(mode="json")
-        self._checkpoints.save(state, progress, list(self._ahead))
+        self._checkpoints.save(state, progress, list(self._ahead), scores)
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
@@ -277,7 +282,10 @@ class Trainer:
         last: tuple[int, Any, float | None] | None = None  # read while the next step runs
         while True:
             over = step >= self._settings.steps
-            due = over or (step > saved and step % self._settings.checkpoints.every == 0)
+            scores: dict[str, float] = {}
+            if last is not None and self._evaluation_is_due(step):
+                last, scores = self._evaluate(state, last)
+            due = over or (step > saved and (step % self._settings.checkpoints.every == 0 or self._is_best(scores)))
             stop = self._stop_is_due(step)
             problem: DataError | RolloutError | None = None
             if not (due or stop):
@@ -296,13 +304,14 @@ class Trainer:
             if due or stop:
                 last = None
                 if step > saved:
-                    self._save(state)
+                    self._save(state, scores)
                     saved = step
                 if over or stop:
                     self._checkpoints.finish()
                     if problem is not None:
                         raise problem
                     self._say_skipped()
+                    self._say_best()
                     return "done" if over else "stopped"
                 continue
             state, step = following, step + 1
@@ -311,6 +320,45 @@ class Trainer:
     def _say_skipped(self) -> None:
         if skipped := self._data.get("skipped"):
             self._say(f"{skipped:,} documents could not be used and were left out, each time they came")
+
+    def _say_best(self) -> None:
+        best, chosen = self._checkpoints.best, self._settings.evaluate
+        if best is not None and chosen is not None and chosen.keep_best:
+            what = "the mean of all sets" if chosen.best is None else chosen.best
+            where = self._settings.run / BEST
+            self._say(
+                f"the best checkpoint is that of step {best[0]:,}, with a score of {best[1]:.3f} ({what}): {where}"
+            )
+
+    # ---- between steps -----------------------------------------------------------------------------------------------
+
+    def _evaluation_is_due(self, step: int) -> bool:
+        chosen = self._settings.evaluate
+        return chosen is not None and (step % chosen.every == 0 or step >= self._settings.steps)
+
+    def _evaluate(
+        self, state: TrainState, last: tuple[int, Any, float | None]
+    ) -> tuple[tuple[int, Any, float | None], dict[str, float]]:
+        """Asks the sets after a step, whose metrics the scores become, too.
+
+        A checkpoint is saved after the line of its step is written: a run that goes on from it has the scores.
+        """
+        assert self._evaluation is not None and self._settings.evaluate is not None
+        step, metrics, over_at = last
+        jax.block_until_ready(metrics)
+        begin = time.monotonic()
+        scores = self._evaluation.scores(self._whole(state))
+        found = self._settings.evaluate.metrics(scores) | {EVALUATION_SECONDS: time.monotonic() - begin}
+        return (step, metrics | found, over_at or begin), scores
+
+    def _is_best(self, scores: Mapping[str, float]) -> bool:
+        """Whether scores are above those of all checkpoints."""
+        chosen, best = self._settings.evaluate, self._checkpoints.best
+        if chosen is None or not chosen.keep_best or not scores:
+            return False
+        return best is None or chosen.score(scores) > best[1]
+
+    # ---- a step ------------------------------------------------------------------------------------------------------
 
     def _take(self, state: TrainState, step: int) -> tuple[TrainState, Any]:
         """Begins one step."""

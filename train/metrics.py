@@ -16,6 +16,7 @@ from v4_jax.config import Config
 from v4_jax.costs import training_flops
 from v4_jax.files import complete
 from v4_jax.sharding.chips import chip_of
+from v4_jax.train.evaluation import EVALUATION_SECONDS, SCORE
 from v4_jax.train.trackers import Tracker
 
 METRICS = "metrics.jsonl"
@@ -27,6 +28,7 @@ _STEP, _TIME = "step", "time"
 _SHOWN = (
     ("loss", "loss", ".3f"),
     ("reward", "reward", ".3f"),
+    (SCORE, "score", ".3f"),
     ("mtp_loss", "mtp", ".3f"),
     ("indexer_loss", "indexer", ".3f"),
     ("balance", "balance", ".3g"),
@@ -207,7 +209,9 @@ def line(step: int, steps: int, metrics: Mapping[str, float]) -> str:
       metrics: as given to `Metrics.write`.
     """
     parts = [f"step {step:>{len(f'{steps:,}')},}/{steps:,}"]
-    parts += [f"{short} {metrics[name]:{form}}" for name, short, form in _SHOWN if name in metrics]
+    parts += [
+        f"{short} {metrics[name]:{form}}{_of_sets(name, metrics)}" for name, short, form in _SHOWN if name in metrics
+    ]
     if rate := metrics.get("tokens_per_second"):
         parts.append(f"{rate:,.0f} tok/s")
     if flops := metrics.get("flops_per_second"):
@@ -216,6 +220,13 @@ def line(step: int, steps: int, metrics: Mapping[str, float]) -> str:
     if rate and (tokens := metrics.get("tokens")):
         parts.append(f"eta {duration((steps - step) * tokens / rate)}")
     return "  ".join(parts)
+
+
+def _of_sets(name: str, metrics: Mapping[str, float]) -> str:
+    """Behind the score that counts those of the sets, where there are several."""
+    prefix = f"{SCORE}_"
+    each = [f"{key.removeprefix(prefix)} {value:.3f}" for key, value in metrics.items() if key.startswith(prefix)]
+    return f" ({', '.join(each)})" if name == SCORE and len(each) > 1 else ""
 
 
 def duration(seconds: float) -> str:
@@ -265,12 +276,12 @@ class Report:
         now, found = time.monotonic() if over_at is None else over_at, dict(metrics)
         self._tokens += found["tokens"]
         first, last = self._since < 0, step == self._steps
-        if not (first or last or step % self._every == 0):
+        if not (first or last or step % self._every == 0 or SCORE in found):
             return
         if not first:  # whose time is that of compilation
             seconds = now - self._since
             found |= throughput(self._config, self._tokens, seconds, self._length(step - 1), jax.devices())
-        self._since, self._tokens = now, 0.0
+        self._since, self._tokens = now + found.get(EVALUATION_SECONDS, 0.0), 0.0
         if self._metrics is not None:
             self._metrics.write(step, found)
         self._say(line(step, self._steps, found))

@@ -19,6 +19,7 @@ from v4_jax.chat import Mode
 from v4_jax.layers.stages import Remat
 from v4_jax.parameters import Family
 from v4_jax.policy import PolicyName
+from v4_jax.train.evaluation import EvaluationSettings
 from v4_jax.train.objectives.distillation import Distillation
 from v4_jax.train.objectives.pretraining import Pretraining
 from v4_jax.train.objectives.table import ChosenObjective
@@ -230,6 +231,8 @@ class Settings(Section):
     """What happens when the loss jumps."""
     checkpoints: CheckpointSettings = CheckpointSettings()
     """When the state is saved."""
+    evaluate: EvaluationSettings | None = None
+    """Questions that are asked between steps; by default none."""
     log: LogSettings = LogSettings()
     """What is written down."""
     seed: NonNegativeInt = 0

@@ -179,7 +179,7 @@ def open_rounds(
         supply = OnPolicy(rows, rollouts, settings.rollouts, part, RATIO_OF_ROLE["csa"], judge)
     else:
         supply = GivenTexts(rows, parts)
-    made_for = settings.model_dump(mode="json", exclude={"run", "log", "checkpoints"})
+    made_for = settings.model_dump(mode="json", exclude={"run", "log", "checkpoints", "evaluate"})
     return Rounds(settings.run, getattr(objective, "round", 1), supply, teachers, made_for)
 
 
@@ -201,11 +201,15 @@ def _open_prompts(settings: Settings, origin: Origin, rollouts: RolloutSettings,
     )
 
 
+def effort_profile(settings: Settings, origin: Origin) -> EffortProfile:
+    """What the run's model takes reasoning efforts for."""
+    chosen = settings.data.effort_profile
+    return origin.profile or "preview" if chosen == "auto" else chosen
+
+
 def _conversations(settings: Settings, origin: Origin) -> Conversations:
     """How the run's conversations become texts."""
-    data = settings.data
-    profile = origin.profile or "preview" if data.effort_profile == "auto" else data.effort_profile
-    return Conversations(data.mode, profile)
+    return Conversations(settings.data.mode, effort_profile(settings, origin))
 
 
 class _Skipped:

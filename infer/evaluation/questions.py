@@ -1,9 +1,10 @@
-"""Questions over long contexts, each from a line of a set: needles, MRCR, questions about documents.
+"""Questions, each from a line of a set: needles, MRCR, questions about documents, conversations to go on with.
 
 *Needles* ask for one of many records that a text tells, by length and depth. *MRCR* (multi-round co-reference
 resolution, in the format that OpenAI publishes) asks for one of several answers to the same request in a long
-conversation. *Questions* are asked of documents, as in CorpusQA. The length of a question is that of its prompt and
-answer together, in the model's tokens, as MRCR counts.
+conversation. *Questions* are asked of documents, as in CorpusQA. *Chats* are the lines that training has, up to the
+assistant's last turn. The length of a question is that of its prompt and answer together, in the model's tokens, as
+MRCR counts.
 """
 
 from __future__ import annotations
@@ -92,19 +93,44 @@ def read_question(line: dict[str, Any]) -> Question:
     if ("context" in line) == ("documents" in line):
         both = "context" in line
         raise ValueError(f'it has {"both" if both else "neither"} "context" {"and" if both else "nor"} "documents"')
-    if ("answer" in line) == ("answers" in line):
-        both = "answer" in line
-        raise ValueError(f'it has {"both" if both else "neither"} "answer" {"and" if both else "nor"} "answers"')
-    documents = line["documents"] if "documents" in line else [_text(line, "context")]
-    answers = line["answers"] if "answers" in line else [_text(line, "answer")]
-    for key, values in (("documents", documents), ("answers", answers)):
-        if not isinstance(values, list) or not values or not all(isinstance(x, str) and x.strip() for x in values):
-            raise ValueError(f'"{key}" is no list of texts')
+    answers = _answers(line)
+    documents = _texts(line["documents"], "documents") if "documents" in line else [_text(line, "context")]
     if len(documents) > 1:
         documents = [f"Document {number}:\n{document}" for number, document in enumerate(documents, 1)]
     asked = f"Question: {_text(line, 'question')}\nReply with the answer alone."
     message = {"role": "user", "content": "\n\n".join([*documents, asked])}
     return Question((message,), "", tuple(answers), length=_length(line))
+
+
+def read_chat(line: dict[str, Any]) -> Question:
+    """A conversation up to the assistant's last turn, as training has it: right is the line's answer, or that turn.
+
+    Raises:
+      ValueError: the line has something else.
+    """
+    messages = _field(line, "messages")
+    end = len(messages) if isinstance(messages, list) else 0
+    while end and isinstance(messages[end - 1], dict) and messages[end - 1].get("role") == "assistant":
+        end -= 1
+    if "answer" in line or "answers" in line or end == 0 or end == len(messages):
+        answers = _answers(line)
+    else:
+        answers = [_text(messages[-1], "content")]
+    asked = messages[:end] if isinstance(messages, list) else messages
+    return Question(_messages(asked, "messages"), "", tuple(answers), length=_length(line))
+
+
+def _answers(line: dict[str, Any]) -> list[str]:
+    if ("answer" in line) == ("answers" in line):
+        both = "answer" in line
+        raise ValueError(f'it has {"both" if both else "neither"} "answer" {"and" if both else "nor"} "answers"')
+    return _texts(line["answers"], "answers") if "answers" in line else [_text(line, "answer")]
+
+
+def _texts(values: Any, key: str) -> list[str]:
+    if not isinstance(values, list) or not values or not all(isinstance(x, str) and x.strip() for x in values):
+        raise ValueError(f'"{key}" is no list of texts')
+    return values
 
 
 def _field(line: dict[str, Any], key: str) -> Any:
@@ -136,16 +162,16 @@ def _length(line: dict[str, Any]) -> int | None:
     return length
 
 
-def _messages(value: Any) -> tuple[Message, ...]:
+def _messages(value: Any, key: str = "prompt") -> tuple[Message, ...]:
     if not isinstance(value, list) or not value:
-        raise ValueError(f'"prompt" is {_shown(value)}')
+        raise ValueError(f'"{key}" is {_shown(value)}')
     for number, message in enumerate(value, 1):
         if not isinstance(message, dict) or message.get("role") not in _ROLES:
-            raise ValueError(f'message {number} of "prompt" has no role out of {", ".join(_ROLES)}')
+            raise ValueError(f'message {number} of "{key}" has no role out of {", ".join(_ROLES)}')
         if not isinstance(message.get("content"), str):
-            raise ValueError(f'message {number} of "prompt" has no content')
+            raise ValueError(f'message {number} of "{key}" has no content')
     if value[-1]["role"] != "user":
-        raise ValueError('"prompt" does not end with the user')
+        raise ValueError(f'"{key}" does not end with the user')
     return tuple({"role": message["role"], "content": message["content"]} for message in value)
 
 

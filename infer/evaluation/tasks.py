@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 from v4_jax.infer.evaluation.grading import grade_mrcr, grade_needle, grade_question
-from v4_jax.infer.evaluation.questions import Question, read_mrcr, read_needle, read_question
+from v4_jax.infer.evaluation.questions import Question, read_chat, read_mrcr, read_needle, read_question
 
-TaskName = Literal["needle", "mrcr", "questions"]
+TaskName = Literal["needle", "mrcr", "questions", "chats"]
 
 
 class SetError(ValueError):
@@ -58,6 +58,14 @@ TASKS: dict[str, Task] = {
         "",
         'either "context" (a text) or "documents" (a list of texts), "question" (a text), either "answer" (a text) or '
         '"answers" (a list of texts) and perhaps "length" (tokens)',
+    ),
+    "chats": Task(
+        read_chat,
+        grade_question,
+        ("exact match", "contained", "F1"),
+        "",
+        '"messages" (of which the assistant\'s last turn is left out), perhaps "answer" (a text) or "answers" (a list '
+        'of texts) in its place, and perhaps "length" (tokens)',
     ),
 }
 

@@ -170,3 +170,23 @@ def test_interrupted(run, model, questions, tmp_path, monkeypatch):
             context.setattr(place, interrupt)
             assert run(*given, "--output", tmp_path / "out").code == 130
         assert not list((tmp_path / "out").iterdir())
+
+
+def test_chats_as_training_has_them(run, model, tmp_path):
+    """The assistant's last turn is left out, and right, unless the line says what is."""
+    turns = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
+    lines = [{"messages": turns}, {"messages": turns[:1], "answers": ["two", "2"]}, {"messages": turns, "answer": "3"}]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = ("eval", model, "--task", "chats", "--context", "256", "--max-tokens", "5", *SMALL)
+    result = run(*arguments, "--data", path, "--output", tmp_path / "out")
+    assert result.code == 0, result.err
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["questions"]
+    assert [one["expected"] for one in found] == [["2"], ["two", "2"], ["3"]]
+    assert len({one["prompt_tokens"] for one in found}) == 1
+    assert "no set is made up for --task chats; expected --data FILE" in run(*arguments).err
+    path.write_text(json.dumps({"messages": turns[1:]}) + "\n")
+    assert (
+        'line 1 is no question: it has neither "answer" nor "answers"; expected "messages"'
+        in run(*arguments, "--data", path).err
+    )

@@ -148,3 +148,11 @@ def test_without_matplotlib(run, first, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "not installed; it comes with pip install 'v4-jax[train]'" in refusal(run, first)
     assert not (first / "metrics.png").exists()
+
+
+def test_scores_of_some_steps_are_joined(run, tmp_path, figures):
+    """Most lines have none: without what lies between, nothing would be seen of them."""
+    scored = [line | ({"score": line["step"] / 10} if line["step"] % 2 == 0 else {}) for line in FIRST]
+    assert run("plot", write(tmp_path / "scored", scored)).code == 0
+    [axes] = [axes for axes in figures[0].axes if axes.get_title() == "score"]
+    assert axes.lines[0].get_ydata().tolist() == [0.2, 0.4]

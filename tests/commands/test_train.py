@@ -325,3 +325,27 @@ def test_every_setting_is_explained(run):
     for field in ("run", "data.sources.N.path", "stages.N.attention", "optimizer.learning_rate", "stability.hold"):
         assert re.search(rf"^│ {re.escape(field)} +│", result.out, flags=re.MULTILINE), field
     assert "required" in result.out
+
+
+def test_sets_to_be_asked_are_read_first(run, settings, tmp_path):
+    """What cannot be asked is refused before anything is trained."""
+    sums = tmp_path / "sums.jsonl"
+    lines = [{"messages": [{"role": "user", "content": f"{i}?"}], "answer": str(i)} for i in range(3)]
+    sums.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = tmp_path / "words.jsonl"
+    words.write_text(json.dumps({"messages": [{"role": "user", "content": "?"}], "answer": "x"}) + "\n")
+    sets = {"sums": {"path": str(sums), "max_tokens": 4}, "words": {"path": str(words), "max_tokens": 4}}
+    evaluate = {"every": 2, "dtype": "float32", "slots": 4, "prefill_chunk": 64, "sets": sets}
+    path = settings(evaluate=evaluate)
+    said = run("train", path, "mesh=one", "--dry-run")
+    assert said.code == 0, said.err
+    assert (
+        "evaluation: every 2 steps; sums: 3 chats, non-think; words: 1 chats, non-think; the best by their mean is kept"
+        in said.out
+    )
+    missing = run("train", path, "evaluate.sets.sums.path=nowhere.jsonl", "--dry-run")
+    assert missing.code == 2 and "nowhere.jsonl cannot be read" in missing.err
+    words.write_text("{}\n")
+    bad = run("train", path)
+    assert bad.code == 2 and f"evaluate.sets.words: {words}: line 1 is no question" in bad.err
+    assert not (tmp_path / "run").exists()

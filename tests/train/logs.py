@@ -26,20 +26,22 @@ class Metrics:
         pass
 
 
+_PROGRAMS = {}  # of all modules that one process runs
+_OF_NO_PROGRAM = {"run", "data", "checkpoints", "evaluate", "stability", "log"}
+
+
 @contextlib.contextmanager
 def shared_programs():
     """Runs of the same settings share their programs: tracing each run's anew would take most of the time."""
-    programs = {}
 
     def sharing(name):
         make = getattr(Trainer, name)
 
         def shared(self, *which):
-            settings = self._settings.model_copy(update={"run": ""}).model_dump_json()
-            key = (name, which, settings, str(self._place))
-            if key not in programs:
-                programs[key] = make(self, *which)
-            return programs[key]
+            key = (name, which, self._settings.model_dump_json(exclude=_OF_NO_PROGRAM), str(self._place))
+            if key not in _PROGRAMS:
+                _PROGRAMS[key] = make(self, *which)
+            return _PROGRAMS[key]
 
         return shared
 

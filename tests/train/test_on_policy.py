@@ -14,6 +14,7 @@ import pytest
 from tests.models import Tiny, trained
 from tests.train.logs import Metrics
 from v4_jax import Transformer, chat, declarations, load
+from v4_jax.checkpoint.orbax_arrays import open_arrays
 from v4_jax.commands.shared.rollouts import EngineRollouts
 from v4_jax.outputs import Routing
 from v4_jax.parameter_tree import placements
@@ -21,6 +22,8 @@ from v4_jax.parameters import is_parameter
 from v4_jax.placement import Place
 from v4_jax.sharding.mesh import make_mesh
 from v4_jax.tokenizer import ByteTokenizer
+from v4_jax.train import rounds
+from v4_jax.train.checkpoints import Checkpoints
 from v4_jax.train.data import DataError
 from v4_jax.train.loop import Trainer
 from v4_jax.train.on_policy.rollouts import Prompt, Sample
@@ -287,18 +290,22 @@ def test_on_policy_distillation(folder, build, tmp_path, caplog):
         assert caplog.text.count(f"Compiling jit(_{program})") <= 1
 
 
-def test_reinforcement(folder, build, tmp_path, monkeypatch):
-    """The engine's log-probabilities are the model's, and so are a reference's that it is itself, until it learns."""
+@pytest.fixture
+def reinforcing(folder, tmp_path, monkeypatch):
     (tmp_path / "small.py").write_text("def letters(answer, line):\n    return sum(map(str.isalpha, answer)) / 16\n")
     monkeypatch.chdir(tmp_path)
-    objective = {
+    return {
         "kind": "grpo",
         "rewards": [{"kind": "python", "function": "small.letters"}, {"kind": "numeric", "weight": 0.5}],
         "reference": {"model": str(folder / "student"), "dtype": "float32", "policy": "float32"},
         "kl": 0.01,
         "length": {"non-think": {"rate": 0.1}},
     }
-    log = stopped_and_continued(build, tmp_path, "reinforced", objective)
+
+
+def test_reinforcement(build, tmp_path, reinforcing):
+    """The engine's log-probabilities are the model's, and so are a reference's that it is itself, until it learns."""
+    log = stopped_and_continued(build, tmp_path, "reinforced", reinforcing)
     first, second = log.found[1], log.found[2]
     assert 0 <= first["inference_divergence"] < 1e-6 < second["inference_divergence"]
     assert 0 <= first["reference_divergence"] < 1e-6 < second["reference_divergence"]
@@ -306,6 +313,57 @@ def test_reinforcement(folder, build, tmp_path, monkeypatch):
     penalty = 0.1 * first["answer_tokens"] / 1000
     whole = first["reward_0_python"] + 0.5 * first["reward_1_numeric"] - penalty
     np.testing.assert_allclose(first["reward"], whole, rtol=1e-5)
+
+
+def test_reinforcement_goes_on_after_a_kill(build, tmp_path, reinforcing, monkeypatch):
+    """What lies on disk amid a round's answers, its files, a step and a save is enough to end with the same bits."""
+    run, whole = tmp_path / "run", Metrics()
+    note, digest, write, sample = whole.write, Checkpoints._write_digests, rounds._write, EngineRollouts.sample
+
+    def left(moment):
+        if not (tmp_path / moment).exists():
+            shutil.copytree(run, tmp_path / moment)
+
+    def sampling(self, *rest):
+        found = sample(self, *rest)
+        if (run / "rounds" / ".2").exists():
+            left("answers")
+        return found
+
+    def writing(path, part):
+        write(path, part)
+        if path.name == "2-0.npz":
+            left("files")
+
+    def noting(step, *rest):
+        note(step, *rest)
+        if step == 3:
+            left("step")
+
+    def saving(self):
+        if self._saving == STEPS:
+            left("save")
+        digest(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EngineRollouts, "sample", sampling)
+        patch.setattr(rounds, "_write", writing)
+        patch.setattr(whole, "write", noting)
+        patch.setattr(Checkpoints, "_write_digests", saving)
+        assert build(whole, "run", reinforcing).run() == "done"
+    assert any((tmp_path / "save" / "checkpoints").glob(f"{STEPS}.orbax*"))  # amid it
+    for moment, first in (("answers", 1), ("files", 1), ("step", 1), ("save", STEPS)):
+        log = Metrics()
+        assert build(log, moment, reinforcing).run() == "done"
+        assert log.found == {step: whole.found[step] for step in range(first, STEPS + 1)}
+        assert bits(tmp_path / moment) == bits(run)
+
+
+def bits(run):
+    """The parameters and moments that a run ended with."""
+    folders = (run / "checkpoints" / str(STEPS) / item for item in ("params", "optimizer"))
+    stored = ((folder.name, name, array) for folder in folders for name, array in open_arrays(folder))
+    return {(item, name): array.read((slice(None),) * len(array.shape), name).tobytes() for item, name, array in stored}
 
 
 def stopped_and_continued(build, tmp_path, name, objective):

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from v4_jax.checkpoint.trained import ADAPTERS, CHECKPOINTS, PARAMS, run_of, steps
+from v4_jax.checkpoint.trained import ADAPTERS, CHECKPOINTS, PARAMS, followed, run_of, steps
 from v4_jax.files import sampled_digest
 
 _SAMPLES, _BLOCK = 16, 1 << 16  # of a large file: blocks, and bytes of each
@@ -36,7 +36,7 @@ def fingerprint(directory: str | Path) -> str:
 
 def _files(directory: Path) -> Iterator[tuple[Path, Path]]:
     """The files that count, each with the folder that its name is relative to."""
-    directory = directory.absolute()
+    directory = followed(directory)
     run = run_of(directory)
     if run is None:
         folders = [(directory, directory.rglob("*"))]

@@ -27,8 +27,8 @@ def open_checkpoint(path: str | Path, *, strict: bool = True) -> Checkpoint:
     """Opens a released directory, one made by `convert`, or a training run; use it in a `with` statement.
 
     Args:
-      path: the directory; of a training run, either its own (the newest complete step is read) or `checkpoints/STEP`; a
-        released one may lie elsewhere, as `gs://bucket/directory` or `hf://org/name[@revision]`.
+      path: the directory; of a training run, either its own (the newest complete step is read), `checkpoints/STEP` or
+        `best`; a released one may lie elsewhere, as `gs://bucket/directory` or `hf://org/name[@revision]`.
       strict: whether its tensors must be exactly those of its configuration; those of a training run always must.
 
     Raises:

@@ -3,6 +3,7 @@
     run/run.json                  marks the directory
     run/config.json               the architecture, with tokenizer and generation files beside it
     run/checkpoints/STEP/params/  float32 parameters (int32 hash tables) as one Orbax tree, shaped like `v4_jax.init`'s
+    run/best                      a link to the step with the highest score, where steps are evaluated
 
 A run that trains adapters has these in their place; see `v4_jax.checkpoint.adapted`.
 
@@ -11,6 +12,7 @@ A step has its final name only when it is complete, so what else lies in `checkp
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 from pathlib import Path
@@ -25,6 +27,7 @@ from v4_jax.checkpoint.tensors import CheckpointError
 
 RUN = "run.json"
 CHECKPOINTS = "checkpoints"
+BEST = "best"
 PARAMS = "params"
 ADAPTERS = "adapters"
 RECORD = {"format": "v4-jax training run", "version": 1}
@@ -35,9 +38,27 @@ RECORD = {"format": "v4-jax training run", "version": 1}
 _CACHE_BYTES = 1 << 30
 
 
+def followed(path: str | Path) -> Path:
+    """A path, absolute; where it is a run's link to its best step, that step's own."""
+    path = Path(path).absolute()
+    return path.parent / path.readlink() if path.name == BEST and path.is_symlink() else path
+
+
+def mark_best(run: Path, step: int | None) -> None:
+    """Makes a run's link point to a step, at once; None takes it away. Where there can be no links, there is none."""
+    link, working = run / BEST, run / f".{BEST}"
+    with contextlib.suppress(OSError):
+        working.unlink(missing_ok=True)
+        if step is None:
+            link.unlink(missing_ok=True)
+        else:
+            working.symlink_to(Path(CHECKPOINTS, str(step)))
+            working.replace(link)
+
+
 def run_of(path: str | Path) -> Path | None:
     """The training run that a path is, or whose step it is; None if it is neither."""
-    path = Path(path).absolute()
+    path = followed(path)
     if (path / RUN).exists():
         return path
     run = path.parent.parent
@@ -58,7 +79,7 @@ class Trained(InMemory):
         """Opens the newest complete step of a run, or the one given, and matches it against the declarations.
 
         Args:
-          path: a run directory, or `checkpoints/STEP` in one.
+          path: a run directory, or `checkpoints/STEP` or `best` in one.
 
         Raises:
           CheckpointError: no complete step, or one that is damaged or does not fit the run's configuration.
@@ -83,7 +104,7 @@ def opened_step(path: str | Path) -> tuple[Path, Path]:
     Raises:
       CheckpointError: it is no training run, or has no such complete step.
     """
-    path = Path(path).absolute()
+    path = followed(path)
     run = run_of(path)
     if run is None:
         raise CheckpointError(f"{path} has no {RUN}, expected a training run or one of its steps")
