@@ -111,7 +111,7 @@ def _train(settings: Settings, distributed: bool, dry_run: bool, profile: Path |
             check_run(settings, origin)
         else:
             open_run(settings, origin)
-    for note in notes(settings, origin.config):
+    for note in notes(settings, origin):
         say(f"note: {note}")
     if dry_run:
         with bad_input():
@@ -177,6 +177,7 @@ def _run(
                 compiling=_compiling,
                 profile=profile,
                 rounds=rounds,
+                given=lambda: origin.stages(place),
             ).run()
     except (RolloutError, SaveError, TrainingError) as error:
         raise CommandError(str(error)) from None

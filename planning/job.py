@@ -153,7 +153,7 @@ def training(job: Job, mesh: Any) -> Training:
     state = abstract_state(job.config, transform, Place(mesh, job.preset), declared)
     stage = Stage(dense=False, indexer_loss=True)
     model = Transformer(job.config, policy=job.policy, mesh=mesh, rules=job.preset, stage=stage, remat="layers")
-    step = make_step(model, transform, lambda step: Weights(indexer=1.0), adapters=adapters)
+    step = make_step(model, transform, lambda step: Weights(indexer=1.0), part=adapters)
     return Training(step, transform, state, base)
 
 

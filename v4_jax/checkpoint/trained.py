@@ -4,7 +4,7 @@
     run/config.json               the architecture, with tokenizer and generation files beside it
     run/checkpoints/STEP/params/  float32 parameters (int32 hash tables) as one Orbax tree, shaped like `v4_jax.init`'s
 
-A run that trains adapters has these in their place; see `v4_jax.checkpoint.adapted`.
+A run that trains adapters, or DSpark's stages, has these in their place; see `v4_jax.checkpoint.adapted`, `drafting`.
 
 A step has its final name only when it is complete, so what else lies in `checkpoints` is left alone.
 """
@@ -27,6 +27,7 @@ RUN = "run.json"
 CHECKPOINTS = "checkpoints"
 PARAMS = "params"
 ADAPTERS = "adapters"
+STAGES = "stages"
 RECORD = {"format": "v4-jax training run", "version": 1}
 
 
