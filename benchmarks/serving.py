@@ -135,7 +135,7 @@ async def offered(client: httpx.AsyncClient, texts: list[str], rate: float, temp
     return {
         "requests a second": rate,
         "tokens a second": sum(one.tokens for one in seen) / seconds,
-        "tokens a step": 1 + right / steps if steps else 1.0,
+        "tokens a step": float(1 + right / steps) if steps else 1.0,
         "first token": np.quantile([one.first for one in seen], (0.5, 0.95)).tolist(),
         "between tokens": np.quantile(between, (0.5, 0.95)).tolist(),
     }

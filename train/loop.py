@@ -90,14 +90,14 @@ class Trainer:
       config: the architecture.
       place: the mesh, or one device.
       rows: the data, from its beginning.
-      fresh: makes the parameters that a new run starts from: float32, where `place` wants them; or, where a part is
-        trained, its base, as the settings hold it.
+      fresh: makes the parameters that a new run starts from: float32, where `place` wants them; or the base of an
+        addition, where one is trained, as the settings hold it.
       log: where metrics go.
       say: told what a person at the terminal should know.
       compiling: entered while a program is compiled, which takes minutes; told which.
       profile: where to trace some of the first steps, once they are compiled.
       rounds: what the objective has made of the data, some steps at a time; None where it takes the rows as they are.
-      given: makes what a part begins with that the model has already; None where it is drawn.
+      given: makes what an addition begins with, where the model has it already; None where it is drawn.
     """
 
     def __init__(
@@ -124,10 +124,10 @@ class Trainer:
             keep=settings.checkpoints.keep,
             keep_every=settings.checkpoints.keep_every,
             digests=settings.checkpoints.digests,
-            params=PARAMS if settings.part is None else folder_of(settings.part),
+            params=PARAMS if settings.addition is None else folder_of(settings.addition),
         )
-        self._part, self._base = settings.part, None
-        self._declared = whole(config) if self._part is None else self._part.declarations(config)
+        self._addition, self._base = settings.addition, None
+        self._declared = whole(config) if self._addition is None else self._addition.declarations(config)
         stability = settings.stability
         # What is made ahead is made by the parameters of then: it is not made again, nor for steps still further ahead.
         # And of DSpark's stages there is no routing to anticipate: to go back would bring the same.
@@ -176,7 +176,7 @@ class Trainer:
                 lambda step: loss_weights(self._settings, chosen, step),
                 self._settings.objective,
                 fp4_experts=self._settings.fp4_experts,
-                part=self._part,
+                addition=self._addition,
             )
             self._programs[key] = jit(step, self._shapes, self._place)
         return self._programs[key]
@@ -185,7 +185,7 @@ class Trainer:
         """The compiled choice of experts."""
         key = stage, "decide"
         if key not in self._programs:
-            decide = make_decide(self._model(stage), fp4_experts=self._settings.fp4_experts, part=self._part)
+            decide = make_decide(self._model(stage), fp4_experts=self._settings.fp4_experts, addition=self._addition)
             self._programs[key] = jax.jit(decide, out_shardings=self._place.replicated)
         return self._programs[key]
 
@@ -206,10 +206,10 @@ class Trainer:
         saved = self._checkpoints.restore(self._shapes, self._say, self._settings.model_dump(mode="json"))
         self._ready.clear()
         self._ahead.clear()
-        if self._part is not None and self._base is None:
+        if self._addition is not None and self._base is None:
             self._base = self._fresh()
         if saved is None:
-            params = self._fresh() if self._part is None else self._begun()
+            params = self._fresh() if self._addition is None else self._begun()
             places = jax.tree.map(lambda x: x.sharding, self._shapes.optimizer)
             state = jax.jit(self._optimizer().init, out_shardings=places)(params)
             step = jax.device_put(jnp.int32(0), self._shapes.step.sharding)
@@ -232,8 +232,8 @@ class Trainer:
         return drawn(self._declared, key, mesh=self._place.mesh, rules=self._place.rules)
 
     def _whole(self, state: TrainState) -> Any:
-        """The model's parameters, with what is trained beside them where that is a part."""
-        return state.params if self._part is None else self._part.onto(self._base, state.params)
+        """The model's parameters, with what is trained beside them where one is trained."""
+        return state.params if self._addition is None else self._addition.onto(self._base, state.params)
 
     def _say_changes(self, saved: Saved) -> None:
         """Tells what is not as it was when a checkpoint was saved."""

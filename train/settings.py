@@ -257,7 +257,7 @@ class Settings(Section):
         return None if self.lora is None else self.lora.adapters
 
     @property
-    def part(self) -> Adapters | DraftStages | None:
+    def addition(self) -> Adapters | DraftStages | None:
         """What is trained beside weights that stay as they are: adapters or DSpark's stages; None: the weights are."""
         return DraftStages() if isinstance(self.objective, DSpark) else self.adapters
 

@@ -89,7 +89,7 @@ class Origin(NamedTuple):
         return cls(config, tokenizer, companions(directory), checkpoint, profile, drafts)
 
     def fresh(self, place: Place, seed: int, held: Literal["native", "bfloat16", "float32"] = "float32") -> Any:
-        """The parameters that the run starts from, placed: float32 masters, or the base of a part as it is held."""
+        """The parameters that a run starts from, placed: float32 masters, or the base of an addition as it is held."""
         if self.checkpoint is None:
             return init(self.config, jax.random.key(seed), mesh=place.mesh, rules=place.rules)
         wanted = declarations(self.config.trunk() if self.drafts else self.checkpoint.config)
@@ -310,24 +310,24 @@ def record_of(settings: Settings, origin: Origin) -> Record | None:
     Raises:
       SettingsError: the model has nothing that they could be beside.
     """
-    part = settings.part
-    if part is None or settings.model is None or origin.checkpoint is None:
+    addition = settings.addition
+    if addition is None or settings.model is None or origin.checkpoint is None:
         return None
-    if not part.declarations(origin.config):
+    if not addition.declarations(origin.config):
         families = ", ".join(settings.adapters.families if settings.adapters else ())
         raise SettingsError(f"lora.families are {families}, and {settings.model} has no such matrices; expected others")
-    return Record.of(settings.model, origin.checkpoint, part)
+    return Record.of(settings.model, origin.checkpoint, addition)
 
 
 def check_record(settings: Settings, origin: Origin) -> None:
-    """Checks that a run that is there trains what it trained: the weights, or this part of this model.
+    """Checks that a run that is there trains what it trained: the weights, or this addition to this model.
 
     Raises:
       SettingsError: it does not.
       v4_jax.checkpoint.CheckpointError: its record cannot be read.
     """
     run, found, wanted = settings.run, read_record(settings.run), record_of(settings, origin)
-    before, now = ("weights" if record is None else folder_of(record.part) for record in (found, wanted))
+    before, now = ("weights" if record is None else folder_of(record.addition) for record in (found, wanted))
     if before != now:
         told = "objective" if STAGES in (before, now) else "lora"
         raise SettingsError(
@@ -335,8 +335,8 @@ def check_record(settings: Settings, origin: Origin) -> None:
         )
     if found is None or wanted is None:
         return
-    if found.part != wanted.part:
-        raise SettingsError(f"{run} has {found.part} and lora says {wanted.part}; expected a new name")
+    if found.addition != wanted.addition:
+        raise SettingsError(f"{run} has {found.addition} and lora says {wanted.addition}; expected a new name")
     if found.fingerprint != wanted.fingerprint:
         raise SettingsError(
             f"{run} has {now} of {found.model} as it was then, and {wanted.model} holds other weights: expected the "

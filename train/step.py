@@ -41,8 +41,8 @@ Metrics = dict[str, Array]
 PRETRAINING = Pretraining()
 
 
-class Part(Protocol):
-    """What is trained of a model, beside a base that stays as it is: `Adapters`, or `DraftStages`."""
+class Addition(Protocol):
+    """What is trained beside a base that stays as it is: `Adapters`, or `DraftStages`."""
 
     def declarations(self, config: Architecture) -> Any:
         """A tree of the declarations of what is trained."""
@@ -56,7 +56,7 @@ class TrainState(struct.PyTreeNode):
 
     Attributes:
       step: int32 steps done.
-      params: float32 master weights; of a run that trains a part of the model, that part alone.
+      params: float32 master weights; of a run that trains an addition to the model, the addition alone.
       optimizer: the optimiser's state.
     """
 
@@ -98,9 +98,9 @@ def make_step(
     objective: Objective | DSpark = PRETRAINING,
     *,
     fp4_experts: bool = False,
-    part: Part | None = None,
+    addition: Addition | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """A function of state, batch, experts to use, and the base of a part, to be jitted.
+    """A function of state, batch, experts to use, and the base of an addition, to be jitted.
 
     The batch is [microbatches, B, S]; gradients add up in float32. Where the loss or the gradient is not finite the
     state stays as it was, and the metrics say so.
@@ -111,11 +111,11 @@ def make_step(
       weights: of the losses, by step.
       objective: what is made of the next tokens.
       fp4_experts: see `v4_jax.train.precision.compute_copy`.
-      part: what is trained, beside a base that is not: any parameters, which the step is given; None trains the whole
-        model.
+      addition: what is trained, beside a base that is not: any parameters, which the step is given; None trains the
+        whole model.
     """
     losses = losses_of(objective)
-    parts = make_partial_step(model, transform, weights, objective, fp4_experts=fp4_experts, part=part)
+    parts = make_partial_step(model, transform, weights, objective, fp4_experts=fp4_experts, addition=addition)
 
     def step(
         state: TrainState, batch: Batch, decisions: Decisions | None = None, base: Any = None
@@ -139,7 +139,7 @@ class PartialStep(NamedTuple):
 
     Attributes:
       gradient: `(state, batch, counts, decisions=None, shared=None, base=None)` -> loss, sums and gradient of rows
-        [B, S], whose share of the step's counts they are; `shared` is for the objective, `base` is that of a part.
+        [B, S], whose share of the step's counts they are; `shared` is for the objective, `base` is that of an addition.
       update: `(state, what `gradient` returned, added up, counts)` -> state and metrics.
     """
 
@@ -154,11 +154,11 @@ def make_partial_step(
     objective: Objective | DSpark = PRETRAINING,
     *,
     fp4_experts: bool = False,
-    part: Part | None = None,
+    addition: Addition | None = None,
 ) -> PartialStep:
     """The parts of `make_step`, whose arguments are the same."""
     config, policy = model.config, Policy.of(model.policy)
-    declared = whole(config) if part is None else part.declarations(config)
+    declared = whole(config) if addition is None else addition.declarations(config)
     losses = losses_of(objective)
 
     def gradient(
@@ -172,7 +172,7 @@ def make_partial_step(
         now = weights(state.step)
 
         def loss(trained: Any) -> tuple[Array, Sums]:
-            params = trained if part is None else part.onto(base, trained)
+            params = trained if addition is None else addition.onto(base, trained)
             params = compute_copy(params, config, policy, fp4_experts=fp4_experts)
             return losses.total(model, params, batch, counts, now, decisions, shared)
 
@@ -231,7 +231,7 @@ class JittedParts:
           parts: rows [B, S], decisions to replay and what the rows share, of each part, all of one shape; drawn when
             they are needed.
           counts: of all of them together.
-          base: that of a part.
+          base: that of an addition.
         """
         found = None
         for batch, decisions, shared in parts:
@@ -253,12 +253,14 @@ def jit_step(step: Any, state: TrainState, place: Place) -> Any:
     return jax.jit(step, donate_argnums=0, out_shardings=(placed, place.replicated), compiler_options=options)
 
 
-def make_decide(model: Transformer, *, fp4_experts: bool = False, part: Part | None = None) -> Callable[..., Decisions]:
-    """A function of parameters, batch and the base of a part that says which experts are chosen, to be jitted; as for
-    `make_step`."""
+def make_decide(
+    model: Transformer, *, fp4_experts: bool = False, addition: Addition | None = None
+) -> Callable[..., Decisions]:
+    """A function of parameters, batch and the base of an addition that says which experts are chosen, to be jitted; as
+    for `make_step`."""
 
     def run(trained: Any, batch: Batch, base: Any = None) -> Decisions:
-        params = trained if part is None else part.onto(base, trained)
+        params = trained if addition is None else addition.onto(base, trained)
         params = compute_copy(params, model.config, Policy.of(model.policy), fp4_experts=fp4_experts)
         return jax.lax.map(lambda rows: decide(model, params, rows), batch)
 

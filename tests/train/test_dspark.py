@@ -160,8 +160,7 @@ def test_places_are_drawn_where_something_is_to_be_learnt(rows):
 
 
 def stepped(model, params, rows, place=None, declared=None):
-    part = DraftStages()
-    step = jax.jit(make_step(model, SGD, lambda step: Weights(), OBJECTIVE, part=part))
+    step = jax.jit(make_step(model, SGD, lambda step: Weights(), OBJECTIVE, addition=DraftStages()))
     base, stages = {name: x for name, x in params.items() if name != STAGES}, {STAGES: params[STAGES]}
     state = TrainState(jnp.int32(3), stages, SGD.init(stages))
     after, metrics = step(state, jax.tree.map(lambda x: x[None], rows), None, base)

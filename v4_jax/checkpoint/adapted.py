@@ -55,9 +55,9 @@ class Merged(Checkpoint):
         check_base(base, record, run)
         if not (step / ADAPTERS).is_dir():
             raise CheckpointError(f"{step} is damaged: it has no {ADAPTERS}")
-        assert isinstance(record.part, Adapters)
-        self._base, self.record, self._scale = base, record, np.float32(record.part.scale)
-        self._factors = _factors(step, record.part, base)
+        assert isinstance(record.addition, Adapters)
+        self._base, self.record, self._scale = base, record, np.float32(record.addition.scale)
+        self._factors = _factors(step, record.addition, base)
         self.label, self.config, self.hf_config, self.formats = str(step), base.config, base.hf_config, base.formats
         self.tensors, self.ignored, self.notes, self.files = base.tensors, base.ignored, base.notes, companions(run)
         content = f"{base.fingerprint} {step_fingerprint(run, step / ADAPTERS)}"

@@ -43,7 +43,7 @@ def open_checkpoint(path: str | Path, *, strict: bool = True) -> Checkpoint:
         record = read_record(run)
         if record is None:
             return Trained(path)
-        made = Merged if isinstance(record.part, Adapters) else WithStages
+        made = Merged if isinstance(record.addition, Adapters) else WithStages
         return made(open_checkpoint(record.model), record, path)
     kind = Converted if (Path(path) / MANIFEST).exists() else Released
     return kind(path, strict=strict)

@@ -39,7 +39,7 @@ def export_adapters(source: str | Path, target: str | Path, *, progress: Progres
         if not isinstance(checkpoint, Merged):
             raise CheckpointError(f"{source} has no adapters, expected a training run with lora in its settings")
         record = checkpoint.record
-        assert isinstance(record.part, Adapters)
+        assert isinstance(record.addition, Adapters)
         modules = {name: transformers_name(name).removesuffix(".weight") for name in checkpoint.adapted}
         tensors = {
             f"base_model.model.{modules[name]}.{factor}.weight": TensorInfo("F32", shape)
@@ -64,8 +64,8 @@ def export_adapters(source: str | Path, target: str | Path, *, progress: Progres
                 "peft_type": "LORA",
                 "task_type": "CAUSAL_LM",
                 "base_model_name_or_path": record.model,
-                "r": record.part.rank,
-                "lora_alpha": record.part.alpha,
+                "r": record.addition.rank,
+                "lora_alpha": record.addition.alpha,
                 "lora_dropout": 0.0,
                 "bias": "none",
                 "inference_mode": True,

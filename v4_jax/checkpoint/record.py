@@ -24,17 +24,17 @@ from v4_jax.files import complete
 _NAMES: dict[type, str] = {Adapters: ADAPTERS, DraftStages: STAGES}
 _VERSION = 1
 
-Part = Adapters | DraftStages
+Addition = Adapters | DraftStages
 
 
-def folder_of(part: Part) -> str:
+def folder_of(addition: Addition) -> str:
     """What a step's folder is called that holds what is trained."""
-    return _NAMES[type(part)]
+    return _NAMES[type(addition)]
 
 
-def file_of(part: Part) -> str:
+def file_of(addition: Addition) -> str:
     """What the record in a run's directory is called."""
-    return f"{folder_of(part)}.json"
+    return f"{folder_of(addition)}.json"
 
 
 class Record(NamedTuple):
@@ -43,25 +43,25 @@ class Record(NamedTuple):
     Attributes:
       model: the directory of their model, where it was when the run began.
       fingerprint: of its content.
-      part: what is trained of it.
+      addition: what is trained beside it.
     """
 
     model: str
     fingerprint: str
-    part: Part
+    addition: Addition
 
     @classmethod
-    def of(cls, model: str | Path, checkpoint: Checkpoint, part: Part) -> Record:
-        """The record of a part of a model that is open."""
+    def of(cls, model: str | Path, checkpoint: Checkpoint, addition: Addition) -> Record:
+        """The record of an addition to a model that is open."""
         where = str(model) if url_of(model) else str(Path(model).absolute())
-        return cls(where, _identity(where, checkpoint), part)
+        return cls(where, _identity(where, checkpoint), addition)
 
     def write(self, run: Path) -> None:
         """Puts it into a run's directory."""
-        values = {"format": f"v4-jax {folder_of(self.part)}", "version": _VERSION}
+        values = {"format": f"v4-jax {folder_of(self.addition)}", "version": _VERSION}
         values |= {"model": self.model, "fingerprint": self.fingerprint}
-        with complete(run / file_of(self.part)) as working:
-            working.write_text(json.dumps(values | dataclasses.asdict(self.part), indent=2) + "\n")
+        with complete(run / file_of(self.addition)) as working:
+            working.write_text(json.dumps(values | dataclasses.asdict(self.addition), indent=2) + "\n")
 
 
 def read_record(run: Path) -> Record | None:
@@ -78,10 +78,10 @@ def read_record(run: Path) -> Record | None:
     try:
         if (found["format"], found["version"]) != (f"v4-jax {name}", _VERSION):
             raise KeyError
-        part: Part = DraftStages()
+        addition: Addition = DraftStages()
         if name == ADAPTERS:
-            part = Adapters(int(found["rank"]), float(found["alpha"]), tuple(found["families"]))
-        return Record(found["model"], found["fingerprint"], part)
+            addition = Adapters(int(found["rank"]), float(found["alpha"]), tuple(found["families"]))
+        return Record(found["model"], found["fingerprint"], addition)
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{file} is no record of v4-jax {name}, version {_VERSION}") from None
 
@@ -94,8 +94,8 @@ def check_base(base: Checkpoint, record: Record, run: Path) -> None:
     """
     if _identity(record.model, base) != record.fingerprint:
         raise CheckpointError(
-            f"{record.model} is not the model that the {folder_of(record.part)} of {run} were trained on: its content "
-            "has changed"
+            f"{record.model} is not the model that the {folder_of(record.addition)} of {run} were trained on: its "
+            "content has changed"
         )
 
 
