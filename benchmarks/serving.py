@@ -37,7 +37,7 @@ from v4_jax.infer.evaluation import recall
 RESULTS = Path(__file__).parent / "results"
 MODEL = Path(__file__).parents[1] / "v4_jax" / "data" / "demo"
 
-SLOTS, PROMPT, ANSWER = 8, 1000, 48  # characters of a text, which are tokens; tokens of an answer
+SLOTS, PROMPT, ANSWER = 8, 1000, 192  # characters of a text, which are tokens; tokens of an answer
 DOCUMENT, QUESTION, QUESTIONS = 8192, 100, 20  # tokens that all prompts share, and of each one's end
 PREFIXES = {
     "none kept": ["--prefix-memory", 0],

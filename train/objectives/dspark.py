@@ -23,12 +23,13 @@ from v4_jax.architecture import Architecture, ConfigError
 from v4_jax.cache.ring import MOST_ROLLED_BACK
 from v4_jax.config import Config
 from v4_jax.draft_stages import STAGES
+from v4_jax.drafting import behind
 from v4_jax.outputs import Output
 from v4_jax.train.batch import Batch
 from v4_jax.train.objectives.objective import Arranged, Counts, Decisions, Sums, Weights, targets
 from v4_jax.train.section import Section
 from v4_jax.train.teachers.settings import TeacherSettings
-from v4_jax.transformer import Transformer, behind
+from v4_jax.transformer import Transformer
 
 _FRESH = {"stages": 3, "block_size": 5, "rank": 256}  # as released
 
