@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
@@ -328,6 +329,12 @@ def test_stages_that_are_there_go_on(run, exported, build, tmp_path):
     )
     assert fresh._given() is None and fresh._config.dspark_stages == 3
     assert fresh._config.dspark_target_layer_ids == (0, 1) and fresh._config.dspark_markov_rank == 256
+
+
+def test_formats_that_are_not_made_are_refused():
+    nvfp4 = dataclasses.replace(two().config, expert_dtype="nvfp4")
+    with pytest.raises(ValueError, match="the model's experts are in NVFP4, which is read and not made"):
+        DSpark(noise_token=319).of(nvfp4)
 
 
 def test_an_mtp_block_is_replaced(build, tmp_path):

@@ -79,8 +79,14 @@ class DSpark(Section):
         """The architecture of a model with its stages: those it has, or fresh ones in place of whatever drafts.
 
         Raises:
-          ValueError: settings that are not those of the stages it has, or none for fresh ones.
+          ValueError: settings that are not those of the stages it has, or none for fresh ones, or a model that cannot
+            have any.
         """
+        if config.expert_dtype == "nvfp4":
+            raise ValueError(
+                "the model's experts are in NVFP4, which is read and not made, and those of its stages would be, too: "
+                "expected a model in another format"
+            )
         layers = config.num_hidden_layers
         if not self.begins_fresh(config):
             has = {
@@ -101,11 +107,6 @@ class DSpark(Section):
             raise ValueError(
                 "objective.noise_token is missing, and the stages are fresh: expected the id of a token that texts do "
                 f"not have, below {config.vocab_size}"
-            )
-        if config.expert_dtype == "nvfp4":
-            raise ValueError(
-                "the model's experts are in NVFP4, which is read and not made: fresh stages cannot be released with "
-                "them; expected a model in another format"
             )
         chosen = {name: getattr(self, name) or value for name, value in _FRESH.items()}
         if chosen["block_size"] >= MOST_ROLLED_BACK:
