@@ -1,10 +1,10 @@
 """Serving under load: throughput, waiting times and tokens a step of `v4-jax serve` against load, drafts, prefixes.
 
-The server runs as a process of its own with the embedded model; clients come at random times (Poisson), each with a
-text of its own, and stream what is answered. First twice as many clients as there are slots, without a pause, show how
-much the server can do; then clients come at fractions of that rate. Once for each way to draft, at the rates of the
-first one. DSpark's stages are those that `benchmarks/drafts.py` trains, on the same trunk. Last, one client asks one
-question after another about the same long text, with and without a prefix cache.
+The server runs as a process of its own with the embedded model. First one client has it for itself. Then twice as many
+clients as there are slots, without a pause, show how much the server can do; then clients come at random times
+(Poisson) at fractions of that rate, each with a text of its own, and stream what is answered. Once for each way to
+draft, at the rates of the first one. DSpark's stages are those that `benchmarks/drafts.py` trains, on the same trunk.
+Last, one client asks one question after another about the same long text, with and without a prefix cache.
 
     python benchmarks/serving.py [--requests 60] [--drafts none mtp:2]
     python benchmarks/serving.py --drafts none mtp:1 mtp:2 dspark --stages DIRECTORY/model
@@ -38,6 +38,7 @@ RESULTS = Path(__file__).parent / "results"
 MODEL = Path(__file__).parents[1] / "v4_jax" / "data" / "demo"
 
 SLOTS, PROMPT, ANSWER = 8, 1000, 192  # characters of a text, which are tokens; tokens of an answer
+ALONE = 12  # requests of a client that has the server for itself
 DOCUMENT, QUESTION, QUESTIONS = 8192, 100, 20  # tokens that all prompts share, and of each one's end
 PREFIXES = {
     "none kept": ["--prefix-memory", 0],
@@ -120,6 +121,18 @@ async def closed(client: httpx.AsyncClient, texts: list[str], temperature: float
     return len(texts) / (time.perf_counter() - started)
 
 
+async def alone(client: httpx.AsyncClient, texts: list[str], temperature: float) -> dict[str, Any]:
+    """What a client sees who has the server for itself, one request after another: decoding, without its prompts."""
+    before = await counted(client)
+    seen = [await ask(client, text, temperature) for text in texts]
+    steps, right = await counted(client) - before
+    seconds = [(one.last - one.first) / max(1, one.tokens - 1) for one in seen]
+    return {
+        "tokens a second": float(1 / np.median(seconds)),
+        "tokens a step": float(1 + right / steps) if steps else 1.0,
+    }
+
+
 async def offered(client: httpx.AsyncClient, texts: list[str], rate: float, temperature: float) -> dict[str, Any]:
     """What clients see who come at random times, so many a second in the mean."""
     before = await counted(client)
@@ -150,12 +163,11 @@ async def measure(
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=address, timeout=None, limits=limits) as client:
         await closed(client, texts[: 2 * SLOTS], temperature)
+        one = await alone(client, texts[:ALONE], temperature)
         most = await closed(client, texts, temperature)
         rates = rates or [load * most for load in LOADS]
-        return rates, [
-            {"most requests a second": most},
-            *[await offered(client, texts, rate, temperature) for rate in rates],
-        ]
+        seen = [await offered(client, texts, rate, temperature) for rate in rates]
+        return rates, [{"most requests a second": most, "alone": one}, *seen]
 
 
 async def shared(address: str) -> dict[str, Any]:
@@ -177,7 +189,9 @@ def picture(found: dict[str, list[dict[str, Any]]], prefixes: dict[str, dict[str
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, ((speed, steps, token), (first, most, last)) = plt.subplots(2, 3, figsize=(14, 8), layout="constrained")
+    figure, panels = plt.subplots(2, 4, figsize=(18, 8), layout="constrained")
+    (single, speed, token, steps), (most, first, last, unused) = panels
+    unused.axis("off")
     colours = {draft: f"C{number}" for number, draft in enumerate(found)}
     for draft, (_, *rows) in found.items():
         loads = [row["requests a second"] for row in rows]
@@ -188,18 +202,21 @@ def picture(found: dict[str, list[dict[str, Any]]], prefixes: dict[str, dict[str
             (first, [row["first token"][0] for row in rows]),
         ):
             axes.plot(loads, values, marker="o", color=colours[draft], label=draft)
+        steps.axhline(found[draft][0]["alone"]["tokens a step"], ls="--", lw=1, color=colours[draft])
         first.plot(loads, [row["first token"][1] for row in rows], marker="o", ls=":", color=colours[draft])
     speed.set(title="Throughput", ylabel="tokens a second", ylim=(0, None))
-    steps.set(title="Tokens a step of a row", ylabel="tokens", ylim=(0, None))
+    steps.set(title="Tokens a step of a row (dashed: alone)", ylabel="tokens", ylim=(0, None))
     token.set(title="Time of a token, median", ylabel="milliseconds", ylim=(0, None))
     first.set(title="First token: median, and 95% dotted", ylabel="seconds", yscale="log")
     for axes in (speed, steps, token, first):
         axes.set_xlabel("requests a second")
         axes.grid(alpha=0.3)
     speed.legend(title="draft")
+    single.bar(list(found), [rows[0]["alone"]["tokens a second"] for rows in found.values()], color=colours.values())
+    single.set(title="One client alone, decoding", ylabel="tokens a second")
     most.bar(list(found), [rows[0]["most requests a second"] for rows in found.values()], color=colours.values())
     most.set(title="Without a pause, twice as many clients as slots", ylabel="requests a second")
-    last.barh(list(prefixes), [row["first token"][0] for row in prefixes.values()])
+    last.barh(list(prefixes), [row["first token"][0] for row in prefixes.values()], color="gray")
     last.invert_yaxis()
     last.set(xlabel="seconds to the first token, median", title=f"{DOCUMENT:,} of {DOCUMENT + QUESTION:,} tokens known")
     figure.savefig(path, dpi=120)
@@ -236,6 +253,8 @@ def main() -> None:
     ):
         table.add_column(name, justify="right")
     for draft, (most, *rows) in found.items():
+        one = most["alone"]
+        table.add_row(draft, "", "alone", f"{one['tokens a second']:.0f}", f"{one['tokens a step']:.2f}", "", "")
         for row in rows:
             first, between = row["first token"], row["between tokens"]
             table.add_row(
