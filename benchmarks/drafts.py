@@ -3,7 +3,7 @@
 Texts are those of `infer/evaluation/recall.py`. The trunk stays as it is: what is trained, and how well the stages then
 draft, is told by `v4-jax train` and `benchmarks/serving.py --stages DIRECTORY/model`.
 
-    python benchmarks/drafts.py DIRECTORY              a quarter of an hour on two cores; continued if interrupted
+    python benchmarks/drafts.py DIRECTORY              twenty minutes on two cores; continued if interrupted
 
 Makes DIRECTORY/model, a released directory: the embedded model with the stages in place of its MTP block.
 """
