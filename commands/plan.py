@@ -62,7 +62,8 @@ def plan(
     Args:
       model: A directory with a config.json, or flash, pro, flash-0731, pro-0813 or tiny.
       task: decode: one token of each row; prefill: a chunk of each row; train: a step of whole rows, MTP included; sft:
-        a step that trains LoRA adapters of rank 16 beside attention and shared experts, and leaves the weights alone.
+        a step that trains LoRA adapters of rank 16 beside attention and shared experts, and leaves the weights alone;
+        dspark: one that trains DSpark's stages on the trunk, which it leaves alone.
       topology: The chips: v4, v5e, v5p, v6e or tpu7x and the slice's shape, such as v6e:2x4 or v5p:2x2x2.
       context: Tokens of each row after the call, such as 128K or 1M. Default: 1M, or 16K in training, or the model's
         most if that is less.
@@ -72,7 +73,7 @@ def plan(
       chunk: Tokens of each row that one prefill call takes. Default: 8K, or 128 per device if that is more.
       dtype: native: weights in the released formats, computing with its rounding; bfloat16: both in that. The cache is
         bfloat16 in either case. Training keeps float32 masters and moments and computes in bfloat16; with sft they are
-        the adapters' alone.
+        the adapters' alone, and with dspark the stages'.
       as_json: Write the plan as one JSON object.
     """
     jax.config.update("jax_platforms", "cpu")  # only shapes are computed here, also where there are TPUs

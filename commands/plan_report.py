@@ -19,7 +19,7 @@ from v4_jax.sharding.mesh import format_mesh
 PARTS = 12  # parts of the estimate
 SHOWN = 5  # heaviest instructions, and estimates that were not compiled
 
-_STATE = {"train": "masters and moments", "sft": "weights and adapters"}
+_STATE = {"train": "masters and moments", "sft": "weights and adapters", "dspark": "weights and stages"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +147,8 @@ def _title(workload: Workload) -> str:
     taken = {"decode": "one token", "prefill": f"the last {format_size(workload.chunk)} tokens"}
     formats = f"{workload.dtype} weights"
     if workload.trains:
-        formats = f"{formats} and float32 adapters" if workload.adapters else "float32 masters"
+        beside = {"sft": "adapters", "dspark": "stages"}.get(workload.task)
+        formats = f"{formats} and float32 {beside}" if beside else "float32 masters"
         formats += ", computing in bfloat16"
     call = f"{taken.get(workload.task, 'a step')} of {rows} at {format_size(workload.context)} tokens"
     return f"{workload.task}: {call}, {formats}, on {workload.topology} ({count})"

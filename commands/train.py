@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import jax
 import tyro
@@ -19,7 +20,7 @@ from v4_jax.commands.shared.evaluation import EngineEvaluation
 from v4_jax.commands.shared.options import Flag, OptionalCount, OptionalFile
 from v4_jax.commands.shared.profiling import check_profile
 from v4_jax.commands.shared.rollouts import EngineRollouts
-from v4_jax.commands.train_report import DryRun
+from v4_jax.commands.train_report import DryRun, flops_of, task_of
 from v4_jax.commands.train_rows import print_rows
 from v4_jax.config import Config
 from v4_jax.placement import Place, check_mesh
@@ -113,7 +114,7 @@ def _train(settings: Settings, distributed: bool, dry_run: bool, profile: Path |
             check_run(settings, origin)
         else:
             open_run(settings, origin)
-    for note in notes(settings, origin.config):
+    for note in notes(settings, origin):
         say(f"note: {note}")
     if dry_run:
         with bad_input():
@@ -161,10 +162,10 @@ def _run(
 
     report = Report(
         metrics,
-        origin.config,
         steps=settings.steps,
         every=settings.log.every,
         length=lambda step: settings.stages[stage_at(settings, step)].length,
+        flops=functools.partial(flops_of, settings, origin.config),
         say=say,
     )
     try:
@@ -181,6 +182,7 @@ def _run(
                 profile=profile,
                 rounds=rounds,
                 evaluation=evaluation,
+                given=lambda: origin.stages(place),
             ).run()
     except (RolloutError, SaveError, TrainingError) as error:
         raise CommandError(str(error)) from None
@@ -235,8 +237,7 @@ def _place(settings: Settings, config: Config) -> Place:
     if mesh == devices.AUTO:
         first = settings.stages[0]
         rows = first.rows // first.microbatches
-        task: Literal["train", "sft"] = "train" if settings.lora is None else "sft"
-        demand = Demand(config, first.length, rows, "train", settings.held, task=task)
+        demand = Demand(config, first.length, rows, "train", settings.held, task=task_of(settings))
         return devices.best_place(demand, lambda sizes: _splits(settings, config, sizes))
     place = Place()
     for stage in settings.stages:

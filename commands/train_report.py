@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ from v4_jax import costs
 from v4_jax.checkpoint.trained import steps
 from v4_jax.commands.info_report import make_table
 from v4_jax.commands.shared.sizes import bytes_text, operations_text, share_text
+from v4_jax.config import Config
 from v4_jax.parameter_tree import declarations
 from v4_jax.parameters import is_parameter
 from v4_jax.placement import Place, bytes_per_device
@@ -30,6 +31,20 @@ if TYPE_CHECKING:
     from v4_jax.train.setup import Origin
 
 
+def task_of(settings: Settings) -> Literal["train", "sft", "dspark"]:
+    """What `plan` calls a run of these settings."""
+    if settings.objective.kind == "dspark":
+        return "dspark"
+    return "train" if settings.lora is None else "sft"
+
+
+def flops_of(settings: Settings, config: Config, length: int) -> int:
+    """FLOPs of a token of a run, in rows of so many tokens; see `v4_jax.costs`."""
+    if settings.objective.kind == "dspark":
+        return costs.stage_training_flops(config, length, settings.objective.anchors)
+    return costs.training_flops(config, length, frozen=settings.lora is not None)
+
+
 @dataclasses.dataclass(frozen=True)
 class DryRun:
     """A run that was looked at and not begun.
@@ -39,7 +54,7 @@ class DryRun:
       origin: what it starts from.
       place: its devices.
       filled: of each stage's first batch, the share of tokens that are no padding.
-      state: bytes of masters, moments and what else a device keeps from step to step, the base of adapters included.
+      state: bytes of masters, moments and what else a device keeps from step to step, the base of an addition included.
       free: bytes that each device has; None where nothing says.
       sets: what is asked between steps, one a set.
     """
@@ -66,21 +81,22 @@ class DryRun:
             float((np.asarray(rows.next_batch(stage.rows, stage.length).segment_ids) > 0).mean())
             for stage in settings.stages
         ]
-        adapters = settings.adapters
-        declared = declarations(origin.config) if adapters is None else adapters.declarations(origin.config)
+        addition, config = settings.addition, origin.config
+        declared = declarations(config) if addition is None else addition.declarations(config)
         transform = optimizer(
-            origin.config,
+            config,
             settings.optimizer.learning_rate,
             matrices=settings.optimizer.matrices,
             mesh=place.mesh,
             rules=place.rules,
             declared=declared,
         )
-        state = bytes_per_device(abstract_state(origin.config, transform, place, declared))
-        if adapters is not None:
+        state = bytes_per_device(abstract_state(config, transform, place, declared))
+        if addition is not None:
             whole = place.mesh or abstract_mesh(dict.fromkeys(MESH_AXES, 1))
             dtype: WeightFormat = "native" if settings.held == "native" else "bfloat16"
-            base = bytes_per_device(abstract_params(origin.config, whole, place.rules, dtype))
+            held = config.trunk() if task_of(settings) == "dspark" else config
+            base = bytes_per_device(abstract_params(held, whole, place.rules, dtype))
             state += base * (2 if settings.held == "float32" else 1)
         mesh = Mesh(np.array(jax.devices()[:1]), ("one",)) if place.mesh is None else place.mesh
         return cls(settings, origin, place, filled, state, free_bytes(mesh), sets)
@@ -96,8 +112,7 @@ class DryRun:
         said = f"state: {bytes_text(self.state)} of each device, {has}"
         if not self.fits:
             return f"{said}: it has no room; expected a mesh of more devices, or a smaller model"
-        task = "train" if self.settings.lora is None else "sft"
-        return f"{said}; a step's temporaries come on top, which v4-jax plan --task {task} counts"
+        return f"{said}; a step's temporaries come on top, which v4-jax plan --task {task_of(self.settings)} counts"
 
     def objective(self) -> str:
         """What is made of the next tokens, and who takes part in it."""
@@ -108,17 +123,26 @@ class DryRun:
         said += [f"{name}: {settings.model}" for name, settings in chosen.readers.items()]
         return "; ".join(said)
 
-    def adapters(self) -> list[str]:
+    def addition(self) -> list[str]:
         """A line on what is trained in place of the weights."""
-        lora, adapters = self.settings.lora, self.settings.adapters
-        if lora is None or adapters is None:
+        settings, config = self.settings, self.origin.config
+        if settings.addition is None:
             return []
-        factors = jax.tree.leaves(adapters.declarations(self.origin.config), is_leaf=is_parameter)
-        trained = sum(math.prod(factor.shape) for factor in factors)
-        families = ", ".join(adapters.families)
-        return [
-            f"adapters: rank {lora.rank} of {families}, {trained:,} parameters; weights {lora.base}, left as they are"
-        ]
+        leaves = jax.tree.leaves(settings.addition.declarations(config), is_leaf=is_parameter)
+        trained = f"{sum(math.prod(leaf.shape) for leaf in leaves):,} parameters"
+        if settings.adapters is not None:
+            families = ", ".join(settings.adapters.families)
+            what = f"adapters: rank {settings.adapters.rank} of {families}, {trained}; weights"
+        else:
+            drafts, origin = self.origin.drafts, self.origin.checkpoint
+            assert drafts is not None and origin is not None
+            fresh = drafts.begins_fresh(origin.config)
+            layers = ", ".join(map(str, config.dspark_target_layer_ids))
+            what = (
+                f"stages: {config.dspark_stages}, {'fresh' if fresh else 'those that are there'}, which draft "
+                f"{config.dspark_block_size} tokens from layers {layers}, {trained}; the trunk"
+            )
+        return [f"{what} {settings.held}, left as {'they are' if settings.adapters else 'it is'}"]
 
     def evaluation(self) -> list[str]:
         """A line on what is asked between steps."""
@@ -141,7 +165,7 @@ class DryRun:
             f"run: {settings.run} ({goes})",
             f"model: {origin.config.num_hidden_layers} layers, {parameters:,} parameters",
             f"mesh: {mesh} of {jax.device_count()}",
-            *self.adapters(),
+            *self.addition(),
             f"objective: {self.objective()}",
             f"data: {sources} source{'' if sources == 1 else 's'}, first batches read",
             f"checkpoints: every {every:,} steps, {settings.checkpoints.keep} kept",
@@ -152,10 +176,10 @@ class DryRun:
     def table(self) -> Table:
         """The stages."""
         names = ("stage", "steps", "rows", "length", "attention", "tokens", "FLOPs", "filled")
-        table, frozen = make_table("Stages", *names), self.settings.lora is not None
+        table = make_table("Stages", *names)
         for number, (stage, filled) in enumerate(zip(self.settings.stages, self.filled, strict=True)):
             tokens = stage.steps * stage.rows * stage.length
-            flops = tokens * costs.training_flops(self.origin.config, stage.length, frozen=frozen)
+            flops = tokens * flops_of(self.settings, self.origin.config, stage.length)
             row = (number, f"{stage.steps:,}", stage.rows, f"{stage.length:,}", stage.attention, f"{tokens:,}")
             table.add_row(*map(str, row), operations_text(flops), share_text(filled))
         return table

@@ -35,12 +35,14 @@ PRESETS_OF_TASK: dict[Task, tuple[str, ...]] = {
     "prefill": ("prefill", "long-context"),
     "train": ("train",),
     "sft": ("train",),
+    "dspark": ("train",),
 }
 
 HEADROOM = 0.15  # of a device's memory: what an estimate leaves for temporaries
 
-# What a call goes through: the layers once; in training forward, once more for the backward pass, and backward.
-PASSES: dict[Task, int] = {"decode": 1, "prefill": 1, "train": 3, "sft": 3}
+# What a call goes through: the layers once; in training forward, once more for the backward pass, and backward, but
+# where DSpark's stages are trained, which are few.
+PASSES: dict[Task, int] = {"decode": 1, "prefill": 1, "train": 3, "sft": 3, "dspark": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +80,9 @@ class Least:
     """The least that the algorithm needs for a call, all devices together.
 
     Attributes:
-      flops: FLOPs; in training, see `v4_jax.costs.training_flops`; where adapters are trained, without those of the
-        weights' gradients, and without the adapters' own.
+      flops: FLOPs; in training, see `Job.training_flops`.
       weights: bytes of weights read once: all dense ones, and the experts that the call's tokens can reach at most. In
-        training, of masters and moments read and written once, and the base of adapters read.
+        training, of masters and moments read and written once, and the base of what is trained beside it read.
       cache: bytes of cache read once: windows, open blocks, index keys and HCA entries of every row, and the CSA
         entries that its last token picks.
     """
@@ -97,7 +98,7 @@ class Estimate:
 
     Attributes:
       workload: the workload.
-      weights: bytes; in training, of masters and moments, and of the base of adapters.
+      weights: bytes; in training, of masters and moments, and of the base of what is trained beside it.
       cache: bytes.
       fits: whether both leave `HEADROOM` of the memory.
       floor: a rough floor of its time.
@@ -179,7 +180,7 @@ def least_work(workload: Workload) -> Least:
     config = workload.config
     mesh = abstract_mesh(dict.fromkeys(workload.mesh, 1))
     if workload.trains:
-        flops = workload.tokens * costs.training_flops(config, workload.context, frozen=workload.task == "sft")
+        flops = workload.tokens * workload.training_flops
         found = training(workload, mesh)
         return Least(float(flops), 2.0 * bytes_per_device(found.state) + bytes_per_device(found.base), 0.0)
     # A chunk's tokens count as its last one, which sees most; a prompt's head is for its last token alone.

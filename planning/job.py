@@ -10,16 +10,18 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from v4_jax import costs
 from v4_jax.adapters import Adapters
 from v4_jax.cache.cache import CacheDtype, cache_shapes
 from v4_jax.config import Config
+from v4_jax.draft_stages import DraftStages
 from v4_jax.number_formats import BlockScaled, layout, scale_shape
 from v4_jax.outputs import Output
 from v4_jax.parameter_tree import declarations, placements
 from v4_jax.parameters import Parameter, is_parameter
 from v4_jax.placement import Place
 
-Task = Literal["prefill", "decode", "train", "sft"]
+Task = Literal["prefill", "decode", "train", "sft", "dspark"]
 WeightFormat = Literal["native", "bfloat16"]
 
 
@@ -30,14 +32,15 @@ class Job:
     Attributes:
       config: the architecture; an MTP block is trained, and left out otherwise (`without_mtp`).
       task: "decode" one token per row, or "prefill" a chunk of each, or "train", a step of whole rows, or
-        "sft", a step that trains adapters beside weights that stay as they are.
+        "sft", a step that trains adapters beside weights that stay as they are, or "dspark", one that trains DSpark's
+        stages on a trunk that does.
       context: tokens of a row when the call is over, which is what its cache has room for.
       batch: rows.
       chunk: tokens per row and call; all of `context` in training.
       mesh: sizes of the mesh axes.
       preset: the sharding preset.
       dtype: "native": weights in the released formats; "bfloat16": in that. The cache is bfloat16 in either case.
-        Training computes in bfloat16, and keeps masters and moments in float32: where it trains adapters, theirs.
+        Training computes in bfloat16, and keeps masters and moments in float32: of an addition, where it trains one.
     """
 
     config: Config
@@ -66,14 +69,25 @@ class Job:
     @property
     def trains(self) -> bool:
         """Whether it is a training step."""
-        return self.task in ("train", "sft")
+        return self.task in ("train", "sft", "dspark")
 
     @property
-    def adapters(self) -> Adapters | None:
-        """What a step trains in place of the weights: what `lora` of training settings is by default."""
+    def addition(self) -> Adapters | DraftStages | None:
+        """What a step trains beside weights that stay as they are: what training settings say by default."""
         from v4_jax.train.settings import LoraSettings
 
+        if self.task == "dspark":
+            return DraftStages()
         return LoraSettings().adapters if self.task == "sft" else None
+
+    @property
+    def training_flops(self) -> int:
+        """FLOPs of a training step per token, see `v4_jax.costs`: with adapters without their own."""
+        from v4_jax.train.objectives.dspark import DSpark
+
+        if self.task == "dspark":
+            return costs.stage_training_flops(self.config, self.context, DSpark().anchors)
+        return costs.training_flops(self.config, self.context, frozen=self.task == "sft")
 
     @property
     def tokens(self) -> int:
@@ -120,7 +134,7 @@ class Training(NamedTuple):
       step: `(state, batch) -> (state, metrics)`.
       transform: the optimiser.
       state: shapes and places of weights and the optimiser's state.
-      base: those of weights beside which adapters are trained; None where there are none.
+      base: those of weights beside which an addition is trained; None where there are none.
     """
 
     step: Any
@@ -139,21 +153,24 @@ def training(job: Job, mesh: Any) -> Training:
     Raises:
       ShardingError: the model does not split evenly over the mesh.
     """
-    from v4_jax.layers.stages import Stage
+    from v4_jax.layers.stages import SPARSE, Stage
+    from v4_jax.train.objectives.dspark import DSpark
     from v4_jax.train.objectives.objective import Weights
+    from v4_jax.train.objectives.pretraining import Pretraining
     from v4_jax.train.optimizer import optimizer
     from v4_jax.train.step import abstract_state, make_step
     from v4_jax.transformer import Transformer
 
-    adapters, base, declared = job.adapters, None, None
-    if adapters is not None:
-        base = abstract_params(job.config, mesh, job.preset, job.dtype)
-        declared = adapters.declarations(job.config)
+    addition, base, declared, drafts = job.addition, None, None, job.task == "dspark"
+    if addition is not None:
+        base = abstract_params(job.config.trunk() if drafts else job.config, mesh, job.preset, job.dtype)
+        declared = addition.declarations(job.config)
     transform = optimizer(job.config, 2.7e-4, mesh=mesh, rules=job.preset, declared=declared)
     state = abstract_state(job.config, transform, Place(mesh, job.preset), declared)
-    stage = Stage(dense=False, indexer_loss=True)
+    stage = SPARSE if drafts else Stage(dense=False, indexer_loss=True)
     model = Transformer(job.config, policy=job.policy, mesh=mesh, rules=job.preset, stage=stage, remat="layers")
-    step = make_step(model, transform, lambda step: Weights(indexer=1.0), adapters=adapters)
+    objective = DSpark() if drafts else Pretraining()
+    step = make_step(model, transform, lambda step: Weights(indexer=1.0), objective, addition=addition)
     return Training(step, transform, state, base)
 
 
@@ -171,7 +188,7 @@ class JobProgram(NamedTuple):
 
     @property
     def weights(self) -> Any:
-        """Of its arguments, the weights, or the training state and the base of adapters, if there is one."""
+        """Of its arguments, the weights, or the training state and the base of an addition, if there is one."""
         state, *_, base = self.arguments
         return (state, base) if len(self.arguments) == 4 and base is not None else state
 

@@ -37,7 +37,7 @@ class Demand:
       preset: the sharding preset.
       dtype: format of the weights.
       cache: format of the cache; training has none.
-      task: what the devices do: "decode", or "train" or "sft", where rows are those of a microbatch.
+      task: what the devices do: "decode", or "train", "sft" or "dspark", where rows are those of a microbatch.
     """
 
     config: Config
@@ -46,7 +46,7 @@ class Demand:
     preset: str
     dtype: Literal["native", "bfloat16", "float32"]
     cache: CacheDtype = "bfloat16"
-    task: Literal["decode", "train", "sft"] = "decode"
+    task: Literal["decode", "train", "sft", "dspark"] = "decode"
 
 
 @dataclasses.dataclass(frozen=True)

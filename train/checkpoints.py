@@ -2,6 +2,7 @@
 
 RUN/checkpoints/STEP/params/      the float32 master weights, as `v4_jax.init` returns them
 RUN/checkpoints/STEP/adapters/    or, in their place, the factors of adapters: the tree of `Adapters.declarations`
+RUN/checkpoints/STEP/stages/      or DSpark's stages: the tree of `DraftStages.declarations`
 RUN/checkpoints/STEP/optimizer/   the optimiser's state
 RUN/checkpoints/STEP/progress/    JSON: where the data stands, what the loss has been, and the settings
 RUN/checkpoints/STEP/ahead/       experts chosen for coming batches, while anticipatory routing is on
@@ -35,7 +36,7 @@ from v4_jax.train.step import TrainState
 
 _UNFINISHED = ".orbax-checkpoint-tmp"
 # Settings that parameters and optimiser take shape from.
-_SHAPING = ("optimizer.matrices", "model", "architecture", "lora")
+_SHAPING = ("optimizer.matrices", "model", "architecture", "lora", "objective")
 
 
 class SaveError(Exception):
@@ -68,7 +69,7 @@ class Checkpoints:
       keep: how many of the newest to keep.
       keep_every: also keep those of multiples of so many steps.
       digests: whether to write and check digests of what is saved.
-      params: what the parameters are called: `PARAMS`, or `ADAPTERS`.
+      params: what the parameters are called: `PARAMS`, or as `v4_jax.checkpoint.record.folder_of` says.
       score: of a step's scores by set, the one that makes it the best; None where no step is evaluated.
       keep_best: also keep the step with the highest score; of several the first.
     """

@@ -21,9 +21,11 @@ import optax
 from jax.experimental import multihost_utils
 
 from v4_jax.checkpoint.orbax_arrays import quiet
-from v4_jax.checkpoint.trained import ADAPTERS, BEST, PARAMS
+from v4_jax.checkpoint.record import folder_of
+from v4_jax.checkpoint.trained import BEST, PARAMS
 from v4_jax.config import Config
-from v4_jax.parameter_tree import declarations, drawn
+from v4_jax.layers.stages import SPARSE
+from v4_jax.parameter_tree import drawn
 from v4_jax.parameters import Loss
 from v4_jax.placement import Place
 from v4_jax.policy import Policy
@@ -32,9 +34,10 @@ from v4_jax.train.batch import Batch, Rows
 from v4_jax.train.checkpoints import Checkpoints, Saved
 from v4_jax.train.data import DataError
 from v4_jax.train.evaluation import EVALUATION_SECONDS, Evaluation
+from v4_jax.train.objectives.dspark import DSpark
 from v4_jax.train.objectives.objective import Counts, Decisions
 from v4_jax.train.on_policy.rollouts import RolloutError
-from v4_jax.train.optimizer import optimizer
+from v4_jax.train.optimizer import optimizer, whole
 from v4_jax.train.rounds import Rounds, SavedPart
 from v4_jax.train.schedules import attention, learning_rate, loss_weights, stage_at, trained_loss
 from v4_jax.train.settings import Settings, differences
@@ -88,14 +91,15 @@ class Trainer:
       config: the architecture.
       place: the mesh, or one device.
       rows: the data, from its beginning.
-      fresh: makes the parameters that a new run starts from: float32, where `place` wants them; or, with adapters,
-        their base, as the settings hold it.
+      fresh: makes the parameters that a new run starts from: float32, where `place` wants them; or the base of an
+        addition, where one is trained, as the settings hold it.
       log: where metrics go.
       say: told what a person at the terminal should know.
       compiling: entered while a program is compiled, which takes minutes; told which.
       profile: where to trace some of the first steps, once they are compiled.
       rounds: what the objective has made of the data, some steps at a time; None where it takes the rows as they are.
       evaluation: asks the sets of the settings; None where there are none.
+      given: makes what an addition begins with, where the model has it already; None where it is drawn.
     """
 
     def __init__(
@@ -111,26 +115,30 @@ class Trainer:
         profile: Path | None = None,
         rounds: Rounds | None = None,
         evaluation: Evaluation | None = None,
+        given: Callable[[], Any] = lambda: None,
     ) -> None:
         self._compiling, self._called = compiling, set[Any]()
         self._profile, self._rounds, self._evaluation = profile, rounds, evaluation
         self._trace: Recorder | None = None
         self._settings, self._config, self._place, self._rows = settings, config, place, rows
-        self._fresh, self._log, self._say = fresh, log, say
+        self._fresh, self._given, self._log, self._say = fresh, given, log, say
         self._checkpoints = Checkpoints(
             settings.run,
             keep=settings.checkpoints.keep,
             keep_every=settings.checkpoints.keep_every,
             digests=settings.checkpoints.digests,
-            params=PARAMS if settings.adapters is None else ADAPTERS,
+            params=PARAMS if settings.addition is None else folder_of(settings.addition),
             score=None if settings.evaluate is None else settings.evaluate.score,
             keep_best=settings.evaluate is not None and settings.evaluate.keep_best,
         )
-        self._adapters, self._base = settings.adapters, None
-        self._declared = declarations(config) if self._adapters is None else self._adapters.declarations(config)
+        self._addition, self._base = settings.addition, None
+        self._declared = whole(config) if self._addition is None else self._addition.declarations(config)
         stability = settings.stability
         # What is made ahead is made by the parameters of then: it is not made again, nor for steps still further ahead.
-        self._detector = SpikeDetector(None if rounds else stability.spike, stability.window)
+        # And of DSpark's stages there is no routing to anticipate: to go back would bring the same.
+        self._drafts = isinstance(settings.objective, DSpark)
+        self._retries = rounds is None and not self._drafts
+        self._detector = SpikeDetector(stability.spike if self._retries else None, stability.window)
         self._recovery = Recovery(stability.hold, stability.rollbacks)
         self._rate = learning_rate(settings)
         self._shapes = abstract_state(config, self._optimizer(), place, self._declared)
@@ -173,7 +181,7 @@ class Trainer:
                 lambda step: loss_weights(self._settings, chosen, step),
                 self._settings.objective,
                 fp4_experts=self._settings.fp4_experts,
-                adapters=self._adapters,
+                addition=self._addition,
             )
             self._programs[key] = jit(step, self._shapes, self._place)
         return self._programs[key]
@@ -182,7 +190,7 @@ class Trainer:
         """The compiled choice of experts."""
         key = stage, "decide"
         if key not in self._programs:
-            decide = make_decide(self._model(stage), fp4_experts=self._settings.fp4_experts, adapters=self._adapters)
+            decide = make_decide(self._model(stage), fp4_experts=self._settings.fp4_experts, addition=self._addition)
             self._programs[key] = jax.jit(decide, out_shardings=self._place.replicated)
         return self._programs[key]
 
@@ -192,7 +200,7 @@ class Trainer:
             policy=self._settings.policy,
             mesh=self._place.mesh,
             rules=self._place.rules,
-            stage=attention(self._settings.stages[stage]),
+            stage=SPARSE if self._drafts else attention(self._settings.stages[stage]),
             remat=self._settings.remat,
         )
 
@@ -203,10 +211,10 @@ class Trainer:
         saved = self._checkpoints.restore(self._shapes, self._say, self._settings.model_dump(mode="json"))
         self._ready.clear()
         self._ahead.clear()
-        if self._adapters is not None and self._base is None:
+        if self._addition is not None and self._base is None:
             self._base = self._fresh()
         if saved is None:
-            params = self._fresh() if self._adapters is None else self._drawn()
+            params = self._fresh() if self._addition is None else self._begun()
             places = jax.tree.map(lambda x: x.sharding, self._shapes.optimizer)
             state = jax.jit(self._optimizer().init, out_shardings=places)(params)
             step = jax.device_put(jnp.int32(0), self._shapes.step.sharding)
@@ -221,14 +229,16 @@ class Trainer:
         self._ahead.extend(self._place.put(decisions) for decisions in saved.ahead)
         return saved.state
 
-    def _drawn(self) -> Any:
-        """The factors of fresh adapters."""
+    def _begun(self) -> Any:
+        """What is trained beside the base, at first."""
+        if (found := self._given()) is not None:
+            return found
         key = jax.random.key(self._settings.seed)
         return drawn(self._declared, key, mesh=self._place.mesh, rules=self._place.rules)
 
     def _whole(self, state: TrainState) -> Any:
-        """The model's parameters, with adapters beside them where these are trained."""
-        return state.params if self._adapters is None else self._adapters.onto(self._base, state.params)
+        """The model's parameters, with what is trained beside them where one is trained."""
+        return state.params if self._addition is None else self._addition.onto(self._base, state.params)
 
     def _say_changes(self, saved: Saved) -> None:
         """Tells what is not as it was when a checkpoint was saved."""
@@ -436,11 +446,11 @@ class Trainer:
         state = self._start()
         to = int(state.step)
         self._recovery.restore(kept)
-        again = self._rounds is None and self._recovery.back(spike, to)
+        again = self._retries and self._recovery.back(spike, to)
         if not again:
-            attempts = 0 if self._rounds else self._settings.stability.rollbacks
+            attempts = self._settings.stability.rollbacks if self._retries else 0
             tried = f" again after {attempts} attempts with anticipatory routing" if attempts else ""
-            what = "is not finite" if self._rounds else "jumped or is not finite"
+            what = "jumped or is not finite" if self._retries else "is not finite"
             raise TrainingError(f"the loss of step {spike} {what}{tried}; the run stays at step {to}")
         self._say(
             f"the loss of step {spike:,} jumped or is not finite: back to step {to:,}, with anticipatory routing until "

@@ -12,8 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from v4_jax.config import Config
-from v4_jax.costs import training_flops
 from v4_jax.files import complete
 from v4_jax.sharding.chips import chip_of
 from v4_jax.train.evaluation import EVALUATION_SECONDS, SCORE
@@ -32,6 +30,7 @@ _SHOWN = (
     ("mtp_loss", "mtp", ".3f"),
     ("indexer_loss", "indexer", ".3f"),
     ("balance", "balance", ".3g"),
+    ("accepted_length", "accepts", ".2f"),
     ("gradient_norm", "grad", ".3g"),
     ("learning_rate", "lr", ".1e"),
 )
@@ -175,27 +174,23 @@ def _legal(content: Any) -> bool:
     return all(value is None or isinstance(value, int | float) for value in content.values())
 
 
-def throughput(config: Config, tokens: float, seconds: float, length: int, devices: Sequence[Any]) -> dict[str, float]:
+def throughput(flops: int, tokens: float, seconds: float, devices: Sequence[Any]) -> dict[str, float]:
     """How fast a step was.
 
-    FLOPs are those of `v4_jax.costs.training_flops`; documents shorter than a row need less.
-
     Args:
-      config: the architecture.
+      flops: that a token needs, as `v4_jax.costs` says of whole rows; documents shorter than a row need less.
       tokens: of the step, over all devices.
       seconds: that it took.
-      length: tokens of a row.
       devices: all that took part, as in `jax.devices()`.
 
     Returns:
       "tokens_per_second", "flops_per_second", and, of devices whose peak in bfloat16 is known, "flops_share" of it.
     """
     rate = tokens / seconds
-    flops = training_flops(config, length) * rate
-    found = {"tokens_per_second": rate, "flops_per_second": flops}
+    found = {"tokens_per_second": rate, "flops_per_second": flops * rate}
     chips = [chip_of(device.device_kind) for device in devices]
     peak = sum(chip.per_device().flops for chip in chips if chip)
-    return found | ({"flops_share": flops / peak} if peak and all(chips) else {})
+    return found | ({"flops_share": flops * rate / peak} if peak and all(chips) else {})
 
 
 def line(step: int, steps: int, metrics: Mapping[str, float]) -> str:
@@ -246,10 +241,10 @@ class Report:
 
     Args:
       metrics: where lines go; None for a process that writes none.
-      config: the architecture.
       steps: how many there are to be.
       every: steps between lines.
       length: tokens of a row, by step counted from 0.
+      flops: FLOPs of a token, by the length of its row.
       say: shows a line at the terminal.
 
     Attributes:
@@ -259,15 +254,15 @@ class Report:
     def __init__(
         self,
         metrics: Metrics | None,
-        config: Config,
         *,
         steps: int,
         every: int,
         length: Callable[[int], int],
+        flops: Callable[[int], int],
         say: Callable[[str], None],
     ) -> None:
-        self._metrics, self._config, self._steps, self._every = metrics, config, steps, every
-        self._length, self._say = length, say
+        self._metrics, self._steps, self._every = metrics, steps, every
+        self._length, self._flops, self._say = length, flops, say
         self.step, self._tokens, self._since = 0, 0.0, -1.0
 
     def write(self, step: int, metrics: Mapping[str, float], over_at: float | None = None) -> None:
@@ -280,7 +275,7 @@ class Report:
             return
         if not first:  # whose time is that of compilation
             seconds = now - self._since
-            found |= throughput(self._config, self._tokens, seconds, self._length(step - 1), jax.devices())
+            found |= throughput(self._flops(self._length(step - 1)), self._tokens, seconds, jax.devices())
         self._since, self._tokens = now + found.get(EVALUATION_SECONDS, 0.0), 0.0
         if self._metrics is not None:
             self._metrics.write(step, found)

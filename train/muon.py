@@ -69,14 +69,8 @@ def muon(
 
 
 def groups(declared: Any) -> Any:
-    """Who updates each parameter: its declared group, but nobody DSpark's stages.
-
-    No loss here trains them, and decay alone would wear them away.
-    """
-    found = jax.tree.map(lambda p: p.group, declared, is_leaf=is_parameter)
-    if "dspark" in found:
-        found["dspark"] = jax.tree.map(lambda _: "frozen", found["dspark"])
-    return found
+    """Who updates each parameter."""
+    return jax.tree.map(lambda p: p.group, declared, is_leaf=is_parameter)
 
 
 def newton_schulz(x: Array, dtype: Any = jnp.float32) -> Array:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from v4_jax.architecture import Architecture
+from v4_jax.draft_stages import STAGES
 from v4_jax.parameter_tree import declarations
 from v4_jax.parameters import Loss, is_parameter, places
 from v4_jax.sharding.axes import Rules, resolve
@@ -54,16 +55,14 @@ def optimizer(
       mesh: devices that the parameters lie on.
       rules: which mesh axes split which logical axes.
       loss: whose parameters are trained; those of the other loss are left alone. None trains both.
-      declared: the declarations of what is trained, such as adapters; by default the whole model.
-
-    DSpark's stages stay as they are.
+      declared: the declarations of what is trained, such as adapters; by default the whole model (`whole`).
 
     Raises:
       ValueError: `matrices` is neither.
     """
     if matrices not in ("muon", "adamw"):
         raise ValueError(f"unknown optimiser {matrices!r} for matrices, expected 'muon' or 'adamw'")
-    declared = declarations(config) if declared is None else declared
+    declared = whole(config) if declared is None else declared
     adamw = optax.adamw(learning_rate, *betas, eps=eps, weight_decay=weight_decay)
     orthogonal = muon(
         declared,
@@ -77,8 +76,19 @@ def optimizer(
     )
     rule = {"muon": orthogonal if matrices == "muon" else adamw, "adamw": adamw}
     rule |= {"bias": balance(balance_speed), "frozen": optax.set_to_zero()}
-    whole = optax.partition(rule, groups(declared))
-    return whole if loss is None else only(declared, loss, whole)
+    both = optax.partition(rule, groups(declared))
+    return both if loss is None else only(declared, loss, both)
+
+
+def whole(config: Architecture) -> Any:
+    """The declarations of a model as the losses of its next tokens train it: DSpark's stages are frozen.
+
+    None of those losses trains them, and decay alone would wear them away.
+    """
+    declared = dict(declarations(config))
+    if STAGES in declared:
+        declared[STAGES] = jax.tree.map(lambda p: p.replace(group="frozen"), declared[STAGES], is_leaf=is_parameter)
+    return declared
 
 
 def balance(speed: float) -> optax.GradientTransformation:

@@ -16,11 +16,13 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from v4_jax.adapters import FAMILIES, Adapters
 from v4_jax.chat import Mode
+from v4_jax.draft_stages import DraftStages
 from v4_jax.layers.stages import Remat
 from v4_jax.parameters import Family
 from v4_jax.policy import PolicyName
 from v4_jax.train.evaluation import EvaluationSettings
 from v4_jax.train.objectives.distillation import Distillation
+from v4_jax.train.objectives.dspark import DSpark
 from v4_jax.train.objectives.pretraining import Pretraining
 from v4_jax.train.objectives.table import ChosenObjective
 from v4_jax.train.on_policy.rollouts import RolloutSettings
@@ -165,7 +167,8 @@ class StabilitySettings(Section):
 
     spike: PositiveFloat | None = 6.0
     """A loss so many standard deviations above its running mean is a spike; null never looks for one. Of pretraining
-    alone: where texts are made or read ahead for some steps, only a loss that is not finite ends the run."""
+    alone: where texts are made or read ahead for some steps, or DSpark's stages are trained, only a loss that is not
+    finite ends the run."""
     window: PositiveInt = 100
     """Steps over which mean and deviation are taken, and before which nothing is a spike."""
     ahead: PositiveInt = 4
@@ -257,8 +260,15 @@ class Settings(Section):
         return None if self.lora is None else self.lora.adapters
 
     @property
+    def addition(self) -> Adapters | DraftStages | None:
+        """What is trained beside weights that stay as they are: adapters or DSpark's stages; None: the weights are."""
+        return DraftStages() if isinstance(self.objective, DSpark) else self.adapters
+
+    @property
     def held(self) -> Literal["native", "bfloat16", "float32"]:
-        """How weights are held: as float32 masters, or as the base of adapters."""
+        """How weights are held: as float32 masters, or as the base of what is trained beside them."""
+        if isinstance(self.objective, DSpark):
+            return self.objective.base
         return "float32" if self.lora is None else self.lora.base
 
     @property
@@ -276,6 +286,8 @@ class Settings(Section):
             raise ValueError("expected either model, a directory to start from, or architecture, of a fresh one")
         if self.lora is not None:
             self._check_lora(self.lora)
+        if isinstance(self.objective, DSpark):
+            self._check_dspark(self.objective)
         teachers = self.objective.teachers if isinstance(self.objective, Distillation) else {}
         for i, source in enumerate(self.data.sources):
             if source.teacher not in teachers and (source.teacher is not None or len(teachers) > 1):
@@ -296,6 +308,27 @@ class Settings(Section):
                 f"exceed the run's {self.steps} steps"
             )
         return self
+
+    def _check_dspark(self, objective: DSpark) -> None:
+        if self.model is None:
+            raise ValueError("objective dspark trains stages on a trunk: expected model, the directory of one")
+        if self.lora is not None:
+            raise ValueError("objective dspark leaves the trunk as it is, and lora adapts it: leave one of them out")
+        if self.fp4_experts and objective.base != "native":
+            raise ValueError(
+                f"fp4_experts rounds all experts that are held in floats, as the trunk's are by objective.base "
+                f"{objective.base}: expected native"
+            )
+        for i, stage in enumerate(self.stages):
+            if stage.attention != "sparse":
+                raise ValueError(
+                    f"stages.{i}.attention is {stage.attention}, and objective dspark leaves the trunk as it is: "
+                    "expected sparse"
+                )
+            if stage.length <= objective.anchors:
+                raise ValueError(
+                    f"stages.{i}.length is {stage.length}, which has no room for objective.anchors {objective.anchors}"
+                )
 
     def _check_lora(self, lora: LoraSettings) -> None:
         if self.model is None:

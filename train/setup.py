@@ -19,18 +19,20 @@ from jax.experimental import multihost_utils
 from v4_jax.architecture import RATIO_OF_ROLE
 from v4_jax.chat import EffortProfile, read_profile
 from v4_jax.checkpoint import Checkpoint, load, local, open_checkpoint
-from v4_jax.checkpoint.adapted import Record, read_record
+from v4_jax.checkpoint.record import Record, folder_of, read_record
 from v4_jax.checkpoint.released import companions
-from v4_jax.checkpoint.trained import RECORD, RUN, run_of
+from v4_jax.checkpoint.trained import RECORD, RUN, STAGES, run_of
 from v4_jax.config import Config
+from v4_jax.draft_stages import STAGES as TREE
 from v4_jax.files import complete
-from v4_jax.parameter_tree import init
+from v4_jax.parameter_tree import declarations, init
 from v4_jax.placement import Place
 from v4_jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from v4_jax.train.batch import Rows
 from v4_jax.train.data import Corpus, PackedRows
 from v4_jax.train.documents import Source
 from v4_jax.train.objectives.distillation import Distillation
+from v4_jax.train.objectives.dspark import DSpark
 from v4_jax.train.objectives.grpo import Grpo
 from v4_jax.train.objectives.sft import Conversations
 from v4_jax.train.on_policy.advantages import GroupAdvantages
@@ -50,7 +52,7 @@ class Origin(NamedTuple):
     """What a run starts from.
 
     Attributes:
-      config: the architecture.
+      config: the architecture of what is trained, fresh stages included.
       tokenizer: of its texts.
       files: companions to carry along: name -> file.
       profile: what the model takes reasoning efforts for, by its own encoding; None if that says nothing.
@@ -62,6 +64,7 @@ class Origin(NamedTuple):
     files: Mapping[str, Path]
     checkpoint: Checkpoint | None
     profile: EffortProfile | None = None
+    drafts: DSpark | None = None
 
     @classmethod
     def of(cls, settings: Settings) -> Origin:
@@ -71,23 +74,32 @@ class Origin(NamedTuple):
           SettingsError, ValueError, OSError: it is not there or cannot be used.
         """
         checkpoint, directory = None, settings.tokenizer
+        drafts = settings.objective if isinstance(settings.objective, DSpark) else None
         if settings.model is not None:
             checkpoint = open_checkpoint(settings.model)
             config, directory = checkpoint.config, directory or run_of(settings.model) or local(settings.model)
+            config = drafts.of(config) if drafts else config
         elif isinstance(settings.architecture, Path):
             config = Config.from_hf(settings.architecture)
         else:
             config = Config.from_hf(settings.architecture or {})
         if directory is None:
-            return cls(config, ByteTokenizer(config.vocab_size), {}, checkpoint)
+            return cls(config, ByteTokenizer(config.vocab_size), {}, checkpoint, None, drafts)
         tokenizer, profile = load_tokenizer(directory, config.vocab_size), read_profile(directory)
-        return cls(config, tokenizer, companions(directory), checkpoint, profile)
+        return cls(config, tokenizer, companions(directory), checkpoint, profile, drafts)
 
     def fresh(self, place: Place, seed: int, held: Literal["native", "bfloat16", "float32"] = "float32") -> Any:
-        """The parameters that the run starts from, placed: float32 masters, or the base of adapters as it is held."""
+        """The parameters that a run starts from, placed: float32 masters, or the base of an addition as it is held."""
         if self.checkpoint is None:
             return init(self.config, jax.random.key(seed), mesh=place.mesh, rules=place.rules)
-        return load(self.checkpoint, dtype=held, mesh=place.mesh, rules=place.rules)[1]
+        wanted = declarations(self.config.trunk() if self.drafts else self.checkpoint.config)
+        return load(self.checkpoint, dtype=held, mesh=place.mesh, rules=place.rules, only=wanted.__contains__)[1]
+
+    def stages(self, place: Place) -> Any:
+        """The stages that the model has, where such are trained, placed: float32 masters. None: they are fresh."""
+        if self.drafts is None or self.checkpoint is None or self.drafts.begins_fresh(self.checkpoint.config):
+            return None
+        return load(self.checkpoint, dtype="float32", mesh=place.mesh, rules=place.rules, only=TREE.__eq__)[1]
 
 
 def open_rows(settings: Settings, origin: Origin, say: Callable[[str], None] = lambda text: None) -> Rows:
@@ -290,44 +302,48 @@ def check_run(settings: Settings, origin: Origin) -> None:
             raise SettingsError(
                 f"{run} is a run of another architecture (it differs in {', '.join(different)}); expected a new name"
             )
-        check_adapters(settings, origin)
+        check_record(settings, origin)
     there = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise SettingsError(f"{run} cannot be made in {there}; expected a directory that can be written")
 
 
-def adapters_of(settings: Settings, origin: Origin) -> Record | None:
-    """What a run's adapters are adapters of; None where it has none.
+def record_of(settings: Settings, origin: Origin) -> Record | None:
+    """What a run's adapters, or stages, belong to; None where the whole model is trained.
 
     Raises:
       SettingsError: the model has nothing that they could be beside.
     """
-    if settings.adapters is None or settings.model is None or origin.checkpoint is None:
+    addition = settings.addition
+    if addition is None or settings.model is None or origin.checkpoint is None:
         return None
-    if not settings.adapters.declarations(origin.config):
-        families = ", ".join(settings.adapters.families)
+    if not addition.declarations(origin.config):
+        families = ", ".join(settings.adapters.families if settings.adapters else ())
         raise SettingsError(f"lora.families are {families}, and {settings.model} has no such matrices; expected others")
-    return Record.of(settings.model, origin.checkpoint, settings.adapters)
+    return Record.of(settings.model, origin.checkpoint, addition)
 
 
-def check_adapters(settings: Settings, origin: Origin) -> None:
-    """Checks that a run that is there trains what it trained: the weights, or these adapters of this model.
+def check_record(settings: Settings, origin: Origin) -> None:
+    """Checks that a run that is there trains what it trained: the weights, or this addition to this model.
 
     Raises:
       SettingsError: it does not.
       v4_jax.checkpoint.CheckpointError: its record cannot be read.
     """
-    run, found, wanted = settings.run, read_record(settings.run), adapters_of(settings, origin)
-    if (found is None) != (wanted is None):
-        trained = "weights" if found is None else "adapters"
-        raise SettingsError(f"{run} trains {trained}, and lora says otherwise; expected a new name, or lora as it was")
+    run, found, wanted = settings.run, read_record(settings.run), record_of(settings, origin)
+    before, now = ("weights" if record is None else folder_of(record.addition) for record in (found, wanted))
+    if before != now:
+        told = "objective" if STAGES in (before, now) else "lora"
+        raise SettingsError(
+            f"{run} trains {before}, and {told} says otherwise; expected a new name, or {told} as it was"
+        )
     if found is None or wanted is None:
         return
-    if found.adapters != wanted.adapters:
-        raise SettingsError(f"{run} has {found.adapters} and lora says {wanted.adapters}; expected a new name")
+    if found.addition != wanted.addition:
+        raise SettingsError(f"{run} has {found.addition} and lora says {wanted.addition}; expected a new name")
     if found.fingerprint != wanted.fingerprint:
         raise SettingsError(
-            f"{run} has adapters of {found.model} as it was then, and {wanted.model} holds other weights: expected the "
+            f"{run} has {now} of {found.model} as it was then, and {wanted.model} holds other weights: expected the "
             "model that the run began with, or a new name"
         )
 
@@ -343,7 +359,7 @@ def _open_run(settings: Settings, origin: Origin) -> None:
                 shutil.copyfile(file, working)
     if not (run / RUN).exists():
         record_settings(settings)
-    if (record := adapters_of(settings, origin)) is not None:
+    if (record := record_of(settings, origin)) is not None:
         record.write(run)
     for name, text in {
         "config.json": json.dumps(config, indent=2) + "\n",
@@ -353,9 +369,14 @@ def _open_run(settings: Settings, origin: Origin) -> None:
             working.write_text(text, encoding="utf-8")
 
 
-def notes(settings: Settings, config: Config) -> list[str]:
-    """What is legal and probably not meant."""
+def notes(settings: Settings, origin: Origin) -> list[str]:
+    """What is legal and probably not meant, or not expected."""
+    config = origin.config
     found = []
+    if origin.drafts:
+        if origin.checkpoint is not None and origin.checkpoint.config.num_nextn_predict_layers:
+            found.append("the model's multi-token-prediction block is left out: DSpark's stages take its place")
+        return found
     if "csa" in {layer.attention for layer in config.layers}:
         for i, stage in enumerate(settings.stages):
             entries = stage.length // 4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +11,16 @@ import optax
 from flax import struct
 from jax import Array
 
-from v4_jax.adapters import Adapters
 from v4_jax.architecture import Architecture
 from v4_jax.kernels.compiler_options import compiler_options
-from v4_jax.layer_stack import by_layer
-from v4_jax.parameter_tree import declarations
 from v4_jax.parameters import is_parameter, places
 from v4_jax.placement import Place
 from v4_jax.policy import Policy
 from v4_jax.sharding.axes import resolve
 from v4_jax.train.batch import Batch
+from v4_jax.train.objectives.dspark import DSpark
 from v4_jax.train.objectives.objective import (
+    Arranged,
     Counts,
     Decisions,
     Objective,
@@ -29,11 +28,11 @@ from v4_jax.train.objectives.objective import (
     Weights,
     balanced_layers,
     decide,
-    total_loss,
     value_and_grad,
 )
 from v4_jax.train.objectives.pretraining import Pretraining
-from v4_jax.train.optimizer import state_placements
+from v4_jax.train.objectives.table import losses_of
+from v4_jax.train.optimizer import state_placements, whole
 from v4_jax.train.precision import compute_copy
 from v4_jax.transformer import Transformer
 
@@ -42,12 +41,22 @@ Metrics = dict[str, Array]
 PRETRAINING = Pretraining()
 
 
+class Addition(Protocol):
+    """What is trained beside a base that stays as it is: `Adapters`, or `DraftStages`."""
+
+    def declarations(self, config: Architecture) -> Any:
+        """A tree of the declarations of what is trained."""
+
+    def onto(self, base: Any, trained: Any) -> Any:
+        """The model's parameters, of those of the base and of the tree of `declarations`, unboxed."""
+
+
 class TrainState(struct.PyTreeNode):
     """Everything that a step changes.
 
     Attributes:
       step: int32 steps done.
-      params: float32 master weights; of a run with adapters their factors alone.
+      params: float32 master weights; of a run that trains an addition to the model, the addition alone.
       optimizer: the optimiser's state.
     """
 
@@ -67,7 +76,7 @@ def abstract_state(
       place: where both lie.
       declared: as for `v4_jax.train.optimizer.optimizer`.
     """
-    declared = declarations(config) if declared is None else declared
+    declared = whole(config) if declared is None else declared
     params = jax.tree.map(lambda p: p.value, declared, is_leaf=is_parameter)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
     state = TrainState(step, params, jax.eval_shape(transform.init, params))
@@ -86,12 +95,12 @@ def make_step(
     model: Transformer,
     transform: optax.GradientTransformation,
     weights: Callable[[Array], Weights],
-    objective: Objective = PRETRAINING,
+    objective: Objective | DSpark = PRETRAINING,
     *,
     fp4_experts: bool = False,
-    adapters: Adapters | None = None,
+    addition: Addition | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """A function of state, batch, experts to use, and the base of adapters, to be jitted.
+    """A function of state, batch, experts to use, and the base of an addition, to be jitted.
 
     The batch is [microbatches, B, S]; gradients add up in float32. Where the loss or the gradient is not finite the
     state stays as it was, and the metrics say so.
@@ -102,15 +111,16 @@ def make_step(
       weights: of the losses, by step.
       objective: what is made of the next tokens.
       fp4_experts: see `v4_jax.train.precision.compute_copy`.
-      adapters: what is trained, beside a base that is not: any parameters, which the step is given; None trains the
+      addition: what is trained, beside a base that is not: any parameters, which the step is given; None trains the
         whole model.
     """
-    parts = make_partial_step(model, transform, weights, objective, fp4_experts=fp4_experts, adapters=adapters)
+    losses = losses_of(objective)
+    parts = make_partial_step(model, transform, weights, objective, fp4_experts=fp4_experts, addition=addition)
 
     def step(
         state: TrainState, batch: Batch, decisions: Decisions | None = None, base: Any = None
     ) -> tuple[TrainState, Metrics]:
-        counts = Counts.of(batch)
+        batch, counts = losses.begin(model.config, batch, state.step)
 
         def one(batch: Batch, decisions: Decisions | None) -> Any:
             return parts.gradient(state, batch, counts, decisions, None, base)
@@ -129,7 +139,7 @@ class PartialStep(NamedTuple):
 
     Attributes:
       gradient: `(state, batch, counts, decisions=None, shared=None, base=None)` -> loss, sums and gradient of rows
-        [B, S], whose share of the step's counts they are; `shared` is for the objective, `base` is that of adapters.
+        [B, S], whose share of the step's counts they are; `shared` is for the objective, `base` is that of an addition.
       update: `(state, what `gradient` returned, added up, counts)` -> state and metrics.
     """
 
@@ -141,14 +151,15 @@ def make_partial_step(
     model: Transformer,
     transform: optax.GradientTransformation,
     weights: Callable[[Array], Weights],
-    objective: Objective = PRETRAINING,
+    objective: Objective | DSpark = PRETRAINING,
     *,
     fp4_experts: bool = False,
-    adapters: Adapters | None = None,
+    addition: Addition | None = None,
 ) -> PartialStep:
     """The parts of `make_step`, whose arguments are the same."""
     config, policy = model.config, Policy.of(model.policy)
-    declared = declarations(config) if adapters is None else adapters.declarations(config)
+    declared = whole(config) if addition is None else addition.declarations(config)
+    losses = losses_of(objective)
 
     def gradient(
         state: TrainState,
@@ -161,15 +172,15 @@ def make_partial_step(
         now = weights(state.step)
 
         def loss(trained: Any) -> tuple[Array, Sums]:
-            params = trained if adapters is None else adapters.onto(base, trained)
+            params = trained if addition is None else addition.onto(base, trained)
             params = compute_copy(params, config, policy, fp4_experts=fp4_experts)
-            return total_loss(objective, model, params, batch, counts, now, decisions, shared)
+            return losses.total(model, params, batch, counts, now, decisions, shared)
 
         return value_and_grad(loss, state.params)
 
     def update(state: TrainState, found: Any, counts: Counts) -> tuple[TrainState, Metrics]:
         (total, sums), grads = found
-        grads = _with_loads(config, declared, grads, sums.load)
+        grads = _with_loads(declared, grads, losses.arranged(config, sums.load))
         updates, optimizer = transform.update(grads, state.optimizer, state.params)
         after = TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer)
         metrics = _metrics(config, counts, sums) | _sizes(declared, grads, updates) | {"total_loss": total}
@@ -220,7 +231,7 @@ class JittedParts:
           parts: rows [B, S], decisions to replay and what the rows share, of each part, all of one shape; drawn when
             they are needed.
           counts: of all of them together.
-          base: that of adapters.
+          base: that of an addition.
         """
         found = None
         for batch, decisions, shared in parts:
@@ -243,13 +254,13 @@ def jit_step(step: Any, state: TrainState, place: Place) -> Any:
 
 
 def make_decide(
-    model: Transformer, *, fp4_experts: bool = False, adapters: Adapters | None = None
+    model: Transformer, *, fp4_experts: bool = False, addition: Addition | None = None
 ) -> Callable[..., Decisions]:
-    """A function of parameters, batch and the base of adapters that says which experts are chosen, to be jitted; as for
-    `make_step`."""
+    """A function of parameters, batch and the base of an addition that says which experts are chosen, to be jitted; as
+    for `make_step`."""
 
     def run(trained: Any, batch: Batch, base: Any = None) -> Decisions:
-        params = trained if adapters is None else adapters.onto(base, trained)
+        params = trained if addition is None else addition.onto(base, trained)
         params = compute_copy(params, model.config, Policy.of(model.policy), fp4_experts=fp4_experts)
         return jax.lax.map(lambda rows: decide(model, params, rows), batch)
 
@@ -267,9 +278,8 @@ def _accumulated(one: Callable[[Batch, Decisions | None], Any], batch: Batch, de
     return jax.lax.scan(add, zeros, (batch, decisions))[0]
 
 
-def _with_loads(config: Architecture, declared: Any, grads: Any, load: Array) -> Any:
+def _with_loads(declared: Any, grads: Any, arranged: Arranged) -> Any:
     """The gradients, with each expert's tokens in place of the gradient of its router's bias."""
-    arranged = by_layer(config, load)
 
     def replace(path: Any, parameter: Any, grad: Array) -> Array:
         if parameter.group != "bias":
@@ -286,16 +296,19 @@ def _metrics(config: Architecture, counts: Counts, sums: Sums) -> Metrics:
     excess = jnp.max(load, axis=1) / jnp.maximum(jnp.mean(load, axis=1), 1) - 1
     found = {
         "loss": sums.loss / counts.loss,
-        "balance": sums.balance / (counts.rows * max(1, balanced_layers(config))),
         "expert_load_excess": jnp.mean(excess),
         "expert_load_excess_max": jnp.max(excess),
         "expert_unused": jnp.mean(load == 0),
         "tokens": counts.tokens,
     } | {name: value / counts.loss for name, value in sums.statistics.items()}
+    if sums.balance is not None:
+        found["balance"] = sums.balance / (counts.rows * max(1, balanced_layers(config)))
     if config.num_nextn_predict_layers:
         found["mtp_loss"] = sums.mtp / counts.mtp
     indexers = sum(layer.attention == "csa" for layer in config.layers)
-    return found | ({"indexer_loss": sums.indexer / (counts.tokens * indexers)} if indexers else {})
+    if indexers and sums.indexer is not None:
+        found["indexer_loss"] = sums.indexer / (counts.tokens * indexers)
+    return found
 
 
 def _sizes(declared: Any, grads: Any, updates: Any) -> Metrics:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Self
 
 from v4_jax.json_files import shown
@@ -152,6 +152,24 @@ class Architecture:
         none: dict[str, Any] = {field.name: field.default for field in fields if field.name.startswith("dspark_")}
         layers = self.compress_ratios[: self.num_hidden_layers]
         return dataclasses.replace(self, num_nextn_predict_layers=0, compress_ratios=layers, **none)
+
+    def with_stages(
+        self, stages: int, *, block_size: int, noise_token: int, target_layers: Sequence[int], rank: int
+    ) -> Self:
+        """The same trunk with DSpark's stages in place of what drafts.
+
+        Raises:
+          ConfigError: stages that it cannot have.
+        """
+        return dataclasses.replace(
+            self,
+            num_nextn_predict_layers=0,
+            compress_ratios=(*self.compress_ratios[: self.num_hidden_layers], *(0,) * stages),
+            dspark_block_size=block_size,
+            dspark_noise_token_id=noise_token,
+            dspark_target_layer_ids=tuple(target_layers),
+            dspark_markov_rank=rank,
+        )
 
     def first_layers(self, count: int) -> Self:
         """The same model cut down to its first layers; DSpark's stages, which read later ones, are left out.

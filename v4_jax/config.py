@@ -69,14 +69,9 @@ class Config(Architecture):
 
     def _with_dspark(self, rank: int) -> Config:
         """Three stages on the last three layers, as in the official releases."""
-        layers, trunk = self.num_hidden_layers, self.trunk()
-        return dataclasses.replace(
-            trunk,
-            compress_ratios=(*trunk.compress_ratios, *(0,) * _RELEASED_STAGES),
-            dspark_block_size=5,
-            dspark_noise_token_id=128799,
-            dspark_target_layer_ids=tuple(range(layers - 3, layers)),
-            dspark_markov_rank=rank,
+        layers = self.num_hidden_layers
+        return self.with_stages(
+            _RELEASED_STAGES, block_size=5, noise_token=128799, target_layers=range(layers - 3, layers), rank=rank
         )
 
     @classmethod

@@ -270,6 +270,21 @@ def training_flops(config: Architecture, length: int, *, frozen: bool = False) -
     return 3 * forward.total - (sum(forward.linear.values()) if frozen else 0)
 
 
+def stage_training_flops(config: Architecture, length: int, anchors: int) -> int:
+    """FLOPs per token of a step that trains DSpark's stages on rows of `length` tokens, as the model needs them.
+
+    The trunk's forward pass, without its head; and three times what it takes to draft a block, for each anchor. The
+    head has no gradient, and instead says what the trunk thinks of the drafts.
+
+    Args:
+      config: the architecture.
+      length: tokens of a row.
+      anchors: blocks of a row.
+    """
+    forward = flops_per_token(config, length, phase="prefill")
+    return forward.total - forward.linear["head"] + 3 * draft_flops(config) * anchors // length
+
+
 def _keys_at_the_end(context: int, ratio: int, limit: int) -> int:
     """Keys that the last token of a sequence attends to, at one per `ratio` tokens and `limit` at most."""
     return min(limit, context // ratio)

@@ -15,10 +15,11 @@ from jax import Array
 from v4_jax.architecture import Architecture
 from v4_jax.block import Block, Carry, Context
 from v4_jax.cache.cache import Cache
-from v4_jax.layers.draft_attention import Taps
+from v4_jax.layers.draft_attention import Places, Taps
 from v4_jax.layers.hyper_connections import StreamCollapse, expand
 from v4_jax.layers.linear import linear
 from v4_jax.layers.norm import rms_norm
+from v4_jax.layers.stages import Remat, rematerialised
 from v4_jax.layout import Layout
 from v4_jax.outputs import Routing
 from v4_jax.parameters import Module, normal
@@ -32,10 +33,12 @@ class DSpark(Module):
     Attributes:
       config: the architecture.
       policy: precision.
+      remat: what the backward pass recomputes, see `layers.stages`.
     """
 
     config: Architecture
     policy: Policy
+    remat: Remat = "none"
 
     def setup(self) -> None:  # noqa: D102 called by Linen
         c, last = self.config, self.config.dspark_stages - 1
@@ -61,8 +64,9 @@ class DSpark(Module):
                 init=normal(c),
             )
             setattr(self, name + "_weight", weight)
+        make = rematerialised(Block, self.remat, in_scan=False)
         for i in range(c.dspark_stages):
-            stage = Block(
+            stage = make(
                 config=c,
                 policy=self.policy,
                 roles=c.draft_layer,
@@ -74,34 +78,44 @@ class DSpark(Module):
             setattr(self, f"stage_{i}", stage)
 
     def __call__(
-        self, taps: Array, chunk: Layout, axes: Axes, embedded: Array, context: Context, cache: Cache | None
-    ) -> tuple[Array, Cache | None]:
-        """Adds a chunk to the context, and runs a block behind it through all stages.
+        self,
+        taps: Array,
+        chunk: Layout,
+        axes: Axes,
+        embedded: Array,
+        context: Context,
+        cache: Cache | None,
+        places: Places | None = None,
+    ) -> tuple[Array, Cache | None, Array]:
+        """Adds a chunk to the context, and runs blocks behind it, or within it, through all stages.
 
         Args:
           taps: [B, S, T * D] of the chunk.
           chunk: where it stands.
           axes: mesh axes that split its sequence.
-          embedded: [B, Q, D] embeddings of the anchor and the noise.
+          embedded: [N, Q, D] embeddings of the anchor and the noise of every block.
           context: their ids, and where they stand.
           cache: what earlier chunks left in the stages' rings.
+          places: see `Taps`: of each block, B * A of them; None for a block a row, behind the chunk.
 
         Returns:
-          Hidden states [B, Q, D], before their norm, and the cache after the chunk, which holds nothing of the block.
+          Hidden states [N, Q, D], before their norm; the cache after the chunk, which holds nothing of the block; and
+          the tokens that each expert got, [stages, E] int32.
         """
         c, dtype = self.config, self.policy.compute_dtype
         main = rms_norm(linear(taps.astype(dtype), self.main_proj, dtype), self.main_norm, c.rms_norm_eps)
         carry = Carry(expand(embedded, c.hc_mult), cache)
-        context = context.replace(taps=Taps(main, chunk, axes))
+        context, loads = context.replace(taps=Taps(main, chunk, axes, places)), list[Array]()
         for i in range(c.dspark_stages):
-            carry, _ = getattr(self, f"stage_{i}")(carry, context, i, 0, Routing())
-        return self.collapse(carry.streams), carry.cache
+            carry, decided = getattr(self, f"stage_{i}")(carry, context, i, 0, Routing())
+            loads.append(decided.statistics.load)
+        return self.collapse(carry.streams), carry.cache, jnp.stack(loads)
 
     def bias(self, embedded: Array) -> Array:
-        """What a token adds to the logits of the next one, [B, V] float32, from its row of `markov_w1` [B, rank]."""
+        """What a token adds to the logits of the next one, [N, V] float32, from its row of `markov_w1` [N, rank]."""
         return einsum("br,vr->bv", embedded, self.markov_w2_weight, dtype=jnp.float32)
 
     def confidence(self, hidden: Array, embedded: Array) -> Array:
-        """Confidence [B] float32, before its sigmoid, of a draft from [B, D] and the row of the token before it."""
+        """Confidence [N] float32, before its sigmoid, of a draft from [N, D] and the row of the token before it."""
         both = jnp.concatenate([hidden.astype(jnp.float32), embedded.astype(jnp.float32)], axis=-1)
         return einsum("bi,oi->bo", both, self.confidence_weight, dtype=jnp.float32)[:, 0]

@@ -94,7 +94,7 @@ def on_mesh(
 def drafting_on_mesh(
     model: MeshModel, call: Callable[..., dict[str, Any]], arguments: dict[str, Any], names: tuple[str, ...]
 ) -> dict[str, Any]:
-    """Runs `call(model, **arguments)`, of what `Transformer.dspark` does, on every device, as `on_mesh` does.
+    """Runs `call(model, **arguments)`, of what `Transformer.dspark*` do, on every device, as `on_mesh` does.
 
     Args:
       model: a bound model with a mesh.
@@ -109,8 +109,12 @@ def drafting_on_mesh(
     on = _OnMesh.of(model, *(given["taps"].shape[:2] if "taps" in given else (len(given["previous"]), 1)))
     batch, sequence = (tuple(axes) or None for axes in (on.split.axes("batch"), on.split.sequence))
     vocab = on.split.short.shared("vocab") or None  # the drafts' tokens are few: on all devices of a row
-    specs: dict[str, Any] = dict.fromkeys(("anchor", "lengths", "previous", "hidden", "confidence"), P(batch))
-    specs |= {"taps": P(batch, sequence), "logits": P(batch, None, vocab), "bias": P(batch, vocab)}
+    by_row = ("anchor", "lengths", "previous", "hidden", "confidence", "tokens", "segment_ids", "anchors", "weights")
+    specs: dict[str, Any] = dict.fromkeys(by_row, P(batch))
+    specs |= dict.fromkeys(("taps", "streams"), P(batch, sequence))
+    specs |= {"logits": P(batch, None, vocab), "bias": P(batch, vocab)}
+    sums = dict.fromkeys(("loss", "cross_entropy", "distance", "confidence_loss", "length", "load"), P())
+    specs |= sums
     if "cache" in given:
         specs["cache"] = cache_specs(given["cache"], on.rules, on.mesh)
     return on.run(call, given, {name: specs[name] for name in given}, {name: specs[name] for name in names})

@@ -7,7 +7,6 @@ with the cache in its carry.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -19,6 +18,7 @@ from jax.sharding import Mesh
 from v4_jax.architecture import Architecture
 from v4_jax.block import Block, Carry, Context, PeriodBlocks
 from v4_jax.cache.cache import Cache
+from v4_jax.drafting import Drafting
 from v4_jax.dspark import DSpark
 from v4_jax.layer_stack import replayed, role_index, stacked, unrolled
 from v4_jax.layers.divergence import FullTeacher, TopTeacher, reverse_divergence, top_scores
@@ -29,16 +29,16 @@ from v4_jax.layers.norm import rms_norm
 from v4_jax.layers.stages import SPARSE, Remat, Stage, recompute, rematerialised
 from v4_jax.layout import Layout
 from v4_jax.multi_token_prediction import MultiTokenPrediction
-from v4_jax.on_mesh import drafting_on_mesh, head_on_mesh, on_mesh
-from v4_jax.outputs import Decided, Draft, Logits, Output, Routing
-from v4_jax.parameters import LAYERS, Module, normal
+from v4_jax.on_mesh import head_on_mesh, on_mesh
+from v4_jax.outputs import Decided, Logits, Output, Routing
+from v4_jax.parameters import LAYERS, normal
 from v4_jax.policy import Policy
 from v4_jax.sharding import collectives
 from v4_jax.sharding.axes import Rules, ShardingError
 from v4_jax.sharding.split import Split
 
 
-class Transformer(Module):
+class Transformer(Drafting):
     """DeepSeek-V4.
 
     Attributes:
@@ -105,7 +105,7 @@ class Transformer(Module):
                 config=c, policy=precision, remat=self.remat, prefix="mtp.0.", split=self.split, name="mtp"
             )
         if c.dspark_stages:
-            self.stages = DSpark(config=c, policy=precision, split=self.split.short, name="dspark")
+            self.stages = DSpark(config=c, policy=precision, remat=self.remat, split=self.split.short, name="dspark")
 
     def __call__(
         self,
@@ -235,100 +235,6 @@ class Transformer(Module):
             cache = cache.replace(draft_lengths=cache.draft_lengths + layout.total)
         output = self._logits(streams, layout, logits, self.mtp_block.collapse, self.mtp_block.norm_weight)
         return _output(output, cache, apart(streams, self.config.hc_mult), [decided], return_routing)
-
-    def dspark(
-        self,
-        taps: Array,
-        anchor: Array,
-        *,
-        lengths: Array | None = None,
-        cache: Cache | None = None,
-        choose: Callable[[Array, Array], Array] | None = None,
-    ) -> Draft:
-        """Drafts the tokens that follow a context and one token more (DSpark, arXiv 2607.05147).
-
-        Args:
-          taps: [B, S, T * D] the trunk's `Output.taps` of the context; with a cache, of its newest part.
-          anchor: [B] int32 the token after the context.
-          lengths: [B] int32 how many of the taps are each row's, the first ones; a row of none drafts nothing of use.
-          cache: the trunk's cache, of which only the stages' part is read and advanced. A row of it holds what this
-            method or `dspark_read` has read of the context before.
-          choose: from logits [B, V] float32 and the draft's number in the block, [] int32, to tokens [B] int32; by
-            default the best ones.
-
-        Raises:
-          ValueError: the model has no stages, or arguments of the wrong shape.
-        """
-        self._check_taps(taps, anchor.shape)
-        choose = choose or (lambda logits, _: jnp.argmax(logits, axis=-1).astype(jnp.int32))
-        block = self._draft_block(taps, anchor, lengths, cache)
-
-        def draft(previous: Array, x: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
-            hidden, logits, number = x
-            head = self._markov(previous, hidden)
-            logits = logits + head["bias"]
-            token = choose(logits, number)
-            return token, (token, logits, head["confidence"])
-
-        numbers = jnp.arange(self.config.dspark_block_size, dtype=jnp.int32)
-        places = *(jnp.moveaxis(block[name], 1, 0) for name in ("hidden", "logits")), numbers
-        _, drafts = jax.lax.scan(draft, anchor.astype(jnp.int32), places)
-        tokens, logits, confidence = (jnp.moveaxis(x, 0, 1) for x in drafts)
-        return Draft(tokens, logits, confidence, block.get("cache"))
-
-    def dspark_read(self, taps: Array, *, lengths: Array | None = None, cache: Cache) -> Cache:
-        """Reads a part of the context into the stages' rings. Arguments are as for `dspark`.
-
-        Returns:
-          The cache after it.
-        """
-        self._check_taps(taps, taps.shape[:1])
-        # Nobody looks at the block, so that the compiler leaves it out: keys depend on the taps alone.
-        return self._draft_block(taps, jnp.zeros(taps.shape[:1], jnp.int32), lengths, cache)["cache"]
-
-    def _draft_block(
-        self, taps: Array, anchor: Array, lengths: Array | None = None, cache: Cache | None = None
-    ) -> dict[str, Any]:
-        """A block's "hidden" states [B, Q, D] and "logits" [B, Q, V] without the Markov bias, and the "cache"."""
-        if self.mesh is not None and not self.is_initializing():
-            arguments = dict(taps=taps, anchor=anchor, lengths=lengths, cache=cache)
-            names = ("hidden", "logits") if cache is None else ("hidden", "logits", "cache")
-            return drafting_on_mesh(self, Transformer._draft_block, arguments, names)
-        c, short = self.config, self.split.short
-        start = None if cache is None else cache.draft_lengths
-        chunk = self._layout(taps[..., 0], start, lengths, None, None)
-        total = chunk.total
-        noise = jnp.full((len(anchor), c.dspark_block_size - 1), c.dspark_noise_token_id, jnp.int32)
-        ids = jnp.concatenate([anchor[:, None].astype(jnp.int32), noise], axis=1)
-        first = total if start is None else start + total
-        layout = Layout.of(
-            ids.shape,
-            positions=first[:, None] + jnp.arange(ids.shape[1], dtype=jnp.int32),
-            lengths=jnp.where(total > 0, ids.shape[1], 0),
-        ).scheduled(c)
-        embedded = self._lookup(self._embeddings, ids, short).astype(self.precision.compute_dtype)
-        hidden, cache = self.stages(taps, chunk, self.split.sequence, embedded, Context(ids, layout), cache)
-        x = rms_norm(hidden, self.stages.norm_weight, c.rms_norm_eps)
-        found = {"hidden": hidden, "logits": self._head(x, short)}
-        return found if cache is None else found | {"cache": cache.replace(draft_lengths=cache.draft_lengths + total)}
-
-    def _markov(self, previous: Array, hidden: Array) -> dict[str, Array]:
-        """The "bias" [B, V] that a token [B] puts on the next logits, and the "confidence" [B] of the draft there."""
-        if self.mesh is not None:
-            arguments = dict(previous=previous, hidden=hidden)
-            return drafting_on_mesh(self, Transformer._markov, arguments, ("bias", "confidence"))
-        embedded = self._lookup(self.stages.markov_w1_weight, previous[:, None], self.split.short)[:, 0]
-        return {"bias": self.stages.bias(embedded), "confidence": self.stages.confidence(hidden, embedded)}
-
-    def _check_stages(self) -> None:
-        if not self.config.dspark_stages:
-            raise ValueError("this model has no DSpark stages (dspark_block_size is 0)")
-
-    def _check_taps(self, taps: Array, rows: tuple[int, ...]) -> None:
-        self._check_stages()
-        width = len(self.config.dspark_target_layer_ids) * self.config.hidden_size
-        if taps.ndim != 3 or taps.shape[-1] != width or taps.shape[:1] != rows:
-            raise ValueError(f"taps of {taps.shape} for anchors of {rows}: expected [B, S, {width}] and [B]")
 
     def cross_entropy(self, streams: Array, targets: Array, weights: Array, *, mtp: bool = False) -> Array:
         """Weighted sum of the negative log-probabilities of given tokens, without an array of [tokens, vocabulary].

@@ -33,7 +33,7 @@ def job_of(
 
     Args:
       whole: the model, with what drafts.
-      task: decode, prefill, train or sft.
+      task: decode, prefill, train, sft or dspark.
       devices: how many there will be.
       context: tokens of a row when the call is over; None for the task's default.
       batch: rows.
@@ -46,7 +46,9 @@ def job_of(
     """
     if preset is not None and preset not in SHARDING_PRESETS:
         raise CommandError(f"no preset {preset!r}; expected one of {', '.join(SHARDING_PRESETS)}")
-    trains = task in ("train", "sft")
+    trains = task in ("train", "sft", "dspark")
+    if task == "dspark" and not whole.dspark_stages:
+        raise CommandError("--task dspark trains DSpark's stages, and this model has none; expected one that has them")
     config = whole if trains else without_mtp(whole)
     context = min(_ROW if trains else _CONTEXT, config.max_position_embeddings) if context is None else context
     check_length(config, context)

@@ -23,8 +23,13 @@ from v4_jax.planning.mesh_choice import Choice, Demand, device_memory, fewest_de
 from v4_jax.sharding.axes import MESH_AXES
 from v4_jax.sharding.mesh import format_mesh
 
-_HELD = {"decode": "weights and cache", "train": "masters and moments", "sft": "weights and adapters"}
-_OPTION = {"decode": "--mesh", "train": "mesh", "sft": "mesh"}
+_HELD = {
+    "decode": "weights and cache",
+    "train": "masters and moments",
+    "sft": "weights and adapters",
+    "dspark": "weights and stages",
+}
+_OPTION = dict.fromkeys(_HELD, "mesh") | {"decode": "--mesh"}
 
 
 def choose_mesh(demand: Demand, legal: Callable[[dict[str, int]], bool] = lambda mesh: True) -> dict[str, int] | None:

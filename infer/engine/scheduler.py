@@ -202,6 +202,11 @@ class Engine:
         """
         return list(self._drafts.by_depth)
 
+    @property
+    def draft_steps(self) -> int:
+        """Steps so far of all rows that take drafts: each yields 1 token, and those that were accepted."""
+        return self._drafts.steps
+
     def compile(self) -> None:
         """Compiles the programs and makes the cache, unless that was done before."""
         if self._compiled:

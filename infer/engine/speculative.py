@@ -82,13 +82,16 @@ class DraftCounts:
 
     Attributes:
       by_depth: of the first guess of each step, the second, and so on.
+      steps: of rows that take drafts, those in which none was fed included.
     """
 
     def __init__(self, depth: int = 0) -> None:
         self.by_depth: tuple[Acceptance, ...] = (Acceptance(0, 0),) * depth
+        self.steps = 0
 
     def add(self, offered: int, accepted: int) -> None:
         """Counts a step of a row: drafts that were fed, and how many of them, the first ones, were right."""
+        self.steps += 1
         self.by_depth = tuple(
             Acceptance(one.offered + (depth < offered), one.accepted + (depth < accepted))
             for depth, one in enumerate(self.by_depth)

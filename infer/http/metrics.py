@@ -41,6 +41,7 @@ class Metrics:
             ("slots", "Samples that can be generated at the same time", lambda: service.engine.slots),
             ("pages", "Pages of the cache", lambda: service.engine.pages),
             ("used_pages", "Pages of the cache that belong to requests", lambda: service.engine.pages_used),
+            ("draft_steps", "Steps so far of rows that take drafts", lambda: service.engine.draft_steps),
         ):
             Gauge(name, text, **own).set_function(value)
         drafts = Gauge("drafts", "Drafts so far, by depth, and whether they were right", ["depth", "outcome"], **own)

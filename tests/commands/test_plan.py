@@ -137,6 +137,19 @@ def test_adapters_need_little_beside_the_weights():
     assert 2 / 3 < flops[1] / flops[0] < 0.75
 
 
+def test_stages_are_trained_beside_the_trunk():
+    """What is held is the trunk in its formats, and masters and moments of the stages alone."""
+    config = Config.flash_0731()
+    there = dict(config=config, context=4096, chunk=4096, batch=8, preset="train", mesh=NO_MESH | {"expert": 8})
+    whole, stages = (planning.estimate(workload(task=task, **there)) for task in ("train", "dspark"))
+    of_stages = parameter_bytes(config).total - parameter_bytes(config.trunk()).total
+    trunk = parameter_bytes(config.trunk()).total / 8
+    assert trunk + of_stages / 8 < stages.weights < whole.weights / 3
+    flops = planning.least_work(workload(task="dspark", **there)).flops / (8 * 4096)
+    forward = config.flops_per_token(4096).total
+    assert 0.8 * forward < flops < 2 * forward
+
+
 def test_the_floor_is_the_largest_of_three():
     floor = planning.floor_of(workload(), compiled())
     assert floor.flops == 1e12 / 918e12 and floor.hbm == 50e9 / 1638e9 and floor.ici == 1.75e9 / 400e9

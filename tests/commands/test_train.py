@@ -143,6 +143,16 @@ def test_the_example_of_adapters(run, monkeypatch, tmp_path):
     assert flops[0] != flops[1]
 
 
+def test_the_example_of_stages(run, monkeypatch, tmp_path):
+    """Its settings are legal; what is counted are the stages, beside a trunk that stays as it is on disk."""
+    monkeypatch.chdir(ROOT)
+    result = run("train", "examples/dspark.yaml", f"run={tmp_path / 'run'}", "--dry-run")
+    assert result.code == 0, result.err
+    said = "stages: 3, fresh, which draft 5 tokens from layers 2, 3, 4, 1,010,411 parameters; the trunk native, left as"
+    assert f"{said} it is\n" in result.out and "--task dspark counts" in result.out
+    assert "note: the model's multi-token-prediction block is left out: DSpark's stages take its place" in result.err
+
+
 def test_rows_say_nothing_to_the_terminal(capsys):
     """What a terminal would obey in a text of the data is not passed on."""
     tokenizer = ByteTokenizer(300)

@@ -150,6 +150,61 @@ def test_on_a_mesh(model, mesh, preset="long-context"):
     same(*found)
 
 
+ANCHORS = [[1, 7, 16, 17 + 6, 140], [9, 30, 60, 120, 154]]
+
+
+def with_drafts(model, taps, rows, anchors):
+    """What is drafted at each anchor, rows one after another; and the rows with those drafts in place of their own."""
+    batch, blocks = anchors.shape
+    repeated = (jnp.repeat(x, blocks, axis=0) for x in (taps, rows))
+    found = whole(model, *repeated, anchors.reshape(-1))
+    at = anchors[..., None] + 1 + jnp.arange(found.tokens.shape[1])
+    drafted = rows.at[jnp.arange(batch)[:, None, None], at].set(found.tokens.reshape(at.shape), mode="drop")
+    return found, drafted
+
+
+def flat(draft):
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), draft)
+
+
+def test_known_rows(model, rows, taps):
+    """Blocks at many places of a row at once, given the drafts: each as if its context were all that there is."""
+    anchors = jnp.asarray(ANCHORS)
+    expected, drafted = with_drafts(model, taps[:2], rows[:2], anchors)
+    same(flat(model(taps[:2], drafted, anchors, method="dspark_known")), expected)
+
+
+@pytest.fixture(scope="module")
+def packed():
+    """Rows of three documents, the last of which is padding, and blocks in both others."""
+    rows = jax.random.randint(jax.random.key(4), (2, 256), 0, 64)
+    at = jnp.arange(256)
+    segments = jnp.stack([jnp.where(at < 250, 1 + (at > 130), 0), jnp.where(at < 200, 1 + (at > 7), 0)])
+    return rows, segments, jnp.asarray([[1, 120, 132, 140, 240, -1], [3, 9, 126, 136, -1, 190]])
+
+
+@pytest.mark.parametrize("mesh", [None, "data=2,seq=2,tensor=2"])
+def test_known_rows_of_packed_documents(model, packed, mesh):
+    """Each as in its own document alone, also where a block's context begins on another device."""
+    rows, segments, anchors = packed
+    spread = model if mesh is None else OnMesh(model, mesh, "train")
+    taps = spread(rows, segment_ids=segments, return_taps=True, logits="none").taps
+    found = spread(taps, rows, anchors, segment_ids=segments, method="dspark_known")
+    for row, start, stop in ((0, 0, 131), (0, 131, 250), (1, 0, 8), (1, 8, 200)):
+        blocks = np.flatnonzero((anchors[row] > start) & (anchors[row] < stop))
+        alone, own = rows[row : row + 1, start:stop], anchors[row : row + 1, blocks] - start
+        length = alone.shape[1]  # padded, so that all documents share a program
+        alone = jnp.pad(alone, [(0, 0), (0, 200 - length)])
+        own_taps = model(alone, lengths=jnp.asarray([length]), return_taps=True, logits="none").taps
+        for block, anchor in zip(blocks, own[0], strict=True):
+            expected = model(own_taps, alone, anchor[None, None], method="dspark_known")
+            if anchor + 5 >= length:  # what is behind a document is no draft of it
+                expected = jax.tree.map(lambda x: x[:, :, :1], expected)
+            size = expected.logits.shape[2]
+            one = jax.tree.map(lambda x, at=(row, block), n=size: x[at][None, None, :n], found)
+            same(one, expected)
+
+
 def test_refusals(model, rows):
     plain = models.three()
     with pytest.raises(ValueError, match="no DSpark stages"):
@@ -158,4 +213,6 @@ def test_refusals(model, rows):
         plain(jnp.zeros((1, 4, 96)), jnp.zeros(1, jnp.int32), method="dspark")
     with pytest.raises(ValueError, match=r"expected \[B, S, 96\] and \[B\]"):
         model(jnp.zeros((1, 4, 48)), jnp.zeros(1, jnp.int32), method="dspark")
+    with pytest.raises(ValueError, match=r"expected \[B, S\] and \[B, A\]"):
+        model(jnp.zeros((1, 4, 96)), jnp.zeros((1, 4), jnp.int32), jnp.zeros(1, jnp.int32), method="dspark_known")
     assert Config.flash_0731().dspark_stages == 3

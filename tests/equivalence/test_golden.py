@@ -81,12 +81,22 @@ def test_dspark(cases):
         taps = jnp.broadcast_to(taps, (len(last), *taps.shape[1:]))
         return model.apply({"params": params}, taps, tokens[0, last + 1], lengths=last + 1, method="dspark")
 
+    @jax.jit
+    def known(params, taps):
+        """As training drafts: all blocks at once, in rows where the golden drafts stand behind the anchors."""
+        size = golden["drafts"].shape[1]
+        taps = jnp.pad(jnp.broadcast_to(taps, (len(last), *taps.shape[1:])), [(0, 0), (0, size), (0, 0)])
+        rows = jnp.pad(jnp.tile(tokens, (len(last), 1)), [(0, 0), (0, size)])
+        rows = rows.at[np.arange(len(last))[:, None], last[:, None] + 2 + np.arange(size)].set(golden["drafts"])
+        draft = model.apply({"params": params}, taps, rows, last[:, None] + 1, method="dspark_known")
+        return jax.tree.map(lambda x: x[:, 0], draft)
+
     for taps in (golden["taps"], trunk.taps):
-        draft = drafts(params, jnp.asarray(taps))
-        np.testing.assert_array_equal(draft.tokens, golden["drafts"])
-        np.testing.assert_allclose(draft.logits, golden["draft_logits"], atol=TOLERANCE, rtol=0)
-        if taps is golden["taps"]:
-            np.testing.assert_allclose(draft.confidence, golden["confidence"], atol=TOLERANCE, rtol=0)
+        for draft in (drafts(params, jnp.asarray(taps)), known(params, jnp.asarray(taps))):
+            np.testing.assert_array_equal(draft.tokens, golden["drafts"])
+            np.testing.assert_allclose(draft.logits, golden["draft_logits"], atol=TOLERANCE, rtol=0)
+            if taps is golden["taps"]:
+                np.testing.assert_allclose(draft.confidence, golden["confidence"], atol=TOLERANCE, rtol=0)
 
 
 def divergence(golden: np.ndarray, found: jax.Array) -> float:

@@ -108,7 +108,7 @@ def model(tiny):
 def gradients(tiny, model, factors, rows):
     """Of the factors, from one step; and of the same weights, merged, as a plain run has them."""
     step = functools.partial(make_step, model, SGD, lambda step: WEIGHTS)
-    after, metrics = stepped(tiny, jax.jit(step(adapters=ALL)), factors, rows, tiny.params)
+    after, metrics = stepped(tiny, jax.jit(step(addition=ALL)), factors, rows, tiny.params)
     plain = whole(ALL.onto(tiny.params, factors))
     plainly, expected = stepped(tiny, jax.jit(step()), plain, rows)
     np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
@@ -142,7 +142,7 @@ def test_on_a_mesh(tiny, model, factors, rows, gradients):
     base = jax.device_put(tiny.params, placements(tiny.config, mesh, "train"))
     where = places(ALL.declarations(tiny.config), mesh, resolve("train"))
     spread = jax.device_put(factors, where)
-    step = jax.jit(make_step(model.clone(mesh=mesh, rules="train"), SGD, lambda step: WEIGHTS, adapters=ALL))
+    step = jax.jit(make_step(model.clone(mesh=mesh, rules="train"), SGD, lambda step: WEIGHTS, addition=ALL))
     after, _ = stepped(tiny, step, spread, place.put(rows), base)
     for (path, x), y, expected in zip(
         jax.tree_util.tree_leaves_with_path(factors), *map(jax.tree.leaves, (after.params, gradients[0])), strict=True

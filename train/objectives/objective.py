@@ -7,6 +7,7 @@ which tokens are trained, only those are targets; all are read, and count for th
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, cast
@@ -17,10 +18,14 @@ from flax import struct
 from jax import Array
 
 from v4_jax.architecture import Architecture
+from v4_jax.layer_stack import by_layer
 from v4_jax.outputs import Output, Routing
 from v4_jax.train.batch import Batch
 from v4_jax.train.teachers.settings import TeacherSettings
 from v4_jax.transformer import Transformer
+
+# Values of layers by the path of their parameters in the tree.
+Arranged = list[tuple[tuple[str, ...], Any]]
 
 
 class Weights(NamedTuple):
@@ -57,16 +62,16 @@ class Sums(struct.PyTreeNode):
     Attributes:
       loss: what the objective makes of the next tokens.
       mtp: negative log-probability of the tokens after them.
-      balance: over rows and layers that choose their experts.
-      indexer: divergence over tokens and CSA layers.
-      load: [layers, E] tokens of each expert, the MTP block's as the last layer.
+      balance: over rows and layers that choose their experts; None where it is no part of the loss.
+      indexer: divergence over tokens and CSA layers; likewise.
+      load: [layers, E] tokens of each expert, the MTP block's as the last layer; of DSpark's stages, theirs.
       statistics: of the objective, by name: over next tokens.
     """
 
     loss: Array
     mtp: Array
-    balance: Array
-    indexer: Array
+    balance: Array | None
+    indexer: Array | None
     load: Array
     statistics: dict[str, Array]
 
@@ -75,8 +80,8 @@ class Counts(NamedTuple):
     """What the sums of a step are divided by, all microbatches together: at least 1 each.
 
     Attributes:
-      loss: next tokens.
-      mtp: tokens after the next.
+      loss: next tokens; of DSpark's stages, what all drafts count.
+      mtp: tokens after the next; of DSpark's stages, blocks.
       rows: rows.
       tokens: tokens that are not padding.
     """
@@ -126,6 +131,48 @@ class Objective(Protocol):
         Returns:
           A float32 sum over the targets, and float32 sums of other numbers over them, by name.
         """
+
+
+class Losses(Protocol):
+    """What a step minimises."""
+
+    def begin(self, config: Architecture, batch: Batch, step: Array) -> tuple[Batch, Counts]:
+        """A step's rows [microbatches, B, S] with what is drawn for them in `given`, and its counts."""
+
+    def total(
+        self,
+        model: Transformer,
+        params: Any,
+        batch: Batch,
+        counts: Counts,
+        weights: Weights,
+        decisions: Decisions | None = None,
+        shared: Any = None,
+    ) -> tuple[Array, Sums]:
+        """The loss of some rows of a step, as their share of the step's mean; see `total_loss`."""
+
+    def arranged(self, config: Architecture, values: Array) -> Arranged:
+        """Values of all layers that `Sums.load` has, as `v4_jax.layer_stack.by_layer` arranges them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OfNextTokens:
+    """The losses of a model by an objective of next tokens. Arguments are as for `Losses`."""
+
+    objective: Objective
+
+    def begin(self, config: Architecture, batch: Batch, step: Array) -> tuple[Batch, Counts]:
+        """Nothing is drawn."""
+        del config, step
+        return batch, Counts.of(batch)
+
+    def total(self, *arguments: Any) -> tuple[Array, Sums]:
+        """`total_loss`."""
+        return total_loss(self.objective, *arguments)
+
+    def arranged(self, config: Architecture, values: Array) -> Arranged:
+        """The trunk's layers, and the MTP block's."""
+        return by_layer(config, values)
 
 
 def same_document(segment_ids: Array, ahead: int) -> Array:

@@ -9,83 +9,26 @@ its tensors are read there, and those that have an update are merged and rounded
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
 import threading
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from v4_jax.adapters import A, Adapters, B
-from v4_jax.checkpoint.block_formats import dequantise, pack, scale_name
-from v4_jax.checkpoint.fingerprint import fingerprint
+from v4_jax.checkpoint.block_formats import dequantise, scale_name
+from v4_jax.checkpoint.in_memory import rounded
 from v4_jax.checkpoint.interface import Checkpoint
 from v4_jax.checkpoint.mapping import Entry, Role, entries, leaves
 from v4_jax.checkpoint.mapping import Path as LeafPath
 from v4_jax.checkpoint.orbax_arrays import StoredArray, open_arrays
-from v4_jax.checkpoint.released import companions, read_json
-from v4_jax.checkpoint.remote import url_of
-from v4_jax.checkpoint.tensors import DTYPES, CheckpointError, names_in
+from v4_jax.checkpoint.record import Record, check_base, file_of
+from v4_jax.checkpoint.released import companions
+from v4_jax.checkpoint.tensors import CheckpointError, names_in
 from v4_jax.checkpoint.trained import ADAPTERS, opened_step, step_fingerprint
-from v4_jax.files import complete
-from v4_jax.number_formats import quantise
 from v4_jax.parameters import is_parameter, named
-
-FILE = "adapters.json"
-_FORMAT, _VERSION = "v4-jax adapters", 1
-
-_quantise = jax.jit(quantise, static_argnums=(1, 2))
-
-
-class Record(NamedTuple):
-    """What a run's adapters are adapters of.
-
-    Attributes:
-      model: the directory of their model, where it was when the run began.
-      fingerprint: of its content.
-      adapters: which they are.
-    """
-
-    model: str
-    fingerprint: str
-    adapters: Adapters
-
-    @classmethod
-    def of(cls, model: str | Path, checkpoint: Checkpoint, adapters: Adapters) -> Record:
-        """The record of adapters of a model that is open."""
-        where = str(model) if url_of(model) else str(Path(model).absolute())
-        return cls(where, _identity(where, checkpoint), adapters)
-
-    def write(self, run: Path) -> None:
-        """Puts it into a run's directory."""
-        values = {"format": _FORMAT, "version": _VERSION, "model": self.model, "fingerprint": self.fingerprint}
-        with complete(run / FILE) as working:
-            working.write_text(json.dumps(values | dataclasses.asdict(self.adapters), indent=2) + "\n")
-
-
-def read_record(run: Path) -> Record | None:
-    """The record in a run's directory; None where a run trains all weights.
-
-    Raises:
-      CheckpointError: it is no such record.
-    """
-    if not (run / FILE).exists():
-        return None
-    found = read_json(run / FILE)
-    try:
-        if (found["format"], found["version"]) != (_FORMAT, _VERSION):
-            raise KeyError
-        adapters = Adapters(int(found["rank"]), float(found["alpha"]), tuple(found["families"]))
-        return Record(found["model"], found["fingerprint"], adapters)
-    except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{run / FILE} is no record of {_FORMAT}, version {_VERSION}") from None
-
-
-def _identity(model: str, checkpoint: Checkpoint) -> str:
-    return checkpoint.fingerprint or "" if url_of(model) else fingerprint(model)
 
 
 class Merged(Checkpoint):
@@ -109,14 +52,12 @@ class Merged(Checkpoint):
         """
         super().__init__()
         run, step = opened_step(path)
-        if _identity(record.model, base) != record.fingerprint:
-            raise CheckpointError(
-                f"{record.model} is not the model that the adapters of {run} were trained on: its content has changed"
-            )
+        check_base(base, record, run)
         if not (step / ADAPTERS).is_dir():
             raise CheckpointError(f"{step} is damaged: it has no {ADAPTERS}")
-        self._base, self.record = base, record
-        self._factors = _factors(step, record.adapters, base)
+        assert isinstance(record.addition, Adapters)
+        self._base, self.record, self._scale = base, record, np.float32(record.addition.scale)
+        self._factors = _factors(step, record.addition, base)
         self.label, self.config, self.hf_config, self.formats = str(step), base.config, base.hf_config, base.formats
         self.tensors, self.ignored, self.notes, self.files = base.tensors, base.ignored, base.notes, companions(run)
         content = f"{base.fingerprint} {step_fingerprint(run, step / ADAPTERS)}"
@@ -161,7 +102,7 @@ class Merged(Checkpoint):
         if getattr(self._last, "place", None) != place:
             name = self._names[place]
             a, b = self.factors(name)
-            values = self._of_base(name, entry) + np.float32(self.record.adapters.scale) * (b @ a)
+            values = self._of_base(name, entry) + self._scale * (b @ a)
             self._last.place, self._last.values, self._last.tensor = place, values, None
         return self._last.values
 
@@ -178,17 +119,11 @@ class Merged(Checkpoint):
         values, name = self._values(entry), self._names[entry.path, entry.place]
         if self._last.tensor is None:
             storage = leaves(self.config)[entry.path].storage
-            form = self.formats.block(storage)
-            if form is None:
-                self._last.tensor = {"plain": values.astype(self.tensors[name].numpy_dtype)}
-            elif form.name == "nvfp4":
+            if (form := self.formats.block(storage)) is not None and form.name == "nvfp4":
                 raise CheckpointError(
                     f"{name} has an adapter and is held in NVFP4, which is read and not made: expected --format bf16"
                 )
-            else:
-                made = _quantise(values, form.element, DTYPES[self.formats.scales(storage)])
-                codes, scales = np.asarray(made.codes), np.asarray(made.scales)
-                self._last.tensor = {"codes": pack(codes) if form.packing == 2 else codes, "scales": scales}
+            self._last.tensor = rounded(values, self._entries[name], storage, self.formats)
         return self._last.tensor
 
 
@@ -203,6 +138,6 @@ def _factors(step: Path, adapters: Adapters, base: Checkpoint) -> dict[LeafPath,
     found = dict(open_arrays(step / ADAPTERS))
     shapes = {key: array.shape for key, array in found.items()}
     if different := sorted(key for key in {*wanted, *shapes} if wanted.get(key) != shapes.get(key)):
-        raise CheckpointError(f"{step} does not fit its record in {FILE}: {names_in(different)}")
+        raise CheckpointError(f"{step} does not fit its record in {file_of(adapters)}: {names_in(different)}")
     paths = {key.rpartition(".")[0] for key in wanted}
     return {tuple(path.split(".")): (found[f"{path}.{A}"], found[f"{path}.{B}"]) for path in paths}

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from v4_jax.checkpoint.trained import ADAPTERS, CHECKPOINTS, PARAMS, followed, run_of, steps
+from v4_jax.checkpoint.trained import ADAPTERS, CHECKPOINTS, PARAMS, STAGES, followed, run_of, steps
 from v4_jax.files import sampled_digest
 
 _SAMPLES, _BLOCK = 16, 1 << 16  # of a large file: blocks, and bytes of each
@@ -43,7 +43,7 @@ def _files(directory: Path) -> Iterator[tuple[Path, Path]]:
     else:
         step = directory if directory != run else run / CHECKPOINTS / str(steps(run)[-1])
         folders = [(run, run.glob("*.json"))]
-        folders += [(step / name, (step / name).rglob("*")) for name in (PARAMS, ADAPTERS)]
+        folders += [(step / name, (step / name).rglob("*")) for name in (PARAMS, ADAPTERS, STAGES)]
     for root, paths in folders:
         for path in sorted(paths):
             if path.is_file() and path.suffix not in _TEXTS and not _APART & set(path.relative_to(root).parts):

@@ -88,18 +88,27 @@ class InMemory(Checkpoint):
         """One layer's or expert's share of a leaf, as stored."""
         leaf = self._leaves[entry.path]
         storage = leaves(self.config)[entry.path].storage
-        form = self.formats.block(storage)
-        if form is None:
+        if not isinstance(leaf, BlockScaled):
             array = _on_host(leaf, entry.place)
             if storage == "i64":
                 check_expert_ids(name, array, self.config)
-            return {"plain": array.astype(entry.info.numpy_dtype)}
-        if isinstance(leaf, BlockScaled):
-            codes, scales = _on_host(leaf.codes, entry.place), _on_host(leaf.scales, entry.place)
-        else:
-            made = _quantise(_on_host(leaf, entry.place), form.element, DTYPES[self.formats.scales(storage)])
-            codes, scales = np.asarray(made.codes), np.asarray(made.scales)
-        return {"codes": pack(codes) if form.packing == 2 else codes, "scales": scales}
+            return rounded(array, entry, storage, self.formats)
+        form = self.formats.block(storage)
+        assert form is not None
+        return _packed(_on_host(leaf.codes, entry.place), _on_host(leaf.scales, entry.place), form)
+
+
+def rounded(values: np.ndarray, entry: Entry, storage: Storage, formats: Formats) -> Mapping[Role, np.ndarray]:
+    """A tensor as stored, from one layer's or expert's plain values."""
+    form = formats.block(storage)
+    if form is None:
+        return {"plain": values.astype(entry.info.numpy_dtype)}
+    made = _quantise(values, form.element, DTYPES[formats.scales(storage)])
+    return _packed(np.asarray(made.codes), np.asarray(made.scales), form)
+
+
+def _packed(codes: np.ndarray, scales: np.ndarray, form: BlockFormat) -> Mapping[Role, np.ndarray]:
+    return {"codes": pack(codes) if form.packing == 2 else codes, "scales": scales}
 
 
 def _on_host(array: Any, place: tuple[int, ...]) -> np.ndarray:

@@ -42,6 +42,7 @@ def load(
     dtype: Literal["native", "bfloat16", "float32"] = "native",
     mesh: Mesh | None = None,
     rules: Rules | str | None = None,
+    only: Callable[[str], bool] = lambda name: True,
 ) -> tuple[Config, Any]:
     """Loads a checkpoint.
 
@@ -54,9 +55,10 @@ def load(
         them to what `export` writes, "float32" returns them exactly.
       mesh: devices to place the parameters on; None is the default device.
       rules: which mesh axes split which logical axes: a `v4_jax.sharding.axes.Rules` or the name of a preset.
+      only: which branches of the parameter tree are wanted, by their names at its top; all of them by default.
 
     Returns:
-      The configuration of what was loaded, and the parameter tree of `v4_jax.declarations(config)`, unboxed. The
+      The configuration of the checkpoint, and the parameter tree of `v4_jax.declarations(config)`, unboxed. The
       configuration has no MTP block where the checkpoint has none.
 
     Raises:
@@ -68,7 +70,7 @@ def load(
         raise CheckpointError("sharding rules were given without a mesh to apply them to")
     params: dict[str, Any] = {}
     with opened(path) as checkpoint, ThreadPoolExecutor(_THREADS) as pool:
-        parameters = leaves(checkpoint.config)
+        parameters = {key: leaf for key, leaf in leaves(checkpoint.config).items() if only(key[0])}
         loaders = [_Leaf.of(checkpoint, key, parameter, dtype, pool) for key, parameter in parameters.items()]
         try:
             places = [loader.placement(mesh, resolve(rules)) for loader in loaders]

@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from v4_jax.checkpoint.adapted import Merged, read_record
+from v4_jax.adapters import Adapters
+from v4_jax.checkpoint.adapted import Merged
 from v4_jax.checkpoint.converted import MANIFEST, Converted
+from v4_jax.checkpoint.drafting import WithStages
 from v4_jax.checkpoint.in_memory import InMemory
 from v4_jax.checkpoint.interface import Checkpoint
+from v4_jax.checkpoint.record import read_record
 from v4_jax.checkpoint.released import Released
 from v4_jax.checkpoint.remote import url_of
 from v4_jax.checkpoint.trained import Trained, run_of
@@ -38,7 +41,10 @@ def open_checkpoint(path: str | Path, *, strict: bool = True) -> Checkpoint:
         return Released(path, strict=strict)
     if run := run_of(path):
         record = read_record(run)
-        return Trained(path) if record is None else Merged(open_checkpoint(record.model), record, path)
+        if record is None:
+            return Trained(path)
+        made = Merged if isinstance(record.addition, Adapters) else WithStages
+        return made(open_checkpoint(record.model), record, path)
     kind = Converted if (Path(path) / MANIFEST).exists() else Released
     return kind(path, strict=strict)
 

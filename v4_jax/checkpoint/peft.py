@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from v4_jax.adapters import A, B
+from v4_jax.adapters import A, Adapters, B
 from v4_jax.checkpoint.adapted import Merged
 from v4_jax.checkpoint.building import Written, building, require_space
 from v4_jax.checkpoint.interface import Progress
@@ -39,6 +39,7 @@ def export_adapters(source: str | Path, target: str | Path, *, progress: Progres
         if not isinstance(checkpoint, Merged):
             raise CheckpointError(f"{source} has no adapters, expected a training run with lora in its settings")
         record = checkpoint.record
+        assert isinstance(record.addition, Adapters)
         modules = {name: transformers_name(name).removesuffix(".weight") for name in checkpoint.adapted}
         tensors = {
             f"base_model.model.{modules[name]}.{factor}.weight": TensorInfo("F32", shape)
@@ -63,8 +64,8 @@ def export_adapters(source: str | Path, target: str | Path, *, progress: Progres
                 "peft_type": "LORA",
                 "task_type": "CAUSAL_LM",
                 "base_model_name_or_path": record.model,
-                "r": record.adapters.rank,
-                "lora_alpha": record.adapters.alpha,
+                "r": record.addition.rank,
+                "lora_alpha": record.addition.alpha,
                 "lora_dropout": 0.0,
                 "bias": "none",
                 "inference_mode": True,

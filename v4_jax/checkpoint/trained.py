@@ -5,7 +5,7 @@
     run/checkpoints/STEP/params/  float32 parameters (int32 hash tables) as one Orbax tree, shaped like `v4_jax.init`'s
     run/best                      a link to the step with the highest score, where steps are evaluated
 
-A run that trains adapters has these in their place; see `v4_jax.checkpoint.adapted`.
+A run that trains adapters, or DSpark's stages, has these in their place; see `v4_jax.checkpoint.adapted`, `drafting`.
 
 A step has its final name only when it is complete, so what else lies in `checkpoints` is left alone.
 """
@@ -30,6 +30,7 @@ CHECKPOINTS = "checkpoints"
 BEST = "best"
 PARAMS = "params"
 ADAPTERS = "adapters"
+STAGES = "stages"
 RECORD = {"format": "v4-jax training run", "version": 1}
 
 

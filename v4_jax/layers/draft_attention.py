@@ -21,6 +21,18 @@ from v4_jax.layout import Layout
 from v4_jax.sharding.collectives import Axes, psum, rows_at
 
 
+class Places(struct.PyTreeNode):
+    """Where blocks stand in rows that are known as a whole: A of them in each.
+
+    Attributes:
+      ends: [B, A] int32 tokens of the row before a block's anchor.
+      first: [B, A] int32 the first of them that are of the anchor's document.
+    """
+
+    ends: Array
+    first: Array
+
+
 class Taps(struct.PyTreeNode):
     """What a trunk's chunk hands to the stages.
 
@@ -28,11 +40,13 @@ class Taps(struct.PyTreeNode):
       main: [B, S, D] its taps, projected and normed: what keys are made from.
       layout: where the chunk stands.
       axes: mesh axes that split its sequence. The drafts' never is.
+      places: where the blocks stand, which are then B * A; None for one a row, behind the chunk. Not with a cache.
     """
 
     main: Array
     layout: Layout
     axes: Axes = struct.field(pytree_node=False, default=())
+    places: Places | None = None
 
 
 class DraftAttention(Attention):
@@ -48,7 +62,7 @@ class DraftAttention(Attention):
         """Attends.
 
         Args:
-          y: [B, Q, D] normed, collapsed input.
+          y: [B, Q, D] normed, collapsed input; a row for every block.
           layout: where the drafts stand.
           cache: the whole cache, in whose ring of the stage the context's keys are added; None without one.
           layer: the stage's number, its place in the ring's stack.
@@ -67,18 +81,21 @@ class DraftAttention(Attention):
             context = linear(taps.main, weights.wkv, dtype)
             context = self.keys(context, weights.kv_norm, taps.layout.turn(self.roles.ratio))
         with jax.named_scope("attention.window_cache"):
-            last = taps.layout.total[:, None] - count + jnp.arange(count, dtype=jnp.int32)
+            total, steps = taps.layout.total, jnp.arange(count, dtype=jnp.int32) - count
             if cache is None:
-                before = rows_at(context, last, taps.axes)
+                places = taps.places or Places(total[:, None], jnp.zeros_like(total)[:, None])
+                last = places.ends[..., None] + steps  # [B, A, count]
+                before = rows_at(context, last.reshape(len(last), -1), taps.axes).reshape(len(y), count, -1)
+                visible = (last >= places.first[..., None]).reshape(len(y), count)
             else:
                 ring = cache.window(self.window, layer, taps.layout.cached, dtype)
-                last += ring.start[:, None]
                 rows = ring.append(context, taps.layout, taps.axes)
                 cache = cache.with_ring(self.window, rows)
-                before = ring.replace(rows=rows, start=ring.start + taps.layout.total).history(count)
+                before = ring.replace(rows=rows, start=ring.start + total).history(count)
+                visible = (ring.start + total)[:, None] + steps >= 0
         with jax.named_scope("attention.window"):
             queries = self.queries(linear(latent, weights.wq_b, self.policy.compute_dtype), turn)
-            seen = jnp.concatenate([last >= 0, jnp.ones(y.shape[:2], bool)], axis=1)
+            seen = jnp.concatenate([visible, jnp.ones(y.shape[:2], bool)], axis=1)
             keys = jnp.concatenate([before, own], axis=1)
             mask = jnp.broadcast_to(seen[:, None], (*y.shape[:2], keys.shape[1]))
             partial = attend(queries, keys, mask)

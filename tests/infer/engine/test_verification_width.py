@@ -63,8 +63,12 @@ def test_the_same_tokens_at_each_width(model, engine, width, monkeypatch):
     prices = np.full(3, 1e30, np.float32)
     prices[width] = 1
     monkeypatch.setattr(engine, "_seconds", jnp.asarray(prices))
-    before = engine.acceptance
+    before, steps = engine.acceptance, engine.draft_steps
     assert_same(served(engine, requests()), expected)
+    right = sum(after.accepted - one.accepted for after, one in zip(engine.acceptance, before, strict=True))
+    # A row's first token comes from its prompt; its last step may yield more than it asked for.
+    wanted = sum(one.max_tokens - 1 for one in requests())
+    assert wanted <= engine.draft_steps - steps + right <= wanted + len(requests()) * engine.draft_depth
     offered = [after.offered - one.offered for after, one in zip(engine.acceptance, before, strict=True)]
     many, few = offered[0], offered[-1]
     # Rows that run alone at the end verify everything.
