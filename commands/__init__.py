@@ -122,6 +122,10 @@ def _dispatch(arguments: list[str]) -> int:
             return _BAD_INPUT
         return _refuse(f"unknown verb {name!r}; expected one of {', '.join(VERBS)}")
 
+    from v4_jax.commands.shared.absent_tpus import leave_out_absent_tpus
+
+    leave_out_absent_tpus()  # before anything imports JAX
+
     import tyro
 
     from v4_jax.commands.shared.hints import of_options

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from v4_jax.commands import VERBS, main
+from v4_jax.commands.shared.absent_tpus import leave_out_absent_tpus
 
 
 def test_overview(run):
@@ -74,3 +75,25 @@ def test_a_reader_that_has_seen_enough(start, model):
     process.stdout.close()
     err = process.stderr.read()
     assert process.wait(timeout=60) == 141 and not err
+
+
+@pytest.mark.parametrize(
+    ("environment", "installed", "node", "chosen"),
+    [
+        ({}, {"libtpu"}, False, "cpu"),
+        ({}, {"libtpu"}, True, None),
+        ({}, set(), False, None),
+        ({}, {"libtpu", "jax_plugins"}, False, None),  # GPUs
+        ({"TPU_NAME": "pod"}, {"libtpu"}, False, None),
+        ({"JAX_PLATFORMS": "tpu"}, {"libtpu"}, False, "tpu"),
+    ],
+)
+def test_tpus_are_not_looked_for_where_none_are(monkeypatch, tmp_path, environment, installed, node, chosen):
+    """Else libtpu, which `plan` needs, says at length that it finds none."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name in installed or None)
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [])
+    if node:
+        (tmp_path / "accel0").touch()
+    found = dict(environment)
+    leave_out_absent_tpus(found, (str(tmp_path / "accel*"),))
+    assert found.get("JAX_PLATFORMS") == chosen
