@@ -28,6 +28,7 @@ EVERYTHING = Request(
     reasoning_budget=0,
     opening=(4,),
     salt=b"\0\xff",
+    echo=True,
 )
 
 

@@ -12,6 +12,8 @@ MRCR = {"prompt": json.dumps(ASK), "answer": "x1Tapir!", "random_string_to_prepe
 MRCR |= {"desired_msg_index": 1, "total_messages": 3, "n_chars": 100, "date_added": "04-12-2025"}
 QUESTION = {"documents": ["One.", "Two."], "question": "Which?", "answer": "Two", "id": "q7", "length": 131072}
 NEEDLE = {"text": "AB12 fox AB", "answer": "12", "depth": 0}
+CHAT = {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]}
+GOOD = {"mrcr": MRCR, "questions": QUESTION, "needle": NEEDLE, "chats": CHAT}
 
 
 def test_published_format():
@@ -52,21 +54,23 @@ def test_question_sets():
         ("needle", {"depth": 2}, '"depth" is 2'),
         ("needle", {"prompt": ASK}, 'it has both "text" and "prompt"'),
         ("needle", {"answer": 12}, '"answer" is 12'),
+        ("chats", {"answers": []}, '"answers" is no list of texts'),
+        ("chats", {"messages": CHAT["messages"][:1]}, 'it has neither "answer" nor "answers"'),
+        ("chats", {"messages": "x"}, 'it has neither "answer" nor "answers"'),
     ],
 )
 def test_lines_that_are_no_questions(task, change, sentence):
-    good = {"mrcr": MRCR, "questions": QUESTION, "needle": NEEDLE}[task]
+    good = GOOD[task]
     with pytest.raises(SetError, match=rf"^line 2 is no question: {sentence}.*; expected "):
         read_set(task, [json.dumps(good), json.dumps(good | change)])
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_fields_that_are_missing(task):
-    good = {"mrcr": MRCR, "questions": QUESTION, "needle": NEEDLE}[task]
+    good = GOOD[task]
     read_set(task, [json.dumps(good)])
-    for field in {"prompt", "n_needles", "random_string_to_prepend", "text", "depth", "documents", "question"} & {
-        *good
-    }:
+    needed = {"prompt", "n_needles", "random_string_to_prepend", "text", "depth", "documents", "question", "messages"}
+    for field in needed & {*good}:
         with pytest.raises(SetError, match=f'^line 1 is no question: .*"{field}"'):
             read_set(task, [json.dumps({key: value for key, value in good.items() if key != field})])
     with pytest.raises(SetError, match="line 1 is not JSON"):
