@@ -9,7 +9,6 @@ its tensors are read there, and those that have an update are merged and rounded
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,9 @@ from v4_jax.checkpoint.interface import Checkpoint
 from v4_jax.checkpoint.mapping import Entry, Role, entries, leaves
 from v4_jax.checkpoint.mapping import Path as LeafPath
 from v4_jax.checkpoint.orbax_arrays import StoredArray, open_arrays
-from v4_jax.checkpoint.record import Record, check_base, file_of
+from v4_jax.checkpoint.record import Record, file_of, open_addition
 from v4_jax.checkpoint.released import companions
 from v4_jax.checkpoint.tensors import CheckpointError, names_in
-from v4_jax.checkpoint.trained import ADAPTERS, opened_step, step_fingerprint
 from v4_jax.parameters import is_parameter, named
 
 
@@ -51,17 +49,13 @@ class Merged(Checkpoint):
           CheckpointError: no complete step, or one that is damaged; or the model is another one than the run's.
         """
         super().__init__()
-        run, step = opened_step(path)
-        check_base(base, record, run)
-        if not (step / ADAPTERS).is_dir():
-            raise CheckpointError(f"{step} is damaged: it has no {ADAPTERS}")
+        run, folder, self.fingerprint = open_addition(base, record, path)
         assert isinstance(record.addition, Adapters)
         self._base, self.record, self._scale = base, record, np.float32(record.addition.scale)
-        self._factors = _factors(step, record.addition, base)
-        self.label, self.config, self.hf_config, self.formats = str(step), base.config, base.hf_config, base.formats
+        self._factors = _factors(folder, record.addition, base)
+        self.label, self.formats = str(folder.parent), base.formats
+        self.config, self.hf_config = base.config, base.hf_config
         self.tensors, self.ignored, self.notes, self.files = base.tensors, base.ignored, base.notes, companions(run)
-        content = f"{base.fingerprint} {step_fingerprint(run, step / ADAPTERS)}"
-        self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
         self._entries = entries(base.config, base.formats)
         self._names = {(one.path, one.place): name for name, one in self._entries.items() if one.role != "scales"}
         self.adapted: dict[str, tuple[tuple[int, ...], ...]] = {
@@ -127,7 +121,7 @@ class Merged(Checkpoint):
         return self._last.tensor
 
 
-def _factors(step: Path, adapters: Adapters, base: Checkpoint) -> dict[LeafPath, tuple[StoredArray, StoredArray]]:
+def _factors(folder: Path, adapters: Adapters, base: Checkpoint) -> dict[LeafPath, tuple[StoredArray, StoredArray]]:
     """The factors of each adapted leaf.
 
     Raises:
@@ -135,9 +129,9 @@ def _factors(step: Path, adapters: Adapters, base: Checkpoint) -> dict[LeafPath,
     """
     declared: Any = jax.tree_util.tree_leaves_with_path(adapters.declarations(base.config), is_leaf=is_parameter)
     wanted = {named(path).replace("/", "."): tuple(parameter.shape) for path, parameter in declared}
-    found = dict(open_arrays(step / ADAPTERS))
+    found = dict(open_arrays(folder))
     shapes = {key: array.shape for key, array in found.items()}
     if different := sorted(key for key in {*wanted, *shapes} if wanted.get(key) != shapes.get(key)):
-        raise CheckpointError(f"{step} does not fit its record in {file_of(adapters)}: {names_in(different)}")
+        raise CheckpointError(f"{folder.parent} does not fit its record in {file_of(adapters)}: {names_in(different)}")
     paths = {key.rpartition(".")[0] for key in wanted}
     return {tuple(path.split(".")): (found[f"{path}.{A}"], found[f"{path}.{B}"]) for path in paths}

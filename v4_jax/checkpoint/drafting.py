@@ -10,7 +10,6 @@ the tensors of its trunk are handed out as they are, and those of the stages rou
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from pathlib import Path
 
@@ -20,11 +19,10 @@ from v4_jax.checkpoint.in_memory import rounded
 from v4_jax.checkpoint.interface import Checkpoint
 from v4_jax.checkpoint.mapping import Entry, entries, leaves
 from v4_jax.checkpoint.orbax_arrays import open_arrays
-from v4_jax.checkpoint.record import Record, check_base
+from v4_jax.checkpoint.record import Record, open_addition
 from v4_jax.checkpoint.released import companions, read_config
 from v4_jax.checkpoint.tensors import CheckpointError, names_in
-from v4_jax.checkpoint.trained import STAGES, opened_step, step_fingerprint
-from v4_jax.draft_stages import STAGES as TREE
+from v4_jax.draft_stages import STAGES
 
 REPLACED_RULE = "what drafted before the stages"
 
@@ -48,16 +46,12 @@ class WithStages(Checkpoint):
           CheckpointError: no complete step, or one that is damaged; or the model is another one than the run's.
         """
         super().__init__()
-        run, step = opened_step(path)
-        check_base(base, record, run)
-        folder = step / STAGES
-        if not folder.is_dir():
-            raise CheckpointError(f"{step} is damaged: it has no {STAGES}")
+        run, folder, self.fingerprint = open_addition(base, record, path)
         self.config, _ = read_config(run)
         if self.config.trunk() != base.config.trunk():
             raise CheckpointError(f"{run / 'config.json'} has another trunk than {record.model}")
         self._base, self.record, self.formats = base, record, base.formats
-        self.label, self.files, self.notes = str(step), companions(run), base.notes
+        self.label, self.files, self.notes = str(folder.parent), companions(run), base.notes
         self._entries = entries(self.config, self.formats)
         self.tensors = {name: entry.info for name, entry in self._entries.items()}
         replaced = tuple(name for name, entry in entries(base.config, base.formats).items() if not _in_trunk(entry))
@@ -66,11 +60,10 @@ class WithStages(Checkpoint):
         changed = {key for key in ours if key.startswith("dspark_")} | {"compress_ratios", "num_nextn_predict_layers"}
         self.hf_config = {**base.hf_config, **{key: ours[key] for key in sorted(changed)}}
         self._stages = {tuple(key.split(".")): array for key, array in open_arrays(folder)}
-        wanted = {path: tuple(leaf.shape) for path, leaf in leaves(self.config).items() if path[0] == TREE}
+        wanted = {path: tuple(leaf.shape) for path, leaf in leaves(self.config).items() if path[0] == STAGES}
         shapes = {path: array.shape for path, array in self._stages.items()}
         if different := sorted(".".join(p) for p in {*wanted, *shapes} if wanted.get(p) != shapes.get(p)):
-            raise CheckpointError(f"{step} does not fit {run / 'config.json'}: {names_in(different)}")
-        self.fingerprint = hashlib.sha256(f"{base.fingerprint} {step_fingerprint(run, folder)}".encode()).hexdigest()
+            raise CheckpointError(f"{folder.parent} does not fit {run / 'config.json'}: {names_in(different)}")
         self._last = threading.local()  # loading reads with several threads, each a tensor of its own
 
     def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> np.ndarray:

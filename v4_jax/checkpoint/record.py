@@ -7,6 +7,7 @@ run/stages.json    of DSpark's stages on its trunk (`v4_jax.checkpoint.drafting`
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from v4_jax.checkpoint.interface import Checkpoint
 from v4_jax.checkpoint.released import read_json
 from v4_jax.checkpoint.remote import url_of
 from v4_jax.checkpoint.tensors import CheckpointError
-from v4_jax.checkpoint.trained import ADAPTERS, STAGES
+from v4_jax.checkpoint.trained import ADAPTERS, STAGES, opened_step, step_fingerprint
 from v4_jax.draft_stages import DraftStages
 from v4_jax.files import complete
 
@@ -86,7 +87,7 @@ def read_record(run: Path) -> Record | None:
         raise CheckpointError(f"{file} is no record of v4-jax {name}, version {_VERSION}") from None
 
 
-def check_base(base: Checkpoint, record: Record, run: Path) -> None:
+def _check_base(base: Checkpoint, record: Record, run: Path) -> None:
     """Checks that a model is the one that a run began with.
 
     Raises:
@@ -97,6 +98,29 @@ def check_base(base: Checkpoint, record: Record, run: Path) -> None:
             f"{record.model} is not the model that the {folder_of(record.addition)} of {run} were trained on: its "
             "content has changed"
         )
+
+
+def open_addition(base: Checkpoint, record: Record, path: str | Path) -> tuple[Path, Path, str]:
+    """What is trained, of the newest complete step of a run or of the one given.
+
+    Args:
+      base: the model that it belongs to, open.
+      record: the run's.
+      path: a run directory, or `checkpoints/STEP` in one.
+
+    Returns:
+      The run, the step's folder with what is trained, and a digest of that and of the model.
+
+    Raises:
+      CheckpointError: no complete step, or one that is damaged; or the model is another one than the run's.
+    """
+    run, step = opened_step(path)
+    _check_base(base, record, run)
+    folder = step / folder_of(record.addition)
+    if not folder.is_dir():
+        raise CheckpointError(f"{step} is damaged: it has no {folder.name}")
+    content = f"{base.fingerprint} {step_fingerprint(run, folder)}"
+    return run, folder, hashlib.sha256(content.encode()).hexdigest()
 
 
 def _identity(model: str, checkpoint: Checkpoint) -> str:
