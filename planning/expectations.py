@@ -71,7 +71,7 @@ class OnMean(Expected):
         rows = self.tokens // split.count(split.tokens)
         if rows * away <= FEW_TOKENS or away == 1:
             return rows * away * top
-        return away * capacity(rows * top, away)
+        return capacity(rows * top, away)
 
     @property
     def _hit(self) -> float:

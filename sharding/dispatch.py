@@ -1,7 +1,11 @@
-"""Rows to the devices that own what they need, and sums back: the exchange behind expert parallelism.
+"""Rows to the devices that own what they need, sorted by it, and sums back: the exchange behind expert parallelism.
 
-Dropless with bounded memory: a pair of devices exchanges at most a fixed number of rows at a time, twice the mean, and
-as many rounds follow as the fullest pair needs. One round is the rule; a crowded expert costs another.
+Every device owns some groups, such as experts. A device sorts its choices by group and sends each device its stretch of
+every group that it owns; they land there sorted by group, those of one group by the device that they come from. What
+the groups make of them goes back to where it came from.
+
+Dropless with bounded memory: a device has room for half as many rows again as come to it on the mean, and as many
+rounds follow as the fullest needs. One round is the rule; crowded groups cost another.
 """
 
 from __future__ import annotations
@@ -14,37 +18,47 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from v4_jax.sharding.collectives import Axes, index, pmax, size
-from v4_jax.sharding.platform import by_platform
+from v4_jax.sharding.collectives import Axes, all_gather, all_to_all, pmax, size
+from v4_jax.sharding.platform import by_platform, interpreting
 
 LANES = 128  # of a TPU's registers
 
-# Rows [R, D], what belongs to each row, weights, and fixed ones -> [R, width]; rows without a valid choice are ignored.
-Work = Callable[[Array, Any, Any, Any], Array]
+# Rows [R, D] sorted by group, what belongs to each row, rows of each group [G], weights, and fixed ones -> [R, width].
+# What lies beyond the groups' rows is undefined, and so may be what comes of it.
+Work = Callable[[Array, Any, Array, Any, Any], Array]
 
 
 class Choices(NamedTuple):
     """Which of a device's rows go where.
 
     Attributes:
-      owner: [T, K] int32 device along the axes that each choice of each row goes to; its count for nowhere.
+      group: [T, K] int32 group that each choice of each row goes to, counted over all devices in their order; their
+        count for none.
       extra: pytree of [T, K] arrays that travel along.
     """
 
-    owner: Array
+    group: Array
     extra: Any
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
 def visit(
-    function: Work, width: int, axes: Axes, everywhere: Axes, x: Array, choices: Choices, weights: Any, fixed: Any
+    function: Work,
+    width: int,
+    groups: int,
+    axes: Axes,
+    everywhere: Axes,
+    x: Array,
+    choices: Choices,
+    weights: Any,
+    fixed: Any,
 ) -> Array:
-    """Runs every choice of every row on the device that owns it, and adds the results of a row up.
+    """Runs every choice of every row on the device that owns its group, and adds the results of a row up.
 
     Args:
-      function: `function(rows, extra, weights, fixed)`, run on the owner with the rows that reached it. Places without
-        a row repeat any, come with every `extra` zero, and what they yield is not used.
+      function: `function(rows, extra, sizes, weights, fixed)`, run on the owner with the rows that reached it.
       width: size of the last axis of its output.
+      groups: of each device.
       axes: mesh axes to exchange over.
       everywhere: mesh axes whose devices must agree on the number of rounds: all that run this program together.
       x: [T, D] this device's rows.
@@ -55,38 +69,62 @@ def visit(
     Returns:
       [T, width] float32. Differentiable in `x`, float `extra` and float `weights`.
     """
-    departures = _departures(choices.owner, axes, everywhere)
+    routes = _routes(choices.group, groups, axes, everywhere)
 
     def step(number: Array, total: Array) -> Array:
-        return total + _round(function, axes, number, departures, x, choices.extra, (weights, fixed))
+        return total + _round(function, axes, number, routes, x, choices.extra, (weights, fixed))
 
-    return jax.lax.fori_loop(0, departures.rounds, step, jnp.zeros((x.shape[0], width), jnp.float32))
+    return jax.lax.fori_loop(0, routes.rounds, step, jnp.zeros((x.shape[0], width), jnp.float32))
 
 
 def capacity(rows: int, devices: int) -> int:
-    """Rows that a pair of devices exchanges at once: twice the mean, in multiples of 8."""
-    return min(rows, max(8, -(-2 * rows // devices // 8) * 8))
+    """Rows that a device has room for when each of so many sends as many: half more, in multiples of 8 or of lanes."""
+    multiple = LANES if rows >= LANES else 8
+    return min(rows * devices, -(-3 * rows // (2 * multiple)) * multiple)
 
 
-class _Departures(NamedTuple):
-    """The order in which a device's choices leave it."""
+class Segments(NamedTuple):
+    """Stretches of rows that travel between this device and others: one for each device and group, in that order.
 
-    order: Array  # [T * K] choices by owner
-    owner: Array  # [T, K] of each choice, or its count for nowhere
-    rank: Array  # [T, K] how many of its owner's choices are before each
-    first: Array  # [devices] where each owner's begin
-    counts: Array  # [devices] how many each owner gets
+    Attributes:
+      here: [devices * groups] int32 where each begins in this device's array.
+      there: likewise in the other's.
+      size: its rows.
+    """
+
+    here: Array
+    there: Array
+    size: Array
+
+
+class _Routes(NamedTuple):
+    """How a device's choices travel."""
+
+    order: Array  # [T * K] choices by group
+    group: Array  # [T, K] of each choice, or their count for none
+    places: Array  # [T, K] where each stands in that order
+    leaving: Segments  # by destination; there: among all the rows that reach it, whatever it has room for
+    arriving: Segments  # by origin; here: likewise
     rounds: Array
 
 
-def _departures(owner: Array, axes: Axes, everywhere: Axes) -> _Departures:
-    devices, flat = size(axes), owner.reshape(-1)
-    count = count_each(flat, devices)
-    rounds = -(-jnp.max(count) // capacity(flat.shape[0], devices))
-    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+def _routes(group: Array, groups: int, axes: Axes, everywhere: Axes) -> _Routes:
+    devices, flat = size(axes), group.reshape(-1)
+    count = count_each(flat, devices * groups)
     first = jnp.cumsum(count) - count
-    rank = jnp.argsort(order).astype(jnp.int32).reshape(owner.shape) - first[jnp.minimum(owner, devices - 1)]
-    return _Departures(order, owner, rank, first, count, pmax(rounds, everywhere))
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    places = jnp.argsort(order).astype(jnp.int32).reshape(group.shape)
+
+    told = all_to_all(jnp.stack([count, first]).reshape(2, devices, groups), axes, 1)
+    got, origin = told[:, 0], told[:, 1]
+    by_group = got.T.reshape(-1)
+    position = (jnp.cumsum(by_group) - by_group).reshape(groups, devices).T
+    landing = all_to_all(position, axes, 0)
+
+    leaving = Segments(first, landing.reshape(-1), count)
+    arriving = Segments(position.reshape(-1), origin.reshape(-1), got.reshape(-1))
+    rounds = -(-jnp.sum(got) // capacity(flat.shape[0], devices))
+    return _Routes(order, group, places, leaving, arriving, pmax(rounds, everywhere))
 
 
 def count_each(numbers: Array, length: int) -> Array:
@@ -94,38 +132,50 @@ def count_each(numbers: Array, length: int) -> Array:
     return jnp.sum(numbers.reshape(-1) == jnp.arange(length, dtype=numbers.dtype)[:, None], axis=1, dtype=jnp.int32)
 
 
+def _in_round(number: Array, room: int, routes: _Routes) -> tuple[Segments, Segments, Array]:
+    """What of the segments, leaving and arriving, travels in a round, and of the places: -1 for the others."""
+    begin = number * room
+
+    def within(position: Array, rows: Array) -> tuple[Array, Array, Array]:
+        """Rows of each segment before the round's, where its own land, and how many they are."""
+        start, end = (jnp.clip(row, begin, begin + room) for row in (position, position + rows))
+        return jnp.minimum(start - position, rows), start - begin, end - start
+
+    skipped, landing, sent = within(routes.leaving.there, routes.leaving.size)
+    leaving = Segments(routes.leaving.here + skipped, landing, sent)
+    skipped, landing, got = within(routes.arriving.here, routes.arriving.size)
+    arriving = Segments(landing, routes.arriving.there + skipped, got)
+
+    count = routes.leaving.here.shape[0]
+    segment = jnp.minimum(routes.group, count - 1)
+    position = (routes.leaving.there - routes.leaving.here)[segment] + routes.places
+    travels = (routes.group < count) & (begin <= position) & (position < begin + room)
+    return leaving, arriving, jnp.where(travels, routes.places, -1)
+
+
 def _round(
-    function: Work, axes: Axes, number: Array, departures: _Departures, x: Array, extra: Any, weights: tuple[Any, Any]
+    function: Work, axes: Axes, number: Array, routes: _Routes, x: Array, extra: Any, weights: tuple[Any, Any]
 ) -> Array:
     """One exchange there and back."""
-    devices, (rows, top) = size(axes), departures.owner.shape
+    devices, (rows, top) = size(axes), routes.group.shape
     room = capacity(rows * top, devices)
-    place = number * room + jnp.arange(room, dtype=jnp.int32)
-    used = place < departures.counts[:, None]
-    choice = departures.order[jnp.clip(departures.first[:, None] + place, 0, rows * top - 1)].reshape(-1)
-    sent = jnp.sum(used, axis=1, dtype=jnp.int32)
-    got = jax.lax.all_to_all(sent, axes, 0, 0, tiled=True)
-
-    within = departures.rank - number * room
-    inside = (departures.owner < devices) & (within >= 0) & (within < room)
-    places = jnp.where(inside, departures.owner * room + within, -1)
+    leaving, arriving, places = _in_round(number, room, routes)
+    there, back_again = (rows * top, room), (room, rows * top)
 
     def by_choice(values: Array) -> Array:
-        chosen = leave(values.reshape(-1), choice, places.reshape(-1, 1))
-        return exchange(jnp.where(used.reshape(-1), chosen, 0), None, sent, got, axes)
+        chosen = leave(values.reshape(-1), routes.order, places.reshape(-1, 1))
+        return exchange(chosen[:, None, None], leaving, arriving, there, axes).reshape(-1)
 
     def in_tiles(rows: Array) -> Array:
         """Rows as whole tiles of a TPU's memory. Else its compiler cuts them for the exchange in a way of its own, in
         which all that is done to them before and after takes ten times as long."""
         return rows.reshape(rows.shape[0], -1, LANES) if rows.shape[1] % LANES == 0 else rows
 
-    leaving = leave(in_tiles(x), choice // top, places)
-    there = exchange(leaving, None, sent, got, axes)
-    out = function(there.reshape(-1, x.shape[1]), jax.tree.map(by_choice, extra), *weights)
-    out = in_tiles(out)
-    alike = (leaving.shape, leaving.dtype) == (out.shape, out.dtype)
-    total = back(exchange(out, leaving if alike else None, got, sent, axes), choice // top, places)
-    return total.reshape(rows, -1)
+    found = exchange(leave(in_tiles(x), routes.order // top, places), leaving, arriving, there, axes)
+    sizes = jnp.sum(arriving.size.reshape(devices, -1), axis=0)
+    out = function(found.reshape(-1, x.shape[1]), jax.tree.map(by_choice, extra), sizes, *weights)
+    out = exchange(in_tiles(out), arriving, leaving, back_again, axes)
+    return back(out, routes.order // top, places).reshape(rows, -1)
 
 
 @jax.custom_vjp
@@ -168,72 +218,88 @@ leave.defvjp(lambda x, *where: (leave(x, *where), where), _leave_backward)
 back.defvjp(lambda rows, *where: (back(rows, *where), (rows[:0], *where)), _back_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def exchange(x: Array, onto: Array | None, sent: Array, got: Array, axes: Axes) -> Array:
-    """Swaps blocks of rows between all pairs of devices.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def exchange(x: Array, leaving: Segments, arriving: Segments, lengths: tuple[int, int], axes: Axes) -> Array:
+    """Sends segments of rows to other devices.
 
     Args:
-      x: [devices * room, ...] rows for each device; only the first `sent` of each device's block count.
-      onto: an array like it that nobody needs any more, in whose place rows may come on TPUs, and their gradients too.
-        None: there is none, and they come onto a copy of x.
-      sent: [devices] int32 rows for each device.
-      got: [devices] int32 rows from each device.
+      x: [lengths[0], ...] rows.
+      leaving: segments of x, by the device that they go to.
+      arriving: segments of the result, by the device that they come from.
+      lengths: rows of x and of the result.
       axes: mesh axes to exchange over.
 
     Returns:
-      [devices * room, ...] rows from each device. Beyond `got` they are any rows of a device's x, or of `onto`.
+      [lengths[1], ...]. What lies in no segment is undefined, on TPUs memory as it was found.
     """
 
-    def dense(x: Array, onto: Array | None, sent: Array, got: Array) -> Array:
-        del onto, sent, got
-        return jax.lax.all_to_all(x, axes, 0, 0, tiled=True)
+    def ragged(x: Array, leaving: Segments, arriving: Segments) -> Array:
+        out = jax.lax.empty((lengths[1], *x.shape[1:]), x.dtype)
+        where = (leaving.here, leaving.size, leaving.there, arriving.size)
+        return jax.lax.ragged_all_to_all(x, out, *where, axis_name=axes)
 
-    def ragged(x: Array, onto: Array | None, sent: Array, got: Array) -> Array:
-        room = x.shape[0] // size(axes)
-        start = jnp.arange(size(axes), dtype=jnp.int32) * room
-        mine = jnp.full_like(start, index(axes) * room)
-        # What is not received stays as it was, which costs less than to clear it.
-        return jax.lax.ragged_all_to_all(x, x if onto is None else onto, start, sent, mine, got, axis_name=axes)
+    def gathered(x: Array, leaving: Segments, arriving: Segments) -> Array:
+        del leaving
+        row = jnp.arange(lengths[1], dtype=jnp.int32)
+        inside = (arriving.here <= row[:, None]) & (row[:, None] < arriving.here + arriving.size)
+        segment = jnp.argmax(inside, axis=1)
+        origin = segment // (arriving.here.shape[0] // size(axes)) * lengths[0]
+        source = origin + (arriving.there - arriving.here)[segment] + row
+        return all_gather(x, axes, 0)[jnp.where(jnp.any(inside, axis=1), source, 0)]
 
-    if x.ndim == 1:  # a handful of bytes
-        return dense(x, onto, sent, got)
-    # XLA:CPU has no ragged exchange; there the unused places travel too.
-    return by_platform(x, onto, sent, got, tpu=ragged, default=dense)
-
-
-def _exchange_forward(x: Array, onto: Array | None, sent: Array, got: Array, axes: Axes) -> tuple[Array, Any]:
-    return exchange(x, onto, sent, got, axes), (onto, sent, got)
+    if interpreting():
+        return gathered(x, leaving, arriving)
+    # XLA:CPU has no ragged exchange; there every device sees all rows.
+    return by_platform(x, leaving, arriving, tpu=ragged, default=gathered)
 
 
-def _exchange_backward(axes: Axes, residuals: Any, gradient: Array) -> tuple[Array, None, None, None]:
-    onto, sent, got = residuals
-    return exchange(gradient, onto, got, sent, axes), None, None, None
+def _exchange_forward(
+    x: Array, leaving: Segments, arriving: Segments, lengths: tuple[int, int], axes: Axes
+) -> tuple[Array, Any]:
+    return exchange(x, leaving, arriving, lengths, axes), (leaving, arriving)
+
+
+def _exchange_backward(
+    lengths: tuple[int, int], axes: Axes, residuals: Any, gradient: Array
+) -> tuple[Array, None, None]:
+    leaving, arriving = residuals
+    return exchange(gradient, arriving, leaving, lengths[::-1], axes), None, None
 
 
 exchange.defvjp(_exchange_forward, _exchange_backward)
 
 
 def _visit_forward(
-    function: Work, width: int, axes: Axes, everywhere: Axes, x: Array, choices: Choices, weights: Any, fixed: Any
+    function: Work,
+    width: int,
+    groups: int,
+    axes: Axes,
+    everywhere: Axes,
+    x: Array,
+    choices: Choices,
+    weights: Any,
+    fixed: Any,
 ) -> tuple[Array, Any]:
-    return visit(function, width, axes, everywhere, x, choices, weights, fixed), (x, choices, weights, fixed)
+    return visit(function, width, groups, axes, everywhere, x, choices, weights, fixed), (x, choices, weights, fixed)
 
 
-def _visit_backward(function: Work, width: int, axes: Axes, everywhere: Axes, residuals: Any, gradient: Array) -> Any:
+def _visit_backward(
+    function: Work, width: int, groups: int, axes: Axes, everywhere: Axes, residuals: Any, gradient: Array
+) -> Any:
     """Repeats each round and pulls the gradient back through it."""
     x, choices, weights, fixed = residuals
-    departures = _departures(choices.owner, axes, everywhere)
+    routes = _routes(choices.group, groups, axes, everywhere)
     floats, restore = _floats((x, choices.extra, weights))
 
     def step(number: Array, total: list[Array]) -> list[Array]:
         def run(floats: list[Array]) -> Array:
             x, extra, weights = restore(floats)
-            return _round(function, axes, number, departures, x, extra, (weights, fixed))
+            return _round(function, axes, number, routes, x, extra, (weights, fixed))
 
         (part,) = jax.vjp(run, floats)[1](gradient)
         return jax.tree.map(lambda a, b: a + b, total, part)
 
-    total = jax.lax.fori_loop(0, departures.rounds, step, [jnp.zeros_like(x) for x in floats])
+    total = jax.lax.fori_loop(0, routes.rounds, step, [jnp.zeros_like(x) for x in floats])
     of_x, of_extra, of_weights = restore(total, absent=None)
     return of_x, Choices(cast(Any, None), of_extra), of_weights, None
 

@@ -63,7 +63,8 @@ def test_long_chunk(tiny):
     """A prompt split over eight devices: halos, compressed entries, the last rows, tokens on their way to experts."""
     c, size, devices = tiny.config, 2048, 8
     roles = {"csa": (4, c.head_dim), "hca": (128, c.head_dim), "index": (4, c.index_head_dim)}
-    slots = devices * capacity(size // devices * c.num_experts_per_tok, devices)
+    choices = size // devices * c.num_experts_per_tok  # of a device; and the rows that it has room for
+    room = capacity(choices, devices)
     widths = {role: projection_width(ratio, width) for role, (ratio, width) in roles.items()}
     cached = [
         (-(-CONTEXT // ratio // devices // part), devices, width)
@@ -82,6 +83,7 @@ def test_long_chunk(tiny):
             *((size // ratio, width) for ratio, width in roles.values()),
             *((size // ratio,) for ratio, _ in roles.values()),
             *cached,
+            *exchanged_rows(choices, room, devices, c.hidden_size),
         ],
         # what stays of the chunk in window and open blocks; the last token's streams; agreement on counts
         "all-reduce": [
@@ -90,20 +92,23 @@ def test_long_chunk(tiny):
             (c.hc_mult * c.hidden_size,),
             (),
         ],
-        # rows to their experts and back; expert and weight of each; how many
-        "all-to-all": [(slots, c.hidden_size), (slots,), (devices,)],
+        # how many rows go to each expert, where they begin, and where they land
+        "all-to-all": counts_of_rows(devices, c.n_routed_experts // devices),
     }
     found = served(OnMesh(tiny, "seq=8", "long-context"), 1, size)
-    assert not unnamed(found, split_all_to_all(named, devices))
+    assert not unnamed(found, named)
     kinds = {collective.kind for collective in found}
     assert kinds == set(named)
 
 
-def split_all_to_all(named, devices):
+def exchanged_rows(choices, room, devices, width):
+    """Rows to their experts and back, and the weight of each: on CPUs, which have no ragged exchange, all of them."""
+    return [(devices * length, *shape) for length in (choices, room) for shape in ((width,), (), (width // 128, 128))]
+
+
+def counts_of_rows(devices, own):
     """XLA:CPU may hand an all-to-all one operand per device."""
-    shapes = named["all-to-all"]
-    parts = [(shape[0] // devices, *shape[1:]) for shape in shapes if shape[0] % devices == 0]
-    return named | {"all-to-all": [*shapes, *parts, *((devices, *part) for part in parts)]}
+    return [(devices, 2, own), (2, own), (devices, own), (own,)]
 
 
 @pytest.mark.parametrize("mesh", ["seq=8", "seq=2,expert=2,tensor=2"])
@@ -156,7 +161,8 @@ def test_training_step(tiny):
     shards = [split.stored(p.shape, p.axes) for p in parameters]
     whole = [split.used(p.shape, p.axes) for p in parameters]
     local, exchanged = size // 2, 4 // 2  # tokens of a device (one row, half of it); devices that exchange tokens
-    slots = 2 * exchanged * capacity(local * c.num_experts_per_tok, 2 * exchanged)
+    choices = local * c.num_experts_per_tok
+    room = capacity(choices, 2 * exchanged)
     roles = {"csa": (4, c.head_dim), "hca": (128, c.head_dim), "index": (4, c.index_head_dim)}
     activations = (local, c.hidden_size)
     named = {
@@ -170,11 +176,12 @@ def test_training_step(tiny):
             *((size // ratio, width) for ratio, width in roles.values()),
             (local // c.sliding_window, c.sliding_window, c.index_n_heads, c.index_head_dim),
             (local, c.index_n_heads),
+            *exchanged_rows(choices, room, 2 * exchanged, c.hidden_size),
         ],
         "reduce-scatter": [*shards, *((local // ratio, width) for ratio, width in roles.values())],
         # gradients of what several devices hold; shares of heads, experts and vocabulary
         "all-reduce": [*shards, activations, ()],
-        "all-to-all": [(slots, c.hidden_size), (slots,), (2 * exchanged,)],
+        "all-to-all": counts_of_rows(2 * exchanged, c.n_routed_experts // split.count(split.axes("experts"))),
     }
-    assert not unnamed(found, split_all_to_all(named, 2 * exchanged))
+    assert not unnamed(found, named)
     assert {collective.kind for collective in found} == set(named)

@@ -9,48 +9,50 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from v4_jax.sharding.dispatch import LANES, Choices, visit
+from v4_jax.sharding.dispatch import LANES, Choices, capacity, visit
 from v4_jax.sharding.mesh import make_mesh
 
-DEVICES, ROWS, TOP, WIDTH = 4, 24, 3, 2 * LANES
+DEVICES, OWN, ROWS, TOP, WIDTH = 4, 3, 24, 3, 2 * LANES
+GROUPS = DEVICES * OWN
 
 
-def work(x, extra, weight, fixed):
-    """What places without a row yield is no number."""
-    number, scale = extra
-    return jnp.where(number[:, None] > 0, jnp.tanh(x) * scale[:, None] * weight * fixed, jnp.nan)
+def work(x, scale, sizes, weights, fixed):
+    """Rows are sorted by group; what lies beyond them is no number."""
+    group = jnp.sum(jnp.cumsum(sizes) <= jnp.arange(len(x))[:, None], axis=1)
+    found = jnp.tanh(x) * scale[:, None] * weights[jnp.minimum(group, OWN - 1)] * fixed
+    return jnp.where((group < OWN)[:, None], found, jnp.nan)
 
 
-def run(x, owner, scale, weights, probe):
+def run(x, group, scale, weights, probe):
     mesh = make_mesh(f"expert={DEVICES}", jax.devices()[:DEVICES])
 
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"), check_vma=False)
-    def each(x, owner, scale, weights, probe):
-        def call(x, scale, weight):
-            choices = Choices(owner, (jnp.where(owner < DEVICES, owner + 1, 0), scale))
-            return visit(work, WIDTH, ("expert",), ("expert",), x, choices, weight, jnp.float32(2))
+    def each(x, group, scale, weights, probe):
+        def call(x, scale, weights):
+            return visit(work, WIDTH, OWN, ("expert",), ("expert",), x, Choices(group, scale), weights, jnp.float32(2))
 
-        out, pull = jax.vjp(call, x, scale, weights[0])
-        of_x, of_scale, of_weight = pull(probe)
-        return out, of_x, of_scale, of_weight[None]
+        out, pull = jax.vjp(call, x, scale, weights)
+        return out, *pull(probe)
 
-    return jax.jit(each)(x, owner, scale, weights, probe)
+    return jax.jit(each)(x, group, scale, weights, probe)
 
 
 def test_results_and_gradients_are_those_of_no_exchange():
-    """Several rounds to a crowded device, and choices of nobody."""
+    """Several rounds to a crowded device, groups that a round cuts, and choices of nobody."""
     rng = np.random.default_rng(0)
     count = DEVICES * ROWS
     x, probe = (rng.normal(size=(count, WIDTH)).astype(np.float32) for _ in range(2))
-    owner = np.where(rng.random((count, TOP)) < 0.6, 2, rng.integers(0, DEVICES + 1, size=(count, TOP)))
-    owner = owner.astype(np.int32)
+    crowded = rng.integers(2 * OWN, 3 * OWN, size=(count, TOP))
+    group = np.where(rng.random((count, TOP)) < 0.6, crowded, rng.integers(0, GROUPS + 2, size=(count, TOP)))
+    group = np.minimum(group, GROUPS).astype(np.int32)
+    assert np.sum((group >= 2 * OWN) & (group < 3 * OWN)) > capacity(ROWS * TOP, DEVICES)
     scale = rng.random((count, TOP)).astype(np.float32)
-    weights = rng.normal(size=(DEVICES, WIDTH)).astype(np.float32)
+    weights = rng.normal(size=(GROUPS, WIDTH)).astype(np.float32)
 
     def here(x, scale, weights):
-        found = 2 * jnp.tanh(x)[:, None] * scale[..., None] * weights[np.minimum(owner, DEVICES - 1)]
-        return jnp.sum(jnp.where(owner[..., None] < DEVICES, found, 0), axis=1)
+        found = 2 * jnp.tanh(x)[:, None] * scale[..., None] * weights[np.minimum(group, GROUPS - 1)]
+        return jnp.sum(jnp.where(group[..., None] < GROUPS, found, 0), axis=1)
 
     out, pull = jax.vjp(here, x, scale, weights)
-    for found, expected in zip(run(x, owner, scale, weights, probe), (out, *pull(probe)), strict=True):
+    for found, expected in zip(run(x, group, scale, weights, probe), (out, *pull(probe)), strict=True):
         np.testing.assert_allclose(found, expected, atol=2e-5)

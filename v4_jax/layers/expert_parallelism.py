@@ -71,12 +71,9 @@ def dispatch(
 
     parts = parts_of(experts)
 
-    def work(rows: Array, extra: tuple[Array, Array], trained: Any, fixed: tuple[Any, Any]) -> Array:
-        number, weight = extra  # counted from 1, so that places without a row have none
+    def work(rows: Array, scale: Array, sizes: Array, trained: Any, fixed: tuple[Any, Any]) -> Array:
         frozen, layer = fixed
-        experts = parts.joined(trained, frozen)
-        total = local(rows, jnp.where(number > 0, number - 1, own)[:, None], weight[:, None], experts, layer)
-        return total.astype(dtype)  # exact: the result of one expert, which was rounded so
+        return _grouped_experts(rows, scale, sizes, parts.joined(trained, frozen), layer, limit=config.swiglu_limit)
 
     places = dict(
         zip(owners, jnp.unravel_index(assigned // own, [split.count((axis,)) for axis in owners]), strict=True)
@@ -87,10 +84,9 @@ def dispatch(
     owner = jnp.zeros_like(assigned)
     for axis in away:
         owner = owner * split.count((axis,)) + places[axis]
-    owner = jnp.where(mine, owner, split.count(away))
-    choices = Choices(owner, (assigned % own + 1, weights))
+    choices = Choices(jnp.where(mine, owner * own + assigned % own, split.count(away) * own), weights)
     fixed = parts.frozen, layer
-    total = visit(work, x.shape[-1], away, split.everywhere, x.astype(dtype), choices, parts.trained, fixed)
+    total = visit(work, x.shape[-1], own, away, split.everywhere, x.astype(dtype), choices, parts.trained, fixed)
     return collectives.psum(total, same)
 
 
@@ -134,8 +130,31 @@ def _sorted_experts(
         sorted_x = by_platform(x, *where, default=lambda x, source, places: x[source], tpu=leave)
         rows = (sorted_x, weights.reshape(-1)[order])
 
+    out = _grouped_experts(*rows, sizes, experts, layer, limit=limit)
+
+    def combined(out: Array, source: Array, places: Array) -> Array:
+        return jnp.sum(out[places.reshape(-1)].reshape(tokens, top, -1), axis=1, dtype=jnp.float32)
+
+    with jax.named_scope("experts.combine"):
+        return by_platform(out, *where, default=combined, tpu=back)
+
+
+@jax.named_scope("experts.ffn")
+def _grouped_experts(rows: Array, scale: Array, sizes: Array, experts: Experts, layer: Any, *, limit: float) -> Array:
+    """Experts of rows that are sorted by expert: [R, D] of their dtype; see `local_experts`.
+
+    Args:
+      rows: [R, D]; what lies beyond those of `sizes` may be anything.
+      scale: [R] float32 their routing weights.
+      sizes: [E] int32 rows of each expert.
+      experts: their weights.
+      layer: layer number in stacked weights, or None.
+      limit: bound of the activations.
+    """
+    dtype = rows.dtype
+
     def run(rows: tuple[Array, Array], group: Experts) -> Array:
-        return expert_ffn(rows[0], group, rows[1], limit, x.dtype)
+        return expert_ffn(rows[0], group, rows[1], limit, dtype)
 
     def run_all(rows: tuple[Array, Array], experts: Experts, sizes: Array, layer: Any) -> Array:
         def products(x: Array, weights: Sequence[Any], dtype: Any) -> list[Array]:
@@ -144,20 +163,13 @@ def _sorted_experts(
                 for weight in weights
             ]
 
-        return expert_ffn(rows[0], experts, rows[1], limit, x.dtype, products)
+        return expert_ffn(rows[0], experts, rows[1], limit, dtype, products)
 
-    kernel = run_all if all(supports(weight, x.dtype) for weight in experts) else None
+    kernel = run_all if all(supports(weight, dtype) for weight in experts) else None
 
     def by_groups(rows: Array, scale: Array, weights: Sequence[Any], sizes: Array, layer: Any) -> Array:
         (w1, w3, w2), width = weights, rows.shape[-1]
         return map_groups(run, (rows, scale), Experts(w1, w2, w3), sizes, layer=layer, width=width, kernel=kernel)
 
-    with jax.named_scope("experts.ffn"):
-        in_order = [experts.w1, experts.w3, experts.w2]
-        out = many_rows_experts(by_groups, *rows, in_order, sizes, layer, limit=limit)
-
-    def combined(out: Array, source: Array, places: Array) -> Array:
-        return jnp.sum(out[places.reshape(-1)].reshape(tokens, top, -1), axis=1, dtype=jnp.float32)
-
-    with jax.named_scope("experts.combine"):
-        return by_platform(out, *where, default=combined, tpu=back)
+    in_order = [experts.w1, experts.w3, experts.w2]
+    return many_rows_experts(by_groups, rows, scale, in_order, sizes, layer, limit=limit)

@@ -37,7 +37,8 @@ def map_groups(
       function: pure; maps a tile of row arrays [T, ...] and one group's weights to [T, width]; rows are independent.
       rows: pytree of [M, ...] arrays, sorted by group.
       weights: pytree with a leading group axis, or with leading (layer, group) axes when `layer` is given.
-      sizes: [G] int32 rows of each group; their sum is at most M, and rows beyond it come out as zeros.
+      sizes: [G] int32 rows of each group; their sum is at most M. Rows beyond it may be anything, and come out as
+        zeros.
       layer: which layer of stacked weights to use, without cutting it out first.
       width: size of the output's last axis.
 
@@ -150,7 +151,8 @@ def _backward(function: Any, width: int, residuals: Any, gradient: Array) -> Any
         inside = first + jnp.arange(tile) < ends[group]
         own = parts_of(group_weights)
         run = lambda rows, trained: function(rows, own.joined(trained, own.frozen))  # noqa: E731
-        _, pull = jax.vjp(run, _cut(padded, first, tile), own.trained)
+        # What lies beyond all groups may be no numbers, which times a gradient of zero are none either.
+        _, pull = jax.vjp(run, _masked(_cut(padded, first, tile), inside), own.trained)
         row_tile, weight_tile = pull(_masked(_cut(padded_gradient, first, tile), inside))
         of_rows = jax.tree.map(lambda out, x: _put(out, x, first), of_rows, row_tile)
         of_weights = jax.tree.map(lambda out, x: out.at[group].add(x.astype(out.dtype)), of_weights, weight_tile)
