@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from v4_jax.kernels import choose
-from v4_jax.kernels.hyper_connections import reference, tpu
+from v4_jax.kernels.hyper_connections import gradients, reference, tpu
 from v4_jax.kernels.hyper_connections.reference import Numbers, Site
+from v4_jax.sharding.platform import interpreted
 
 NUMBERS = Numbers(streams=4, norm_eps=1e-6, eps=1e-6, iterations=20)
 HC = NUMBERS.streams
@@ -115,5 +118,37 @@ def test_gradients_are_the_references():
 
     found = jax.grad(total(choose.cross_sites), argnums=(0, 1, 2, 3))(streams, output, mix, site)
     expected = jax.grad(total(reference.cross), argnums=(0, 1, 2, 3))(streams, output, mix, site)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
+
+
+@pytest.mark.parametrize("name", ["enter", "leave", "cross"])
+@pytest.mark.parametrize(("batch", "size", "channels"), [(1, 128, 256), (2, 192, 128)])
+def test_gradients_by_kernels(name, batch, size, channels):
+    """The reference rounds a gradient of bfloat16 arrays at every sum, the kernels once; parameters' are float32."""
+    given = inputs(batch, size, channels)
+    given = {"enter": (given[0], given[3]), "leave": given[:3], "cross": given}[name]
+    assert gradients.supports(given[0], NUMBERS)
+    form = functools.partial(getattr(reference, name), numbers=NUMBERS)
+    out, pull = jax.vjp(form, *given)
+    probe = jax.tree.map(lambda x: jax.random.normal(jax.random.key(1), x.shape).astype(x.dtype), out)
+    found = getattr(gradients, name)(*given, probe, NUMBERS, interpret=True)
+    parameters = len(jax.tree.leaves(given[3:] if name == "cross" else given[1:])) if name != "leave" else 0
+    pairs = list(zip(*map(jax.tree.leaves, (given, found, pull(probe))), strict=True))
+    for number, (like, one, other) in enumerate(pairs):
+        assert one.shape == like.shape and one.dtype == like.dtype
+        unit = (2**-6 if name == "cross" else 2**-7) if number < len(pairs) - parameters else 2e-3
+        one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+        np.testing.assert_allclose(one, other, rtol=unit, atol=unit * np.sqrt(np.mean(other**2)))
+
+
+def test_which_gradients_are_by_kernels():
+    """On TPUs those of whole blocks of tokens; a model's are then the kernels', through `choose`."""
+    streams, output, mix, site = inputs(1, 128, 128)
+    assert not gradients.supports(streams[:, :100], NUMBERS)
+    with interpreted():
+        out, pull = jax.vjp(lambda *x: choose.cross_sites(*x, NUMBERS), streams, output, mix, site)
+        found = pull(out)
+    expected = gradients.cross(streams, output, mix, site, out, NUMBERS, interpret=True)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from v4_jax.kernels.choose.forms import Form, pull, with_gradients, without_gradients
+from v4_jax.kernels.hyper_connections import gradients as hyper_connections_gradients
 from v4_jax.kernels.hyper_connections import reference as hyper_connections
 from v4_jax.kernels.hyper_connections import tpu as hyper_connections_tpu
 from v4_jax.kernels.hyper_connections.reference import Numbers, Site
@@ -27,7 +28,7 @@ from v4_jax.kernels.rotary.reference import Projection, Settle, Steps
 from v4_jax.layer_stack import Cut, uncut
 from v4_jax.layers.rotary import Turn
 from v4_jax.number_formats import BlockScaled, Weight, dequantise
-from v4_jax.sharding.platform import by_platform, interpreting
+from v4_jax.sharding.platform import by_platform, interpreting, platform_of_mesh
 
 
 def matmul(x: Array, weight: Array, dtype: Any) -> Array:
@@ -132,7 +133,7 @@ def settle(sums: Array, projections: Sequence[Projection]) -> list[Array]:
 
 def enter_site(streams: Array, site: Site, numbers: Numbers) -> tuple[Array, Array]:
     """See `hyper_connections.reference.enter`."""
-    return _boundary("enter", streams, numbers)(streams, site)
+    return _boundary("enter", streams, numbers, site)(streams, site)
 
 
 def leave_site(streams: Array, output: Array, mix: Array, numbers: Numbers) -> Array:
@@ -142,12 +143,22 @@ def leave_site(streams: Array, output: Array, mix: Array, numbers: Numbers) -> A
 
 def cross_sites(streams: Array, output: Array, mix: Array, site: Site, numbers: Numbers) -> tuple[Array, Array, Array]:
     """See `hyper_connections.reference.cross`."""
-    return _boundary("cross", streams, numbers)(streams, output, mix, site)
+    return _boundary("cross", streams, numbers, site)(streams, output, mix, site)
 
 
-def _boundary(name: str, streams: Array, numbers: Numbers) -> Form:
+def _boundary(name: str, streams: Array, numbers: Numbers, site: Site | None = None) -> Form:
     default = functools.partial(getattr(hyper_connections, name), numbers=numbers)
     if not hyper_connections_tpu.supports(streams, numbers):
         return lambda *operands: default(*uncut(operands))
     kernel = functools.partial(getattr(hyper_connections_tpu, name), numbers=numbers, interpret=interpreting())
-    return without_gradients(default, tpu=kernel)
+    cut = site is not None and any(isinstance(x, Cut) for x in site)
+    # On other platforms the backward pass keeps what it needs, and computes nothing again.
+    if cut or platform_of_mesh() != "tpu" or not hyper_connections_gradients.supports(streams, numbers):
+        return without_gradients(default, tpu=kernel)
+    of_all = getattr(hyper_connections_gradients, name)
+
+    def gradients(operands: Any, gradient: Any) -> Any:
+        return of_all(*operands, gradient, numbers=numbers, interpret=interpreting())
+
+    call = functools.partial(by_platform, default=default, tpu=kernel)
+    return with_gradients(call, default=pull(default), tpu=gradients)

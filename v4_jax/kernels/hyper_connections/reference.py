@@ -56,18 +56,30 @@ def enter(streams: Array, site: Site, numbers: Numbers) -> tuple[Array, Array]:
       The normed input [B, S, D] in the dtype of the streams; and how the site's output returns, [hc + hc^2, B, S]
       float32: its weight in each stream, and then, at j hc + k, the share of old stream j in new stream k.
     """
-    hc = numbers.streams
     mixes = project(streams, site.weight, numbers.norm_eps)
+    before, mix = gates(mixes, site.base, site.scale, numbers)
+    return rms_norm(collapse(streams, before), site.norm, numbers.norm_eps), mix
+
+
+def gates(mixes: Array, base: Array, scale: Array, numbers: Numbers) -> tuple[Array, Array]:
+    """The streams' shares in a site's input [hc, B, S], and how its output returns [hc + hc^2, B, S] (`enter`).
+
+    Args:
+      mixes: [2 hc + hc^2, B, S] what the streams project to.
+      base: of the site.
+      scale: likewise.
+      numbers: of the architecture.
+    """
+    hc = numbers.streams
 
     def part(start: int, stop: int, gate: int) -> Array:
-        return mixes[start:stop] * site.scale[gate] + site.base[start:stop, None, None]
+        return mixes[start:stop] * scale[gate] + base[start:stop, None, None]
 
     before = jax.nn.sigmoid(part(0, hc, 0)) + numbers.eps
     after = 2 * jax.nn.sigmoid(part(hc, 2 * hc, 1))
     logits = part(2 * hc, 2 * hc + hc * hc, 2).reshape(hc, hc, *mixes.shape[1:])
     residual = sinkhorn(logits, numbers.iterations, numbers.eps)
-    mix = jnp.concatenate([after, residual.reshape(hc * hc, *mixes.shape[1:])])
-    return rms_norm(collapse(streams, before), site.norm, numbers.norm_eps), mix
+    return before, jnp.concatenate([after, residual.reshape(hc * hc, *mixes.shape[1:])])
 
 
 @jax.named_scope("hyper_connections.write_back")

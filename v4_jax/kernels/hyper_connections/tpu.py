@@ -155,16 +155,31 @@ def _gated(mixes: Array, base: Array, scale: Array, hc: int) -> Array:
     return mixes * factor + added
 
 
-def _by_chunks(channels: int, body: Callable[[Callable[[int], Any], Any], Any], carry: Any = None) -> Any:
-    """Runs `body(here, carry)` on chunks of channels; `here(j)` are those of the j-th array that lies side by side."""
-    chunk = next(size for size in CHUNKS if channels % size == 0)
+def by_chunks(
+    channels: int,
+    body: Callable[[Callable[[int], Any], Any], Any],
+    carry: Any = None,
+    *,
+    chunks: tuple[int, ...] = CHUNKS,
+    together: int = 8,
+) -> Any:
+    """Runs `body(here, carry)` on chunks of channels; `here(j)` are those of the j-th array that lies side by side.
+
+    Args:
+      channels: of each array.
+      body: what is run.
+      carry: what it is given first.
+      chunks: sizes of a chunk, the first that divides the channels.
+      together: chunks at most whose operations are mixed, so that one's work hides another's.
+    """
+    chunk = next(size for size in chunks if channels % size == 0)
 
     def step(i: Any, carry: Any) -> Any:
         return body(lambda j: pl.ds(pl.multiple_of(j * channels + i * chunk, chunk), chunk), carry)
 
     steps = channels // chunk
-    together = next(count for count in range(8, 0, -1) if steps % count == 0)  # so that one's work hides another's
-    return jax.lax.fori_loop(0, steps, step, carry, unroll=together)
+    unroll = next(count for count in range(together, 0, -1) if steps % count == 0)
+    return jax.lax.fori_loop(0, steps, step, carry, unroll=unroll)
 
 
 def _turned(x: Array, contracted: Any) -> Array:
@@ -187,7 +202,7 @@ def _write_back(new: Any, old: Any, output: Any, mix: Array, hc: int) -> None:
                 total += mix[:, hc + j * hc + k : hc + j * hc + k + 1] * streams[j]
             new[:, here(k)] = total.astype(new.dtype)
 
-    _by_chunks(output.shape[1], body)
+    by_chunks(output.shape[1], body)
 
 
 def _projected(streams: Any, weight: Any, eps: float) -> Array:
@@ -204,17 +219,17 @@ def _projected(streams: Any, weight: Any, eps: float) -> Array:
             rest = rest - cut[-1].astype(jnp.float32)
         columns = jnp.broadcast_to(x, (several, x.shape[1]))
         total += jax.lax.dot_general(jnp.concatenate(cut), columns, _ROWS, preferred_element_type=jnp.float32)
-        return total, squares + _squares(x)
+        return total, squares + squares_by_lane(x)
 
     nothing = jnp.zeros((3 * rows, several), jnp.float32), jnp.zeros((tokens, LANES), jnp.float32)
-    total, squares = _by_chunks(width, body, nothing)
+    total, squares = by_chunks(width, body, nothing)
     ones, highest = jnp.ones((8, LANES), jnp.float32), jax.lax.Precision.HIGHEST
     mean = jax.lax.dot_general(ones, squares, _ROWS, precision=highest, preferred_element_type=jnp.float32)[:1] / width
     total = total[:, :tokens]
     return (total[:rows] + total[rows : 2 * rows] + total[2 * rows :]) * jax.lax.rsqrt(mean + eps)
 
 
-def _squares(x: Array) -> Array:
+def squares_by_lane(x: Array) -> Array:
     """Sums of squares of [T, C], kept by lane: [T, 128]."""
     wide = x.astype(jnp.float32)
     wide = wide * wide
@@ -262,12 +277,12 @@ def _collapse(y: Any, streams: Any, before: Array, norm: Callable[[Any], Array],
         terms = (before[:, j : j + 1] * streams[:, here(j)].astype(jnp.float32) for j in range(numbers.streams))
         total = functools.reduce(jnp.add, terms).astype(y.dtype)
         y[:, here(0)] = total
-        return squares + _squares(total)
+        return squares + squares_by_lane(total)
 
-    squares = _by_chunks(channels, add, jnp.zeros((tokens, LANES), jnp.float32))
+    squares = by_chunks(channels, add, jnp.zeros((tokens, LANES), jnp.float32))
     scale = jax.lax.rsqrt(jnp.sum(squares, axis=1, keepdims=True) / channels + numbers.norm_eps)
 
     def normalise(here: Callable[[int], Any], _: None) -> None:
         y[:, here(0)] = (y[:, here(0)].astype(jnp.float32) * scale * norm(here(0))).astype(y.dtype)
 
-    _by_chunks(channels, normalise)
+    by_chunks(channels, normalise)
