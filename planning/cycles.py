@@ -77,7 +77,7 @@ def estimate(program: Program, kernels: Mapping[Likeness, int], chip: Chip, expe
 
 def part_of(op_name: str) -> str:
     """The part of the model that an operation belongs to: its innermost named scope, or else its module."""
-    names = op_name.split("/")
+    names = re.split(r"[/()]+", op_name)  # of a backward pass scopes stand in transpose(jvp(...))
     scopes = [name for name in names if _SCOPE.fullmatch(name)]
     if scopes:
         return scopes[-1]

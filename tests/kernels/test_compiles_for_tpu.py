@@ -23,6 +23,7 @@ from v4_jax.kernels.choose import best_experts, many_rows_experts, norm_rotate
 from v4_jax.kernels.csa import tpu as csa
 from v4_jax.kernels.experts.tpu import ROWS, experts
 from v4_jax.kernels.grouped_matmul.tpu import grouped_matmul
+from v4_jax.kernels.hyper_connections import gradients as hyper_connections
 from v4_jax.kernels.hyper_connections.reference import Numbers, Site
 from v4_jax.kernels.hyper_connections.tpu import cross
 from v4_jax.kernels.linear.shares import partial_products
@@ -449,6 +450,20 @@ def test_boundary_of_sublayers(build, streams, width, tokens):
     )
     assert compiled.memory_analysis().temp_size_in_bytes < SPARE
     assert "dynamic-slice" not in compiled.as_text()
+
+
+@pytest.mark.parametrize(("width", "tokens"), [(4096, 512), (7168, 512)])
+def test_gradients_of_boundary_of_sublayers(build, width, tokens):
+    """Flash's and Pro's streams."""
+    numbers, gates = Numbers(4, 1e-6, 1e-6, 20), 20
+    sizes = ((4 + gates, 4 * width), (4 + gates,), (3,), (width,))
+    streams, single = (shape(jnp.bfloat16, 1, tokens, channels) for channels in (4 * width, width))
+    mix = shape(jnp.float32, gates, 1, tokens)
+
+    def run(x, output, mix, site, gradient):
+        return hyper_connections.cross(x, output, mix, Site(*site), gradient, numbers)
+
+    build(run, streams, single, mix, [shape(jnp.float32, *size) for size in sizes], (streams, single, mix))
 
 
 # Flash's projections of a CSA layer's input: to latents, keys, entries' values and gates, and the indexer's.

@@ -118,6 +118,7 @@ def test_an_operation_without_an_estimate_costs_what_the_smallest_do():
             "attention.window_cache",
         ),
         ("jit(call)/while/body/block_0/ffn/experts.dispatch/experts.sort/sort", "experts.sort"),
+        ("jit(f)/ffn/experts.dispatch/while/body/transpose(jvp(experts.ffn))/cond/pallas_call", "experts.ffn"),
         ("jit(call)/while/body/block_0/attn/attn._compress/compressor/cond", "compressor"),
         ("jit(call)/Transformer/Transformer._layers/while/body/dynamic_slice", "the compiler's own"),
         ("", "the compiler's own"),
