@@ -98,8 +98,8 @@ class Running:
             yield update
         made, samples = completion.new_tokens, len(completion.choices)
         metrics.duration.observe(self.duration)
-        if made > samples:
-            metrics.between_tokens.observe(self.duration * samples / made)
+        if made > samples and self.first is not None:  # one token of each is no distance from another
+            metrics.between_tokens.observe((self.duration - self.first) * samples / (made - samples))
 
     def _ended_early(self, event: Event) -> bool:
         """Takes a token; whether it met a stop string."""
