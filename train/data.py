@@ -159,12 +159,23 @@ def _of_source(number: int, document: Document) -> Document:
     return document._replace(source=number)
 
 
-def same_corpus(found: dict[str, Any], identity: dict[str, Any]) -> None:
+def same_corpus(state: dict[str, Any], identity: dict[str, Any], *, known_by: str) -> None:
     """Checks that a place in the data was saved with the data there is.
+
+    Args:
+      state: the place.
+      identity: of the data.
+      known_by: a key that a place in rows, or prompts, of this kind has, and no other.
 
     Raises:
       DataError: it was not.
     """
+    if known_by not in state:
+        raise DataError(
+            "the data state was saved with another objective, to which the data is something else; expected the "
+            "objective as it was, or a new run"
+        )
+    found = state["corpus"]
     if different := [key for key in found if found[key] != identity.get(key)]:
         what = ", ".join(f"{key} {found[key]}, which is now {identity.get(key)}" for key in different)
         raise DataError(
@@ -382,7 +393,7 @@ class PackedRows:
         Raises:
           DataError: it was taken with another corpus, or with other texts in the documents that it is amid.
         """
-        same_corpus(state["corpus"], self._corpus.identity)
+        same_corpus(state, self._corpus.identity, known_by="rows")
 
         def pieces(names: list[list[int]]) -> tuple[_Piece, ...]:
             return tuple(piece(*name) for name in names)

@@ -162,5 +162,5 @@ class Prompts:
         Raises:
           DataError: it was taken with other data.
         """
-        same_corpus(state["corpus"], self._mixture.identity)
+        same_corpus(state, self._mixture.identity, known_by="content")
         self._following, self._skipped = state["following"], state["skipped"]
