@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import json
 import os
@@ -24,7 +23,7 @@ from v4_jax.checkpoint.released import companions
 from v4_jax.checkpoint.trained import RECORD, RUN, STAGES, run_of
 from v4_jax.config import Config
 from v4_jax.draft_stages import STAGES as TREE
-from v4_jax.files import complete
+from v4_jax.files import complete, try_lock
 from v4_jax.parameter_tree import declarations, init
 from v4_jax.placement import Place
 from v4_jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
@@ -249,12 +248,8 @@ def locked(run: Path) -> Iterator[None]:
         yield
         return
     with (run / ".lock").open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SettingsError(f"{run} is being trained by another process; expected one process a run") from None
-        except OSError:
-            pass  # some network file systems have no locks
+        if not try_lock(file.fileno()):
+            raise SettingsError(f"{run} is being trained by another process; expected one process a run")
         yield
 
 

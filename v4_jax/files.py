@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import tempfile
@@ -40,6 +41,21 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def try_lock(descriptor: int) -> bool:
+    """Takes an open file or directory for this process alone, until it is closed or the process ends.
+
+    Returns:
+      False if another process has it. Some network file systems have no locks: there, nobody checks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def sampled_digest(path: Path, samples: int, block: int) -> bytes:
