@@ -205,6 +205,7 @@ def test_answers_have_the_model_s_own_log_probabilities(folder, student, rollout
     """Those of the given weights, whatever the engine had before; the same prompts and seeds give the same."""
     asked = prompts_of(folder).next(3, LENGTH, 0)
     found = rollouts.sample(student.params, asked, 2)
+    assert rollouts._engine._engine._params is None  # the room is training's again
     other = jax.tree.map(lambda x: x * 1.01 if jnp.issubdtype(x.dtype, jnp.floating) else x, student.params)
     different = rollouts.sample(other, asked[:1], 2)
     again = rollouts.sample(student.params, asked[1:2], 2)
