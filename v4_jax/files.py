@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,25 +22,16 @@ def complete(target: Path, *, private: bool = False) -> Iterator[Path]:
     Raises:
       OSError: the directory cannot be written.
     """
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(descriptor)
-    working = Path(name)
+    working = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    os.close(os.open(working, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600 if private else 0o666))
     try:
         yield working
         with working.open("rb") as file:
             os.fsync(file.fileno())
-        if not private:  # as temporary files are; results are like any other file
-            working.chmod(0o666 & ~_umask())
         working.replace(target)
     except BaseException:
         working.unlink(missing_ok=True)
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def try_lock(descriptor: int) -> bool:
