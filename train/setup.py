@@ -22,7 +22,7 @@ from v4_jax.checkpoint.record import Record, folder_of, read_record
 from v4_jax.checkpoint.released import companions
 from v4_jax.checkpoint.trained import RECORD, RUN, STAGES, run_of
 from v4_jax.config import Config
-from v4_jax.draft_stages import STAGES as TREE
+from v4_jax.draft_stages import DSPARK
 from v4_jax.files import complete, try_lock
 from v4_jax.parameter_tree import declarations, init
 from v4_jax.placement import Place
@@ -98,7 +98,7 @@ class Origin(NamedTuple):
         """The stages that the model has, where such are trained, placed: float32 masters. None: they are fresh."""
         if self.drafts is None or self.checkpoint is None or self.drafts.begins_fresh(self.checkpoint.config):
             return None
-        return load(self.checkpoint, dtype="float32", mesh=place.mesh, rules=place.rules, only=TREE.__eq__)[1]
+        return load(self.checkpoint, dtype="float32", mesh=place.mesh, rules=place.rules, only=DSPARK.__eq__)[1]
 
 
 def open_rows(settings: Settings, origin: Origin, say: Callable[[str], None] = lambda text: None) -> Rows:

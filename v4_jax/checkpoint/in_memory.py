@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from v4_jax.checkpoint.block_formats import OF_NAME, SCALE_TYPES, BlockFormat, Formats, ScaleType, pack
-from v4_jax.checkpoint.interface import Checkpoint
+from v4_jax.checkpoint.interface import Checkpoint, rectangle
 from v4_jax.checkpoint.mapping import Entry, Path, Role, entries, leaves
 from v4_jax.checkpoint.tensors import DTYPES, CheckpointError, names_in
 from v4_jax.config import Config
@@ -69,7 +69,7 @@ class InMemory(Checkpoint):
         if getattr(self._last, "place", None) != wanted:  # codes and scales are asked for one after the other
             self._last.place, self._last.arrays = wanted, self._tensor(name, entry)
         array = self._last.arrays[entry.role]
-        return self._count(array[rows] if columns == slice(None) else array[rows, columns])
+        return self._count(rectangle(array, rows, columns))
 
     def unrounded(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> np.ndarray | None:
         """Reads a rectangle of a float leaf as it is; see `Checkpoint.unrounded`."""
@@ -78,7 +78,7 @@ class InMemory(Checkpoint):
         if isinstance(leaf, BlockScaled) or not jnp.issubdtype(leaf.dtype, jnp.floating):
             return None
         array = _on_host(leaf, entry.place)
-        return self._count(array[rows] if columns == slice(None) else array[rows, columns])
+        return self._count(rectangle(array, rows, columns))
 
     def close(self) -> None:
         """Forgets the tensors read last."""
