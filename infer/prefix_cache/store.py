@@ -97,10 +97,10 @@ class Directory:
         found = []
         for file in path.glob(f"*{_SUFFIX}*"):  # other processes may be at work here
             with contextlib.suppress(OSError):
-                status = file.lstat()
-                if not file.name.startswith("."):
-                    found.append((status.st_mtime_ns, file.name.removesuffix(_SUFFIX), status.st_size))
-                elif time.time() - status.st_mtime > _ABANDONED:  # by a process that was killed while it wrote
+                status, hidden = file.lstat(), file.name.startswith(".")
+                if file.suffix == _SUFFIX and not hidden:
+                    found.append((status.st_mtime_ns, file.stem, status.st_size))
+                elif hidden and time.time() - status.st_mtime > _ABANDONED:  # by a process that was killed amid it
                     file.unlink()
         for suffix in _EARLIER:
             for file in path.glob(f"*{suffix}"):

@@ -322,12 +322,13 @@ def test_a_directory_keeps_what_memory_serves(tmp_path):
     store.put("a", item)
     store.put("b", item)
     store.close()
+    (tmp_path / "of_others.pages.old").write_bytes(bytes(2000))  # which does not count
     store = PageStore(1 << 20, Directory(tmp_path, most))
     assert store.get("a") and store.get("b")  # from now on in memory, too
     store.touch(["a"])
     store.put("c", item)
     store.close()
-    assert {file.name for file in tmp_path.iterdir()} == {"a.pages", "c.pages"}
+    assert {file.name for file in tmp_path.iterdir()} == {"a.pages", "c.pages", "of_others.pages.old"}
 
 
 def test_a_directory_that_cannot_be_written_to(engine, tmp_path, monkeypatch):
