@@ -56,6 +56,7 @@ class Origin(NamedTuple):
       files: companions to carry along: name -> file.
       profile: what the model takes reasoning efforts for, by its own encoding; None if that says nothing.
       checkpoint: weights to start from; None for fresh ones.
+      drafts: the objective, where DSpark's stages are what is trained.
     """
 
     config: Config
@@ -374,7 +375,7 @@ def notes(settings: Settings, origin: Origin) -> list[str]:
         return found
     if "csa" in {layer.attention for layer in config.layers}:
         for i, stage in enumerate(settings.stages):
-            entries = stage.length // 4
+            entries = stage.length // RATIO_OF_ROLE["csa"]
             if stage.attention != "dense" and settings.losses.indexer and entries <= config.index_topk:
                 found.append(
                     f"stages.{i}: a row of {stage.length:,} tokens has {entries:,} compressed entries, no more than "

@@ -250,7 +250,7 @@ class ChatBody(Body):
         return True, wanted
 
     def mode(self, default: Mode) -> Mode:
-        """How to answer; the effort says more than whether to think, which says more than the default."""
+        """How to answer: without thinking where that is said, else by the effort, else by the default."""
         thinks, effort = self._thinks(), self._effort()
         if thinks is False:
             return "non-think"

@@ -75,7 +75,8 @@ def copy_companions(checkpoint: Checkpoint, working: Path) -> None:
     for name, file in checkpoint.files.items():
         (working / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, working / name)
-    (working / "config.json").write_text(json.dumps(checkpoint.hf_config, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(checkpoint.hf_config, indent=2, ensure_ascii=False)
+    (working / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def require_space(working: Path, nbytes: int, part: str) -> None:
