@@ -72,7 +72,7 @@ class DryRun:
         """Reads each stage's first batch, and counts what is kept.
 
         Raises:
-          v4_jax.train.data.DataError: a document cannot be used, or there is none.
+          v4_jax.train.documents.DataError: a document cannot be used, or there is none.
         """
         from v4_jax.train.optimizer import optimizer
         from v4_jax.train.step import abstract_state

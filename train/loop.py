@@ -32,7 +32,7 @@ from v4_jax.policy import Policy
 from v4_jax.profiler import Recorder
 from v4_jax.train.batch import Batch, Rows
 from v4_jax.train.checkpoints import Checkpoints, Saved
-from v4_jax.train.data import DataError
+from v4_jax.train.documents import DataError
 from v4_jax.train.evaluation import EVALUATION_SECONDS, Evaluation
 from v4_jax.train.objectives.dspark import DSpark
 from v4_jax.train.objectives.objective import Counts, Decisions
@@ -269,7 +269,7 @@ class Trainer:
           TrainingError: the loss does not come back from a spike, or is not finite.
           v4_jax.train.checkpoints.SaveError: a checkpoint cannot be written.
           v4_jax.train.checkpoints.FitError: the newest checkpoint is one of other settings.
-          v4_jax.train.data.DataError: a document cannot be used; what was learnt before it is saved.
+          v4_jax.train.documents.DataError: a document cannot be used; what was learnt before it is saved.
           v4_jax.train.on_policy.rollouts.RolloutError: answers cannot be had or judged; likewise.
         """
         with self._stopping(), quiet():  # what Orbax would log reaches us as exceptions

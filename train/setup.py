@@ -28,7 +28,7 @@ from v4_jax.parameter_tree import declarations, init
 from v4_jax.placement import Place
 from v4_jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from v4_jax.train.batch import Rows
-from v4_jax.train.data import Corpus, PackedRows
+from v4_jax.train.corpus import Corpus
 from v4_jax.train.documents import Source
 from v4_jax.train.objectives.distillation import Distillation
 from v4_jax.train.objectives.dspark import DSpark
@@ -38,6 +38,7 @@ from v4_jax.train.on_policy.advantages import GroupAdvantages
 from v4_jax.train.on_policy.prompts import Prompts
 from v4_jax.train.on_policy.rollouts import Rollouts, RolloutSettings
 from v4_jax.train.on_policy.rows import Judge, OnPolicy, unjudged
+from v4_jax.train.packing import PackedRows
 from v4_jax.train.rounds import GivenTexts, Rounds, Supply
 from v4_jax.train.schedules import stage_at
 from v4_jax.train.settings import Settings, SettingsError, SourceSettings, write_settings
@@ -111,7 +112,7 @@ def open_rows(settings: Settings, origin: Origin, say: Callable[[str], None] = l
       say: told about the first documents that are left out.
 
     Raises:
-      v4_jax.train.data.DataError: a source cannot be opened.
+      v4_jax.train.documents.DataError: a source cannot be opened.
     """
     if settings.rollouts is not None:
         return _open_prompts(settings, origin, settings.rollouts, say)

@@ -12,9 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from v4_jax.train.data import Corpus, DataError, PackedRows, Source
+from v4_jax.train.corpus import Corpus
+from v4_jax.train.documents import DataError, Source
 from v4_jax.train.objectives.sft import Conversations
 from v4_jax.train.on_policy.prompts import Prompts
+from v4_jax.train.packing import PackedRows
 from v4_jax.train.teachers.rows import TeacherRows
 
 VOCAB = 100_000

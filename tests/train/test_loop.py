@@ -18,7 +18,7 @@ from v4_jax.placement import Place
 from v4_jax.sharding.mesh import make_mesh
 from v4_jax.train import loop
 from v4_jax.train.checkpoints import FitError, SaveError
-from v4_jax.train.data import DataError
+from v4_jax.train.documents import DataError
 from v4_jax.train.loop import Trainer, TrainingError
 from v4_jax.train.settings import SettingsError, read_settings
 from v4_jax.train.setup import Origin, locked, open_rows, open_run

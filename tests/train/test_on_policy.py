@@ -24,7 +24,7 @@ from v4_jax.sharding.mesh import make_mesh
 from v4_jax.tokenizer import ByteTokenizer
 from v4_jax.train import rounds
 from v4_jax.train.checkpoints import Checkpoints
-from v4_jax.train.data import DataError
+from v4_jax.train.documents import DataError
 from v4_jax.train.loop import Trainer
 from v4_jax.train.on_policy.rollouts import Prompt, Sample
 from v4_jax.train.on_policy.rows import Answer, pack

@@ -15,7 +15,7 @@ import numpy as np
 
 from v4_jax.chat import MODES, Mode, encode
 from v4_jax.train.batch import Batch
-from v4_jax.train.data import mix, same_corpus, token_ids
+from v4_jax.train.corpus import mix, same_corpus, token_ids
 from v4_jax.train.documents import Conversation, DataError, Document, Source
 from v4_jax.train.objectives.sft import Conversations
 from v4_jax.train.on_policy.rollouts import Prompt

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from v4_jax.train.batch import Batch
-from v4_jax.train.data import PackedRows
 from v4_jax.train.documents import DataError
 from v4_jax.train.objectives.objective import Decisions
+from v4_jax.train.packing import PackedRows
 
 
 class Part(NamedTuple):
