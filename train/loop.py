@@ -242,12 +242,11 @@ class Trainer:
 
     def _say_changes(self, saved: Saved) -> None:
         """Tells what is not as it was when a checkpoint was saved."""
-        step, changed = (
-            int(saved.state.step),
-            differences(saved.progress.get("settings", {}), self._settings.model_dump(mode="json")),
-        )
+        step, before = int(saved.state.step), saved.progress.get("settings", {})
+        changed = differences(before, self._settings.model_dump(mode="json"))
+        changed.pop("run", None)  # it may lie elsewhere now
         if changed:
-            said = "; ".join(f"{name} {how}" for name, how in changed.items() if name != "run")
+            said = "; ".join(f"{name} {how}" for name, how in changed.items())
             self._say(f"settings that changed since step {step:,}: {said}")
         if self._rows.edited(saved.progress["data"]):
             self._say(
