@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.models import Tiny, trained
-from tests.train.logs import Metrics
+from tests.train.logs import Metrics, shared_programs
 from v4_jax import Transformer, chat, declarations, load
 from v4_jax.checkpoint.orbax_arrays import open_arrays
 from v4_jax.commands.shared.rollouts import EngineRollouts
@@ -110,16 +110,7 @@ def build(folder, tmp_path, rollouts):
 @pytest.fixture(scope="module", autouse=True)
 def _shared_programs():
     """Runs of the same objective share their programs."""
-    programs, real = {}, Trainer._program
-
-    def shared(self, *which):
-        key = self._settings.objective.model_dump_json(), which
-        if key not in programs:
-            programs[key] = real(self, *which)
-        return programs[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_program", shared)
+    with shared_programs(lambda settings: settings.objective.model_dump_json()):
         yield
 
 
