@@ -152,7 +152,8 @@ def serve(
     )
     protocol = http_protocol(ConnectionLimits(float(header_timeout), float(idle_timeout), connections))
     settings = uvicorn.Config(app, http=protocol, log_level="warning", lifespan="on")
-    say(f"serving {served.name} at http://{host}:{listening.getsockname()[1]}/v1" + ("" if legal else ", without keys"))
+    address = f"{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+    say(f"serving {served.name} at http://{address}/v1" + ("" if legal else ", without keys"))
     _log(quiet)
 
     class Runner(uvicorn.Server):
@@ -205,10 +206,11 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _keys(path: Any) -> list[str]:
-    """The keys of a file, or of the environment."""
-    if path is None:
-        return [os.environ[KEY]] if os.environ.get(KEY) else []
-    found = read_text(path).split()
+    """The keys of a file, or of the environment, as it may be read from one."""
+    if path is None and not os.environ.get(KEY):
+        return []
+    where, text = (KEY, os.environ[KEY]) if path is None else (path, read_text(path))
+    found = text.split()
     if not found:
-        raise CommandError(f"{path} holds no keys; expected one a line")
+        raise CommandError(f"{where} holds no keys; expected one a line")
     return found
