@@ -41,7 +41,13 @@ class Programs:
     """
 
     def __init__(
-        self, settings: Settings, config: Config, place: Place, *, in_parts: bool, compiling: Compiling
+        self,
+        settings: Settings,
+        config: Config,
+        place: Place,
+        *,
+        in_parts: bool = False,
+        compiling: Compiling = lambda what: contextlib.nullcontext(),
     ) -> None:
         self._settings, self._config, self._place = settings, config, place
         self._in_parts, self._compiling = in_parts, compiling
