@@ -74,7 +74,7 @@ class WithStages(Checkpoint):
         wanted = entry.path, entry.place
         if getattr(self._last, "place", None) != wanted:  # codes and scales are asked for one after the other
             storage = leaves(self.config)[entry.path].storage
-            self._last.tensor = rounded(self._values(name, entry), entry, storage, self.formats)
+            self._last.tensor = rounded(name, self._values(name, entry), entry, storage, self.formats)
             self._last.place = wanted
         return self._count(rectangle(self._last.tensor[entry.role], rows, columns))
 

@@ -92,17 +92,29 @@ class InMemory(Checkpoint):
             array = _on_host(leaf, entry.place)
             if storage == "i64":
                 check_expert_ids(name, array, self.config)
-            return rounded(array, entry, storage, self.formats)
+            return rounded(name, array, entry, storage, self.formats)
         form = self.formats.block(storage)
         assert form is not None
         return _packed(_on_host(leaf.codes, entry.place), _on_host(leaf.scales, entry.place), form)
 
 
-def rounded(values: np.ndarray, entry: Entry, storage: Storage, formats: Formats) -> Mapping[Role, np.ndarray]:
-    """A tensor as stored, from one layer's or expert's plain values."""
+def rounded(
+    name: str, values: np.ndarray, entry: Entry, storage: Storage, formats: Formats
+) -> Mapping[Role, np.ndarray]:
+    """A tensor as stored, from one layer's or expert's plain values.
+
+    Raises:
+      CheckpointError: a number that is not finite where it would make zeros of its block.
+    """
     form = formats.block(storage)
     if form is None:
         return {"plain": values.astype(entry.info.numpy_dtype)}
+    if not (finite := np.isfinite(values)).all():
+        place = tuple(int(i) for i in np.argwhere(~finite)[0])
+        raise CheckpointError(
+            f"{name} holds {values[place]} at {list(place)} (and {(~finite).sum() - 1} more), expected finite numbers: "
+            f"{form.name.upper()} keeps no others"
+        )
     made = _quantise(values, form.element, DTYPES[formats.scales(storage)])
     return _packed(np.asarray(made.codes), np.asarray(made.scales), form)
 
