@@ -49,7 +49,7 @@ def make_mesh(sizes: str | dict[str, int], devices: Sequence[jax.Device] | None 
         there = "there is 1 device" if len(devices) == 1 else f"there are {len(devices)} devices"
         raise ShardingError(f"mesh {format_mesh(sizes)} has {wanted} places, but {there}")
     shape = tuple(sizes[axis] for axis in MESH_AXES)
-    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    slices = slices_of(devices)
     if sizes["data"] % slices:
         raise ShardingError(
             f"mesh {format_mesh(sizes)} has data={sizes['data']}, but there are {slices} slices, and no other axis "
@@ -62,6 +62,11 @@ def make_mesh(sizes: str | dict[str, int], devices: Sequence[jax.Device] | None 
         within, between = (sizes["data"] // slices, *shape[1:]), (slices, 1, 1, 1)
         placed = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
     return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def slices_of(devices: Sequence[jax.Device]) -> int:
+    """How many TPU slices the devices are of, between which everything is slow; 1 where they are no TPUs."""
+    return len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
 
 
 def format_mesh(sizes: Mapping[str, int]) -> str:
