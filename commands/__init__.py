@@ -34,7 +34,7 @@ VERBS = {
     "chat": "a conversation at the terminal",
     "score": "log-probabilities of given texts, JSON lines in and out",
     "batch": "answer a file of requests, many at a time, resumable",
-    "serve": "OpenAI's API over HTTP, many requests at a time",
+    "serve": "OpenAI's API and Anthropic's over HTTP, many requests at a time",
     "eval": "does it stay useful at length: needles, MRCR, questions about documents",
     "convert": "released checkpoint -> Orbax, in the released number formats",
     "export": "Orbax, a training run (or released) -> released layout",

@@ -14,7 +14,7 @@ from v4_jax.chat import EOS, EffortProfile, Mode, ParseError, parse
 from v4_jax.commands.shared.chat_files import read_chat, write_chat
 from v4_jax.commands.shared.compilation_cache import user_directory
 from v4_jax.commands.shared.console import CommandError, bad_input, read_json, read_text, say
-from v4_jax.commands.shared.contexts import check_length, check_mode
+from v4_jax.commands.shared.contexts import check_mode, context_of
 from v4_jax.commands.shared.engines import EngineOptions, PrefixOptions
 from v4_jax.commands.shared.models import ModelDirectory
 from v4_jax.commands.shared.options import (
@@ -26,7 +26,6 @@ from v4_jax.commands.shared.options import (
     OptionalSize,
     OptionalText,
     Profile,
-    Size,
 )
 from v4_jax.commands.shared.reply import Writer
 from v4_jax.commands.shared.sampling import SamplingOptions
@@ -38,7 +37,6 @@ from v4_jax.infer.prompts import Prompt, chat_prompt
 from v4_jax.infer.text import Reply
 from v4_jax.tokenizer import Tokenizer
 
-DEFAULT_CONTEXT = 32768
 HISTORY, MOST_LINES = "chat_history", 1000
 
 # How the release puts a file in front of a question about it.
@@ -64,7 +62,7 @@ def chat(
     mode: Mode = "non-think",
     effort_profile: Profile = "auto",
     max_tokens: OptionalSize = None,
-    context: Size = DEFAULT_CONTEXT,
+    context: OptionalSize = None,
     sampling: SamplingOptions = SamplingOptions(),  # noqa: B008 (frozen)
     seed: Int = 0,
     no_history: Flag = False,
@@ -96,7 +94,7 @@ def chat(
       effort_profile: What the model takes its reasoning efforts for: preview, official (Flash-0731, Pro-0813), or auto,
         which its own encoding says.
       max_tokens: Most tokens of an answer. Default: what the context leaves.
-      context: Most tokens of the whole conversation.
+      context: Most tokens of the whole conversation. Default: 32K, or what the model has.
       sampling: How tokens are chosen.
       seed: The same seed gives the same answers.
       no_history: Do not keep lines for the arrow keys of the next chat.
@@ -106,10 +104,8 @@ def chat(
     directory = ModelDirectory.open(model)
     engine.check(directory)
     config, tokenizer, release = directory.config, directory.tokenizer(), directory.generation_defaults()
-    if context == DEFAULT_CONTEXT:
-        context = min(context, config.max_position_embeddings)
-    check_length(config, context)
-    conversation = Conversation(tokenizer, directory.effort_profile(effort_profile), mode, context)
+    length = context_of(config, context)
+    conversation = Conversation(tokenizer, directory.effort_profile(effort_profile), mode, length)
     if chat_file is not None:
         conversation.load(chat_file)
     if tools is not None:
@@ -119,8 +115,8 @@ def chat(
     with bad_input():
         chosen = sampling.over(release, seed)
         conversation.prompt([] if conversation.asks else [{"role": "user", "content": "?"}])  # refused here, if at all
-    check_mode(mode, context, conversation.profile)
-    running = engine.build(directory, context, most=1)
+    check_mode(mode, length, conversation.profile)
+    running = engine.build(directory, length, most=1)
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
         say("Ctrl-C stops an answer, Ctrl-D leaves, /help lists commands.")

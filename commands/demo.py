@@ -26,7 +26,7 @@ from v4_jax.commands.shared import devices
 from v4_jax.commands.shared.console import CommandError, bad_input, progress_bar, say, show
 from v4_jax.commands.shared.engines import compile_engine
 from v4_jax.commands.shared.models import ModelDirectory
-from v4_jax.commands.shared.options import Count, OptionalFile
+from v4_jax.commands.shared.options import OptionalCount, OptionalFile
 from v4_jax.commands.shared.reply import Writer
 from v4_jax.commands.shared.speed import memory_text
 from v4_jax.commands.shared.streaming import stream
@@ -39,7 +39,7 @@ from v4_jax.infer.evaluation import recall
 from v4_jax.infer.generate import Generation
 from v4_jax.infer.text import Reply
 
-PROMPT = "Write one sentence about the sea."
+PROMPT, SAID = "Write one sentence about the sea.", 64  # tokens of the reply at most
 
 # A prompt that the embedded model continues with what it was told.
 TOLD_BRIEFLY = "fox QZ47 moon KB03 wool PA81 gate QZ"
@@ -49,7 +49,7 @@ LENGTH, DEPTHS, TOLD = 32768, (0.02, 0.25, 0.5, 0.75), 24
 DEVICES, CHUNK = 4, 4096  # virtual devices, where there are no others; tokens of a text that are read at once
 
 
-def demo(*, model: OptionalFile = None, max_tokens: Count = 64) -> None:
+def demo(*, model: OptionalFile = None, max_tokens: OptionalCount = None) -> None:
     """Shows the whole way in two minutes: a released checkpoint, its weights in memory, its card, what it says.
 
     The model that comes with the package has every part of DeepSeek-V4 in the released layout and number formats, in
@@ -63,12 +63,14 @@ def demo(*, model: OptionalFile = None, max_tokens: Count = 64) -> None:
 
     Args:
       model: A directory with a released model, or one made by convert. Default: the embedded one.
-      max_tokens: Most tokens of the reply.
+      max_tokens: Most tokens of the reply of a model of yours; 64 by default.
     """
     if model is not None:
-        _sentence(*_tour(model, str(model)), max_tokens)
+        _sentence(*_tour(model, str(model)), max_tokens or SAID)
         _next(("chat", model), ("info", model, "--context", "1M"), ("generate", model, "--prompt", PROMPT))
         return
+    if max_tokens is not None:
+        raise CommandError("--max-tokens is for the reply of a model of yours, and there is none; expected --model too")
     devices.virtual(DEVICES)
     with _embedded() as path:
         directory, _ = _tour(path, "the embedded model")

@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+
 from v4_jax.commands.shared.console import (
     CommandError,
     Report,
@@ -103,7 +105,7 @@ def score(
             yield json.dumps(result.as_json(), ensure_ascii=False)
 
     try:
-        if str(output) == "-":  # no bar: the lines themselves show how far it is
+        if str(output) == "-" or jax.process_index():  # no bar: the lines themselves show how far it is
             for line in lines(lambda what, done, all_: None):
                 print(line, flush=True)
         else:

@@ -13,11 +13,21 @@ import jax
 
 from v4_jax.chat import Mode
 from v4_jax.commands.shared.console import CommandError, bad_input, needs, read_text, say
-from v4_jax.commands.shared.contexts import DEFAULT_MAX_TOKENS, check_length, check_mode
+from v4_jax.commands.shared.contexts import DEFAULT_MAX_TOKENS, check_mode, context_of
 from v4_jax.commands.shared.devices import join
 from v4_jax.commands.shared.engines import EngineOptions, PrefixOptions
 from v4_jax.commands.shared.models import ModelDirectory
-from v4_jax.commands.shared.options import Count, Flag, Model, OptionalCount, OptionalFile, OptionalText, Profile, Size
+from v4_jax.commands.shared.options import (
+    Count,
+    Flag,
+    Model,
+    OptionalCount,
+    OptionalFile,
+    OptionalSize,
+    OptionalText,
+    Profile,
+    Size,
+)
 from v4_jax.commands.shared.profiling import check_profile, profiled
 from v4_jax.commands.shared.sampling import SamplingOptions
 from v4_jax.infer.engine.grammar import Grammars
@@ -25,7 +35,6 @@ from v4_jax.infer.engine.lockstep import LeadingEngine, find_leader, follow, gat
 from v4_jax.infer.engine.scheduler import Engine
 
 KEY = "V4_JAX_API_KEY"
-DEFAULT_CONTEXT = 32768
 MOST_SLOTS = 1 << 30  # that could be of use: clients are as many as come
 
 
@@ -35,7 +44,7 @@ def serve(
     host: str = "127.0.0.1",
     port: Count = 8000,
     name: OptionalText = None,
-    context: Size = DEFAULT_CONTEXT,
+    context: OptionalSize = None,
     max_tokens: Count = DEFAULT_MAX_TOKENS,
     mode: Mode = "non-think",
     effort_profile: Profile = "auto",
@@ -79,7 +88,7 @@ def serve(
       host: Address to listen at; 0.0.0.0 is every one that the machine has.
       port: Port to listen at.
       name: What clients call the model. Default: the directory's name.
-      context: Most tokens of a prompt and its answer.
+      context: Most tokens of a prompt and its answer. Default: 32K, or what the model has.
       max_tokens: Most tokens of an answer whose request does not say.
       mode: How a chat is answered whose request does not say: at once, or after reasoning with little, high or the most
         effort.
@@ -121,23 +130,21 @@ def serve(
     directory = ModelDirectory.open(model)
     engine.check(directory)
     config, tokenizer, release = directory.config, directory.tokenizer(), directory.generation_defaults()
-    if context == DEFAULT_CONTEXT:
-        context = min(context, config.max_position_embeddings)
-    check_length(config, context)
+    length = context_of(config, context)
     efforts = directory.effort_profile(effort_profile)
-    check_mode(mode, context, efforts)
+    check_mode(mode, length, efforts)
     with bad_input():
         chosen = sampling.over(release, seed=0)
     if distributed and jax.process_index():
-        _follow(engine, directory, context)
+        _follow(engine, directory, length)
         return
     legal = _keys(keys)
     listening = _listen(host, port)
     followers = gather_followers() if distributed and jax.process_count() > 1 else None
     kind = Engine if followers is None else functools.partial(LeadingEngine, followers)
-    server = engine.build(directory, context, MOST_SLOTS, kind)
+    server = engine.build(directory, length, MOST_SLOTS, kind)
     defaults = Defaults(chosen, release.stop_ids, max_tokens, mode, efforts)
-    served = Served(name or directory.path.name, config, tokenizer, defaults, context, server.slots)
+    served = Served(name or directory.path.name, config, tokenizer, defaults, length, server.slots)
     service = Service(server, requests or 4 * server.slots)
     if followers is not None:
         followers.watch(service.fail)
@@ -152,7 +159,8 @@ def serve(
     )
     protocol = http_protocol(ConnectionLimits(float(header_timeout), float(idle_timeout), connections))
     settings = uvicorn.Config(app, http=protocol, log_level="warning", lifespan="on")
-    say(f"serving {served.name} at http://{host}:{listening.getsockname()[1]}/v1" + ("" if legal else ", without keys"))
+    address = f"{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+    say(f"serving {served.name} at http://{address}/v1" + ("" if legal else ", without keys"))
     _log(quiet)
 
     class Runner(uvicorn.Server):
@@ -205,10 +213,11 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _keys(path: Any) -> list[str]:
-    """The keys of a file, or of the environment."""
-    if path is None:
-        return [os.environ[KEY]] if os.environ.get(KEY) else []
-    found = read_text(path).split()
+    """The keys of a file, or of the environment, as it may be read from one."""
+    if path is None and not os.environ.get(KEY):
+        return []
+    where, text = (KEY, os.environ[KEY]) if path is None else (path, read_text(path))
+    found = text.split()
     if not found:
-        raise CommandError(f"{path} holds no keys; expected one a line")
+        raise CommandError(f"{where} holds no keys; expected one a line")
     return found

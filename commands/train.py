@@ -13,6 +13,7 @@ import jax
 import tyro
 from rich.table import Table
 
+from v4_jax.checkpoint import CheckpointError
 from v4_jax.commands import INTERRUPTED
 from v4_jax.commands.shared import devices
 from v4_jax.commands.shared.console import CommandError, bad_input, needs, say, show, working
@@ -154,12 +155,15 @@ def _run(
     metrics: Metrics | None,
     profile: Path | None,
 ) -> int:
-    from v4_jax.train.checkpoints import SaveError
+    from v4_jax.train.checkpoints import FitError, SaveError
+    from v4_jax.train.documents import DataError
     from v4_jax.train.loop import Trainer, TrainingError
-    from v4_jax.train.metrics import Report
+    from v4_jax.train.metrics import MetricsError, Report
     from v4_jax.train.on_policy.rollouts import RolloutError
     from v4_jax.train.schedules import stage_at
+    from v4_jax.train.settings import SettingsError
 
+    given = (CheckpointError, DataError, FitError, MetricsError, SettingsError, ShardingError)
     report = Report(
         metrics,
         steps=settings.steps,
@@ -169,7 +173,7 @@ def _run(
         say=say,
     )
     try:
-        with bad_input():
+        with bad_input(kinds=given):
             end = Trainer(
                 settings,
                 origin.config,

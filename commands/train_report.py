@@ -17,7 +17,6 @@ from v4_jax.checkpoint.trained import steps
 from v4_jax.commands.info_report import make_table
 from v4_jax.commands.shared.sizes import bytes_text, operations_text, share_text
 from v4_jax.config import Config
-from v4_jax.parameter_tree import declarations
 from v4_jax.parameters import is_parameter
 from v4_jax.placement import Place, bytes_per_device
 from v4_jax.planning.job import WeightFormat, abstract_params
@@ -72,27 +71,17 @@ class DryRun:
         """Reads each stage's first batch, and counts what is kept.
 
         Raises:
-          v4_jax.train.data.DataError: a document cannot be used, or there is none.
+          v4_jax.train.documents.DataError: a document cannot be used, or there is none.
         """
-        from v4_jax.train.optimizer import optimizer
-        from v4_jax.train.step import abstract_state
+        from v4_jax.train.programs import Programs
 
         filled = [
             float((np.asarray(rows.next_batch(stage.rows, stage.length).segment_ids) > 0).mean())
             for stage in settings.stages
         ]
-        addition, config = settings.addition, origin.config
-        declared = declarations(config) if addition is None else addition.declarations(config)
-        transform = optimizer(
-            config,
-            settings.optimizer.learning_rate,
-            matrices=settings.optimizer.matrices,
-            mesh=place.mesh,
-            rules=place.rules,
-            declared=declared,
-        )
-        state = bytes_per_device(abstract_state(config, transform, place, declared))
-        if addition is not None:
+        config = origin.config
+        state = bytes_per_device(Programs(settings, config, place).shapes)
+        if settings.addition is not None:
             whole = place.mesh or abstract_mesh(dict.fromkeys(MESH_AXES, 1))
             dtype: WeightFormat = "native" if settings.held == "native" else "bfloat16"
             held = config.trunk() if task_of(settings) == "dspark" else config

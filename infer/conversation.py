@@ -152,9 +152,14 @@ def check_tools(tools: Sequence[Mapping[str, Any]] | None) -> None:
             raise ValueError(f"{where} has the name {function.get('name')!r}; expected a text that is not empty")
 
 
+def says_something(value: Any) -> bool:
+    """Whether a field that nobody reads would be missed: zero would, nothing, false and what is empty would not."""
+    return value is not None and value is not False and value not in ("", [], {})
+
+
 def _check_keys(found: Mapping[str, Any], known: Iterable[str], where: str) -> None:
     """Refuses what is not known, unless it is empty: then nothing is lost."""
-    unknown = [key for key, value in found.items() if key not in known and value not in (None, "", [], {}, False)]
+    unknown = [key for key, value in found.items() if key not in known and says_something(value)]
     if unknown:
         raise ValueError(f"{where} has {unknown[0]!r:.80}, which is not supported; legal are {', '.join(known)}")
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from v4_jax import chat
+from v4_jax.chat.parsing import possible_marker
 from v4_jax.chat.protocol import SEPARATOR
 from v4_jax.infer.engine.requests import Event, Finish
 from v4_jax.tokenizer import Tokenizer
@@ -65,12 +66,8 @@ class StopStrings:
             self.stopped = True
             at, self.found = min(found)
             return text[:at]
-        longest = min(len(text), max(map(len, self._stops), default=1) - 1)
-        for length in range(longest, 0, -1):
-            if any(stop.startswith(text[-length:]) for stop in self._stops):
-                self._held = text[-length:]
-                return text[:-length]
-        return text
+        self._held = possible_marker(text, self._stops)
+        return text.removesuffix(self._held)
 
     def flush(self) -> str:
         """Returns what still waits: nothing follows."""

@@ -27,7 +27,8 @@ from v4_jax.placement import bytes_per_device
 from v4_jax.planning import kernels
 from v4_jax.planning.cycles import estimate
 from v4_jax.planning.expectations import OnMean
-from v4_jax.planning.hlo import Instruction, Program, collectives
+from v4_jax.planning.hlo import Instruction, Program
+from v4_jax.planning.hlo_collectives import collectives
 from v4_jax.planning.hlo_costs import costs
 from v4_jax.planning.job import Job, JobProgram, program_of
 from v4_jax.planning.kernels import ENVIRONMENT

@@ -15,7 +15,8 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from v4_jax.planning.hlo import KINDS, Call, Expected, Program, as_collective
+from v4_jax.planning.hlo import KINDS, Call, Expected, Program
+from v4_jax.planning.hlo_collectives import as_collective
 from v4_jax.planning.hlo_costs import FREE, cost_of
 from v4_jax.planning.kernels import Likeness, likeness
 from v4_jax.sharding.chips import Chip

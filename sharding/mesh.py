@@ -33,12 +33,14 @@ def parse_mesh(text: str) -> dict[str, int]:
 def make_mesh(sizes: str | dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with the axes data, seq, expert and tensor, laid out so that inner axes are near each other.
 
+    Of several TPU slices, `data` alone leads from one to another.
+
     Args:
       sizes: text for `parse_mesh`, or what it returns.
       devices: devices to use, all of them by default.
 
     Raises:
-      ShardingError: the sizes do not multiply to the number of devices.
+      ShardingError: the sizes do not multiply to the number of devices, or `data` to whole slices.
     """
     sizes = parse_mesh(sizes) if isinstance(sizes, str) else sizes
     devices = jax.devices() if devices is None else devices
@@ -47,9 +49,24 @@ def make_mesh(sizes: str | dict[str, int], devices: Sequence[jax.Device] | None 
         there = "there is 1 device" if len(devices) == 1 else f"there are {len(devices)} devices"
         raise ShardingError(f"mesh {format_mesh(sizes)} has {wanted} places, but {there}")
     shape = tuple(sizes[axis] for axis in MESH_AXES)
+    slices = slices_of(devices)
+    if sizes["data"] % slices:
+        raise ShardingError(
+            f"mesh {format_mesh(sizes)} has data={sizes['data']}, but there are {slices} slices, and no other axis "
+            f"leads from one to another; expected a multiple of {slices}"
+        )
     # A mesh axis may take part of an axis of the wires: 8 devices of a 4x4 slice, say.
-    placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if slices == 1:
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        within, between = (sizes["data"] // slices, *shape[1:]), (slices, 1, 1, 1)
+        placed = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
     return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def slices_of(devices: Sequence[jax.Device]) -> int:
+    """How many TPU slices the devices are of, between which everything is slow; 1 where they are no TPUs."""
+    return len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
 
 
 def format_mesh(sizes: Mapping[str, int]) -> str:

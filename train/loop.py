@@ -17,42 +17,29 @@ from typing import Any, Literal, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.experimental import multihost_utils
 
 from v4_jax.checkpoint.orbax_arrays import quiet
 from v4_jax.checkpoint.record import folder_of
 from v4_jax.checkpoint.trained import BEST, PARAMS
 from v4_jax.config import Config
-from v4_jax.layers.stages import SPARSE
 from v4_jax.parameter_tree import drawn
-from v4_jax.parameters import Loss
 from v4_jax.placement import Place
-from v4_jax.policy import Policy
 from v4_jax.profiler import Recorder
 from v4_jax.train.batch import Batch, Rows
 from v4_jax.train.checkpoints import Checkpoints, Saved
-from v4_jax.train.data import DataError
+from v4_jax.train.documents import DataError
 from v4_jax.train.evaluation import EVALUATION_SECONDS, Evaluation
 from v4_jax.train.objectives.dspark import DSpark
 from v4_jax.train.objectives.objective import Counts, Decisions
 from v4_jax.train.on_policy.rollouts import RolloutError
-from v4_jax.train.optimizer import optimizer, whole
+from v4_jax.train.programs import Compiling, Programs
 from v4_jax.train.rounds import Rounds, SavedPart
-from v4_jax.train.schedules import attention, learning_rate, loss_weights, stage_at, trained_loss
+from v4_jax.train.schedules import stage_at
 from v4_jax.train.settings import Settings, differences
 from v4_jax.train.setup import record_settings
 from v4_jax.train.stability import Recovery, SpikeDetector
-from v4_jax.train.step import (
-    JittedParts,
-    TrainState,
-    abstract_state,
-    jit_step,
-    make_decide,
-    make_partial_step,
-    make_step,
-)
-from v4_jax.transformer import Transformer
+from v4_jax.train.step import TrainState
 
 PRESET = "train"
 
@@ -111,13 +98,12 @@ class Trainer:
         fresh: Callable[[], Any],
         log: Log,
         say: Callable[[str], None],
-        compiling: Callable[[str], contextlib.AbstractContextManager[None]] = lambda what: contextlib.nullcontext(),
+        compiling: Compiling = lambda what: contextlib.nullcontext(),
         profile: Path | None = None,
         rounds: Rounds | None = None,
         evaluation: Evaluation | None = None,
         given: Callable[[], Any] = lambda: None,
     ) -> None:
-        self._compiling, self._called = compiling, set[Any]()
         self._profile, self._rounds, self._evaluation = profile, rounds, evaluation
         self._trace: Recorder | None = None
         self._settings, self._config, self._place, self._rows = settings, config, place, rows
@@ -132,92 +118,33 @@ class Trainer:
             keep_best=settings.evaluate is not None and settings.evaluate.keep_best,
         )
         self._addition, self._base = settings.addition, None
-        self._declared = whole(config) if self._addition is None else self._addition.declarations(config)
+        self._programs = Programs(settings, config, place, in_parts=rounds is not None, compiling=compiling)
         stability = settings.stability
         # What is made ahead is made by the parameters of then: it is not made again, nor for steps still further ahead.
         # And of DSpark's stages there is no routing to anticipate: to go back would bring the same.
-        self._drafts = isinstance(settings.objective, DSpark)
-        self._retries = rounds is None and not self._drafts
+        self._retries = rounds is None and not isinstance(settings.objective, DSpark)
         self._detector = SpikeDetector(stability.spike if self._retries else None, stability.window)
         self._recovery = Recovery(stability.hold, stability.rollbacks)
-        self._rate = learning_rate(settings)
-        self._shapes = abstract_state(config, self._optimizer(), place, self._declared)
-        self._programs: dict[Any, Any] = {}
         self._ready: deque[_Ready] = deque()
         self._ahead: deque[Decisions] = deque()
         self._data = rows.state()
         self._asked = False
 
-    # ---- what runs ---------------------------------------------------------------------------------------------------
-
-    def _optimizer(self, loss: Loss | None = None) -> optax.GradientTransformation:
-        chosen = self._settings.optimizer
-        return optimizer(
-            self._config,
-            self._rate,
-            matrices=chosen.matrices,
-            momentum=chosen.momentum,
-            betas=(chosen.beta1, chosen.beta2),
-            eps=chosen.eps,
-            weight_decay=chosen.weight_decay,
-            rms=chosen.rms,
-            balance_speed=self._settings.losses.balance_speed,
-            dtype=Policy.of(self._settings.policy).compute_dtype,
-            mesh=self._place.mesh,
-            rules=self._place.rules,
-            loss=loss,
-            declared=self._declared,
-        )
-
-    def _program(self, stage: int, replayed: bool) -> Any:
-        """The compiled step of a stage, with or without experts given."""
-        key = stage, replayed
-        if key not in self._programs:
-            chosen = self._settings.stages[stage]
-            make, jit = (make_step, jit_step) if self._rounds is None else (make_partial_step, JittedParts)
-            step: Any = make(
-                self._model(stage),
-                self._optimizer(trained_loss(chosen)),
-                lambda step: loss_weights(self._settings, chosen, step),
-                self._settings.objective,
-                fp4_experts=self._settings.fp4_experts,
-                addition=self._addition,
-            )
-            self._programs[key] = jit(step, self._shapes, self._place)
-        return self._programs[key]
-
-    def _decide(self, stage: int) -> Any:
-        """The compiled choice of experts."""
-        key = stage, "decide"
-        if key not in self._programs:
-            decide = make_decide(self._model(stage), fp4_experts=self._settings.fp4_experts, addition=self._addition)
-            self._programs[key] = jax.jit(decide, out_shardings=self._place.replicated)
-        return self._programs[key]
-
-    def _model(self, stage: int) -> Transformer:
-        return Transformer(
-            self._config,
-            policy=self._settings.policy,
-            mesh=self._place.mesh,
-            rules=self._place.rules,
-            stage=SPARSE if self._drafts else attention(self._settings.stages[stage]),
-            remat=self._settings.remat,
-        )
-
     # ---- where it stands ---------------------------------------------------------------------------------------------
 
     def _start(self) -> TrainState:
         """The newest checkpoint's state, or a new run's."""
-        saved = self._checkpoints.restore(self._shapes, self._say, self._settings.model_dump(mode="json"))
+        shapes = self._programs.shapes
+        saved = self._checkpoints.restore(shapes, self._say, self._settings.model_dump(mode="json"))
         self._ready.clear()
         self._ahead.clear()
         if self._addition is not None and self._base is None:
             self._base = self._fresh()
         if saved is None:
             params = self._fresh() if self._addition is None else self._begun()
-            places = jax.tree.map(lambda x: x.sharding, self._shapes.optimizer)
-            state = jax.jit(self._optimizer().init, out_shardings=places)(params)
-            step = jax.device_put(jnp.int32(0), self._shapes.step.sharding)
+            places = jax.tree.map(lambda x: x.sharding, shapes.optimizer)
+            state = jax.jit(self._programs.optimizer().init, out_shardings=places)(params)
+            step = jax.device_put(jnp.int32(0), shapes.step.sharding)
             self._rows.restore(self._data)
             self._detector.restore(SpikeDetector(None, 1).state())
             return TrainState(step, params, state)
@@ -234,7 +161,7 @@ class Trainer:
         if (found := self._given()) is not None:
             return found
         key = jax.random.key(self._settings.seed)
-        return drawn(self._declared, key, mesh=self._place.mesh, rules=self._place.rules)
+        return drawn(self._programs.declared, key, mesh=self._place.mesh, rules=self._place.rules)
 
     def _whole(self, state: TrainState) -> Any:
         """The model's parameters, with what is trained beside them where one is trained."""
@@ -242,12 +169,11 @@ class Trainer:
 
     def _say_changes(self, saved: Saved) -> None:
         """Tells what is not as it was when a checkpoint was saved."""
-        step, changed = (
-            int(saved.state.step),
-            differences(saved.progress.get("settings", {}), self._settings.model_dump(mode="json")),
-        )
+        step, before = int(saved.state.step), saved.progress.get("settings", {})
+        changed = differences(before, self._settings.model_dump(mode="json"))
+        changed.pop("run", None)  # it may lie elsewhere now
         if changed:
-            said = "; ".join(f"{name} {how}" for name, how in changed.items() if name != "run")
+            said = "; ".join(f"{name} {how}" for name, how in changed.items())
             self._say(f"settings that changed since step {step:,}: {said}")
         if self._rows.edited(saved.progress["data"]):
             self._say(
@@ -269,7 +195,7 @@ class Trainer:
           TrainingError: the loss does not come back from a spike, or is not finite.
           v4_jax.train.checkpoints.SaveError: a checkpoint cannot be written.
           v4_jax.train.checkpoints.FitError: the newest checkpoint is one of other settings.
-          v4_jax.train.data.DataError: a document cannot be used; what was learnt before it is saved.
+          v4_jax.train.documents.DataError: a document cannot be used; what was learnt before it is saved.
           v4_jax.train.on_policy.rollouts.RolloutError: answers cannot be had or judged; likewise.
         """
         with self._stopping(), quiet():  # what Orbax would log reaches us as exceptions
@@ -382,16 +308,15 @@ class Trainer:
                 later = step + len(self._ahead)
                 then = stage_at(self._settings, later)
                 following = self._batch(step, later)
-                with self._first(then, "decide"):
-                    self._ahead.append(self._decide(then)(state.params, following, self._base))
+                self._ahead.append(self._programs.decide(then, state.params, following, self._base))
             decisions = self._ahead.popleft()
         else:
             self._ahead.clear()
             decisions = None
         batch = self._batch(step, step)
         self._data = self._ready.popleft().data
-        with self._first(stage, decisions is not None):
-            return self._program(stage, decisions is not None)(state, batch, decisions, self._base)
+        given = decisions is not None
+        return self._programs.step(stage, state, batch, decisions, self._base, given=given)
 
     def _take_parts(self, rounds: Rounds, state: TrainState, step: int, stage: int) -> tuple[TrainState, Any]:
         """Begins a step whose rows were made ahead."""
@@ -407,18 +332,9 @@ class Trainer:
                 decisions = jax.tree.map(lambda x: self._place.put_tokens(x, 1), part.decisions)
                 yield self._place.put(batch)._replace(given=put), decisions, rounds.shared(part)
 
-        with self._first(stage, False):
-            after, metrics = self._program(stage, False)(state, parts(), counts, self._base)
+        after, metrics = self._programs.step(stage, state, parts(), counts, self._base)
         self._data = prepared.data
         return after, metrics | {name: jnp.float32(value) for name, value in prepared.metrics.items()}
-
-    def _first(self, stage: int, kind: Any) -> contextlib.AbstractContextManager[None]:
-        """Around a call of a program, which is compiled at the first."""
-        if (stage, kind) in self._called:
-            return contextlib.nullcontext()
-        self._called.add((stage, kind))
-        what = {False: "the step", True: "the step with given experts", "decide": "the choice of experts"}[kind]
-        return self._compiling(f"{what} of stage {stage + 1} of {len(self._settings.stages)}")
 
     def _batch(self, step: int, later: int) -> Batch:
         """The batch of a coming step [microbatches, B, S], on devices."""
@@ -435,7 +351,7 @@ class Trainer:
         over_at = over_at or time.monotonic()
         spiked = self._detector.spiked(found["loss"]) or not found.pop("finite")
         anticipates = self._recovery.anticipates(step - 1)
-        found |= {"learning_rate": float(self._rate(step - 1)), "anticipatory_routing": float(anticipates)}
+        found |= {"learning_rate": float(self._programs.rate(step - 1)), "anticipatory_routing": float(anticipates)}
         self._log.write(step, found, over_at)
         return spiked
 

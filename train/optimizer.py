@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from v4_jax.architecture import Architecture
-from v4_jax.draft_stages import STAGES
+from v4_jax.draft_stages import DSPARK
 from v4_jax.parameter_tree import declarations
 from v4_jax.parameters import Loss, is_parameter, places
 from v4_jax.sharding.axes import Rules, resolve
@@ -86,8 +86,8 @@ def whole(config: Architecture) -> Any:
     None of those losses trains them, and decay alone would wear them away.
     """
     declared = dict(declarations(config))
-    if STAGES in declared:
-        declared[STAGES] = jax.tree.map(lambda p: p.replace(group="frozen"), declared[STAGES], is_leaf=is_parameter)
+    if DSPARK in declared:
+        declared[DSPARK] = jax.tree.map(lambda p: p.replace(group="frozen"), declared[DSPARK], is_leaf=is_parameter)
     return declared
 
 

@@ -44,7 +44,7 @@ class Supply(Protocol):
           params: the student's, float32 masters, which rollouts are made with.
 
         Raises:
-          v4_jax.train.data.DataError: a document cannot be used.
+          v4_jax.train.documents.DataError: a document cannot be used.
         """
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -121,7 +121,7 @@ class Rounds:
           oldest: the oldest step that the run may go back to; rounds before it are removed.
 
         Raises:
-          v4_jax.train.data.DataError: a document cannot be used.
+          v4_jax.train.documents.DataError: a document cannot be used.
           OSError: the round cannot be kept.
         """
         found = self._find(step)

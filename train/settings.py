@@ -335,9 +335,9 @@ class Settings(Section):
             raise ValueError("lora trains adapters of a model: expected model, a directory with its weights")
         if self.fp4_experts:
             raise ValueError("fp4_experts rounds weights that are trained, and lora trains none: leave one of them out")
+        indexer, others = "indexer" in lora.families, bool(set(lora.families) - {"indexer"})
         for i, stage in enumerate(self.stages):
-            of_indexer = {family == "indexer" for family in lora.families}
-            if (stage.attention, False) in {("indexer", True in of_indexer), ("dense", False in of_indexer)}:
+            if (stage.attention == "indexer" and not indexer) or (stage.attention == "dense" and not others):
                 learns = "nothing but the indexer" if stage.attention == "indexer" else "all but the indexer"
                 raise ValueError(
                     f"stages.{i}.attention is {stage.attention}, where {learns} learns, and lora.families are "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import json
 import os
@@ -23,13 +22,13 @@ from v4_jax.checkpoint.record import Record, folder_of, read_record
 from v4_jax.checkpoint.released import companions
 from v4_jax.checkpoint.trained import RECORD, RUN, STAGES, run_of
 from v4_jax.config import Config
-from v4_jax.draft_stages import STAGES as TREE
-from v4_jax.files import complete
+from v4_jax.draft_stages import DSPARK
+from v4_jax.files import complete, try_lock
 from v4_jax.parameter_tree import declarations, init
 from v4_jax.placement import Place
 from v4_jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from v4_jax.train.batch import Rows
-from v4_jax.train.data import Corpus, PackedRows
+from v4_jax.train.corpus import Corpus
 from v4_jax.train.documents import Source
 from v4_jax.train.objectives.distillation import Distillation
 from v4_jax.train.objectives.dspark import DSpark
@@ -39,6 +38,7 @@ from v4_jax.train.on_policy.advantages import GroupAdvantages
 from v4_jax.train.on_policy.prompts import Prompts
 from v4_jax.train.on_policy.rollouts import Rollouts, RolloutSettings
 from v4_jax.train.on_policy.rows import Judge, OnPolicy, unjudged
+from v4_jax.train.packing import PackedRows
 from v4_jax.train.rounds import GivenTexts, Rounds, Supply
 from v4_jax.train.schedules import stage_at
 from v4_jax.train.settings import Settings, SettingsError, SourceSettings, write_settings
@@ -57,6 +57,7 @@ class Origin(NamedTuple):
       files: companions to carry along: name -> file.
       profile: what the model takes reasoning efforts for, by its own encoding; None if that says nothing.
       checkpoint: weights to start from; None for fresh ones.
+      drafts: the objective, where DSpark's stages are what is trained.
     """
 
     config: Config
@@ -99,7 +100,7 @@ class Origin(NamedTuple):
         """The stages that the model has, where such are trained, placed: float32 masters. None: they are fresh."""
         if self.drafts is None or self.checkpoint is None or self.drafts.begins_fresh(self.checkpoint.config):
             return None
-        return load(self.checkpoint, dtype="float32", mesh=place.mesh, rules=place.rules, only=TREE.__eq__)[1]
+        return load(self.checkpoint, dtype="float32", mesh=place.mesh, rules=place.rules, only=DSPARK.__eq__)[1]
 
 
 def open_rows(settings: Settings, origin: Origin, say: Callable[[str], None] = lambda text: None) -> Rows:
@@ -111,7 +112,7 @@ def open_rows(settings: Settings, origin: Origin, say: Callable[[str], None] = l
       say: told about the first documents that are left out.
 
     Raises:
-      v4_jax.train.data.DataError: a source cannot be opened.
+      v4_jax.train.documents.DataError: a source cannot be opened.
     """
     if settings.rollouts is not None:
         return _open_prompts(settings, origin, settings.rollouts, say)
@@ -249,12 +250,8 @@ def locked(run: Path) -> Iterator[None]:
         yield
         return
     with (run / ".lock").open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SettingsError(f"{run} is being trained by another process; expected one process a run") from None
-        except OSError:
-            pass  # some network file systems have no locks
+        if not try_lock(file.fileno()):
+            raise SettingsError(f"{run} is being trained by another process; expected one process a run")
         yield
 
 
@@ -379,7 +376,7 @@ def notes(settings: Settings, origin: Origin) -> list[str]:
         return found
     if "csa" in {layer.attention for layer in config.layers}:
         for i, stage in enumerate(settings.stages):
-            entries = stage.length // 4
+            entries = stage.length // RATIO_OF_ROLE["csa"]
             if stage.attention != "dense" and settings.losses.indexer and entries <= config.index_topk:
                 found.append(
                     f"stages.{i}: a row of {stage.length:,} tokens has {entries:,} compressed entries, no more than "

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from v4_jax.architecture import Architecture
+from v4_jax.draft_stages import without_stages
 from v4_jax.low_rank import Adapted, factor_axes
 from v4_jax.parameter_tree import declarations
 from v4_jax.parameters import Family, Parameter, is_parameter
@@ -52,8 +53,7 @@ class Adapters:
             found = {name: of(child) for name, child in node.items()}
             return {name: child for name, child in found.items() if child} or None
 
-        whole = declarations(config)
-        return of({name: node for name, node in whole.items() if name != "dspark"}) or {}
+        return of(without_stages(declarations(config))) or {}
 
     def _factors(self, matrix: Parameter) -> dict[str, Parameter]:
         *lead, out, into = matrix.shape

@@ -8,7 +8,7 @@ from typing import Any
 from v4_jax.architecture import Architecture
 from v4_jax.parameter_tree import declarations
 
-STAGES = "dspark"  # their name in the parameter tree
+DSPARK = "dspark"  # their name in the parameter tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +17,7 @@ class DraftStages:
 
     def declarations(self, config: Architecture) -> Any:
         """A tree like the model's, of the stages' parameters alone."""
-        return {STAGES: declarations(config)[STAGES]}
+        return {DSPARK: declarations(config)[DSPARK]}
 
     def onto(self, base: Any, stages: Any) -> Any:
         """A model's parameters, of those of its trunk and the tree of `declarations`, unboxed."""
@@ -26,4 +26,4 @@ class DraftStages:
 
 def without_stages(declared: Any) -> Any:
     """The declarations, or any tree like them, without the stages."""
-    return {name: node for name, node in declared.items() if name != STAGES}
+    return {name: node for name, node in declared.items() if name != DSPARK}

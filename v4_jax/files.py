@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,25 +22,31 @@ def complete(target: Path, *, private: bool = False) -> Iterator[Path]:
     Raises:
       OSError: the directory cannot be written.
     """
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(descriptor)
-    working = Path(name)
+    working = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    os.close(os.open(working, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600 if private else 0o666))
     try:
         yield working
         with working.open("rb") as file:
             os.fsync(file.fileno())
-        if not private:  # as temporary files are; results are like any other file
-            working.chmod(0o666 & ~_umask())
         working.replace(target)
     except BaseException:
         working.unlink(missing_ok=True)
         raise
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def try_lock(descriptor: int) -> bool:
+    """Takes an open file or directory for this process alone, until it is closed or the process ends.
+
+    Returns:
+      False if another process has it. Some network file systems have no locks: there, nobody checks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def sampled_digest(path: Path, samples: int, block: int) -> bytes:

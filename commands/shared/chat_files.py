@@ -40,4 +40,5 @@ def write_chat(path: Path, messages: list[dict[str, Any]], options: dict[str, An
       CommandError: it cannot be written.
     """
     with bad_input(), complete(path) as working:
-        working.write_text(json.dumps({"messages": messages, **options}, ensure_ascii=False, indent=2) + "\n")
+        text = json.dumps({"messages": messages, **options}, ensure_ascii=False, indent=2)
+        working.write_text(text + "\n", encoding="utf-8")

@@ -40,20 +40,22 @@ class CommandError(Exception):
 
 
 @contextlib.contextmanager
-def bad_input(what: str = "") -> Iterator[None]:
+def bad_input(what: str = "", *, kinds: tuple[type[ValueError], ...] = (ValueError,)) -> Iterator[None]:
     """Turns a `ValueError` or `OSError` of the calls inside into a `CommandError`.
 
-    It belongs around calls that judge what the user gave, never around computation, whose errors are ours.
+    It belongs around calls that judge what the user gave, not around computation, whose errors are ours. Where the two
+    are one call, kinds tell them apart.
 
     Args:
       what: put in front of the message.
+      kinds: those that are about what the user gave.
     """
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
         raise CommandError(f"{what}{error.filename}: {reason}" if error.filename else f"{what}{reason}") from None
-    except ValueError as error:
+    except kinds as error:
         raise CommandError(f"{what}{error}") from None
 
 

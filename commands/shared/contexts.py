@@ -7,6 +7,7 @@ from v4_jax.commands.shared.console import CommandError, say
 from v4_jax.commands.shared.sizes import format_size
 from v4_jax.config import Config
 
+DEFAULT_CONTEXT = 32768
 DEFAULT_MAX_TOKENS = 512  # of a reply, where nothing says how long it may get
 THINK_MAX_CONTEXT = 384 * 1024  # what the release advises for Think Max
 
@@ -23,6 +24,15 @@ def check_length(config: Config, length: int, option: str = "--context") -> int:
     if length > longest:
         raise CommandError(f"{option} {format_size(length)} is more than the model's {format_size(longest)} tokens")
     return length
+
+
+def context_of(config: Config, asked: int | None) -> int:
+    """The context that is asked for, or else 32K, or all of a model that has less.
+
+    Raises:
+      CommandError: the model has less than is asked for.
+    """
+    return min(DEFAULT_CONTEXT, config.max_position_embeddings) if asked is None else check_length(config, asked)
 
 
 def check_mode(mode: Mode | None, context: int, profile: EffortProfile = "preview") -> None:

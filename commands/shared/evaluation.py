@@ -90,16 +90,16 @@ class EngineEvaluation:
 
     def scores(self, params: Any) -> dict[str, float]:
         """As for `Evaluation`: the mean of the leading grade of each set."""
-        engine, scores = self._engine.loaded(params), dict[str, float]()
-        for name, (task, form, asked, _) in self._sets.items():
-            with self._working(f"asking {name}"):
-                answers = ask(engine, self._tokenizer, [one.encoded for one in asked], thinking_mode=form.thinking_mode)
-            leading = TASKS[task].metrics[0]
-            grades = [
-                TASKS[task].grade(one.question, form.said(answer)) for one, answer in zip(asked, answers, strict=True)
-            ]
-            scores[name] = math.fsum(grade[leading] for grade in grades) / len(grades)
-        self._engine.unload()
+        scores: dict[str, float] = {}
+        with self._engine.loaded(params) as engine:
+            for name, (task, form, asked, _) in self._sets.items():
+                prompts = [one.encoded for one in asked]
+                with self._working(f"asking {name}"):
+                    answers = ask(engine, self._tokenizer, prompts, thinking_mode=form.thinking_mode)
+                leading = TASKS[task].metrics[0]
+                pairs = zip(asked, answers, strict=True)
+                grades = [TASKS[task].grade(one.question, form.said(answer)) for one, answer in pairs]
+                scores[name] = math.fsum(grade[leading] for grade in grades) / len(grades)
         return scores
 
 

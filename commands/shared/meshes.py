@@ -21,7 +21,7 @@ from v4_jax.commands.shared.sizes import bytes_text, format_size
 from v4_jax.files import complete
 from v4_jax.planning.mesh_choice import Choice, Demand, device_memory, fewest_devices, largest_context, rank
 from v4_jax.sharding.axes import MESH_AXES
-from v4_jax.sharding.mesh import format_mesh
+from v4_jax.sharding.mesh import format_mesh, slices_of
 
 _HELD = {
     "decode": "weights and cache",
@@ -44,11 +44,16 @@ def choose_mesh(demand: Demand, legal: Callable[[dict[str, int]], bool] = lambda
     """
     devices = jax.devices()
     kind, count, memory = devices[0].device_kind, len(devices), device_memory(devices)
+    slices = slices_of(devices)
+
+    def possible(mesh: dict[str, int]) -> bool:
+        return mesh["data"] % slices == 0 and legal(mesh)
+
     kept = _file(demand, kind, count) if jax.process_count() == 1 else None  # several would have to agree
     choice = _read(kept) if kept else None
-    if choice is None or not choice.fits(memory) or not legal(choice.mesh):
+    if choice is None or not choice.fits(memory) or not possible(choice.mesh):
         with working("choosing a mesh"):
-            ranked = [one for one in _ranked(demand, kind, count) if legal(one.mesh)]
+            ranked = [one for one in _ranked(demand, kind, count) if possible(one.mesh)]
         if not ranked:
             say(f"note: using 1 of {count} devices: no mesh splits the model and {_rows(demand)} evenly")
             return None

@@ -61,8 +61,7 @@ class EngineRollouts:
         """As for `Rollouts`."""
         from v4_jax.train.on_policy.rollouts import RolloutError, Sample
 
-        with self._working("generating answers"):
-            engine = self._engine.loaded(params)
+        with self._working("generating answers"), self._engine.loaded(params) as engine:
             stops = [self._config.eos_token_id]
             numbers = {
                 engine.submit(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -81,20 +82,17 @@ class TrainedEngine:
         )
         self._engine: Engine | None = None
 
-    def loaded(self, params: Any) -> Engine:
-        """The engine with these weights: float32 masters, or adapters onto their base."""
+    @contextlib.contextmanager
+    def loaded(self, params: Any) -> Iterator[Engine]:
+        """The engine with these weights: float32 masters, or adapters onto their base. At the end they make room."""
+        held = self._hold(params)
         if self._engine is None:
-            self._engine = self._build(self._hold(params))
+            self._engine = self._build(held)
             self._engine.compile()
         else:
-            self.unload()  # there is no room for both
-            self._engine.replace_parameters(self._hold(params))
-        return self._engine
-
-    def unload(self) -> None:
-        """Leaves the weights' room to others, until some are loaded again."""
-        if self._engine is not None:
-            self._engine.replace_parameters(None)
+            self._engine.replace_parameters(held)
+        yield self._engine
+        self._engine.replace_parameters(None)
 
     @functools.cached_property
     def _hold(self) -> Callable[[Any], Any]:

@@ -22,6 +22,10 @@ NOT_FINITE = (
 )
 
 
+class TooLong(ValueError):
+    """A prompt and its continuation that no slot has room for."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """A prompt to continue.
@@ -66,7 +70,7 @@ class Request:
           max_length: tokens that each of them has room for.
 
         Raises:
-          ValueError: it never can.
+          ValueError: it never can; `TooLong` if that is for want of room.
         """
         check_ids(self.prompt, config)
         check_vocabulary([*self.sampling.logit_bias, *self.reasoning_end, *self.opening], config)
@@ -76,7 +80,7 @@ class Request:
                 raise ValueError(f"{name} is {value}, expected at least {smallest}")
         check_samples(self.n, slots)
         if len(self.prompt) + self.max_tokens > max_length:
-            raise ValueError(
+            raise TooLong(
                 f"a prompt of {len(self.prompt)} tokens and a continuation of {self.max_tokens} exceed the "
                 f"{max_length} tokens that a slot has room for"
             )

@@ -258,7 +258,7 @@ class Engine:
     def cancel(self, request: int, sample: int | None = None) -> None:
         """Ends a request, or one of its samples: no further events come of it, and its slots become free.
 
-        One that has ended or was never submitted is left alone.
+        What has ended or was never submitted is left alone, and so is a sample of a request that is still in line.
         """
 
         def matches(number: int, index: int) -> bool:

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
-from v4_jax.infer.engine.requests import Event
+from v4_jax.infer.engine.requests import Event, TooLong
 from v4_jax.infer.http.metrics import Metrics
 from v4_jax.infer.http.service import Overloaded, Service, ServiceDown
 from v4_jax.infer.openai.api import RETRY_SECONDS, ApiError, Writer
@@ -98,8 +98,8 @@ class Running:
             yield update
         made, samples = completion.new_tokens, len(completion.choices)
         metrics.duration.observe(self.duration)
-        if made > samples:
-            metrics.between_tokens.observe(self.duration * samples / made)
+        if made > samples and self.first is not None:  # one token of each is no distance from another
+            metrics.between_tokens.observe((self.duration - self.first) * samples / (made - samples))
 
     def _ended_early(self, event: Event) -> bool:
         """Takes a token; whether it met a stop string."""
@@ -119,7 +119,7 @@ class Running:
         except ServiceDown as error:
             raise ApiError(503, str(error), kind="server_error") from None
         except ValueError as error:
-            code = "context_length_exceeded" if "exceed" in str(error) else None
+            code = "context_length_exceeded" if isinstance(error, TooLong) else None
             raise ApiError(400, str(error), code=code) from None
         if failure := self.completion.failure:
             await self.aclose()

@@ -16,6 +16,7 @@ import pydantic
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from v4_jax.chat import EffortProfile, Mode
+from v4_jax.infer.conversation import says_something
 from v4_jax.infer.engine.sampling import MOST_ALTERNATIVES, MOST_BIASES
 
 # The model was trained for three efforts; OpenAI's others mean the nearest one below, as other servers have it.
@@ -249,7 +250,7 @@ class ChatBody(Body):
         return True, wanted
 
     def mode(self, default: Mode) -> Mode:
-        """How to answer; the effort says more than whether to think, which says more than the default."""
+        """How to answer: without thinking where that is said, else by the effort, else by the default."""
         thinks, effort = self._thinks(), self._effort()
         if thinks is False:
             return "non-think"
@@ -350,7 +351,7 @@ def check_known(item: Mapping[str, Any], known: Sequence[str], where: str, hints
       BodyError: a field is neither.
     """
     for key, value in item.items():
-        if key not in ("type", *hints, *known) and value not in (None, "", [], {}, False):
+        if key not in ("type", *hints, *known) and says_something(value):
             raise BodyError(
                 f"{where}.{key:.80} is not supported; legal fields are {', '.join(known)}", f"{where}.{key:.80}"
             )

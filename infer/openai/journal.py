@@ -8,14 +8,13 @@ share a file, each with a share of its lines and a journal of its own; the last 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from v4_jax.files import complete
+from v4_jax.files import complete, try_lock
 
 Record = dict[str, Any]
 
@@ -72,23 +71,21 @@ class Journal:
 
     def __init__(self, output: Path, share: Share, header: Record) -> None:
         path = journal_path(output, share)
-        self._file = _locked(path)
-        try:
+        with contextlib.ExitStack() as stack:
+            self._file = stack.enter_context(_locked(path))
             records = _Records(path)
-        except JournalError:
-            self._file.close()
-            raise
-        self._file.truncate(records.end)  # a line that was cut short by a full disk or a crash is not a record
-        if records.header is None:
-            self._append(header)
-        elif records.header != header:
-            was, now = _flat(records.header), _flat(header)
-            different = [key for key in sorted(was | now) if was.get(key) != now.get(key)]
-            said = "; ".join(f"{key} was {_shown(was.get(key))}, is {_shown(now.get(key))}" for key in different)
-            raise JournalError(
-                f"{path} holds answers of another job: {said}; expected the same model, input and options, or that "
-                "file removed"
-            )
+            if records.header not in (None, header):
+                was, now = _flat(records.header), _flat(header)
+                different = [key for key in sorted(was | now) if was.get(key) != now.get(key)]
+                said = "; ".join(f"{key} was {_shown(was.get(key))}, is {_shown(now.get(key))}" for key in different)
+                raise JournalError(
+                    f"{path} holds answers of another job: {said}; expected the same model, input and options, or "
+                    "that file removed"
+                )
+            self._file.truncate(records.end)  # a line that was cut short by a full disk or a crash is not a record
+            if records.header is None:
+                self._append(header)
+            stack.pop_all()  # it stays open
         self.lines = set(records.places)
 
     def add(self, record: Record) -> None:
@@ -217,13 +214,9 @@ def _locked(path: Path) -> io.FileIO:
     """Opens a file to append to, for this process alone."""
     while True:
         file = path.open("a+b", buffering=0)  # what could not be written must not come later
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(file.fileno()):
             file.close()
-            raise JournalError(f"{path} is being written by another process; expected one process a part") from None
-        except OSError:
-            pass  # some network file systems have no locks: there, nobody checks that one part runs once
+            raise JournalError(f"{path} is being written by another process; expected one process a part")
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file

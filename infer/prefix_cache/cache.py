@@ -117,9 +117,11 @@ class PrefixCache:
         """The arrays of a match's tail; None if it has none, or it is lost."""
         return None if match.tail is None else self._store.get(match.tail)
 
-    def touch(self, hashes: Sequence[bytes]) -> None:
-        """Says that a text began with these pages: what only longer texts need is evicted before them."""
-        self._store.touch(_page(key) for key in reversed(hashes))
+    def touch(self, hashes: Sequence[bytes], tail: str | None = None) -> None:
+        """Says that a text began with these pages, and went on from this tail: what only longer texts need is evicted
+        before them.
+        """
+        self._store.touch([*([] if tail is None else [tail]), *(_page(key) for key in reversed(hashes))])
 
     def wants_page(self, key: bytes) -> bool:
         """Whether a page is to be kept, and is not yet."""

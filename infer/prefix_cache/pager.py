@@ -252,7 +252,7 @@ class Pager:
         arrays = self._empty_tail if tail is None else _by_role(tail, self._tails)
         inputs = self._place.put((np.int32(slot), np.int32(match.tokens), arrays))
         state = self._run_put_tail(state, *inputs)
-        self.prefix_cache.touch(hashes[: match.pages])
+        self.prefix_cache.touch(hashes[: match.pages], match.tail)
         return state, LoadedPrefix(match.tokens, PAGE * match.pages, prompt_hashes)
 
     def _load_pages(

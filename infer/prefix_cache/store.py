@@ -97,10 +97,10 @@ class Directory:
         found = []
         for file in path.glob(f"*{_SUFFIX}*"):  # other processes may be at work here
             with contextlib.suppress(OSError):
-                status = file.lstat()
-                if not file.name.startswith("."):
-                    found.append((status.st_mtime_ns, file.name.removesuffix(_SUFFIX), status.st_size))
-                elif time.time() - status.st_mtime > _ABANDONED:  # by a process that was killed while it wrote
+                status, hidden = file.lstat(), file.name.startswith(".")
+                if file.suffix == _SUFFIX and not hidden:
+                    found.append((status.st_mtime_ns, file.stem, status.st_size))
+                elif hidden and time.time() - status.st_mtime > _ABANDONED:  # by a process that was killed amid it
                     file.unlink()
         for suffix in _EARLIER:
             for file in path.glob(f"*{suffix}"):
@@ -126,10 +126,15 @@ class Directory:
             with self._lock:
                 self._remove(name)
             return None
-        with self._lock:
-            if name in self._sizes:
-                self._sizes.move_to_end(name)
+        self._used(name)
         return item
+
+    def touch(self, name: str) -> None:
+        """Says that an item was used, which nobody had to read for that."""
+        if name in self:
+            with contextlib.suppress(OSError):
+                os.utime(self._file(name))
+            self._used(name)
 
     def put(self, name: str, item: Item) -> None:
         """Writes an item, sooner or later; where nothing can be written, it is not kept."""
@@ -157,6 +162,11 @@ class Directory:
             self._sizes[name] = size
             while self._bytes > self._most:
                 self._remove(next(iter(self._sizes)))
+
+    def _used(self, name: str) -> None:
+        with self._lock:
+            if name in self._sizes:
+                self._sizes.move_to_end(name)
 
     def _remove(self, name: str) -> None:
         self._bytes -= self._sizes.pop(name, 0)
@@ -202,9 +212,11 @@ class PageStore:
             self._directory.put(name, item)
 
     def touch(self, names: Iterable[str]) -> None:
-        """Says that items in memory were used, the last one most recently."""
+        """Says that items were used, the last one most recently, wherever they are."""
         for name in names:
             self._memory.get(name)
+            if self._directory is not None:
+                self._directory.touch(name)
 
     def close(self) -> None:
         """Waits until all is written that is to outlast the process."""

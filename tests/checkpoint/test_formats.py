@@ -1,5 +1,6 @@
 """`export --format`: BF16 under transformers' names, FP8 of the same values, and the released layout again."""
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -48,6 +49,23 @@ def test_released_from_bf16(tmp_path):
             np.testing.assert_array_equal(values_of(b[name], b[scale]), values_of(a[name], a[scale]))
         elif not name.endswith(".scale"):
             assert a[name].tobytes() == b[name].tobytes()
+
+
+@pytest.mark.parametrize(("key", "value"), [("w1", np.nan), ("w2", -np.inf), ("wq_a", np.nan)])
+def test_what_no_block_can_hold_is_refused(tmp_path, key, value):
+    """A number that is not finite would make zeros of its block, and FP4 has none to say so."""
+
+    def damaged(path, leaf):
+        values = np.array(leaf)
+        if path[-1].key == key:
+            values[..., 1, 2] = value
+        return values
+
+    config, params = load(SOURCE, dtype="float32")
+    params = jax.tree_util.tree_map_with_path(damaged, params)
+    with pytest.raises(CheckpointError, match=rf"{key}\.\w+ holds {value} at \[1, 2\] \(and 0 more\), expected finite"):
+        export((config, params), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["flash-tiny", "released-tiny", "dspark-tiny"])

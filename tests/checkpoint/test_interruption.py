@@ -114,6 +114,19 @@ def test_unfinished_conversion_is_not_finished_as_an_export(tmp_path):
         export(SOURCE, target)
 
 
+@BOTH
+def test_two_processes_do_not_write_one_target(tmp_path, write):
+    """The second would take what the first is writing for parts of an interrupted run."""
+    target = tmp_path / "out"
+
+    def meanwhile(part, done, total):
+        with pytest.raises(CheckpointError, match="is being written by another process"):
+            write(SOURCE, target)
+
+    assert write(SOURCE, target, progress=meanwhile).resumed == 0
+    assert verify(SOURCE, target).equal
+
+
 def test_source_that_changed_since_is_refused(tmp_path):
     source = write_directory(tmp_path / "model", config_of(SOURCE), read_directory(SOURCE))
     with pytest.raises(Stop):

@@ -1,5 +1,6 @@
 """`v4-jax chat`: what the model reads is the conversation as the encoding has it, whatever comes in between."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -9,6 +10,8 @@ import pytest
 from tests.infer.serving import Scripted
 from v4_jax import Config, chat
 from v4_jax.chat import EOS
+from v4_jax.commands.shared.console import CommandError
+from v4_jax.commands.shared.contexts import context_of
 from v4_jax.commands.shared.engines import EngineOptions
 from v4_jax.infer.openai.completions import Model
 from v4_jax.tokenizer import load_tokenizer
@@ -204,3 +207,11 @@ def test_the_same_as_generate(run, model, tmp_path):
         (tmp_path / "asked").write_text(json.dumps(turn))
         answers.append(run("generate", model, *options, "--prefill-chunk", "16", "--chat", tmp_path / "asked").out)
     assert result.out == "".join(answers)
+
+
+def test_the_context_of_a_short_model():
+    short = dataclasses.replace(Config.tiny(), max_position_embeddings=4096)
+    assert (context_of(short, None), context_of(Config.flash(), None)) == (4096, 32768)
+    assert context_of(short, 2048) == 2048
+    with pytest.raises(CommandError, match="--context 32K is more than the model's 4K tokens"):
+        context_of(short, 32768)  # also where that is what others get by default

@@ -53,6 +53,11 @@ def test_a_model_of_ones_own(run, model, monkeypatch):
     assert_parse(monkeypatch, run, *commands)
 
 
+def test_an_option_without_effect_is_refused(run):
+    result = run("demo", "--max-tokens", "4")
+    assert result.code == 2 and "--max-tokens is for the reply of a model of yours" in result.err and not result.out
+
+
 def test_no_such_model(run, tmp_path):
     result = run("demo", "--model", tmp_path / "nowhere")
     assert (result.code, result.out) == (2, "") and result.err.startswith("v4-jax: there is no directory")

@@ -1,5 +1,6 @@
 """`--mesh`: the same words from many devices, and clear words about meshes that cannot be."""
 
+import dataclasses
 import json
 import os
 import re
@@ -46,6 +47,15 @@ def test_generate(run, eight, user, monkeypatch):
     assert meshes.choose_mesh(demand) == json.loads(kept.read_text())["mesh"]  # without ranking
     kept.write_text('{"mesh": {"data": "x"}}')
     assert meshes.choose_mesh(demand) is None
+
+
+def test_several_slices(eight, user, monkeypatch, capsys):
+    """Rows alone are spread over slices; what was chosen for devices of one is not taken for those of two."""
+    one = Demand(load(eight)[0], 256, 1, "decode", "native", "float32")
+    assert meshes.choose_mesh(one) is not None
+    monkeypatch.setattr(meshes, "slices_of", lambda devices: 2)
+    assert meshes.choose_mesh(one) is None and "using 1 of 8 devices" in capsys.readouterr().err
+    assert meshes.choose_mesh(dataclasses.replace(one, rows=2))["data"] == 2
 
 
 def test_no_room(run, eight, user, monkeypatch):

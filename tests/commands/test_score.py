@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -44,6 +45,12 @@ def test_bad_lines(run, model, lines, message):
     result = run("score", model, stdin=lines)
     assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
     assert result.err.startswith(f"v4-jax: {message}")
+
+
+def test_one_process_writes(run, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert run("score", model, "--output", tmp_path / "scores.jsonl", stdin=LINES[1]).code == 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_places(run, model, tmp_path):

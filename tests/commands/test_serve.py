@@ -20,7 +20,7 @@ def test_serves_and_drains(start, model, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     kept = ("--prefix-directory", tmp_path / "pages", "--prefix-windows", "256")
-    process = start("serve", model, *OPTIONS, *kept, "--port", port, "--name", "small", V4_JAX_API_KEY="secret")
+    process = start("serve", model, *OPTIONS, *kept, "--port", port, "--name", "small", V4_JAX_API_KEY="secret\n")
     try:
         said = ""
         while "serving" not in said:
@@ -59,7 +59,7 @@ def test_serves_and_drains(start, model, tmp_path):
         process.communicate()
 
 
-def test_what_cannot_be_served(run, model, tmp_path):
+def test_what_cannot_be_served(run, model, tmp_path, monkeypatch):
     empty = tmp_path / "keys"
     empty.write_text("\n")
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -81,6 +81,8 @@ def test_what_cannot_be_served(run, model, tmp_path):
         ):
             result = run("serve", model, *options)
             assert result.code == 2 and sentence in result.err, result
+    monkeypatch.setenv("V4_JAX_API_KEY", " \n")
+    assert "V4_JAX_API_KEY holds no keys; expected one a line" in run("serve", model).err
 
 
 @contextlib.contextmanager

@@ -322,6 +322,15 @@ def test_documents_that_cannot_be_used(run, settings, tmp_path):
     assert result.code == 2 and "empty.jsonl" in result.err and len(result.err.splitlines()) == 1
 
 
+def test_mistakes_of_ours_keep_their_traceback(run, settings, monkeypatch):
+    def mistaken(self):
+        raise ValueError("shapes do not match")
+
+    monkeypatch.setattr("v4_jax.train.loop.Trainer.run", mistaken)
+    with pytest.raises(ValueError, match="shapes do not match"):
+        run("train", settings())
+
+
 def test_without_the_extra(run, settings, monkeypatch):
     monkeypatch.setitem(sys.modules, "v4_jax.train.settings", None)
     monkeypatch.setitem(sys.modules, "pydantic", None)

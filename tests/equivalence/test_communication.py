@@ -17,7 +17,7 @@ from v4_jax import declarations
 from v4_jax.cache.entries import projection_width, span
 from v4_jax.cache.ring import SPARE
 from v4_jax.parameters import is_parameter
-from v4_jax.planning.hlo import collectives
+from v4_jax.planning.hlo_collectives import collectives
 from v4_jax.sharding.axes import resolve
 from v4_jax.sharding.dispatch import capacity
 from v4_jax.sharding.split import Split

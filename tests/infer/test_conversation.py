@@ -100,6 +100,7 @@ def test_what_is_empty_loses_nothing():
         ([{"role": "bot", "content": ""}], "message 0 has role 'bot'; legal roles are 'system', 'user'"),
         ([ASKED | {"role": ["user"]}], "message 0 has role ['user']; legal roles are"),
         ([ASKED | {"mood": "glad"}], "message 0 has 'mood', which is not supported; legal are role, content, name"),
+        ([ASKED | {"weight": 0}], "message 0 has 'weight', which is not supported"),  # zero says something
         (
             [ASKED | {"content": [{"type": "image_url", "image_url": {"url": ""}}]}],
             "type 'image_url'; this model reads",

@@ -114,6 +114,25 @@ def test_all_shapes_of_a_mesh():
     assert all(parse_mesh(format_mesh(shape)) == shape for shape in shapes)
 
 
+def test_data_alone_leads_from_slice_to_slice():
+    class Chip:
+        """One of a v6e:2x4, as JAX has it."""
+
+        platform, device_kind, process_index, core_on_chip = "tpu", "TPU v6 lite", 0, 0
+
+        def __init__(self, number):
+            self.id, self.slice_index, self.coords = number, number // 8, (number % 2, number % 8 // 2, 0)
+
+    chips = [Chip(number) for number in range(16)]
+    for sizes in ("data=2,tensor=8", "data=4,seq=2,tensor=2"):
+        mesh = make_mesh(sizes, chips)
+        for part, slice_ in zip(np.split(mesh.devices, 2), (0, 1), strict=True):
+            assert {device.slice_index for device in part.flat} == {slice_}
+    with pytest.raises(ShardingError, match=r"has data=1, but there are 2 slices, .*; expected a multiple of 2"):
+        make_mesh("tensor=16", chips)
+    assert make_mesh("tensor=8", chips[:8]).size == 8
+
+
 def test_legal_meshes():
     config = Config.flash()
     legal = legal_meshes(config, 16, "decode")

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from v4_jax.train.loop import Trainer
+from v4_jax.train.programs import Programs
 
 
 class Metrics:
@@ -30,22 +30,31 @@ _PROGRAMS = {}  # of all modules that one process runs
 _OF_NO_PROGRAM = {"run", "data", "checkpoints", "evaluate", "stability", "log"}
 
 
+def of_programs(settings):
+    """What tells a run's programs from another's."""
+    return settings.model_dump_json(exclude=_OF_NO_PROGRAM)
+
+
 @contextlib.contextmanager
-def shared_programs():
-    """Runs of the same settings share their programs: tracing each run's anew would take most of the time."""
+def shared_programs(key=of_programs):
+    """Runs whose settings have the same key share their programs: tracing each run's anew would take most of the time.
+
+    Args:
+      key: of settings.
+    """
 
     def sharing(name):
-        make = getattr(Trainer, name)
+        make = getattr(Programs, name)
 
-        def shared(self, *which):
-            key = (name, which, self._settings.model_dump_json(exclude=_OF_NO_PROGRAM), str(self._place))
-            if key not in _PROGRAMS:
-                _PROGRAMS[key] = make(self, *which)
-            return _PROGRAMS[key]
+        def shared(self, stage):
+            which = name, stage, key(self._settings), str(self._place)
+            if which not in _PROGRAMS:
+                _PROGRAMS[which] = make(self, stage)
+            return _PROGRAMS[which]
 
         return shared
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("_program", "_decide"):
-            patch.setattr(Trainer, name, sharing(name))
+        for name in ("_step", "_decide"):
+            patch.setattr(Programs, name, sharing(name))
         yield

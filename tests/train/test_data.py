@@ -12,7 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from v4_jax.train.data import Corpus, DataError, PackedRows, Source
+from v4_jax.train.corpus import Corpus
+from v4_jax.train.documents import DataError, Source
+from v4_jax.train.objectives.sft import Conversations
+from v4_jax.train.on_policy.prompts import Prompts
+from v4_jax.train.packing import PackedRows
+from v4_jax.train.teachers.rows import TeacherRows
 
 VOCAB = 100_000
 TEXTS = ["one", "zwei\nlines", "三", "", "x" * 50]
@@ -267,6 +272,25 @@ def test_restoring_with_another_corpus(numbered, tmp_path):
     other = Source(write(tmp_path / "table.parquet", [[1] * 30] * len(numbered[1]), "tokens"), field="tokens")
     with pytest.raises(DataError, match=r"saved with (other|another)|which has other text"):
         PackedRows(open_corpus(other)).restore(rows.state())
+
+
+def test_restoring_for_another_objective(numbered):
+    """A run that goes on with another objective is told so, whichever way its data was read."""
+    packed, texts = PackedRows(open_corpus(numbered[0])), PackedRows(open_corpus(numbered[0]))
+    taught = TeacherRows({"teacher": texts}, {"teacher": 1.0})
+    options = dict(vocab_size=1000, bos_id=None, seed=0, shuffle=True, on_bad=None, answer=1)
+    prompts = Prompts([numbered[0]], [""], encode, conversations=Conversations(), **options)
+    for one in (packed, taught, prompts):
+        for other in (packed, taught, prompts):
+            state = json.loads(json.dumps(other.state()))
+            one.edited(state)  # may say so, and goes on
+            if one is other:
+                one.restore(state)
+                continue
+            with pytest.raises(DataError, match=r"saved with (another objective|no teachers)"):
+                one.restore(state)
+    with pytest.raises(DataError, match="with the teachers teacher, and they are now other; expected the data as it"):
+        TeacherRows({"other": texts}, {"other": 1.0}).restore(taught.state())
 
 
 def test_edited_text_is_said_or_refused(tmp_path):

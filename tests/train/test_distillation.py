@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.models import TWO, Tiny, make, trained
-from tests.train.logs import Metrics
+from tests.train.logs import Metrics, shared_programs
 from v4_jax import Transformer, load
 from v4_jax.placement import Place
 from v4_jax.sharding.mesh import make_mesh
@@ -80,16 +80,7 @@ def build(folder, tmp_path):
 @pytest.fixture(scope="module", autouse=True)
 def _shared_programs():
     """Runs of the same objective share their programs."""
-    programs, real = {}, Trainer._program
-
-    def shared(self, *which):
-        key = self._settings.objective.model_dump_json(), str(self._place), which
-        if key not in programs:
-            programs[key] = real(self, *which)
-        return programs[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_program", shared)
+    with shared_programs(lambda settings: settings.objective.model_dump_json()):
         yield
 
 

@@ -17,7 +17,7 @@ import pytest
 from tests.models import drafts, jitted, make, trained, two
 from tests.train.logs import Metrics, shared_programs
 from v4_jax.checkpoint import CheckpointError, export, load, open_checkpoint, verify
-from v4_jax.draft_stages import STAGES, DraftStages
+from v4_jax.draft_stages import DSPARK, DraftStages
 from v4_jax.layers import draft_loss as blockwise
 from v4_jax.layers import head
 from v4_jax.layers.draft_loss import Drafted, draft_loss
@@ -81,7 +81,7 @@ def test_against_numpy(rows, monkeypatch):
     tiny, shares = drafts(), (0.2, 0.7, 1.5)
     monkeypatch.setattr(head, "LOGITS", 64 * 16)
     small = jax.tree.map(lambda x: x, tiny.params)
-    small[STAGES] = small[STAGES] | {"confidence": 0.05 * small[STAGES]["confidence"]}  # where float64 can follow
+    small[DSPARK] = small[DSPARK] | {"confidence": 0.05 * small[DSPARK]["confidence"]}  # where float64 can follow
     output = tiny(rows.tokens, segment_ids=rows.segment_ids, return_taps=True)
     batch, counts = OBJECTIVE.begin(tiny.config, jax.tree.map(lambda x: x[None], rows), jnp.int32(3))
     anchors = batch.given["anchors"][0].at[0, 2].set(-1).at[1, 1].set(196).at[1, 2].set(4)
@@ -162,7 +162,7 @@ def test_places_are_drawn_where_something_is_to_be_learnt(rows):
 
 def stepped(model, params, rows, place=None, declared=None):
     step = jax.jit(make_step(model, SGD, lambda step: Weights(), OBJECTIVE, addition=DraftStages()))
-    base, stages = {name: x for name, x in params.items() if name != STAGES}, {STAGES: params[STAGES]}
+    base, stages = {name: x for name, x in params.items() if name != DSPARK}, {DSPARK: params[DSPARK]}
     state = TrainState(jnp.int32(3), stages, SGD.init(stages))
     after, metrics = step(state, jax.tree.map(lambda x: x[None], rows), None, base)
     grads = jax.tree.map(lambda x, y: x - y, stages, after.params)
@@ -263,7 +263,7 @@ def test_the_trunk_is_left_alone(run, released):
     """It is held as it is on disk, and is the same after all steps, which learn all the same."""
     _, losses, base = run
     leaves = jax.tree.leaves(base, is_leaf=lambda node: isinstance(node, BlockScaled))
-    assert STAGES not in base and sum(isinstance(leaf, BlockScaled) for leaf in leaves) > 10
+    assert DSPARK not in base and sum(isinstance(leaf, BlockScaled) for leaf in leaves) > 10
     assert bits(base) == bits(load(released)[1])
     assert losses[STEPS] < losses[1] - 0.1
 
@@ -315,9 +315,9 @@ def test_stages_that_are_there_go_on(run, exported, build, tmp_path):
     log, kept = Metrics(stop=1), "objective={kind: dspark, anchors: 16}"
     trainer = build(tmp_path / "run", log, f"model={exported}", kept)
     assert trainer.run() == "stopped"
-    assert log.found[1]["loss"] < run[1][STEPS - 1] and STAGES not in trainer._base
+    assert log.found[1]["loss"] < run[1][STEPS - 1] and DSPARK not in trainer._base
     begun = trainer._given()
-    assert bits(begun) == bits({STAGES: load(exported, dtype="float32")[1][STAGES]})
+    assert bits(begun) == bits({DSPARK: load(exported, dtype="float32")[1][DSPARK]})
     settings = trainer._settings
     assert Origin.of(settings).drafts == settings.objective
     with pytest.raises(

@@ -111,6 +111,8 @@ def replies(text, **fields):
         ({"kind": "json_schema", "json_schema": {"type": "object", "required": ["a"]}}, '{"b": 1}', {}, 0),
         ({"kind": "json_schema", "field": "schema"}, "[1]", {"schema": {"items": {"type": "string"}}}, 0),
         ({"kind": "json_schema", "field": "schema"}, "no", {"schema": {}}, 0),
+        ({"kind": "json_schema", "field": "schema"}, "NaN", {"schema": {}}, 0),
+        ({"kind": "json_schema", "field": "schema"}, "[" * 100_000, {"schema": {}}, 0),
         ({"kind": "python", "function": "operator.contains"}, "abc", {}, None),
     ],
 )
@@ -148,6 +150,8 @@ def judge():
             asked.append((self.path, dict(self.headers), json.loads(body)))
             content = says.pop(0)
             self.send_response(500 if content is None else 200)
+            if content == "cut short":
+                self.send_header("Content-Length", "1000")
             self.end_headers()
             if content is not None:
                 self.wfile.write(json.dumps({"choices": [{"message": {"content": content}}]}).encode())
@@ -175,7 +179,7 @@ def test_a_judge_over_http(judge, monkeypatch):
     path, headers, body = asked[-1]
     assert (path, headers["Authorization"], body["model"]) == ("/v1/chat/completions", "Bearer secret", "big")
     assert body["messages"] == [{"role": "user", "content": "2+2? four {question} {{x}}"}] and len(asked) == 3
-    says += ["11", "-3"]
+    says += ["11", "cut short", "-3"]
     assert [chosen.score(replies("x"))[0] for _ in range(2)] == [1.0, 0.0]
     says += [None] * 3
     with pytest.raises(RolloutError, match=r"the judge at .* gives no mark, after 3 times: HTTPError: HTTP Error 500"):
@@ -214,6 +218,7 @@ def test_advantages_by_hand():
     [
         ({"rollouts": LEAST["rollouts"] | {"samples": 1}}, "rollouts.samples is 1; expected a group of at least 2"),
         ({"kl": 0.1}, "kl has a cost, and there is no reference; expected one"),
+        ({"reference": {"model": "m", "weight": 2}}, "reference.weight is 2; what the reference counts is kl"),
     ],
 )
 def test_settings_that_cannot_be_used(changes, wanted):

@@ -18,7 +18,7 @@ from v4_jax.placement import Place
 from v4_jax.sharding.mesh import make_mesh
 from v4_jax.train import loop
 from v4_jax.train.checkpoints import FitError, SaveError
-from v4_jax.train.data import DataError
+from v4_jax.train.documents import DataError
 from v4_jax.train.loop import Trainer, TrainingError
 from v4_jax.train.settings import SettingsError, read_settings
 from v4_jax.train.setup import Origin, locked, open_rows, open_run
@@ -276,7 +276,7 @@ def test_a_checkpoint_of_other_settings_is_refused(trainer, tmp_path):
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
 
 
-def test_changed_settings_are_said(trainer):
+def test_changed_settings_are_said(trainer, tmp_path):
     assert trainer(Losses(), "run", "stages.0.steps=3").run() == "done"
     said = []
     assert trainer(Losses(), "run", "stages.0.steps=4", "optimizer.eps=1e-9", say=said.append).run() == "done"
@@ -284,6 +284,10 @@ def test_changed_settings_are_said(trainer):
         "settings that changed since step 3: stages.0.steps from 3 to 4; optimizer.eps from 1e-20 to 1e-09",
         "continuing after step 3 of 4",
     ]
+    (tmp_path / "run").rename(tmp_path / "moved")
+    said.clear()
+    assert trainer(Losses(), "moved", "stages.0.steps=4", "optimizer.eps=1e-9", say=said.append).run() == "done"
+    assert said == ["continuing after step 4 of 4"]
 
 
 def test_a_document_that_cannot_be_used(trainer, tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.models import Tiny, trained
-from tests.train.logs import Metrics
+from tests.train.logs import Metrics, shared_programs
 from v4_jax import Transformer, chat, declarations, load
 from v4_jax.checkpoint.orbax_arrays import open_arrays
 from v4_jax.commands.shared.rollouts import EngineRollouts
@@ -24,7 +24,7 @@ from v4_jax.sharding.mesh import make_mesh
 from v4_jax.tokenizer import ByteTokenizer
 from v4_jax.train import rounds
 from v4_jax.train.checkpoints import Checkpoints
-from v4_jax.train.data import DataError
+from v4_jax.train.documents import DataError
 from v4_jax.train.loop import Trainer
 from v4_jax.train.on_policy.rollouts import Prompt, Sample
 from v4_jax.train.on_policy.rows import Answer, pack
@@ -110,16 +110,7 @@ def build(folder, tmp_path, rollouts):
 @pytest.fixture(scope="module", autouse=True)
 def _shared_programs():
     """Runs of the same objective share their programs."""
-    programs, real = {}, Trainer._program
-
-    def shared(self, *which):
-        key = self._settings.objective.model_dump_json(), which
-        if key not in programs:
-            programs[key] = real(self, *which)
-        return programs[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_program", shared)
+    with shared_programs(lambda settings: settings.objective.model_dump_json()):
         yield
 
 
@@ -205,6 +196,7 @@ def test_answers_have_the_model_s_own_log_probabilities(folder, student, rollout
     """Those of the given weights, whatever the engine had before; the same prompts and seeds give the same."""
     asked = prompts_of(folder).next(3, LENGTH, 0)
     found = rollouts.sample(student.params, asked, 2)
+    assert rollouts._engine._engine._params is None  # the room is training's again
     other = jax.tree.map(lambda x: x * 1.01 if jnp.issubdtype(x.dtype, jnp.floating) else x, student.params)
     different = rollouts.sample(other, asked[:1], 2)
     again = rollouts.sample(student.params, asked[1:2], 2)

@@ -11,8 +11,10 @@ from tests.test_tokenizer import build_vocabulary
 from v4_jax import chat
 from v4_jax.chat import EOS, THINK_CLOSE
 from v4_jax.tokenizer import ByteTokenizer, load_tokenizer
-from v4_jax.train.data import Corpus, DataError, PackedRows, Source
+from v4_jax.train.corpus import Corpus
+from v4_jax.train.documents import DataError, Source
 from v4_jax.train.objectives.sft import Conversations
+from v4_jax.train.packing import PackedRows
 
 CASES = json.loads((Path(__file__).parents[1] / "data" / "encoding" / "cases.json").read_text())["encode"]
 TOKENIZER = ByteTokenizer(300)

@@ -22,7 +22,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from v4_jax.architecture import Architecture, ConfigError
 from v4_jax.cache.ring import MOST_ROLLED_BACK
 from v4_jax.config import Config
-from v4_jax.draft_stages import STAGES
+from v4_jax.draft_stages import DSPARK
 from v4_jax.drafting import behind
 from v4_jax.outputs import Output
 from v4_jax.train.batch import Batch
@@ -181,7 +181,7 @@ class DSpark(Section):
 
     def arranged(self, config: Architecture, values: Array) -> Arranged:
         """As for `Losses`: [stages, ...]."""
-        return [((STAGES, f"stage_{i}"), values[i]) for i in range(config.dspark_stages)]
+        return [((DSPARK, f"stage_{i}"), values[i]) for i in range(config.dspark_stages)]
 
     def _of_place(self, size: int) -> Array:
         """What the drafts of a block of this size count, [size] float32."""

@@ -64,6 +64,8 @@ class Grpo(Section):
             raise ValueError(f"rollouts.samples is {self.rollouts.samples}; expected a group of at least 2")
         if self.kl and self.reference is None:
             raise ValueError("kl has a cost, and there is no reference; expected one")
+        if self.reference is not None and self.reference.weight != 1:
+            raise ValueError(f"reference.weight is {self.reference.weight:g}; what the reference counts is kl")
         return self
 
     @property

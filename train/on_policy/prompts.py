@@ -15,7 +15,7 @@ import numpy as np
 
 from v4_jax.chat import MODES, Mode, encode
 from v4_jax.train.batch import Batch
-from v4_jax.train.data import mix, same_corpus, token_ids
+from v4_jax.train.corpus import mix, same_corpus, token_ids
 from v4_jax.train.documents import Conversation, DataError, Document, Source
 from v4_jax.train.objectives.sft import Conversations
 from v4_jax.train.on_policy.rollouts import Prompt
@@ -162,5 +162,5 @@ class Prompts:
         Raises:
           DataError: it was taken with other data.
         """
-        same_corpus(state["corpus"], self._mixture.identity)
+        same_corpus(state, self._mixture.identity, known_by="content")
         self._following, self._skipped = state["following"], state["skipped"]

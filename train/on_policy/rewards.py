@@ -17,11 +17,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from v4_jax.chat.protocol import THINK_CLOSE
+from v4_jax.json_text import read_json
 from v4_jax.train.on_policy.rollouts import Prompt, RolloutError
 from v4_jax.train.section import Section
 
@@ -149,8 +151,8 @@ class JsonSchema(_Compared):
 
         schema = self.wanted(reply.prompt) if self.json_schema is None else self.json_schema
         try:
-            value = json.loads(reply.text)
-        except ValueError:
+            value = read_json(reply.text.encode())
+        except ValueError:  # a student may write anything, thousands of brackets, too
             return 0.0
         try:
             return jsonschema.validators.validator_for(schema)(schema).is_valid(value)
@@ -249,7 +251,8 @@ class HttpJudge(_Reward):
                 if mark is not None:
                     return min(1.0, max(0.0, mark / self.scale))
                 problem = f"its reply has no number: {content!r:.80}"
-            except (OSError, ValueError, LookupError, TypeError) as error:  # HTTPError and URLError are OSErrors
+            # HTTPError and URLError are OSErrors; a reply that is cut short is none.
+            except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
                 problem = f"{type(error).__name__}: {error!s:.200}"
         raise RolloutError(f"the judge at {self.url} gives no mark, after {self.retries + 1} times: {problem}")
 

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from v4_jax.train.batch import Batch
-from v4_jax.train.data import PackedRows
 from v4_jax.train.documents import DataError
 from v4_jax.train.objectives.objective import Decisions
+from v4_jax.train.packing import PackedRows
 
 
 class Part(NamedTuple):
@@ -77,7 +77,8 @@ class TeacherRows:
 
     def edited(self, state: dict[str, Any]) -> bool:
         """Whether files have other names or sizes than when `state` was taken."""
-        return any(rows.edited(state["teachers"][name]) for name, rows in self._rows.items())
+        found = state.get("teachers", {})  # of other teachers it is `restore` that has a word to say
+        return any(rows.edited(found[name]) for name, rows in self._rows.items() if name in found)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes to where `state` was taken.
@@ -87,9 +88,10 @@ class TeacherRows:
         """
         found = sorted(state.get("teachers", {}))
         if found != sorted(self._rows):
+            before = f"the teachers {', '.join(found)}" if found else "no teachers"
             raise DataError(
-                f"the data state was saved with the teachers {', '.join(found) or 'of none'}, which are now "
-                f"{', '.join(sorted(self._rows))}; expected the data as it was, or a new run"
+                f"the data state was saved with {before}, and they are now {', '.join(sorted(self._rows))}; expected "
+                "the data as it was, or a new run"
             )
         for name, rows in self._rows.items():
             rows.restore(state["teachers"][name])

@@ -259,7 +259,7 @@ class StreamSplitter:
 
 def possible_marker(text: str, markers: Collection[str]) -> str:
     """Returns the longest end of `text` that is the beginning of a marker."""
-    longest = min(len(text), max(map(len, markers)) - 1)
+    longest = min(len(text), max(map(len, markers), default=1) - 1)
     for length in range(longest, 0, -1):
         end = text[-length:]
         if any(marker.startswith(end) for marker in markers):

@@ -117,7 +117,7 @@ class Merged(Checkpoint):
                 raise CheckpointError(
                     f"{name} has an adapter and is held in NVFP4, which is read and not made: expected --format bf16"
                 )
-            self._last.tensor = rounded(values, self._entries[name], storage, self.formats)
+            self._last.tensor = rounded(name, values, self._entries[name], storage, self.formats)
         return self._last.tensor
 
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from v4_jax.checkpoint.interface import Checkpoint
 from v4_jax.checkpoint.remote import url_of
 from v4_jax.checkpoint.tensors import CheckpointError
+from v4_jax.files import try_lock
 
 _RECORD = ".source.json"
 
@@ -48,7 +49,8 @@ def building(target: str | Path, checkpoint: Checkpoint, kind: str) -> Iterator[
       kind: what is being made, so that an unfinished conversion is not finished as an export.
 
     Raises:
-      CheckpointError: the target exists, an unfinished copy of another source is in the way, or the disk is full.
+      CheckpointError: the target exists, another process makes it, an unfinished copy of another source is in the
+        way, or the disk is full.
     """
     if url := url_of(target):
         raise CheckpointError(f"{url} cannot be written: expected a directory of this machine, to be copied from there")
@@ -56,14 +58,15 @@ def building(target: str | Path, checkpoint: Checkpoint, kind: str) -> Iterator[
     if target.exists():
         raise CheckpointError(f"{target} already exists: choose another name, or remove it first")
     working = target.with_name(f".{target.name}.partial")
-    _claim(working, {"kind": kind, "source": checkpoint.fingerprint})
-    try:
-        yield working
-        os.rename(working, target)
-    except (OSError, ValueError) as error:
-        if _is_disk_full(error):
-            raise disk_full(working) from error
-        raise
+    with _held(working):
+        _claim(working, {"kind": kind, "source": checkpoint.fingerprint})
+        try:
+            yield working
+            os.rename(working, target)
+        except (OSError, ValueError) as error:
+            if _is_disk_full(error):
+                raise disk_full(working) from error
+            raise
     (target / _RECORD).unlink()
 
 
@@ -72,7 +75,8 @@ def copy_companions(checkpoint: Checkpoint, working: Path) -> None:
     for name, file in checkpoint.files.items():
         (working / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, working / name)
-    (working / "config.json").write_text(json.dumps(checkpoint.hf_config, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(checkpoint.hf_config, indent=2, ensure_ascii=False)
+    (working / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def require_space(working: Path, nbytes: int, part: str) -> None:
@@ -95,12 +99,33 @@ def disk_full(working: Path, detail: str = "") -> CheckpointError:
     )
 
 
+@contextlib.contextmanager
+def _held(working: Path) -> Iterator[None]:
+    """Makes the working directory if there is none, and holds it: two processes that write the same parts spoil both.
+
+    Raises:
+      CheckpointError: another process has it.
+    """
+    working.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(working, os.O_RDONLY)
+    try:
+        if not try_lock(descriptor):
+            raise CheckpointError(f"{working} is being written by another process; expected one process a target")
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _claim(working: Path, record: dict[str, str | None]) -> None:
-    """Makes the working directory, or takes over one that was made from the same source."""
+    """Takes over a working directory that is empty, or that was made from the same source."""
     file = working / _RECORD
-    if record["source"] is None and working.exists():
-        shutil.rmtree(working)  # parameters in memory cannot be told from others: begin anew
-    if working.exists() and any(working.iterdir()):
+    if record["source"] is None:  # parameters in memory cannot be told from others: begin anew
+        for part in working.iterdir():
+            if part.is_dir():
+                shutil.rmtree(part)
+            else:
+                part.unlink()
+    if any(working.iterdir()):
         try:
             found = json.loads(file.read_text())
         except (OSError, json.JSONDecodeError):
@@ -111,7 +136,6 @@ def _claim(working: Path, record: dict[str, str | None]) -> None:
                 "remove it, or choose another target"
             )
         return
-    working.mkdir(parents=True, exist_ok=True)
     # Under a temporary name first: a record cut short would make the directory unusable.
     partial = file.with_suffix(".tmp")
     partial.write_text(json.dumps(record))

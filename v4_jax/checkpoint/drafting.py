@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 
 from v4_jax.checkpoint.in_memory import rounded
-from v4_jax.checkpoint.interface import Checkpoint
+from v4_jax.checkpoint.interface import Checkpoint, rectangle
 from v4_jax.checkpoint.mapping import Entry, entries, leaves
 from v4_jax.checkpoint.orbax_arrays import open_arrays
 from v4_jax.checkpoint.record import Record, open_addition
 from v4_jax.checkpoint.released import companions, read_config
 from v4_jax.checkpoint.tensors import CheckpointError, names_in
-from v4_jax.draft_stages import STAGES
+from v4_jax.draft_stages import DSPARK
 
 REPLACED_RULE = "what drafted before the stages"
 
@@ -60,7 +60,7 @@ class WithStages(Checkpoint):
         changed = {key for key in ours if key.startswith("dspark_")} | {"compress_ratios", "num_nextn_predict_layers"}
         self.hf_config = {**base.hf_config, **{key: ours[key] for key in sorted(changed)}}
         self._stages = {tuple(key.split(".")): array for key, array in open_arrays(folder)}
-        wanted = {path: tuple(leaf.shape) for path, leaf in leaves(self.config).items() if path[0] == STAGES}
+        wanted = {path: tuple(leaf.shape) for path, leaf in leaves(self.config).items() if path[0] == DSPARK}
         shapes = {path: array.shape for path, array in self._stages.items()}
         if different := sorted(".".join(p) for p in {*wanted, *shapes} if wanted.get(p) != shapes.get(p)):
             raise CheckpointError(f"{folder.parent} does not fit {run / 'config.json'}: {names_in(different)}")
@@ -74,16 +74,16 @@ class WithStages(Checkpoint):
         wanted = entry.path, entry.place
         if getattr(self._last, "place", None) != wanted:  # codes and scales are asked for one after the other
             storage = leaves(self.config)[entry.path].storage
-            self._last.tensor = rounded(self._values(name, entry), entry, storage, self.formats)
+            self._last.tensor = rounded(name, self._values(name, entry), entry, storage, self.formats)
             self._last.place = wanted
-        return self._count(_cut(self._last.tensor[entry.role], rows, columns))
+        return self._count(rectangle(self._last.tensor[entry.role], rows, columns))
 
     def unrounded(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> np.ndarray | None:
         """Reads a rectangle of what was trained, or what the model has; see `Checkpoint.unrounded`."""
         entry = self._entries[name]
         if _in_trunk(entry):
             return self._base.unrounded(name, rows, columns)
-        return self._count(_cut(self._values(name, entry), rows, columns))
+        return self._count(rectangle(self._values(name, entry), rows, columns))
 
     def close(self) -> None:
         """Closes the model."""
@@ -97,7 +97,3 @@ class WithStages(Checkpoint):
 
 def _in_trunk(entry: Entry) -> bool:
     return not entry.part.startswith("mtp.")
-
-
-def _cut(array: np.ndarray, rows: slice, columns: slice) -> np.ndarray:
-    return array[rows] if columns == slice(None) else array[rows, columns]

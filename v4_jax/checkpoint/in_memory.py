@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from v4_jax.checkpoint.block_formats import OF_NAME, SCALE_TYPES, BlockFormat, Formats, ScaleType, pack
-from v4_jax.checkpoint.interface import Checkpoint
+from v4_jax.checkpoint.interface import Checkpoint, rectangle
 from v4_jax.checkpoint.mapping import Entry, Path, Role, entries, leaves
 from v4_jax.checkpoint.tensors import DTYPES, CheckpointError, names_in
 from v4_jax.config import Config
@@ -69,7 +69,7 @@ class InMemory(Checkpoint):
         if getattr(self._last, "place", None) != wanted:  # codes and scales are asked for one after the other
             self._last.place, self._last.arrays = wanted, self._tensor(name, entry)
         array = self._last.arrays[entry.role]
-        return self._count(array[rows] if columns == slice(None) else array[rows, columns])
+        return self._count(rectangle(array, rows, columns))
 
     def unrounded(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> np.ndarray | None:
         """Reads a rectangle of a float leaf as it is; see `Checkpoint.unrounded`."""
@@ -78,7 +78,7 @@ class InMemory(Checkpoint):
         if isinstance(leaf, BlockScaled) or not jnp.issubdtype(leaf.dtype, jnp.floating):
             return None
         array = _on_host(leaf, entry.place)
-        return self._count(array[rows] if columns == slice(None) else array[rows, columns])
+        return self._count(rectangle(array, rows, columns))
 
     def close(self) -> None:
         """Forgets the tensors read last."""
@@ -92,17 +92,29 @@ class InMemory(Checkpoint):
             array = _on_host(leaf, entry.place)
             if storage == "i64":
                 check_expert_ids(name, array, self.config)
-            return rounded(array, entry, storage, self.formats)
+            return rounded(name, array, entry, storage, self.formats)
         form = self.formats.block(storage)
         assert form is not None
         return _packed(_on_host(leaf.codes, entry.place), _on_host(leaf.scales, entry.place), form)
 
 
-def rounded(values: np.ndarray, entry: Entry, storage: Storage, formats: Formats) -> Mapping[Role, np.ndarray]:
-    """A tensor as stored, from one layer's or expert's plain values."""
+def rounded(
+    name: str, values: np.ndarray, entry: Entry, storage: Storage, formats: Formats
+) -> Mapping[Role, np.ndarray]:
+    """A tensor as stored, from one layer's or expert's plain values.
+
+    Raises:
+      CheckpointError: a number that is not finite where it would make zeros of its block.
+    """
     form = formats.block(storage)
     if form is None:
         return {"plain": values.astype(entry.info.numpy_dtype)}
+    if not (finite := np.isfinite(values)).all():
+        place = tuple(int(i) for i in np.argwhere(~finite)[0])
+        raise CheckpointError(
+            f"{name} holds {values[place]} at {list(place)} (and {(~finite).sum() - 1} more), expected finite numbers: "
+            f"{form.name.upper()} keeps no others"
+        )
     made = _quantise(values, form.element, DTYPES[formats.scales(storage)])
     return _packed(np.asarray(made.codes), np.asarray(made.scales), form)
 

@@ -25,6 +25,11 @@ Progress = Callable[[str, int, int], None]
 PIECE_BYTES = 32 << 20
 
 
+def rectangle(array: np.ndarray, rows: slice, columns: slice) -> np.ndarray:
+    """The part of a tensor that `Checkpoint.read` is asked for."""
+    return array[rows] if columns == slice(None) else array[rows, columns]
+
+
 class Checkpoint(abc.ABC):
     """Tensors under their released names, with the configuration they belong to.
 

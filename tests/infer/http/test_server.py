@@ -377,6 +377,24 @@ def test_metrics(served, client):
     assert float(values["v4_jax_active_requests"]) == 0 and float(values["v4_jax_first_token_seconds_count"]) >= 1
 
 
+def test_the_time_between_tokens_is_without_that_of_the_prompt(parts):
+    class Slow(Scripted):
+        draft_steps = 0
+
+        def round(self):
+            if len(self._left.get(0, ())) == 6:
+                time.sleep(0.5)  # reads the prompt
+            return super().round()
+
+    with serving((Slow(parts[1], "Hello" + EOS), parts[1])) as (address, _):
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        client.completions.create(model="tiny", prompt="x", max_tokens=6)
+        page = httpx.get(f"{address}/metrics").text
+    values = dict(line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#"))
+    assert float(values["v4_jax_first_token_seconds_sum"]) >= 0.5
+    assert float(values["v4_jax_token_seconds_count"]) == 1 and float(values["v4_jax_token_seconds_sum"]) < 0.08
+
+
 def test_a_broken_engine_is_said(parts):
     """Requests that are there fail with 503, later ones too, and so does /health."""
 

@@ -175,6 +175,7 @@ def test_fields_that_change_nothing_are_taken():
         ({"input": [{"type": ["message"]}]}, "input.0 is of type ['message']"),
         ({"input": [{"role": "tool", "content": "x"}]}, "input.0.role is 'tool'; expected user"),
         ({"input": [{"role": "user", "content": "x", "mood": "glad"}]}, "input.0.mood is not supported"),
+        ({"input": [{"role": "user", "content": "x", "temperature": 0.0}]}, "input.0.temperature is not supported"),
         ({"input": [{"type": "reasoning", "encrypted_content": "x"}]}, "input.0.encrypted_content is not supported"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "a part of type 'input_image'"),
     ],

@@ -15,7 +15,7 @@ from v4_jax.infer.engine.sampling import GREEDY, Sampling
 from v4_jax.infer.engine.scheduler import Engine
 from v4_jax.infer.prefix_cache.cache import PrefixCache, PrefixCacheOptions, PrefixMatch
 from v4_jax.infer.prefix_cache.hashes import BlockHashes
-from v4_jax.infer.prefix_cache.store import Directory
+from v4_jax.infer.prefix_cache.store import Directory, PageStore
 from v4_jax.placement import Place
 
 LENGTH, CHUNK, ROOM = 896, 256, 1 << 30
@@ -313,6 +313,22 @@ def test_a_directory_is_kept_within_bounds(engine, tmp_path):
     cached(engine, Request(text(5, 700), 1, stop_ids=()))
     engine.close()
     assert 0 < size() <= most
+
+
+def test_a_directory_keeps_what_memory_serves(tmp_path):
+    """What is found in memory is used all the same, and not what the directory forgets first."""
+    item, most = {"csa.0": np.zeros(1000, np.uint8)}, 2500
+    store = PageStore(0, Directory(tmp_path, most))
+    store.put("a", item)
+    store.put("b", item)
+    store.close()
+    (tmp_path / "of_others.pages.old").write_bytes(bytes(2000))  # which does not count
+    store = PageStore(1 << 20, Directory(tmp_path, most))
+    assert store.get("a") and store.get("b")  # from now on in memory, too
+    store.touch(["a"])
+    store.put("c", item)
+    store.close()
+    assert {file.name for file in tmp_path.iterdir()} == {"a.pages", "c.pages", "of_others.pages.old"}
 
 
 def test_a_directory_that_cannot_be_written_to(engine, tmp_path, monkeypatch):

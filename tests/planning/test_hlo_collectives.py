@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from v4_jax.planning import hlo
+from v4_jax.planning.hlo import Expected, Shape
+from v4_jax.planning.hlo_collectives import Collective, collectives
 from v4_jax.sharding.mesh import make_mesh
 
 MESH = "data=2,seq=4"
@@ -22,7 +23,7 @@ def compiled(function, *shapes, specs, out=None):
 
 
 def only(text, **arguments):
-    (found,) = hlo.collectives(text, **arguments)
+    (found,) = collectives(text, **arguments)
     return found
 
 
@@ -59,7 +60,7 @@ def test_loops_multiply():
         return jax.lax.scan(outer, x, w)[0]
 
     text = compiled(function, (16, 8), (5, 8, 8), specs=(P("data"), P()))
-    runs = {(found.group, found.runs) for found in hlo.collectives(text)}
+    runs = {(found.group, found.runs) for found in collectives(text)}
     assert runs == {(4, 15), (2, 5)}
 
 
@@ -70,7 +71,7 @@ def test_loops_whose_length_depends_on_the_data():
     text = compiled(function, (16, 8), jax.ShapeDtypeStruct((), jnp.int32), specs=(P(), P()))
     assert only(text).runs is None
 
-    class Seven(hlo.Expected):
+    class Seven(Expected):
         def trips(self, loop):
             return 7
 
@@ -81,16 +82,16 @@ def test_branches_run_at_most():
     def function(x):
         return jax.lax.cond(x[0, 0] > 0, lambda x: jax.lax.psum(x, "seq"), lambda x: jax.lax.pmax(x, "seq"), x)
 
-    found = hlo.collectives(compiled(function, (16, 8), specs=(P(),)))
+    found = collectives(compiled(function, (16, 8), specs=(P(),)))
     assert [(one.kind, one.runs, one.at_most) for one in found] == 2 * [("all-reduce", 1, True)]
 
 
 def test_a_program_without_communication():
-    assert not hlo.collectives(compiled(lambda x: 2 * x, (16, 8), specs=(P("data"),)))
+    assert not collectives(compiled(lambda x: 2 * x, (16, 8), specs=(P("data"),)))
 
 
 def test_small_types():
-    assert [hlo.Shape(dtype, (3, 5)).nbytes for dtype in ("pred", "f4e2m1fn", "f8e8m0fnu", "bf16", "s32", "token")] == [
+    assert [Shape(dtype, (3, 5)).nbytes for dtype in ("pred", "f4e2m1fn", "f8e8m0fnu", "bf16", "s32", "token")] == [
         *(15, 8, 15, 30, 60, 0)
     ]
 
@@ -142,13 +143,13 @@ replica_groups=[2,4]<=[4,2]T(1,0), use_global_device_ids=true, to_apply=%add
 
 
 def test_the_text_for_a_tpu():
-    permute, reduce = hlo.collectives(TPU)
-    assert permute == hlo.Collective(
-        "collective-permute", (hlo.Shape("bf16", (2, 4096), 1),), 4, 6, False, r"jit(f)/a (\"quoted\")/ppermute"
+    permute, reduce = collectives(TPU)
+    assert permute == Collective(
+        "collective-permute", (Shape("bf16", (2, 4096), 1),), 4, 6, False, r"jit(f)/a (\"quoted\")/ppermute"
     )
     assert (reduce.kind, reduce.group, reduce.runs, reduce.op_name) == ("all-reduce", 4, 1, "")
 
 
 def test_text_that_is_no_program():
     with pytest.raises(ValueError, match="no ENTRY computation"):
-        hlo.collectives("HloModule nothing")
+        collectives("HloModule nothing")

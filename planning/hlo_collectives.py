@@ -1,0 +1,103 @@
+"""What a compiled program communicates: every collective, its bytes, and how often it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import re
+
+from v4_jax.planning.hlo import KINDS, UNKNOWN, Call, Expected, Instruction, Program, Shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One instruction that communicates.
+
+    Attributes:
+      kind: one of `KINDS`.
+      shapes: its results on one device.
+      group: devices that take part together; for a permute, those on one chain of sources and targets.
+      runs: how often a device runs it in one call of the program; None where that depends on the data.
+      at_most: whether a conditional may leave it out.
+      op_name: where in the JAX program it comes from.
+    """
+
+    kind: str
+    shapes: tuple[Shape, ...]
+    group: int
+    runs: float | None
+    at_most: bool
+    op_name: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its results on one device, each time it runs."""
+        return sum(shape.nbytes for shape in self.shapes)
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends each time it runs, in the pattern that sends the least (rings)."""
+        away = (self.group - 1) / self.group
+        if self.kind == "all-reduce":
+            return 2 * away * self.nbytes
+        if self.kind == "reduce-scatter":
+            return (self.group - 1) * self.nbytes
+        return self.nbytes if "permute" in self.kind or "broadcast" in self.kind else away * self.nbytes
+
+
+def collectives(text: str | Program, expected: Expected = UNKNOWN) -> list[Collective]:
+    """Every collective of a compiled program, in the order in which the program's text reaches them.
+
+    A pair of "-start" and "-done" is one collective. Both branches of a conditional are listed.
+
+    Args:
+      text: `compiled.as_text()` of a program for CPU or TPU, or what was read from it.
+      expected: see `Program.calls`.
+
+    Raises:
+      ValueError: the text is no compiled program.
+    """
+    program = text if isinstance(text, Program) else Program(text)
+    calls = program.calls(expected)
+    return [as_collective(call, program) for call in calls if call.instruction.opcode.removesuffix("-start") in KINDS]
+
+
+def as_collective(call: Call, program: Program) -> Collective:
+    """A call of an instruction that communicates."""
+    instruction, computation, runs, at_most, _ = call
+    kind, shapes = instruction.opcode.removesuffix("-start"), instruction.shapes
+    if instruction.opcode != kind:  # its results are the buffers of the exchange, those of "-done" the outcome
+        others = computation.instructions.values()
+        shapes = next((i.shapes for i in others if i.operands[:1] == (instruction.name,)), shapes)
+    return Collective(kind, shapes, _group(instruction, program), runs, at_most, instruction.op_name)
+
+
+def _group(instruction: Instruction, program: Program) -> int:
+    """Devices that take part in a collective together."""
+    text = instruction.attributes
+    if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", text):
+        return _chain([(int(a), int(b)) for a, b in re.findall(r"\{(\d+),\s*(\d+)\}", pairs[1])])
+    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=", text):
+        return int(iota[1])
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
+        sizes = dict(re.findall(r"('\w+')=(\d+)", mesh[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'\w+'", mesh[2]))
+    if first := re.search(r"replica_groups=\{\{([\d,\s]*)\}", text):
+        return len(first[1].split(","))
+    raise ValueError(f"the replica groups of {instruction.name} are not understood: {text[:200]}")
+
+
+def _chain(pairs: list[tuple[int, int]]) -> int:
+    """Devices of the longest chain (or ring) that pairs of source and target make."""
+    owner = {device: device for device in itertools.chain(*pairs)}
+
+    def find(device: int) -> int:
+        while owner[device] != device:
+            device = owner[device]
+        return device
+
+    for a, b in pairs:
+        owner[find(a)] = find(b)
+    ends = [find(device) for device in owner]
+    return max(map(ends.count, ends), default=1)
