@@ -12,6 +12,7 @@ from jax import Array
 from v4_jax.layer_stack import uncut
 from v4_jax.number_formats import BlockScaled, dequantise
 from v4_jax.policy import einsum
+from v4_jax.sharding.platform import platform_of_mesh
 
 LANES = 128
 
@@ -23,8 +24,15 @@ def matmul(x: Array, weight: Array, dtype: Any) -> Array:
 
 def grouped(x: Array, weight: Array, dtype: Any) -> Array:
     """[..., G, in] times G matrices one below the other, [G * out, in]: [..., G, out], each group by its own."""
-    groups, size = x.shape[-2:]
-    return einsum("...gi,goi->...go", x, weight.reshape(groups, -1, size), dtype=dtype)
+    *leading, groups, size = x.shape
+    if platform_of_mesh() != "tpu":
+        return einsum("...gi,goi->...go", x, weight.reshape(groups, -1, size), dtype=dtype)
+    # Of a batch of products the TPU compiler wants groups or rows in other places, and copies all to them and back.
+    side_by_side = jnp.split(x.reshape(*leading, groups * size), groups, axis=-1)
+    pairs = zip(side_by_side, jnp.split(weight, groups), strict=True)
+    return jnp.concatenate([einsum("...i,oi->...o", a, b, dtype=dtype) for a, b in pairs], axis=-1).reshape(
+        *leading, groups, -1
+    )
 
 
 def divides(weight: Any, devices: int) -> bool:
