@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from v4_jax.planning.hlo import Computation, Instruction, Program
-from v4_jax.planning.turns import with_turns
+from v4_jax.planning.turns import shortened, with_turns
 
 PATIENCE = 300  # seconds for all kernels that a process is left with; the analysis of some has not been seen to end
 
@@ -70,7 +70,8 @@ def cycles(closed: Any, topology: str, mesh: Mesh) -> dict[Likeness, int]:
         for number, equation in enumerate(_distinct(closed.jaxpr)):
             counted = with_turns(equation)
             bounds = len(equation.invars) - len(counted.invars)
-            Path(folder, f"{number}.{bounds}.kernel").write_bytes(_exported(counted, mesh))
+            few, times = shortened(counted)
+            Path(folder, f"{number} {bounds} {times!r}.kernel").write_bytes(_exported(few, mesh))
         found = {}
         while list(Path(folder).glob("*.kernel")):
             options = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {_OPTIONS}{folder}"
@@ -144,14 +145,12 @@ def main() -> None:
         shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=place) for aval in kernel.in_avals]
         with jax.sharding.set_mesh(mesh):
             text = jax.jit(kernel.call).lower(*shapes).compile().as_text()
-        bounds = int(path.name.split(".")[1])
+        _, bounds, times = path.stem.split()
         for computation in Program(text or "").computations.values():
             for instruction in computation.instructions.values():
                 if instruction.is_kernel and (counted := _profile(Path(folder), instruction.name)):
-                    print(
-                        json.dumps({"likeness": likeness(computation, instruction, bounds), "cycles": counted}),
-                        flush=True,
-                    )
+                    known = likeness(computation, instruction, int(bounds))
+                    print(json.dumps({"likeness": known, "cycles": round(counted * float(times))}), flush=True)
         path.unlink()
     Path(folder, "begun").unlink(missing_ok=True)
 
