@@ -135,6 +135,7 @@ def test_the_example_of_adapters(run, monkeypatch, tmp_path):
     result = run("train", "examples/lora.yaml", *here, "--dry-run")
     assert result.code == 0, result.err
     assert "adapters: rank 8 of attention, shared, 86,016 parameters; weights native, left as they are\n" in result.out
+    assert "recall: 16 needle, raw" in result.out
     whole = run("train", "examples/lora.yaml", *here, "lora=null", "--dry-run")
     assert whole.code == 0 and "adapters:" not in whole.out
     state = [re.search(r"state: ([\d.]+) MB", one.out)[1] for one in (result, whole)]
