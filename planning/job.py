@@ -168,7 +168,7 @@ def training(job: Job, mesh: Any) -> Training:
     transform = optimizer(job.config, 2.7e-4, mesh=mesh, rules=job.preset, declared=declared)
     state = abstract_state(job.config, transform, Place(mesh, job.preset), declared)
     stage = SPARSE if drafts else Stage(dense=False, indexer_loss=True)
-    model = Transformer(job.config, policy=job.policy, mesh=mesh, rules=job.preset, stage=stage, remat="layers")
+    model = Transformer(job.config, policy=job.policy, mesh=mesh, rules=job.preset, stage=stage, remat="sublayers")
     objective = DSpark() if drafts else Pretraining()
     step = make_step(model, transform, lambda step: Weights(indexer=1.0), objective, addition=addition)
     return Training(step, transform, state, base)

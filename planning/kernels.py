@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 from v4_jax.planning.hlo import Computation, Instruction, Program
 from v4_jax.planning.turns import shortened, with_turns
 
+STEPS = (4, 8)  # of a grid that are counted, from which follows what all of them take
 PATIENCE = 300  # seconds for all kernels that a process is left with; the analysis of some has not been seen to end
 
 # What libtpu must find when it is loaded to compile for chips that are not this process's; the rest keeps it quiet.
@@ -70,9 +72,14 @@ def cycles(closed: Any, topology: str, mesh: Mesh) -> dict[Likeness, int]:
         for number, equation in enumerate(_distinct(closed.jaxpr)):
             counted = with_turns(equation)
             bounds = len(equation.invars) - len(counted.invars)
-            few, times = shortened(counted)
-            Path(folder, f"{number} {bounds} {times!r}.kernel").write_bytes(_exported(few, mesh))
-        found = {}
+            written = set[int]()
+            for steps in STEPS:
+                few, have, all_steps = shortened(counted, steps)
+                if have not in written:
+                    name = f"{number} {bounds} {have} {all_steps}.kernel"
+                    Path(folder, name).write_bytes(_exported(few, mesh))
+                    written.add(have)
+        found = defaultdict[Likeness, dict[int, tuple[int, int]]](dict)
         while list(Path(folder).glob("*.kernel")):
             options = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {_OPTIONS}{folder}"
             with open(Path(folder, "cycles"), "w+") as answers, contextlib.suppress(subprocess.TimeoutExpired):
@@ -87,13 +94,25 @@ def cycles(closed: Any, topology: str, mesh: Mesh) -> dict[Likeness, int]:
             for line in Path(folder, "cycles").read_text().splitlines():
                 if line.startswith("{"):
                     one = json.loads(line)
-                    found[tuple(one["likeness"])] = one["cycles"]
+                    found[tuple(one["likeness"])][one["steps"]] = one["all"], one["cycles"]
             begun = Path(folder, "begun")
             if not begun.exists():
                 break  # it never came to a kernel
             Path(folder, begun.read_text()).unlink(missing_ok=True)
             begun.unlink()
-        return found
+        return {known: _of_all_steps(counted) for known, counted in found.items()}
+
+
+def _of_all_steps(counted: dict[int, tuple[int, int]]) -> int:
+    """Cycles of a whole grid, from those of some of its steps: what begins and ends a grid is in each of them once.
+
+    Args:
+      counted: by steps counted, those of the whole grid, and the cycles.
+    """
+    few, many = min(counted), max(counted)
+    steps, cycles = counted[many]
+    each = cycles / many if few == many else (cycles - counted[few][1]) / (many - few)
+    return round(cycles + (steps - many) * each)
 
 
 def _distinct(jaxpr: Any) -> Iterator[Any]:
@@ -145,12 +164,13 @@ def main() -> None:
         shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=place) for aval in kernel.in_avals]
         with jax.sharding.set_mesh(mesh):
             text = jax.jit(kernel.call).lower(*shapes).compile().as_text()
-        _, bounds, times = path.stem.split()
+        _, bounds, steps, all_steps = map(int, path.stem.split())
         for computation in Program(text or "").computations.values():
             for instruction in computation.instructions.values():
                 if instruction.is_kernel and (counted := _profile(Path(folder), instruction.name)):
-                    known = likeness(computation, instruction, int(bounds))
-                    print(json.dumps({"likeness": known, "cycles": round(counted * float(times))}), flush=True)
+                    known = likeness(computation, instruction, bounds)
+                    one = {"likeness": known, "steps": steps, "all": all_steps, "cycles": counted}
+                    print(json.dumps(one), flush=True)
         path.unlink()
     Path(folder, "begun").unlink(missing_ok=True)
 

@@ -10,8 +10,6 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from v4_jax.kernels.turns import told
 
-STEPS = 8  # of a grid that is counted
-
 
 def with_turns(equation: Any) -> Any:
     """A Pallas call in which loops and grids that depend on the data have as many turns as `about` says.
@@ -29,8 +27,8 @@ def with_turns(equation: Any) -> Any:
     return equation.replace(params=params, invars=equation.invars[known:])  # the bounds come first
 
 
-def shortened(equation: Any) -> tuple[Any, float]:
-    """A Pallas call with a grid of a few steps, and how many times as many it had.
+def shortened(equation: Any, steps: int) -> tuple[Any, int, int]:
+    """A Pallas call with a grid of so many steps at most, how many it then has, and how many it had.
 
     The estimate goes through a kernel step by step, some minutes for grids of hundreds; every step costs the same in
     it, since it knows no data. Even dimensions stay even, so that two cores share them as before.
@@ -38,15 +36,15 @@ def shortened(equation: Any) -> tuple[Any, float]:
     grid = equation.params["grid_mapping"]
     sizes = list(grid.grid)
     if not all(isinstance(size, int) for size in sizes):
-        return equation, 1.0
-    while math.prod(sizes) > STEPS:
+        return equation, 1, 1
+    while (count := math.prod(sizes)) > steps:
         longest = max(range(len(sizes)), key=lambda i: sizes[i])
         half = -(-sizes[longest] // 2)
         sizes[longest] = half + half % 2 if half > 1 else half
-        if sizes[longest] == grid.grid[longest]:
+        if math.prod(sizes) == count:
             break
-    times = math.prod(grid.grid) / math.prod(sizes)
-    return equation.replace(params=equation.params | {"grid_mapping": grid.replace(grid=tuple(sizes))}), times
+    few = equation.replace(params=equation.params | {"grid_mapping": grid.replace(grid=tuple(sizes))})
+    return few, count, math.prod(grid.grid)
 
 
 def _counted(jaxpr: Any) -> Any:

@@ -31,7 +31,7 @@ from v4_jax.kernels.hyper_connections.tpu import LANES, by_chunks, squares_by_la
 BLOCKS = (128, 64, 32, 16)  # tokens at a time
 NARROW = (256, 128)  # channels at a time, where there are many arrays of them
 BLOCK_BYTES = 44 << 20  # of a block's inputs and outputs, two each
-VMEM_BYTES = 60 << 20  # of the 64 MiB or more that every generation from v5e on has
+VMEM_BYTES = 52 << 20  # of the 64 MiB or more that every generation from v5e on has
 
 _LAST = (((1,), (1,)), ((), ()))  # contracts the last axes of both
 _FIRST = (((0,), (0,)), ((), ()))  # and the first
