@@ -73,7 +73,8 @@ class Request:
           ValueError: it never can; `TooLong` if that is for want of room.
         """
         check_ids(self.prompt, config)
-        check_vocabulary([*self.sampling.logit_bias, *self.reasoning_end, *self.opening], config)
+        told = (*self.sampling.logit_bias, *self.reasoning_end, *self.opening, *(self.stop_ids or ()))
+        check_vocabulary(told, config)
         least = 0 if self.echo and len(self.prompt) > 1 else 1
         for name, value, smallest in (("max_tokens", self.max_tokens, least), ("n", self.n, 1)):
             if value < smallest:

@@ -274,6 +274,7 @@ def test_cancelled_requests_leave_the_rest_alone(engine, alone):
         (Request([3], 5, top_logprobs=21), "top_logprobs is 21, expected 0 to 20"),
         (Request([3], 5, Sampling(logit_bias={64: 1})), "token id 64 is outside of the vocabulary"),
         (Request([3], 5, Sampling(logit_bias={-1: 1})), "token id -1 is outside of the vocabulary"),
+        (Request([3], 5, stop_ids=[64]), "token id 64 is outside of the vocabulary"),
     ],
 )
 def test_refused_at_the_door(engine, request_, sentence):
