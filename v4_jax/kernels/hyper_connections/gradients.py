@@ -104,11 +104,12 @@ class _Entered(NamedTuple):
 
 
 def _parts(x: Array, count: int) -> list[Array]:
-    """Float32 as a sum of bfloat16 numbers."""
+    """Float32 as a sum of bfloat16 numbers. A conversion there and back is no rounding that the compiler must keep."""
     found = []
     for _ in range(count):
-        found.append(x.astype(jnp.bfloat16))
-        x = x - found[-1].astype(jnp.float32)
+        rounded = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+        found.append(rounded.astype(jnp.bfloat16))
+        x = x - rounded
     return found
 
 
