@@ -178,6 +178,7 @@ def make_partial_step(
 
         return value_and_grad(loss, state.params)
 
+    @jax.named_scope("optimizer.update")
     def update(state: TrainState, found: Any, counts: Counts) -> tuple[TrainState, Metrics]:
         (total, sums), grads = found
         grads = _with_loads(declared, grads, losses.arranged(config, sums.load))
