@@ -24,7 +24,7 @@ from v4_jax.sharding.chips import Chip
 COLLECTIVE = 3e-6  # seconds until the first bytes of a collective have gone round: assumed, not the compiler's
 OPERATION = 2100  # cycles of an operation that the compiler gives no estimate of: what the smallest ones have
 
-_ASYNC = frozenset(("copy-start", "slice-start", "dynamic-slice-start", "async-start"))
+_ASYNC = frozenset(("copy-start", "slice-start", "dynamic-slice-start", "async-start", "call-start"))
 UNNAMED = "the compiler's own"
 _SCOPE = re.compile(r"[a-z_]+\.[a-z][a-z_]*")  # as layers name their parts: "attention.window"
 _MODULE = re.compile(r"(?:^|/)(embed|head|compressor|indexer|hc_attn|hc_ffn|hc_head|attn|ffn|norm)(?=/|$)")

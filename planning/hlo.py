@@ -246,9 +246,9 @@ class Program:
                 branches = instruction.called("branch_computations", "false_computation", "true_computation")
                 for branch, share in zip(branches, expected.taken(instruction, len(branches)), strict=True):
                     yield from self._calls(branch, {}, None if runs is None else runs * share, True, fused, expected)
-            elif opcode in ("call", "fusion", "async-start"):
+            elif opcode in ("call", "call-start", "fusion", "async-start"):  # call-start: to tpu7x's SparseCores
                 inner = fused or opcode == "fusion"
-                for callee in instruction.called("to_apply" if opcode == "call" else "calls"):
+                for callee in instruction.called("to_apply" if opcode.startswith("call") else "calls"):
                     yield from self._calls(callee, {}, runs, at_most, inner, expected)
 
     # ---- loops -------------------------------------------------------------------------------------------------------

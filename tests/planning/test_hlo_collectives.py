@@ -150,6 +150,25 @@ def test_the_text_for_a_tpu():
     assert (reduce.kind, reduce.group, reduce.runs, reduce.op_name) == ("all-reduce", 4, 1, "")
 
 
+def test_what_runs_on_sparse_cores_counts():
+    """On tpu7x a collective is in a computation of its own, which another thread of execution is called for."""
+    callee = """%called (param_0.9: bf16[2,4096]) -> bf16[2,4096] {
+  %param_0.9 = bf16[2,4096]{1,0:T(2,128)(2,1)} parameter(0)
+  ROOT %all-reduce.9 = bf16[2,4096]{1,0:T(2,128)(2,1)} all-reduce(%param_0.9), \
+replica_groups=[2,4]<=[4,2]T(1,0), use_global_device_ids=true, to_apply=%add
+}
+
+ENTRY"""
+    call = """%start = ((bf16[2,4096]{1,0:T(2,128)(2,1)}), bf16[2,4096]{1,0:T(2,128)(2,1)}, u32[]{:S(8)}) call-start(\
+%get-tuple-element.6), async_execution_thread="sparsecore", to_apply=%called
+  ROOT %done = bf16[2,4096]{1,0:T(2,128)(2,1)} call-done(%start)
+}
+"""
+    text = TPU.replace("ENTRY", callee, 1)
+    text = text[: text.index("ROOT %all-reduce.1 ")] + call
+    assert [(found.kind, found.runs) for found in collectives(text)] == [("collective-permute", 6), ("all-reduce", 1)]
+
+
 def test_text_that_is_no_program():
     with pytest.raises(ValueError, match="no ENTRY computation"):
         collectives("HloModule nothing")
