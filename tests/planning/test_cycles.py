@@ -103,8 +103,9 @@ ENTRY"""
     assert found.parts == pytest.approx(apart.parts) and found.operations == apart.operations
 
 
-def test_an_operation_without_an_estimate_costs_what_the_smallest_do():
-    text = TEXT.replace(f', backend_config={{"estimated_cycles":"{3 * ONE_MS}"}}', "")
+@pytest.mark.parametrize("written", ["", ', backend_config={"estimated_cycles":"9223372036854775807"}'])
+def test_an_operation_without_an_estimate_costs_what_the_smallest_do(written):
+    text = TEXT.replace(f', backend_config={{"estimated_cycles":"{3 * ONE_MS}"}}', written)
     found = cycles.estimate(Program(text), {}, CHIP, Expected())
     assert found.bounded == ("kernel",)
     assert found.parts["ffn"] == pytest.approx(cycles.OPERATION / CHIP.clock)
