@@ -22,7 +22,7 @@ from v4_jax.planning.kernels import Likeness, likeness
 from v4_jax.sharding.chips import Chip
 
 COLLECTIVE = 3e-6  # seconds until the first bytes of a collective have gone round: assumed, not the compiler's
-UNKNOWN = 1 << 50  # so many cycles mean none: the compiler writes the largest number of what SparseCores do
+NO_ESTIMATE = 1 << 50  # so many cycles mean none: the compiler writes the largest number of what SparseCores do
 OPERATION = 2100  # cycles of an operation that the compiler gives no estimate of: what the smallest ones have
 
 _ASYNC = frozenset(("copy-start", "slice-start", "dynamic-slice-start", "async-start", "call-start"))
@@ -94,7 +94,7 @@ def _seconds(call: Call, program: Program, kernels: Mapping[Likeness, int], chip
         cycles = kernels.get(likeness(call.computation, instruction), 0) * expected.share(instruction).cycles
         return max(cycles / chip.clock, flops / chip.flops, nbytes / chip.hbm_bandwidth)
     written = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
-    if written and int(written[1]) < UNKNOWN:
+    if written and int(written[1]) < NO_ESTIMATE:
         return int(written[1]) / chip.clock
     if not any(shape.dimensions for shape in instruction.shapes):
         return 0.0  # the scalar unit's, a few cycles beside the others

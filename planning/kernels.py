@@ -72,13 +72,9 @@ def cycles(closed: Any, topology: str, mesh: Mesh) -> dict[Likeness, int]:
         for number, equation in enumerate(_distinct(closed.jaxpr)):
             counted = with_turns(equation)
             bounds = len(equation.invars) - len(counted.invars)
-            written = set[int]()
-            for steps in STEPS:
-                few, have, all_steps = shortened(counted, steps)
-                if have not in written:
-                    name = f"{number} {bounds} {have} {all_steps}.kernel"
-                    Path(folder, name).write_bytes(_exported(few, mesh))
-                    written.add(have)
+            by_steps = {have: (few, whole) for few, have, whole in (shortened(counted, steps) for steps in STEPS)}
+            for have, (few, whole) in by_steps.items():
+                Path(folder, f"{number} {bounds} {have} {whole}.kernel").write_bytes(_exported(few, mesh))
         found = defaultdict[Likeness, dict[int, tuple[int, int]]](dict)
         while list(Path(folder).glob("*.kernel")):
             options = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {_OPTIONS}{folder}"

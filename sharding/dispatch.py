@@ -253,10 +253,8 @@ def exchange(x: Array, leaving: Segments, arriving: Segments, lengths: tuple[int
     return by_platform(x, leaving, arriving, tpu=ragged, default=gathered)
 
 
-def _exchange_forward(
-    x: Array, leaving: Segments, arriving: Segments, lengths: tuple[int, int], axes: Axes
-) -> tuple[Array, Any]:
-    return exchange(x, leaving, arriving, lengths, axes), (leaving, arriving)
+def _exchange_forward(x: Array, leaving: Segments, arriving: Segments, *static: Any) -> tuple[Array, Any]:
+    return exchange(x, leaving, arriving, *static), (leaving, arriving)
 
 
 def _exchange_backward(
@@ -269,18 +267,8 @@ def _exchange_backward(
 exchange.defvjp(_exchange_forward, _exchange_backward)
 
 
-def _visit_forward(
-    function: Work,
-    width: int,
-    groups: int,
-    axes: Axes,
-    everywhere: Axes,
-    x: Array,
-    choices: Choices,
-    weights: Any,
-    fixed: Any,
-) -> tuple[Array, Any]:
-    return visit(function, width, groups, axes, everywhere, x, choices, weights, fixed), (x, choices, weights, fixed)
+def _visit_forward(*given: Any) -> tuple[Array, Any]:
+    return visit(*given), given[5:]  # all but the static ones
 
 
 def _visit_backward(

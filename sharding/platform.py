@@ -37,7 +37,8 @@ def by_platform(*operands: Any, default: Callable[..., Any], **forms: Callable[.
 def platform_of_mesh() -> str | None:
     """The platform that what is traced now will run on, where a mesh tells: "cpu", "tpu"; None where there is none.
 
-    For sizes of blocks alone, which change no numbers; what computes is for `by_platform` to choose.
+    For how work is cut, which changes no numbers, and whether a backward pass keeps values or computes them again.
+    What computes is for `by_platform` to choose.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return "tpu" if interpreting() else getattr(device, "platform", None)

@@ -26,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.kernels.hyper_connections import tpu
 from v4_jax.kernels.hyper_connections.reference import Numbers, Site, gates
-from v4_jax.kernels.hyper_connections.tpu import LANES, by_chunks, squares_by_lane
+from v4_jax.kernels.hyper_connections.tpu import LANES, by_chunks, by_lane, squares_by_lane
 
 BLOCKS = (128, 64, 32, 16)  # tokens at a time
 NARROW = (256, 128)  # channels at a time, where there are many arrays of them
@@ -214,8 +214,8 @@ def _back_to_sum(
         total += jax.lax.dot_general(x, weight[:, here(0)], _LAST, preferred_element_type=jnp.float32)
         return total, squares + squares_by_lane(x)
 
-    by_lane = jnp.zeros((tokens, LANES), jnp.float32)
-    total, squares = by_chunks(width, project, (jnp.zeros((tokens, 3 * count), jnp.float32), by_lane))
+    nothing = jnp.zeros((tokens, LANES), jnp.float32)
+    total, squares = by_chunks(width, project, (jnp.zeros((tokens, 3 * count), jnp.float32), nothing))
     rms = jax.lax.rsqrt(jnp.sum(squares, axis=1, keepdims=True) / width + numbers.norm_eps)
     mixes = (total[:, :count] + total[:, count : 2 * count] + total[:, 2 * count :]) * rms
     columns[:, :count] = mixes
@@ -228,11 +228,11 @@ def _back_to_sum(
         value = functools.reduce(jnp.add, terms).astype(of_sum.dtype)
         of_sum[:, here(0)] = value  # what its gradient will stand in the place of
         wide = value.astype(jnp.float32)
-        return squares + squares_by_lane(value), along + _by_lane(
+        return squares + squares_by_lane(value), along + by_lane(
             of_y[:, here(0)].astype(jnp.float32) * norm[:, here(0)] * wide
         )
 
-    squares, along = by_chunks(channels, collapse, (by_lane, by_lane))
+    squares, along = by_chunks(channels, collapse, (nothing, nothing))
     scale = jax.lax.rsqrt(jnp.sum(squares, axis=1, keepdims=True) / channels + numbers.norm_eps)
     along = jnp.sum(along, axis=1, keepdims=True) * scale / channels
 
@@ -242,15 +242,10 @@ def _back_to_sum(
         own = (scale * (gradient * norm[:, here(0)] - value * along)).astype(of_sum.dtype)
         of_sum[:, here(0)] = own
         wide = own.astype(jnp.float32)
-        return tuple(sums + _by_lane(wide * streams[:, here(j)].astype(jnp.float32)) for j, sums in enumerate(carry))
+        return tuple(sums + by_lane(wide * streams[:, here(j)].astype(jnp.float32)) for j, sums in enumerate(carry))
 
-    for j, sums in enumerate(by_chunks(channels, pull, (by_lane,) * hc)):
+    for j, sums in enumerate(by_chunks(channels, pull, (nothing,) * hc)):
         columns[:, count + 1 + j : count + 2 + j] = jnp.sum(sums, axis=1, keepdims=True)
-
-
-def _by_lane(x: Array) -> Array:
-    """Sums of [T, C], kept by lane: [T, 128]."""
-    return functools.reduce(jnp.add, (x[:, lane : lane + LANES] for lane in range(0, x.shape[1], LANES)))
 
 
 # ---- to the streams --------------------------------------------------------------------------------------------------
@@ -398,13 +393,13 @@ def _to_streams(*refs: Any, hc: int, given: bool, leaves: bool, enters: bool) ->
         value = output[:, here(0)].astype(jnp.float32)
         of_output[:, here(0)] = _weighted(mix, range(hc), of_each).astype(of_output.dtype)
         for k, own in enumerate(of_each):
-            sums[k] += _by_lane(value * own)
+            sums[k] += by_lane(value * own)
         for j in range(hc):
             places = range(hc + j * hc, 2 * hc + j * hc)
             of_streams[:, here(j)] = _weighted(mix, places, of_each).astype(of_streams.dtype)
             value = streams[:, here(j)].astype(jnp.float32)
             for place, own in zip(places, of_each, strict=True):
-                sums[place] += _by_lane(value * own)
+                sums[place] += by_lane(value * own)
 
     by_chunks(channels, body, chunks=NARROW, together=1)
     if leaves:

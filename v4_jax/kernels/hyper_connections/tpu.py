@@ -232,8 +232,12 @@ def _projected(streams: Any, weight: Any, eps: float) -> Array:
 def squares_by_lane(x: Array) -> Array:
     """Sums of squares of [T, C], kept by lane: [T, 128]."""
     wide = x.astype(jnp.float32)
-    wide = wide * wide
-    return functools.reduce(jnp.add, (wide[:, lane : lane + LANES] for lane in range(0, x.shape[1], LANES)))
+    return by_lane(wide * wide)
+
+
+def by_lane(x: Array) -> Array:
+    """Sums of [T, C], kept by lane: [T, 128]."""
+    return functools.reduce(jnp.add, (x[:, lane : lane + LANES] for lane in range(0, x.shape[1], LANES)))
 
 
 def _sinkhorn(logits: list[Array], numbers: Numbers) -> list[Array]:
