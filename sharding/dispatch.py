@@ -23,8 +23,8 @@ from v4_jax.sharding.platform import by_platform, interpreting
 
 LANES = 128  # of a TPU's registers
 
-# Rows [R, D] sorted by group, what belongs to each row, rows of each group [G], weights, and fixed ones -> [R, width].
-# What lies beyond the groups' rows is undefined, and so may be what comes of it.
+# Rows as they travel, sorted by group, what belongs to each row, rows of each group [G], weights, and fixed ones ->
+# [R, width] as it travels. What lies beyond the groups' rows is undefined, and so may be what comes of it.
 Work = Callable[[Array, Any, Array, Any, Any], Array]
 
 
@@ -56,7 +56,8 @@ def visit(
     """Runs every choice of every row on the device that owns its group, and adds the results of a row up.
 
     Args:
-      function: `function(rows, extra, sizes, weights, fixed)`, run on the owner with the rows that reached it.
+      function: `function(rows, extra, sizes, weights, fixed)`, run on the owner with the rows that reached it. These
+        are [R, D / 128, 128] where that many channels fit, and so may the result be.
       width: size of the last axis of its output.
       groups: of each device.
       axes: mesh axes to exchange over.
@@ -173,8 +174,8 @@ def _round(
 
     found = exchange(leave(in_tiles(x), routes.order // top, places), leaving, arriving, there, axes)
     sizes = jnp.sum(arriving.size.reshape(devices, -1), axis=0)
-    out = function(found.reshape(-1, x.shape[1]), jax.tree.map(by_choice, extra), sizes, *weights)
-    out = exchange(in_tiles(out), arriving, leaving, back_again, axes)
+    out = function(found, jax.tree.map(by_choice, extra), sizes, *weights)
+    out = exchange(out, arriving, leaving, back_again, axes)
     return back(out, routes.order // top, places).reshape(rows, -1)
 
 

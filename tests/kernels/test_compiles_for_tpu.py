@@ -19,7 +19,7 @@ from v4_jax.cache.entries import Entries
 from v4_jax.cache.ring import Ring
 from v4_jax.cache.rows import StoredRows
 from v4_jax.kernels import choose
-from v4_jax.kernels.choose import best_experts, many_rows_experts, norm_rotate
+from v4_jax.kernels.choose import best_experts, many_rows_experts, norm_rotate, rows_from_tiles, rows_in_tiles
 from v4_jax.kernels.csa import tpu as csa
 from v4_jax.kernels.experts.tpu import ROWS, experts
 from v4_jax.kernels.grouped_matmul.tpu import grouped_matmul
@@ -169,6 +169,20 @@ def test_experts_of_training(build, rows, groups, hidden, depth):
     cast, activations = 2 * 3 * groups * hidden * depth, 2 * 3 * rows * hidden
     assert compiled.memory_analysis().temp_size_in_bytes < SPARE + cast + activations + 2 * rows * depth
     assert not re.search(rf"f32\[{rows},\d+\]", compiled.as_text())
+
+
+@pytest.mark.parametrize("width", [4096, 7168])
+def test_rows_as_they_travel(build, width):
+    """Nothing but the kernels copies them."""
+    count, rows = shape(jnp.int32), 1500
+
+    def run(tiles, count):
+        rows = rows_from_tiles(tiles, count)
+        return rows, rows_in_tiles(rows, count)
+
+    compiled = build(run, shape(jnp.bfloat16, rows, width // 128, 128), count)
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
+    assert copied(compiled) == 0
 
 
 @pytest.mark.parametrize("tokens", [1, 128])

@@ -11,7 +11,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from v4_jax.architecture import Architecture
-from v4_jax.kernels.choose import few_rows_experts, many_rows_experts, map_groups
+from v4_jax.kernels.choose import (
+    few_rows_experts,
+    many_rows_experts,
+    map_groups,
+    rows_from_tiles,
+    rows_in_tiles,
+)
 from v4_jax.kernels.grouped_matmul.tpu import grouped_matmul
 from v4_jax.kernels.stored_weights import supports
 from v4_jax.layers.experts import Experts, expert_ffn
@@ -73,7 +79,10 @@ def dispatch(
 
     def work(rows: Array, scale: Array, sizes: Array, trained: Any, fixed: tuple[Any, Any]) -> Array:
         frozen, layer = fixed
-        return _grouped_experts(rows, scale, sizes, parts.joined(trained, frozen), layer, limit=config.swiglu_limit)
+        weights, count = parts.joined(trained, frozen), jnp.sum(sizes)
+        matrix = rows_from_tiles(rows, count)
+        out = _grouped_experts(matrix, scale, sizes, weights, layer, limit=config.swiglu_limit)
+        return rows_in_tiles(out, count)
 
     places = dict(
         zip(owners, jnp.unravel_index(assigned // own, [split.count((axis,)) for axis in owners]), strict=True)

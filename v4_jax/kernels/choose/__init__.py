@@ -25,6 +25,8 @@ Pallas kernel, or `cpu.py`, written so that XLA:CPU makes quick code of it. Laye
     few_rows_experts,        caller's, by groups of rows    reference                                 one kernel
     expert_of_all            caller's, by products          reference                                 the same
     many_rows_experts        caller's, by `map_groups`      reference                                 kernels both ways
+    rows_in_tiles,           reshape                        reference                                 kernels both ways
+    rows_from_tiles
     best_experts             top-k, and gather              reference                                 kernel
 """
 
@@ -52,7 +54,15 @@ from v4_jax.kernels.choose.dense import (
     settle,
 )
 from v4_jax.kernels.choose.entries import best_entries, compress, index_scores
-from v4_jax.kernels.choose.experts import best_experts, expert_of_all, few_rows_experts, many_rows_experts, map_groups
+from v4_jax.kernels.choose.experts import (
+    best_experts,
+    expert_of_all,
+    few_rows_experts,
+    many_rows_experts,
+    map_groups,
+    rows_from_tiles,
+    rows_in_tiles,
+)
 
 __all__ = [
     "attend_picked",
@@ -76,6 +86,8 @@ __all__ = [
     "partial_products",
     "products",
     "products_with",
+    "rows_from_tiles",
+    "rows_in_tiles",
     "settle",
     "weighted",
     "window_attention",

@@ -15,6 +15,8 @@ from v4_jax.kernels.experts import training as experts_training
 from v4_jax.kernels.grouped_matmul import groups
 from v4_jax.kernels.router import reference as router
 from v4_jax.kernels.router import tpu as router_tpu
+from v4_jax.kernels.row_tiles import reference as row_tiles
+from v4_jax.kernels.row_tiles import tpu as row_tiles_tpu
 from v4_jax.kernels.stored_weights import one_in_stack
 from v4_jax.layer_stack import uncut
 from v4_jax.number_formats import BlockScaled, Weight
@@ -117,6 +119,41 @@ def many_rows_experts(
 
     whole = with_gradients(call, default=pull(in_groups), tpu=gradients)
     return whole(rows, scale, list(weights), sizes)
+
+
+def rows_in_tiles(rows: Array, count: Array) -> Array:
+    """Rows of a matrix as they travel between devices, see `rows_from_tiles`: [R, D / 128, 128], or as they are."""
+    if rows.shape[1] % row_tiles.LANES:
+        return rows
+    return _relaid(rows, count, rows.shape[1], into=True)
+
+
+def rows_from_tiles(tiles: Array, count: Array) -> Array:
+    """Rows that travelled as those of a matrix [R, D].
+
+    Args:
+      tiles: [R, D / 128, 128], or [R, D] where D is no multiple of 128.
+      count: [] int32; what lies beyond so many rows may come out as anything.
+    """
+    return tiles if tiles.ndim == 2 else _relaid(tiles, count, tiles.shape[1] * row_tiles.LANES, into=False)
+
+
+def _relaid(x: Array, count: Array, width: int, *, into: bool) -> Array:
+    """Rows in tiles, or from them. Either is the gradient of the other."""
+    plain, kernel = (
+        (row_tiles.in_tiles, row_tiles_tpu.in_tiles) if into else (row_tiles.from_tiles, row_tiles_tpu.from_tiles)
+    )
+    if not row_tiles_tpu.supports(width, x.dtype):
+        return plain(x)
+
+    def call(x: Array, count: Array) -> Array:
+        kernels = functools.partial(kernel, interpret=interpreting())
+        return by_platform(x, count, default=lambda x, count: plain(x), tpu=kernels)
+
+    def gradients(operands: tuple[Array, Array], gradient: Array) -> tuple[Array, None]:
+        return _relaid(gradient, operands[1], width, into=not into), None
+
+    return with_gradients(call, default=gradients)(x, count)
 
 
 def expert_of_all(plain: Form, x: Array, weights: Sequence[Weight], *, limit: float) -> Array:
