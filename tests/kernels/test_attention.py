@@ -47,6 +47,7 @@ CASES = {
     "prefill, heads of the largest model": Case(1, 16, 128, 127, 144),
     "prefill, few heads in one tile": Case(1, 140, 8, 127, 160, packed=True),
     "prefill, odd heads": Case(1, 30, 40, 7, 130),
+    "a chunk of several blocks": Case(2, 530, 8, 20, 160, packed=True),
     "decode, window alone": Case(3, 1, 64, 127),
     "decode": Case(16, 1, 64, 127, 272),
     "decode, float32, one row": Case(1, 1, 8, 7, 640, dtype="float32"),
@@ -56,6 +57,7 @@ CASES = {
     "entries alone, several tiles": Case(1, 20, 64, None, 1040, packed=True),
     "one entry": Case(2, 3, 8, 3, 1),
     "picks": Case(2, 19, 64, 20, 600, uncached=True, packed=True, picks=40),
+    "picks of several blocks": Case(1, 600, 8, 127, 300, uncached=True, packed=True, picks=40),
     "picks alone, float32": Case(1, 20, 8, None, 640, dtype="float32", uncached=True, picks=130),
 }
 

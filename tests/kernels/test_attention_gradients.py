@@ -25,6 +25,9 @@ CASES = {
     "entries alone, float32": Case(2, 20, 64, None, 600, dtype="float32", uncached=True, packed=True),
     "one entry": Case(2, 3, 8, 3, 1, uncached=True),
     "picks": Case(2, 19, 64, 20, 600, uncached=True, packed=True, picks=40),
+    "blocks of queries": Case(2, 530, 8, 20, 160, uncached=True, packed=True),
+    "blocks of queries, window alone": Case(1, 1040, 8, 127),
+    "blocks of queries, picks": Case(1, 600, 8, 20, 300, uncached=True, packed=True, picks=40),
     "picks alone, float32": Case(1, 20, 8, None, 640, dtype="float32", uncached=True, picks=130),
 }
 

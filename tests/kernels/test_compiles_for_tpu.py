@@ -26,6 +26,7 @@ from v4_jax.kernels.grouped_matmul.tpu import grouped_matmul
 from v4_jax.kernels.hyper_connections import gradients as hyper_connections
 from v4_jax.kernels.hyper_connections.reference import Numbers, Site
 from v4_jax.kernels.hyper_connections.tpu import cross
+from v4_jax.kernels.indexer_loss.tpu import Operands
 from v4_jax.kernels.linear.shares import partial_products
 from v4_jax.kernels.linear.tpu import matmul
 from v4_jax.kernels.output.tpu import attention_output
@@ -360,6 +361,7 @@ def test_window_attention(build, rows, queries, heads, past, entries, dtype):
         (300, 128, 512, 0),  # Pro, 64K tokens, an uneven chunk
         (512, 64, 4096, 512),  # Flash: CSA, 16K tokens
         (300, 128, 8192, 1024),  # Pro: CSA, 32K tokens
+        (1500, 64, 512, 0),  # blocks of queries that share their entries
     ],
 )
 def test_gradients_of_window_attention(build, queries, heads, entries, picks):
@@ -393,6 +395,36 @@ def test_gradients_of_window_attention(build, queries, heads, entries, picks):
     sums, hidden = 4 * 2 * 2 * (queries + 512 + entries) * size, 4 * queries * entries if picks else 0
     most = SPARE + rounded + 3 * statistics + 2 * padded + sums + 3 * hidden
     assert compiled.memory_analysis().temp_size_in_bytes < most
+
+
+@pytest.mark.parametrize(("queries", "heads", "entries", "picks"), [(512, 64, 4096, 512), (300, 128, 8192, 1024)])
+def test_indexer_loss(build, queries, heads, entries, picks):
+    """Forward and backward are a kernel each, beside which there are the entries in float32 and who picked them."""
+
+    def run(operands, low, high, picked, given):
+        visible = Visible(low, high, jnp.min(low), jnp.max(high))
+
+        def loss(index_queries, weights, index_keys):
+            some = operands._replace(index_queries=index_queries, weights=weights)
+            some = some._replace(entries=Entries.uncached(operands.entries), index_keys=Entries.uncached(index_keys))
+            return choose.indexer_loss(lambda *_: jnp.zeros(given.shape), some, visible, picked)
+
+        found, pull = jax.vjp(loss, operands.index_queries, operands.weights, operands.index_keys)
+        return found, pull(given)
+
+    operands = Operands(
+        shape(jnp.bfloat16, 1, queries, heads, 512),
+        shape(jnp.float32, 1, queries, heads),
+        shape(jnp.bfloat16, 1, entries, 512),
+        shape(jnp.bfloat16, 1, queries, 64, 128),
+        shape(jnp.float32, 1, queries, 64),
+        shape(jnp.bfloat16, 1, entries, 128),
+    )
+    ranges, chosen = shape(jnp.int32, 1, queries), shape(jnp.int32, 1, queries, picks)
+    compiled = build(run, operands, ranges, ranges, chosen, shape(jnp.float32, 1, queries))
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3
+    hidden, held = 4 * queries * entries, 6 * entries * (512 + 128) + 2 * 4 * entries * 128
+    assert compiled.memory_analysis().temp_size_in_bytes < SPARE + 3 * hidden + held
 
 
 @pytest.mark.parametrize(("tokens", "heads"), [(512, 64), (300, 128), (16384, 1)])

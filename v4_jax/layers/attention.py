@@ -196,11 +196,6 @@ class Attention(Module):
                     output = self.output(partials, sink, x.queries.turn, wo_a, wo_b)
             return output, picked, loss, stored
 
-        # Gradients take the forms that hold logits, but where there are kernels for them.
-        some = jax.ShapeDtypeStruct((y.shape[0], WIDE_BLOCK, wq_b.shape[0] // size, size), dtype)
-        in_kernels = attends_in_training(
-            some, jax.ShapeDtypeStruct((y.shape[0], past + WIDE_BLOCK, size), dtype), entries
-        )
         whole = projects_whole(latent.shape[0] * layout.size, wq_b.shape[0], dtype, gradients=cache is None)
         with jax.named_scope("attention.queries"):
             projected_whole = linear(latent, wq_b, dtype) if whole else None
@@ -225,7 +220,14 @@ class Attention(Module):
                 else:
                     before, rows = ring.advance(keys, layout, past, split)
                     tail = before()
-            wide = platform_of_mesh() == "tpu" and (cache is not None or (whole and in_kernels))
+            wide = 0
+            if cache is not None and platform_of_mesh() == "tpu":
+                wide = max(16, WIDE_BLOCK // y.shape[0])
+            elif whole:  # gradients take the forms that hold logits, but where there are kernels for them
+                all_queries = jax.ShapeDtypeStruct((*latent.shape[:2], wq_b.shape[0] // size, size), dtype)
+                all_keys = jax.ShapeDtypeStruct((y.shape[0], past + layout.size, size), dtype)
+                if attends_in_training(all_queries, all_keys, entries):
+                    wide = layout.size
             output, picked, loss, _ = by_query_blocks(block, tail, keys, queries, heads, wide=wide)
             if whole:
                 with jax.named_scope("attention.output"):

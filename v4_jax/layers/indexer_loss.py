@@ -5,6 +5,7 @@ The technical report does not describe this loss; the form is that of DeepSeek-V
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -12,9 +13,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from v4_jax.cache.entries import Entries
+from v4_jax.kernels import choose
 from v4_jax.kernels.choose import index_scores
+from v4_jax.kernels.indexer_loss.tpu import Operands
 from v4_jax.layers.entry_attention import ENTRY_BLOCK
 from v4_jax.layers.partial_softmax import MASKED, mass
+from v4_jax.layers.query_blocks import WIDE_BLOCK, cut_into, joined, padded
 from v4_jax.layers.stages import recompute
 from v4_jax.layers.visible import Visible
 from v4_jax.sharding.collectives import Axes, psum
@@ -62,22 +66,44 @@ def indexer_loss(attended: Attended, scored: Scored, picked: Array | None, visib
     Returns:
       [B, Q] float32.
     """
-    queries, log_total, entries = jax.lax.stop_gradient(attended)
+    still, entries = jax.lax.stop_gradient, attended.entries
+    fixed = still(attended.queries), still(attended.log_total), entries.replace(rows=still(entries.rows))
+    operands = Operands(*fixed, *scored)
+    plain = functools.partial(_in_parts, heads=heads)
+    if heads:  # the attention that an entry gets is that of all of them
+        return plain(operands, visible, picked)
+    return choose.indexer_loss(plain, operands, visible, picked)
 
-    def compare(rows: Array, keys: Array, mask: Array) -> tuple[Array, Array]:
-        return mass(queries, rows, mask, log_total), index_scores(scored.queries, scored.weights, keys)
 
-    if picked is not None:
-        found = picked >= 0
-        got, scores = compare(entries.gather(picked), scored.keys.gather(picked), found)
-        return divergence(scores, psum(got, heads), found)
+def _in_parts(operands: Operands, visible: Visible, picked: Array | None, *, heads: Axes) -> Array:
+    """The same by plain JAX: entries block by block, or copies of those that were picked, some queries at a time."""
+    entries, keys = operands.entries, operands.index_keys
+    if picked is None:
+        return _over_visible(operands, visible, heads)
 
+    def block(x: tuple[Operands, Array]) -> Array:
+        some, picked = x
+        found, (copies, key_copies) = picked >= 0, (held.gather(picked) for held in (entries, keys))
+        got = mass(some.queries, copies, found, some.log_total)
+        return divergence(index_scores(some.index_queries, some.weights, key_copies), psum(got, heads), found)
+
+    queries, size = operands._replace(entries=None, index_keys=None), picked.shape[1]
+    count = -(-size // WIDE_BLOCK)
+    if count == 1:
+        return block((queries, picked))
+    blocks = jax.tree.map(lambda x: cut_into(padded(x, -size % count), count), (queries, picked))
+    return joined(jax.lax.map(recompute(block), blocks))[:, :size]
+
+
+def _over_visible(operands: Operands, visible: Visible, heads: Axes) -> Array:
+    queries, log_total, entries, *index, keys = operands
     size = min(ENTRY_BLOCK, entries.count)
 
     def block(wanted: Array) -> tuple[Array, Array, Array]:
         first = jnp.minimum(wanted, entries.count - size)
         mask = visible.mask(first, size, wanted)
-        return *compare(entries.block(first, size), scored.keys.block(first, size), mask), mask
+        got = mass(queries, entries.block(first, size), mask, log_total)
+        return got, index_scores(*index, keys.block(first, size)), mask
 
     blocks = jax.lax.map(recompute(block), jnp.arange(0, entries.count, size, dtype=jnp.int32))
     got, scores, found = map(_joined, blocks)

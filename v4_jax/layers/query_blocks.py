@@ -20,7 +20,7 @@ from v4_jax.sharding.platform import platform_of_mesh
 
 QUERY_BLOCK = 128  # queries of a row that see the same keys of the window,
 BATCH_BLOCK = 512  # and of all rows, which bounds the memory of a large batch
-WIDE_BLOCK = 512  # queries of all rows, where kernels hold the logits and weights are what a block reads most of
+WIDE_BLOCK = 512  # queries of all rows, where kernels hold the logits
 WHOLE_BYTES = 2**31  # of a chunk's queries, and as much of what they attend, that are held at once in training
 TOGETHER = 2**21  # logits of the window, up to which several blocks of queries are attended side by side
 
@@ -97,13 +97,14 @@ def by_query_blocks(
     queries: Queries,
     heads: int,
     *,
-    wide: bool = False,
+    wide: int = 0,
 ) -> Outputs:
     """Runs `block` on blocks of at most `QUERY_BLOCK` queries, and no more than the window is long; or on wide ones.
 
     Where there is little in a block, several are attended side by side, in one operation each. A wide block is for
-    programs that attend by kernels: they hold no logits in memory, and every block reads all of the projections'
-    weights, which takes as long as the products of some hundred queries with them.
+    programs that attend by kernels: they hold no logits in memory, every block reads all of the projections' weights,
+    which takes as long as the products of some hundred queries with them, and what blocks take and give is cut out of
+    a whole and put together again.
 
     Args:
       block: from a block to a pytree of [B, Q, ...] arrays.
@@ -111,7 +112,7 @@ def by_query_blocks(
       keys: [B, S, C] keys of the chunk.
       queries: of the chunk.
       heads: query heads of the model, also where a device works on some of them: entries picked are not so divided.
-      wide: whether blocks are wide.
+      wide: queries of a row in a wide block; 0: blocks are not wide.
 
     Returns:
       The outputs, [B, S, ...] again. The backward pass recomputes them step by step where there are several, but for
@@ -119,7 +120,7 @@ def by_query_blocks(
     """
     (batch, size), past = keys.shape[:2], tail.shape[1]
     narrow = min(QUERY_BLOCK, past + 1, max(16, BATCH_BLOCK // batch))
-    blocks = -(-size // (max(16, WIDE_BLOCK // batch) if wide else narrow))
+    blocks = -(-size // (wide or narrow))
     width = -(-size // blocks)
     steps = blocks if wide else -(-blocks // max(1, TOGETHER // (batch * heads * width * (past + width))))
     together = -(-blocks // steps)
@@ -135,16 +136,16 @@ def by_query_blocks(
         after = seen[:, seen.shape[1] - past :]
         if together == 1:
             return after, run(queries, seen)
-        side_by_side = jax.tree.map(lambda x: _cut(x, together), queries)
-        return after, jax.tree.map(_join, jax.vmap(run)(side_by_side, _windows(seen, past, width, together)))
+        side_by_side = jax.tree.map(lambda x: cut_into(x, together), queries)
+        return after, jax.tree.map(joined, jax.vmap(run)(side_by_side, _windows(seen, past, width, together)))
 
     padding = steps * together * width - size
-    queries, keys = jax.tree.map(lambda x: _padded(x, padding), (queries, keys))
+    queries, keys = jax.tree.map(lambda x: padded(x, padding), (queries, keys))
     if steps == 1:
         outputs = step(tail, (queries, keys))[1]
     else:
-        by_step = jax.tree.map(lambda x: _cut(x, steps), (queries, keys))
-        outputs = jax.tree.map(_join, jax.lax.scan(recompute(step), tail, by_step)[1])
+        by_step = jax.tree.map(lambda x: cut_into(x, steps), (queries, keys))
+        outputs = jax.tree.map(joined, jax.lax.scan(recompute(step), tail, by_step)[1])
     return jax.tree.map(lambda x: x[:, :size], outputs)
 
 
@@ -161,21 +162,22 @@ def _windows(seen: Array, past: int, width: int, together: int) -> Array:
         block 2                   |.[ p2      p3      p4 ]
     """
     before = -(-past // width)
-    pieces = _cut(jnp.pad(seen, [(0, 0), (before * width - past, 0), (0, 0)]), before + together)
+    pieces = cut_into(jnp.pad(seen, [(0, 0), (before * width - past, 0), (0, 0)]), before + together)
     windows = jnp.concatenate([pieces[i : i + together] for i in range(before + 1)], axis=2)
     return windows[:, :, before * width - past :]
 
 
-def _padded(x: Array, padding: int) -> Array:
+def padded(x: Array, padding: int) -> Array:
+    """[B, S, ...] with so many zeros after the last query."""
     return jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
 
 
-def _cut(x: Array, count: int) -> Array:
+def cut_into(x: Array, count: int) -> Array:
     """[B, count * n, ...] -> [count, B, n, ...]."""
     return jnp.moveaxis(x.reshape(x.shape[0], count, -1, *x.shape[2:]), 1, 0)
 
 
-def _join(x: Array) -> Array:
+def joined(x: Array) -> Array:
     """[count, B, n, ...] -> [B, count * n, ...]."""
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])

@@ -21,6 +21,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from v4_jax.kernels.attention.blocks import Blocks
 from v4_jax.kernels.attention.tpu import (
     CHUNK,
     HIDDEN,
@@ -34,6 +35,7 @@ from v4_jax.kernels.attention.tpu import (
     up,
 )
 from v4_jax.kernels.attention.tpu import supports as attends
+from v4_jax.kernels.turns import about
 from v4_jax.layers.visible import Visible
 
 ENTRIES = 256  # of a block
@@ -42,7 +44,9 @@ HELD_BYTES = 32 << 20  # of keys, entries and their gradients, which are all in 
 
 def supports(queries: Any, keys: Any, entries: Any) -> bool:
     """Whether `gradients` takes queries [B, Q, H, C], keys [B, past + Q, C] and entries [B, E, C], arrays or shapes."""
-    held = sum(x.shape[1] + 2 * LANES for x in (keys, entries) if x is not None)
+    cut = Blocks.of(*queries.shape[:2], keys)
+    lengths = (0 if keys is None else cut.past + cut.width, 0 if entries is None else entries.shape[1])
+    held = sum(length + 2 * LANES for length in lengths if length)
     per_row = queries.shape[3] * (4 + queries.dtype.itemsize)
     return attends(queries) and held * per_row <= HELD_BYTES
 
@@ -70,18 +74,20 @@ def gradients(
       visible: which of them the queries see.
       maximum: [B, Q, H] float32, of the result.
       of_total: [B, Q, H] float32 gradient of the sums.
-      of_weighted: [B, Q, H, C] float32 gradient of the weighted keys, which is rounded to the dtype of the queries.
+      of_weighted: [B, Q, H, C] float32 gradient of the weighted keys, rounded to the dtype of the queries on the way.
       hidden: as for `tpu.window_attention`.
       interpret: run in interpret mode, on any platform.
 
     Returns:
       Those of queries and keys, of their dtype, and of entries, float32.
     """
-    batch, count, heads, size = queries.shape
-    dtype, tile = queries.dtype, tile_of(count, heads)
+    (*_, heads, size), dtype = queries.shape, queries.dtype
+    cut = Blocks.of(*queries.shape[:2], keys)
+    batch, count, past = cut.all, cut.width, cut.past
+    tile = tile_of(count, heads)
     tiles = -(-count // tile)
     missing = tiles * tile - count
-    halves = min(tiles, 2)
+    halves = min(tiles, 2) if batch % 2 else 1
     each = -(-tiles // halves)
     rows = tile * heads
 
@@ -91,7 +97,7 @@ def gradients(
 
     statistics = jnp.stack([maximum * LOG2E, of_total], axis=-1)
     statistics = jnp.pad(statistics, [(0, 0)] * 3 + [(0, LANES - 2)])
-    operands = [by_row(queries), by_row(of_weighted.astype(dtype)), by_row(statistics)]
+    operands = [by_row(cut.cut(x)) for x in (queries, of_weighted, statistics)]
     index, nothing = jnp.arange(count, dtype=jnp.int32), jnp.zeros((batch, count), jnp.int32)
     ranges = [nothing] * 4
 
@@ -102,35 +108,44 @@ def gradients(
     out, out_specs = [jax.ShapeDtypeStruct(operands[0].shape, dtype)], [specs[0]]
     scalars, room, block = [], 0, 0
 
-    def held(x: Array, length: int) -> None:
+    def held(x: Array, length: int, shared: int = 1) -> None:
         """Adds keys that are in VMEM, made up to a length, and sums for their gradients."""
         operands.append(jnp.pad(x.astype(dtype), ((0, 0), (0, length - x.shape[1]), (0, 0))))
         once = pl.Buffered(1)  # they change with the batch's row alone
-        specs.append(pl.BlockSpec((None, length, size), lambda b, *_: (b, 0, 0), pipeline_mode=once))
+        specs.append(
+            pl.BlockSpec((None, length, size), lambda b, *_: (jax.lax.div(b, shared), 0, 0), pipeline_mode=once)
+        )
         out.append(jax.ShapeDtypeStruct((batch, halves, length, size), jnp.float32))
         place = pl.BlockSpec((None, None, length, size), lambda b, h, *_: (b, h, 0, 0), pipeline_mode=once)
         out_specs.append(place)
 
     if keys is not None and oldest is not None:
-        past = keys.shape[1] - count
-        ranges[:2] = jnp.maximum(oldest, index), jnp.broadcast_to(index + past + 1, (batch, count))
+        keys = cut.windows(keys)
+        ranges[:2] = jnp.maximum(cut.oldest(oldest), index), jnp.broadcast_to(index + past + 1, (batch, count))
         room = up(tile + past + (0 if tiles == 1 else SUBLANES - 1), LANES)
         held(keys, max((tiles - 1) * tile // SUBLANES * SUBLANES + room, up(keys.shape[1], SUBLANES)))
     if entries is not None and visible is not None:
-        ranges[2:] = visible.low, visible.high
+        ranges[2:] = low, high = cut.cut(visible.low), cut.cut(visible.high)
         block = min(ENTRIES, up(entries.shape[1], LANES))
-        scalars = [bounds_of(visible.low, visible.high, tile, tiles, block).reshape(-1)]
-        held(entries, up(entries.shape[1], block))
+        scalars = [bounds_of(low, high, tile, tiles, block).reshape(-1)]
+        held(entries, up(entries.shape[1], block), cut.each)
         if hidden is not None:
-            hidden = hidden_from(hidden, up(entries.shape[1], block))
+            hidden = hidden_from(cut.cut(hidden), up(entries.shape[1], block))
             operands.append(jnp.pad(hidden, ((0, 0), (0, missing), (0, 0))))
             specs.append(pl.BlockSpec((None, tile, hidden.shape[2]), tile_place))
     limits = jnp.pad(jnp.stack(ranges, axis=-1), ((0, 0), (0, missing), (0, 0)))
-    # Of a row's entries its queries see a half, on the mean.
-    seen = (room and past + 1) + (0 if entries is None else entries.shape[1] // 2)
+    half = 0 if entries is None else entries.shape[1] // 2  # of a row's entries its queries see a half, on the mean
+    seen = (room and past + 1) + half
     found = pl.pallas_call(
         functools.partial(
-            _kernel, heads=heads, tiles=tiles, room=room, block=block, picks=hidden is not None, scale=size**-0.5
+            _kernel,
+            heads=heads,
+            tiles=tiles,
+            room=room,
+            block=block,
+            turns=-(-half // block) if block else 0,
+            picks=hidden is not None,
+            scale=size**-0.5,
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
@@ -145,20 +160,24 @@ def gradients(
         ),
         cost_estimate=pl.CostEstimate(
             flops=10 * batch * count * heads * size * seen,
-            bytes_accessed=batch * (3 * dtype.itemsize * size + 4 * LANES) * count * heads,
+            bytes_accessed=batch * ((2 * dtype.itemsize + 4) * size + 4 * LANES) * count * heads,
             transcendentals=batch * count * heads * seen,
         ),
         interpret=interpret,
         name="window_attention_gradients",
     )(*scalars, limits, *operands)
     of_queries, *sums = found
-    of_queries = of_queries.reshape(batch, tiles * tile, heads, size)[:, :count]
-    of_entries = None if not block or entries is None else jnp.sum(sums.pop(), axis=1)[:, : entries.shape[1]]
-    of_keys = None if not room or keys is None else jnp.sum(sums.pop(), axis=1)[:, : keys.shape[1]].astype(keys.dtype)
+    of_queries = cut.joined(of_queries.reshape(batch, tiles * tile, heads, size)[:, :count])
+    of_keys = of_entries = None
+    if block and entries is not None:
+        length, parts = entries.shape[1], sums.pop()
+        of_entries = jnp.sum(parts.reshape(entries.shape[0], -1, *parts.shape[2:]), axis=1)[:, :length]
+    if room and keys is not None:
+        of_keys = cut.of_windows(jnp.sum(sums.pop(), axis=1)[:, : keys.shape[1]]).astype(keys.dtype)
     return of_queries, of_keys, of_entries
 
 
-def _kernel(*refs: Any, heads: int, tiles: int, room: int, block: int, picks: bool, scale: float) -> None:
+def _kernel(*refs: Any, heads: int, tiles: int, room: int, block: int, turns: int, picks: bool, scale: float) -> None:
     """A grid step: one tile.
 
     Refs: [bounds,] ranges [tile, 4], queries and gradients [rows, C], largest logits and gradients of the sums [rows,
@@ -193,7 +212,7 @@ def _kernel(*refs: Any, heads: int, tiles: int, room: int, block: int, picks: bo
         total = jnp.zeros(some.shape, jnp.float32)
         for c in range(chunks):
             rows = slice(c * chunk, (c + 1) * chunk)
-            own, given = queries[rows, :], gradients[rows, :]
+            own, given = queries[rows, :], gradients[rows, :].astype(dtype)
             of_chunk = slice(c * tokens, (c + 1) * tokens)
             if columns is None:
                 hidden = hides[of_chunk, pl.ds(start, count)]
@@ -228,5 +247,6 @@ def _kernel(*refs: Any, heads: int, tiles: int, room: int, block: int, picks: bo
                 attend(entries, of_entries, pl.multiple_of(j * block, block), block, None if picks else (2, 3))
                 return carry
 
-            jax.lax.fori_loop(bounds[place], bounds[place + 1], each_block, None)
+            with about(turns):
+                jax.lax.fori_loop(bounds[place], bounds[place + 1], each_block, None)
         of_queries[...] = sums[...].astype(dtype)

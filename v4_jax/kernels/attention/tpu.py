@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.cache.entries import Entries
+from v4_jax.kernels.attention.blocks import Blocks
 from v4_jax.kernels.attention.reference import MASKED
 from v4_jax.kernels.memory import kept_in_hbm
 from v4_jax.layers.partials import STATISTICS, Packed, Partial
@@ -83,17 +84,19 @@ def window_attention(
             f"queries {queries.shape} of {queries.dtype}: expected bfloat16 or float32, heads in multiples of 8 up to "
             f"{LANES}, channels in multiples of {LANES}"
         )
-    batch, count, heads, size = queries.shape
+    (*_, heads, size), dtype = queries.shape, queries.dtype
+    cut = Blocks.of(*queries.shape[:2], keys)
+    batch, count, past = cut.all, cut.width, cut.past
     tile = tile_of(count, heads)
     tiles = -(-count // tile)
     index = jnp.arange(count, dtype=jnp.int32)
     nothing = jnp.zeros((batch, count), jnp.int32)
     ranges, operands, specs, scratch, scalars = [], [], [], [], []
-    step, room, past, block = 1, 0, 0, 0
+    step, room, block, queries = 1, 0, 0, cut.cut(queries)
 
     if keys is not None and oldest is not None:
-        past = keys.shape[1] - count
-        ranges += [jnp.maximum(oldest, index), jnp.broadcast_to(index + past + 1, (batch, count))]
+        keys = cut.windows(keys)
+        ranges += [jnp.maximum(cut.oldest(oldest), index), jnp.broadcast_to(index + past + 1, (batch, count))]
         # What a tile sees begins at a row that a slice may begin at, and is whole registers long.
         room = up(tile + past + (0 if tiles == 1 else SUBLANES - 1), LANES)
         length = max((tiles - 1) * tile // SUBLANES * SUBLANES + room, keys.shape[1])
@@ -109,17 +112,18 @@ def window_attention(
             step = next(n for n in range(STEP_ROWS, 0, -1) if batch % n == 0)
 
     if entries is not None and visible is not None:
-        ranges += [visible.low, visible.high]
-        stack, layer, block = _blocks_of(entries, queries.dtype, apart=hidden is not None)
+        low, high = cut.cut(visible.low), cut.cut(visible.high)
+        ranges += [low, high]
+        stack, layer, block = _blocks_of(entries, dtype, apart=hidden is not None)
         queries, (stack,) = kept_in_hbm(queries, [stack], interpret=interpret)
         scalars = [
             jnp.asarray(layer, jnp.int32).reshape(1),
-            bounds_of(visible.low, visible.high, tile, tiles, block).reshape(-1),
+            bounds_of(low, high, tile, tiles, block).reshape(-1),
         ]
         operands.append(stack)
         specs.append(pl.BlockSpec(memory_space=pl.ANY))
         if hidden is not None:
-            operands.append(hidden_from(hidden, up(stack.shape[2], block)))
+            operands.append(hidden_from(cut.cut(hidden), up(stack.shape[2], block)))
             specs.append(pl.BlockSpec((step, tile, operands[-1].shape[2]), lambda b, i, *_: (b, i, 0)))
         scratch = [pltpu.VMEM((2, 2, block, size), stack.dtype), pltpu.SemaphoreType.DMA((2, 2))]
     else:
@@ -133,9 +137,10 @@ def window_attention(
         out = [by_head, by_head, jax.ShapeDtypeStruct((batch, count * heads, size), jnp.float32)]
         by_tile = pl.BlockSpec((step, tile, heads), lambda b, i, *_: (b, i, 0))
         out_specs = [by_tile, by_tile, pl.BlockSpec((step, tile * heads, size), lambda b, i, *_: (b, i, 0))]
-    rows, seen = tile * heads, (0 if keys is None else past + 1) + (0 if entries is None else entries.count)
-    if hidden is not None and entries is not None:  # a whole row's, of which its queries see a half, on the mean
-        seen -= entries.count // 2
+    there = 0 if entries is None else entries.count
+    if hidden is not None:  # a whole row's, of which its queries see a half, on the mean
+        there //= 2
+    rows, seen = tile * heads, (0 if keys is None else past + 1) + there
     found = pl.pallas_call(
         functools.partial(
             _kernel,
@@ -143,6 +148,7 @@ def window_attention(
             tiles=tiles,
             room=room,
             block=block,
+            shared=cut.each,
             picks=hidden is not None,
             together=together,
             scale=size**-0.5 * LOG2E,
@@ -164,16 +170,16 @@ def window_attention(
         ),
         cost_estimate=pl.CostEstimate(
             flops=4 * batch * count * heads * size * seen,
-            bytes_accessed=batch * (queries.dtype.itemsize * seen + 6 * count * heads) * size,
+            bytes_accessed=batch * (dtype.itemsize * seen + 6 * count * heads) * size,
             transcendentals=batch * count * heads * seen,
         ),
         interpret=interpret,
         name="window_attention",
     )(*scalars, jnp.stack(ranges, axis=-1), queries.reshape(batch, count * heads, size), *operands)
     if together:
-        return Packed(found[0].reshape(1, *queries.shape[:3], size + STATISTICS))
+        return Packed(cut.joined(found[0].reshape(batch, count, heads, size + STATISTICS))[None])
     maximum, total, weighted = found
-    return Partial(maximum, total, weighted.reshape(queries.shape))
+    return Partial(*map(cut.joined, (maximum, total, weighted.reshape(queries.shape))))
 
 
 def tile_of(count: int, heads: int) -> int:
@@ -226,9 +232,17 @@ def bounds_of(low: Array, high: Array, tile: int, tiles: int, block: int) -> Arr
 
 
 def _kernel(
-    *refs: Any, heads: int, tiles: int, room: int, block: int, picks: bool, together: bool, scale: float
+    *refs: Any,
+    heads: int,
+    tiles: int,
+    room: int,
+    block: int,
+    shared: int,
+    picks: bool,
+    together: bool,
+    scale: float,
 ) -> None:
-    """A grid step: one tile of each of `step` batch rows.
+    """A grid step: one tile of each of `step` batch rows, of which `shared` after one another have the same entries.
 
     Refs: [layer, bounds,] ranges [step, tile, 4], queries [step, rows, C], [keys [step, length, C],] [entries
     [layers, B, E, C],] [hidden [step, tile, E],] maximum and total [step, tile, heads], weighted [step, rows, C], or
@@ -293,16 +307,16 @@ def _kernel(
                 hidden = jnp.where(seen, 0.0, HIDDEN)
             if hidden is not None:
                 logits = (logits.reshape(tokens, heads, count) + hidden[:, None, :]).reshape(chunk, count)
-            most = jnp.max(_by_lane(logits, jnp.maximum), axis=1, keepdims=True)
+            most = jnp.max(by_lane(logits, jnp.maximum), axis=1, keepdims=True)
             before = jnp.full((chunk, LANES), MASKED * LOG2E, jnp.float32) if fresh else largest[rows, :]
             now = jnp.maximum(before, most)
-            shares = jnp.exp2(logits - _repeated(now, count))
-            amount = _by_lane(shares, jnp.add)
+            shares = jnp.exp2(logits - repeated(now, count))
+            amount = by_lane(shares, jnp.add)
             values = dot(shares.astype(dtype), keys, 0)
             if not fresh:
                 rescale = jnp.exp2(before - now)
                 amount += sums[rows, :] * rescale
-                values += weighted[row, rows, :] * _repeated(rescale, size)
+                values += weighted[row, rows, :] * repeated(rescale, size)
             largest[rows, :], sums[rows, :], weighted[row, rows, :] = now, amount, values
 
     def bound(row: Any, which: int) -> Any:
@@ -312,7 +326,8 @@ def _kernel(
         return pl.multiple_of(jnp.minimum(j * block, stack.shape[2] - block), SUBLANES)
 
     def transfer(row: Any, j: Any, slot: Any) -> Any:
-        there = stack.at[layer[0], group * step + row, pl.ds(begin(j), block), :]
+        own = group * step + row if shared == 1 else jax.lax.div(group * step + row, shared)
+        there = stack.at[layer[0], own, pl.ds(begin(j), block), :]
         return pltpu.make_async_copy(there, blocks.at[row & 1, slot], arrived.at[row & 1, slot])
 
     def ask(row: Any, j: Any, slot: Any) -> None:
@@ -366,8 +381,8 @@ def _kernel(
         if together:
             packed[row, :, size:] = statistics(most, amount)
         else:
-            maximum[row] = _across(most, heads)
-            total[row] = _across(jnp.broadcast_to(amount, largest.shape), heads)
+            maximum[row] = across(most, heads)
+            total[row] = across(jnp.broadcast_to(amount, largest.shape), heads)
         return carry
 
     if block:
@@ -375,12 +390,12 @@ def _kernel(
     jax.lax.fori_loop(0, step, each_row, None)
 
 
-def _by_lane(x: Array, join: Any) -> Array:
+def by_lane(x: Array, join: Any) -> Array:
     """[N, n * 128] -> [N, 128]."""
     return functools.reduce(join, (x[:, i : i + LANES] for i in range(0, x.shape[1], LANES)))
 
 
-def _repeated(x: Array, count: int) -> Array:
+def repeated(x: Array, count: int) -> Array:
     """[N, 128] with the same in all lanes -> [N, count]."""
     return jnp.concatenate([x] * (count // LANES), axis=1)
 
@@ -391,7 +406,7 @@ def statistics(largest: Array, total: Array) -> Array:
     return jnp.where(lane == 0, largest, jnp.where(lane == 1, total, 0.0))
 
 
-def _across(x: Array, heads: int) -> Array:
+def across(x: Array, heads: int) -> Array:
     """[tile * heads, 128] with the same in all lanes -> [tile, heads]."""
     shape = (x.shape[0] // heads, heads, LANES)
     own = jax.lax.broadcasted_iota(jnp.int32, shape, 1) == jax.lax.broadcasted_iota(jnp.int32, shape, 2)

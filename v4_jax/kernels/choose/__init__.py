@@ -15,6 +15,7 @@ Pallas kernel, or `cpu.py`, written so that XLA:CPU makes quick code of it. Laye
     grouped_product
     partial_products         the same, one by one           reference                                 one kernel
     best_entries             running top-k over blocks      reference                                 kernel
+    indexer_loss             caller's, block by block       reference                                 kernels both ways
     attend_picked            caller's, over a gathered copy reference                                 kernel
     compress                 caller's, all rows at once     reference                                 row by row
     norm_rotate              one after the other            reference                                 a kernel both ways
@@ -37,6 +38,7 @@ from v4_jax.kernels.choose.attention import (
     attends_in_training,
     attention_end,
     attention_output,
+    indexer_loss,
     products,
     weighted,
     window_attention,
@@ -78,6 +80,7 @@ __all__ = [
     "few_rows_experts",
     "grouped_product",
     "index_scores",
+    "indexer_loss",
     "leave_site",
     "many_rows_experts",
     "map_groups",

@@ -20,6 +20,8 @@ from v4_jax.kernels.attention import tpu as attention_tpu
 from v4_jax.kernels.choose.forms import Form, pull, with_gradients, without_gradients
 from v4_jax.kernels.csa import hidden as csa_hidden
 from v4_jax.kernels.csa import tpu as csa_tpu
+from v4_jax.kernels.indexer_loss import tpu as indexer_loss_tpu
+from v4_jax.kernels.indexer_loss.tpu import Operands
 from v4_jax.kernels.output import few as output_few
 from v4_jax.kernels.output import gradients as output_gradients
 from v4_jax.kernels.output import tpu as output_tpu
@@ -83,14 +85,9 @@ def window_attention(
 
 def attends_in_training(queries: Any, keys: Any, entries: Entries | None) -> bool:
     """Whether `window_attention` has kernels for the gradients, too, in programs for TPUs, of arrays or shapes."""
-    held = None if entries is None else entries.rows.arrays[0][0]
-    uncached = entries is None or (
-        entries.table is None
-        and entries.rows.kind == "plain"
-        and entries.rows.dtype == jnp.float32
-        and isinstance(entries.layer, int)
-    )
-    return uncached and attention_gradients.supports(queries, keys, held)
+    if entries is None:
+        return attention_gradients.supports(queries, keys, None)
+    return _uncached(entries) and attention_gradients.supports(queries, keys, _held(entries))
 
 
 def _attend_in_training(
@@ -125,9 +122,67 @@ def _attend_in_training(
 
     call = jax.custom_vjp(run)
     call.defvjp(forward, backward)
-    held = None if entries is None else entries.rows.arrays[0][0]
+    held = None if entries is None else _held(entries)
     hidden = None if picked is None or held is None else csa_hidden.hide(picked, held.shape[1], interpret=interpret)
     return call(queries, keys, held, oldest, visible, hidden)
+
+
+def indexer_loss(plain: Form, operands: Operands, visible: Visible, picked: Array | None) -> Array:
+    """How far the indexer's scores are from the attention that entries get, [B, Q] float32.
+
+    Args:
+      plain: the same of all other arguments, in whose place kernels run in programs for TPUs, both ways, where the
+        entries live in no cache.
+      operands: what is compared, entries and index keys as `Entries`. Attention's have no gradients.
+      visible: which entries the queries see.
+      picked: [B, Q, K] int32 those that are compared, -1 for none; None: all that are visible.
+    """
+    entries, keys = operands.entries, operands.index_keys
+    if not (_uncached(entries) and _uncached(keys)):
+        return plain(operands, visible, picked)
+    arrays = operands._replace(entries=_held(entries), index_keys=_held(keys))
+    if not indexer_loss_tpu.supports(arrays):
+        return plain(operands, visible, picked)
+    interpret = interpreting()
+
+    def loss(trained: tuple[Array, ...], *rest: Any) -> tuple[Array, Any]:
+        fixed, *seen = rest
+        found, numbers = indexer_loss_tpu.loss(Operands(*fixed, *trained), *seen, interpret=interpret)
+        return found, (trained, rest, numbers)
+
+    def gradients(residuals: Any, gradient: Array) -> Any:
+        trained, (fixed, *seen), numbers = residuals
+        compared = Operands(*fixed, *trained)
+        return indexer_loss_tpu.gradients(compared, *seen, numbers, gradient, interpret=interpret), None, None, None
+
+    def kernel(arrays: Operands, visible: Visible, picked: Array | None) -> Array:
+        count = arrays.entries.shape[1]
+        hidden = None if picked is None else csa_hidden.hide(picked, count, interpret=interpret)
+        call = jax.custom_vjp(lambda *given: loss(*given)[0])
+        call.defvjp(loss, gradients)
+        return call(arrays[3:], jax.lax.stop_gradient(arrays[:3]), visible, hidden)
+
+    def default(arrays: Operands, visible: Visible, picked: Array | None) -> Array:
+        held = entries.replace(rows=entries.rows.replace(arrays=(arrays.entries[None],)))
+        index_keys = keys.replace(rows=keys.rows.replace(arrays=(arrays.index_keys[None],)))
+        return plain(arrays._replace(entries=held, index_keys=index_keys), visible, picked)
+
+    return by_platform(arrays, visible, picked, default=default, tpu=kernel)
+
+
+def _uncached(entries: Entries) -> bool:
+    """Whether entries are such as `Entries.uncached` makes."""
+    return (
+        entries.table is None
+        and entries.rows.kind == "plain"
+        and entries.rows.dtype == jnp.float32
+        and isinstance(entries.layer, int)
+    )
+
+
+def _held(entries: Entries) -> Array:
+    """[B, E, C] float32 of entries that are `_uncached`."""
+    return entries.rows.arrays[0][0]
 
 
 def window_step(

@@ -1,0 +1,348 @@
+"""The indexer's loss and its gradients for TPUs: neither attention nor scores of entries ever leave the chip.
+
+Of a query's entries, with the attention a that each gets, heads added up, and its score s:
+
+    A = sum a      L = log sum exp(s)      loss = sum a (log a - s) / A - log A + L      d s = exp(s - L) - a / A
+
+and from these, with the indexer's heads z = relu(q . k) and their weights w, d w = sum d s z, d q = d s w k and
+d k = d s w q, where z > 0. A tile of queries takes the blocks of entries that any of it sees one after another, all of
+which are in VMEM, as the gradients of the index keys are.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from v4_jax.kernels.attention.reference import MASKED
+from v4_jax.kernels.attention.tpu import (
+    HIDDEN,
+    LANES,
+    LOG2E,
+    VMEM_BYTES,
+    across,
+    bounds_of,
+    by_lane,
+    hidden_from,
+    repeated,
+    tile_of,
+    up,
+)
+from v4_jax.kernels.attention.tpu import supports as attends
+from v4_jax.kernels.turns import about
+from v4_jax.layers.visible import Visible
+
+ENTRIES = 256  # of a block
+TOGETHER = 8  # queries whose heads are added up at once
+HELD_BYTES = 24 << 20  # of entries, index keys and their gradients, which are all in VMEM
+SUM, LOG_SUM, LOSS, GIVEN = range(4)  # lanes of a query's numbers: A, L, the loss, and its gradient
+
+
+class Operands(NamedTuple):
+    """What is compared.
+
+    Attributes:
+      queries: [B, Q, H, C] attention's.
+      log_total: [B, Q, H] float32 logarithm of the softmax's denominator over window, entries and sink.
+      entries: [B, E, C] of any float dtype.
+      index_queries: [B, Q, heads, R].
+      weights: [B, Q, heads] float32.
+      index_keys: [B, E, R] of any float dtype.
+    """
+
+    queries: Array
+    log_total: Array
+    entries: Any
+    index_queries: Array
+    weights: Array
+    index_keys: Any
+
+
+def supports(operands: Operands) -> bool:
+    """Whether `loss` and `gradients` take such operands, arrays or shapes."""
+    queries, _, entries, index_queries, _, index_keys = operands
+    length, size, index = entries.shape[1] + ENTRIES, entries.shape[2], index_keys.shape[2]
+    held = length * ((size + index) * queries.dtype.itemsize + 4 * index)
+    return attends(queries) and attends(index_queries) and queries.dtype == index_queries.dtype and held <= HELD_BYTES
+
+
+def loss(operands: Operands, visible: Visible, hidden: Array | None, *, interpret: bool = False) -> tuple[Array, Array]:
+    """The divergence of the indexer's distribution over entries from attention's.
+
+    Args:
+      operands: what is compared.
+      visible: the entries that queries see.
+      hidden: [B, Q, E] float32 as for `attention.tpu.window_attention`; None: all that are visible are compared.
+      interpret: run in interpret mode, on any platform.
+
+    Returns:
+      [B, Q] float32, 0 for queries without entries, and [B, Q, 128] float32 numbers that `gradients` takes.
+    """
+    found = _call(operands, visible, hidden, None, interpret)[0]
+    return found[..., LOSS], found
+
+
+def gradients(
+    operands: Operands,
+    visible: Visible,
+    hidden: Array | None,
+    numbers: Array,
+    gradient: Array,
+    *,
+    interpret: bool = False,
+) -> tuple[Array, Array, Array]:
+    """Gradients of `loss` for index queries, of their dtype, and weights and index keys, float32.
+
+    Args:
+      operands: as for `loss`.
+      visible: likewise.
+      hidden: likewise.
+      numbers: [B, Q, 128] of `loss`.
+      gradient: [B, Q] float32 of the loss.
+      interpret: run in interpret mode, on any platform.
+    """
+    of_queries, of_weights, parts = _call(operands, visible, hidden, numbers.at[..., GIVEN].set(gradient), interpret)
+    index_queries, index_keys = operands.index_queries, operands.index_keys
+    of_keys = jnp.sum(parts, axis=1)[:, : index_keys.shape[1]]
+    return of_queries.reshape(index_queries.shape), of_weights, of_keys
+
+
+def _call(
+    operands: Operands, visible: Visible, hidden: Array | None, numbers: Array | None, interpret: bool
+) -> list[Array]:
+    """Runs the kernel: forward, or, where there are numbers, backward."""
+    queries, log_total, entries, index_queries, weights, index_keys = operands
+    (batch, count, heads, size), (index_heads, index_size) = queries.shape, index_queries.shape[2:]
+    dtype, tile = queries.dtype, tile_of(count, max(heads, index_heads))
+    tiles = pl.cdiv(count, tile)
+    halves = min(tiles, 2) if batch % 2 else 1
+    each = pl.cdiv(tiles, halves)
+    block = min(ENTRIES, up(entries.shape[1], LANES))
+    length = up(entries.shape[1], block)
+    missing = tiles * tile - count
+
+    def of_tile(x: Array, rows: int = 1) -> tuple[Array, pl.BlockSpec]:
+        x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)) if missing else x
+        x = x.reshape(batch, tiles * tile * rows, -1)
+        return x, pl.BlockSpec((None, tile * rows, x.shape[2]), tile_place)
+
+    def tile_place(b: Any, h: Any, t: Any, *_: Any) -> Any:
+        return b, jnp.minimum(h * each + t, tiles - 1), 0
+
+    def held(x: Array) -> tuple[Array, pl.BlockSpec]:
+        x = jnp.pad(x.astype(dtype), ((0, 0), (0, length - x.shape[1]), (0, 0)))
+        once = pl.Buffered(1)  # they change with the batch's row alone
+        return x, pl.BlockSpec((None, *x.shape[1:]), lambda b, *_: (b, 0, 0), pipeline_mode=once)
+
+    limits = jnp.stack([visible.low, visible.high], axis=-1)
+    given = [
+        of_tile(limits),
+        of_tile(queries, heads),
+        of_tile(log_total * LOG2E),
+        of_tile(index_queries, index_heads),
+        of_tile(weights),
+        held(entries),
+        held(index_keys),
+    ]
+    given += [] if hidden is None else [of_tile(hidden_from(hidden, length))]
+    given += [] if numbers is None else [of_tile(numbers)]
+    rows = tiles * tile
+    if numbers is None:
+        shapes = [((rows, LANES), jnp.float32, (tile, LANES))]
+    else:
+        shapes = [
+            ((rows * index_heads, index_size), dtype, (tile * index_heads, index_size)),
+            ((rows, index_heads), jnp.float32, (tile, index_heads)),
+        ]
+    out = [jax.ShapeDtypeStruct((batch, *shape), kind) for shape, kind, _ in shapes]
+    out_specs = [pl.BlockSpec((None, *part), tile_place) for *_, part in shapes]
+    index_rows = pltpu.VMEM((tile * index_heads, LANES), jnp.float32)
+    scratch = [
+        pltpu.VMEM((tile * heads, LANES), jnp.float32),
+        index_rows,
+        *[pltpu.VMEM((tile, block), jnp.float32)] * 2,
+    ]
+    if numbers is None:
+        scratch += [pltpu.VMEM((tile, LANES), jnp.float32)] * 5
+    else:
+        out.append(jax.ShapeDtypeStruct((batch, halves, length, index_size), jnp.float32))
+        place = pl.BlockSpec(
+            (None, None, length, index_size), lambda b, h, *_: (b, h, 0, 0), pipeline_mode=pl.Buffered(1)
+        )
+        out_specs.append(place)
+        scratch += [pltpu.VMEM((tile * index_heads, index_size), jnp.float32), index_rows]
+    seen = entries.shape[1] // 2  # of a row's entries its queries see a half, on the mean
+    products = heads * size + index_heads * index_size * (1 if numbers is None else 4)
+    found = pl.pallas_call(
+        functools.partial(
+            _kernel,
+            tiles=tiles,
+            block=block,
+            turns=pl.cdiv(seen, block),
+            picks=hidden is not None,
+            backward=numbers is not None,
+            scale=size**-0.5 * LOG2E,
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(batch, halves, each),
+            in_specs=[spec for _, spec in given],
+            out_specs=out_specs,
+            scratch_shapes=scratch,
+        ),
+        out_shape=out,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * batch * count * seen * products,
+            bytes_accessed=sum(x.nbytes for x, _ in given),
+            transcendentals=batch * count * seen * heads,
+        ),
+        interpret=interpret,
+        name="indexer_loss" if numbers is None else "indexer_loss_gradients",
+    )(bounds_of(visible.low, visible.high, tile, tiles, block).reshape(-1), *(x for x, _ in given))
+    by_query = found if numbers is None else found[:2]
+    cut = [x.reshape(batch, rows, -1)[:, :count] for x in by_query]
+    return [*cut, *found[len(by_query) :]]
+
+
+def _kernel(
+    bounds: Any, *refs: Any, tiles: int, block: int, turns: int, picks: bool, backward: bool, scale: float
+) -> None:
+    """A grid step: one tile of queries.
+
+    Refs: ranges [tile, 2], queries [rows, C], log totals [tile, H], index queries [index rows, R], weights [tile,
+    heads], entries [E, C], index keys [E, R] [, hidden [tile, E]]; forward out [tile, 128]; backward numbers [tile,
+    128], and out gradients of index queries, of weights [tile, heads], and of index keys [E, R]. Scratch: log totals
+    and weights, each in all lanes of its row, attention and scores of a block [tile, block]; then running sums and
+    largest scores [tile, 128], or gradients of index queries in float32 and of weights by lane.
+    """
+    left = list(refs)
+    ranges, queries, log_totals, index_queries, weights, entries, index_keys = (left.pop(0) for _ in range(7))
+    hides: Any = left.pop(0) if picks else None
+    numbers: Any = left.pop(0) if backward else None
+    out = [left.pop(0) for _ in range(3 if backward else 1)]
+    totals, shares, got, scores, *rest = left
+    (tile, heads), index_heads, dtype = log_totals.shape, weights.shape[1], queries.dtype
+    together = TOGETHER if tile % TOGETHER == 0 else tile
+    here = pl.program_id(1) * pl.num_programs(2) + pl.program_id(2)
+    place = (pl.program_id(0) * tiles + here) * 4
+    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+    def dot(a: Array, b: Array, axes: tuple[int, int]) -> Array:
+        dimensions = (((axes[0],), (axes[1],)), ((), ()))
+        return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+    def in_rows(x: Array, out: Any) -> None:
+        """[tile, heads] into all lanes of [tile * heads, 128]."""
+        out[...] = jnp.broadcast_to(x[:, :, None], (*x.shape, LANES)).reshape(out.shape)
+
+    def parts(per_query: int) -> list[tuple[slice, slice]]:
+        """Queries that are taken together, and their rows."""
+        return [
+            (slice(c, c + together), slice(c * per_query, (c + together) * per_query)) for c in range(0, tile, together)
+        ]
+
+    def look(start: Any) -> Array:
+        """Attention and scores of a block of entries; and which of them count [tile, block]."""
+        if picks:
+            hidden = hides[:, pl.ds(start, block)]
+        else:
+            number = start + jax.lax.broadcasted_iota(jnp.int32, (tile, block), 1)
+            hidden = jnp.where((number >= ranges[:, 0:1]) & (number < ranges[:, 1:2]), 0.0, HIDDEN)
+        some, keys = entries[pl.ds(start, block), :], index_keys[pl.ds(start, block), :]
+        for own, rows in parts(heads):
+            logits = dot(queries[rows, :], some, (1, 1)) * scale - repeated(totals[rows, :], block)
+            attended = jnp.exp2(logits.reshape(together, heads, block))
+            got[own, :] = jnp.sum(attended, axis=1)
+        for own, rows in parts(index_heads):
+            active = jnp.maximum(dot(index_queries[rows, :], keys, (1, 1)), 0.0) * repeated(shares[rows, :], block)
+            scores[own, :] = jnp.sum(active.reshape(together, index_heads, block), axis=1)
+        return hidden == 0
+
+    def each_block(work: Any) -> None:
+        def step(j: Any, carry: None) -> None:
+            work(pl.multiple_of(j * block, block))
+            return carry
+
+        with about(turns):
+            jax.lax.fori_loop(bounds[place], bounds[place + 1], step, None)
+
+    def forward() -> None:
+        amounts, logs, products, largest, sums = rest
+        for total in (amounts, logs, products, sums):
+            total[...] = jnp.zeros(total.shape, jnp.float32)
+        largest[...] = jnp.full(largest.shape, MASKED, jnp.float32)
+
+        def add(start: Any) -> None:
+            found = look(start)
+            attended, score = jnp.where(found, got[...], 0.0), scores[...]
+            log = jnp.log(jnp.where(attended > 0, attended, 1.0))
+            amounts[...] += by_lane(attended, jnp.add)
+            logs[...] += by_lane(attended * log, jnp.add)
+            products[...] += by_lane(attended * jnp.where(found, score, 0.0), jnp.add)
+            score = jnp.where(found, score, MASKED)
+            before = largest[...]
+            now = jnp.maximum(before, jnp.max(by_lane(score, jnp.maximum), axis=1, keepdims=True))
+            new = by_lane(jnp.where(found, jnp.exp(score - repeated(now, block)), 0.0), jnp.add)
+            sums[...] = sums[...] * jnp.exp(before - now) + new
+            largest[...] = now
+
+        each_block(add)
+        amount, log, product, total = (jnp.sum(x[...], axis=1, keepdims=True) for x in (amounts, logs, products, sums))
+        some = amount > 0
+        log_sum = largest[:, 0:1] + jnp.log(jnp.where(total > 0, total, 1.0))
+        safe = jnp.where(some, amount, 1.0)
+        value = jnp.where(some, (log - product) / safe - jnp.log(safe) + log_sum, 0.0)
+        lane = jax.lax.broadcasted_iota(jnp.int32, (tile, LANES), 1)
+        found = jnp.where(lane == SUM, amount, jnp.where(lane == LOG_SUM, log_sum, value))
+        out[0][...] = jnp.where(lane <= LOSS, found, 0.0)
+
+    def pull() -> None:
+        of_queries, of_weights, of_keys = out
+        of_rows, by_row = rest
+        amount, log_sum, given = (numbers[:, x : x + 1] for x in (SUM, LOG_SUM, GIVEN))
+        some = amount > 0
+        share, factor = 1 / jnp.where(some, amount, 1.0), jnp.where(some, given, 0.0)
+        for total in (of_rows, by_row):
+            total[...] = jnp.zeros(total.shape, jnp.float32)
+
+        def add(start: Any) -> None:
+            found = look(start)
+            of_scores = jnp.where(found, (jnp.exp(scores[...] - log_sum) - got[...] * share) * factor, 0.0)
+            keys = index_keys[pl.ds(start, block), :]
+            total = jnp.zeros(keys.shape, jnp.float32)
+            for own, rows in parts(index_heads):
+                queries = index_queries[rows, :]
+                active = dot(queries, keys, (1, 1))
+                each = jnp.broadcast_to(of_scores[own][:, None, :], (together, index_heads, block))
+                each = each.reshape(active.shape)
+                by_row[rows, :] += by_lane(jnp.maximum(active, 0.0) * each, jnp.add)
+                pulled = jnp.where(active > 0, each * repeated(shares[rows, :], block), 0.0).astype(dtype)
+                of_rows[rows, :] += dot(pulled, keys, (1, 0))
+                total += dot(pulled, queries, (0, 0))
+            of_keys[pl.ds(start, block), :] += total
+
+        each_block(add)
+        of_queries[...] = of_rows[...].astype(dtype)
+        sums = jnp.broadcast_to(jnp.sum(by_row[...], axis=1, keepdims=True), by_row.shape)
+        of_weights[...] = across(sums, index_heads)
+
+    def begin() -> None:
+        out[2][...] = jnp.zeros(out[2].shape, jnp.float32)
+
+    if backward:
+        pl.when(pl.program_id(2) == 0)(begin)
+
+    @pl.when(here < tiles)
+    def _() -> None:
+        in_rows(log_totals[...], totals)
+        in_rows(weights[...], shares)
+        (pull if backward else forward)()
