@@ -424,7 +424,8 @@ def test_indexer_loss(build, queries, heads, entries, picks):
     compiled = build(run, operands, ranges, ranges, chosen, shape(jnp.float32, 1, queries))
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3
     hidden, held = 4 * queries * entries, 6 * entries * (512 + 128) + 2 * 4 * entries * 128
-    assert compiled.memory_analysis().temp_size_in_bytes < SPARE + 3 * hidden + held
+    padded = 2 * (queries + 8) * (heads * 512 + 64 * 128) if queries % 8 else 0
+    assert compiled.memory_analysis().temp_size_in_bytes < SPARE + 3 * hidden + held + padded
 
 
 @pytest.mark.parametrize(("tokens", "heads"), [(512, 64), (300, 128), (16384, 1)])
