@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from v4_jax.planning.hlo import KINDS, Call, Expected, Program
 from v4_jax.planning.hlo_collectives import as_collective
-from v4_jax.planning.hlo_costs import FREE, cost_of
+from v4_jax.planning.hlo_costs import cost_of, is_free
 from v4_jax.planning.kernels import Likeness, likeness
 from v4_jax.sharding.chips import Chip
 
@@ -60,7 +60,7 @@ def estimate(program: Program, kernels: Mapping[Likeness, int], chip: Chip, expe
     operations, bounded = 0.0, set[str]()
     for call in program.calls(expected):
         instruction = call.instruction
-        if call.fused or instruction.opcode in FREE or instruction.opcode.endswith(("-done", "-update")):
+        if call.fused or is_free(instruction) or instruction.opcode.endswith(("-done", "-update")):
             continue
         if program.holds_kernel(instruction):
             continue  # the kernel in it counts
@@ -70,7 +70,9 @@ def estimate(program: Program, kernels: Mapping[Likeness, int], chip: Chip, expe
         if instruction.is_kernel and (known := likeness(call.computation, instruction)) not in kernels:
             bounded.add(known[0])
         if kind in KINDS:
-            parts["collectives"] += runs * (COLLECTIVE + as_collective(call, program).sent / chip.ici_bandwidth)
+            parts["collectives"] += runs * (
+                COLLECTIVE + as_collective(call, program, expected).sent / chip.ici_bandwidth
+            )
         elif instruction.opcode not in _ASYNC:
             parts[part_of(instruction.op_name)] += runs * _seconds(call, program, kernels, chip, expected)
     longest_first = dict(sorted(((name, time) for name, time in parts.items() if time), key=lambda part: -part[1]))

@@ -64,6 +64,11 @@ class OnMean(Expected):
         return self.config.n_routed_experts / self.split.count(self.split.axes("experts"))
 
     @property
+    def _reaching(self) -> float:
+        """Choices that fall on a device's experts."""
+        return self._choices * self._own / self.config.n_routed_experts
+
+    @property
     def _places(self) -> float:
         """Room for choices on a device, of which an even load fills `_own / n_routed_experts`."""
         split, top = self.split, self.config.num_experts_per_tok
@@ -105,7 +110,7 @@ class OnMean(Expected):
         """Of visits to experts, those that an even load makes."""
         name = kernel.op_name.rsplit("/", 2)[-2:][0]
         rows = kernel.shapes[0].dimensions[0] if kernel.shapes and kernel.shapes[0].dimensions else 0
-        own = self._choices * self._own / self.config.n_routed_experts
+        own = self._reaching
         if name == "grouped_matmul":
             visits = self._hit + own / ROWS[0]  # each once, and once more for each boundary between tiles of rows
             turns = visits / DYNAMIC_TURNS
@@ -120,6 +125,10 @@ class OnMean(Expected):
         else:
             return Share()
         return Share(turns, min(1.0, own / rows), min(1.0, self._hit / max(1.0, min(rows, self._own))))
+
+    def filled(self, exchange: Instruction) -> float:
+        """An even load's rows, of all that there is room for."""
+        return min(1.0, self._reaching / exchange.shapes[0].dimensions[0])
 
     def _ratio(self, op_name: str) -> int:
         """Tokens to an entry in the layer that a conditional stands in."""

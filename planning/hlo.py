@@ -159,6 +159,11 @@ class Expected:
         del kernel
         return Share()
 
+    def filled(self, exchange: Instruction) -> float:
+        """Of the room for what a ragged exchange brings, what it fills."""
+        del exchange
+        return 1.0
+
 
 class Once(Expected):
     """Loops whose length depends on the data count once."""

@@ -21,6 +21,7 @@ class Collective:
       runs: how often a device runs it in one call of the program; None where that depends on the data.
       at_most: whether a conditional may leave it out.
       op_name: where in the JAX program it comes from.
+      filled: of the bytes of its results, those that it fills.
     """
 
     kind: str
@@ -29,11 +30,12 @@ class Collective:
     runs: float | None
     at_most: bool
     op_name: str
+    filled: float = 1.0
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of its results on one device, each time it runs."""
-        return sum(shape.nbytes for shape in self.shapes)
+    def nbytes(self) -> float:
+        """Bytes of its results on one device that it fills, each time it runs."""
+        return self.filled * sum(shape.nbytes for shape in self.shapes)
 
     @property
     def sent(self) -> float:
@@ -60,17 +62,22 @@ def collectives(text: str | Program, expected: Expected = UNKNOWN) -> list[Colle
     """
     program = text if isinstance(text, Program) else Program(text)
     calls = program.calls(expected)
-    return [as_collective(call, program) for call in calls if call.instruction.opcode.removesuffix("-start") in KINDS]
+    return [
+        as_collective(call, program, expected)
+        for call in calls
+        if call.instruction.opcode.removesuffix("-start") in KINDS
+    ]
 
 
-def as_collective(call: Call, program: Program) -> Collective:
+def as_collective(call: Call, program: Program, expected: Expected = UNKNOWN) -> Collective:
     """A call of an instruction that communicates."""
     instruction, computation, runs, at_most, _ = call
     kind, shapes = instruction.opcode.removesuffix("-start"), instruction.shapes
     if instruction.opcode != kind:  # its results are the buffers of the exchange, those of "-done" the outcome
         others = computation.instructions.values()
         shapes = next((i.shapes for i in others if i.operands[:1] == (instruction.name,)), shapes)
-    return Collective(kind, shapes, _group(instruction, program), runs, at_most, instruction.op_name)
+    filled = expected.filled(instruction) if kind == "ragged-all-to-all" else 1.0
+    return Collective(kind, shapes, _group(instruction, program), runs, at_most, instruction.op_name, filled)
 
 
 def _group(instruction: Instruction, program: Program) -> int:

@@ -20,6 +20,7 @@ from v4_jax.planning.hlo import Call, Computation, Expected, Instruction, Once, 
 # These hand on what is there, or stand for what other instructions do.
 FREE = frozenset(("parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast", "while", "conditional"))
 FREE |= {"call", "opt-barrier", "after-all", "add-dependency", "partition-id", "replica-id"}
+_ROOM = 'custom_call_target="AllocateBuffer"'  # memory as it was found
 _SLICES = frozenset(("dynamic-slice", "slice", "gather"))
 _VIEWS = frozenset(("bitcast", "reshape", "transpose", "convert", "copy"))
 
@@ -55,6 +56,11 @@ def costs(program: Program, expected: Expected | None = None) -> list[Cost]:
         if flops or nbytes:
             found.append(Cost(call.instruction, runs, flops * runs, nbytes * runs))
     return found
+
+
+def is_free(instruction: Instruction) -> bool:
+    """Whether an instruction takes no time of its own."""
+    return instruction.opcode in FREE or (instruction.opcode == "custom-call" and _ROOM in instruction.attributes)
 
 
 def cost_of(call: Call, program: Program, expected: Expected) -> tuple[float, float]:
@@ -128,7 +134,7 @@ def _positions(size: int, window: int, out: int, low: int, stride: int, left_ste
 def _nbytes(call: Call, program: Program) -> float:
     instruction, computation = call.instruction, call.computation
     opcode = instruction.opcode
-    if opcode in FREE or opcode.endswith(("-done", "-update")):
+    if is_free(instruction) or opcode.endswith(("-done", "-update")):
         return 0.0
     if opcode == "custom-call" and (estimate := _estimate(instruction, "bytes_accessed")) is not None:
         return estimate

@@ -8,6 +8,7 @@ from v4_jax.config import Config
 from v4_jax.planning import cycles
 from v4_jax.planning.expectations import DYNAMIC_TURNS, OnMean
 from v4_jax.planning.hlo import Expected, Program, Share
+from v4_jax.planning.hlo_collectives import collectives
 from v4_jax.sharding.axes import resolve
 from v4_jax.sharding.chips import CHIPS
 from v4_jax.sharding.mesh import abstract_mesh
@@ -177,6 +178,20 @@ def test_two_thirds_of_the_places_that_training_exchanges_hold_rows():
     text = TEXT.replace("experts.ffn/grouped_matmul", "experts.ffn/cond/branch_0_fun/experts_hidden")
     kernel = next(i for c in Program(text).computations.values() for i in c.instructions.values() if i.is_kernel)
     assert training().share(kernel) == pytest.approx((2 / 3,) * 3)
+
+
+def test_what_an_exchange_brings_is_counted_and_not_its_room():
+    text = """HloModule m
+
+ENTRY %main (x: bf16[98304,32,128], y: bf16[147456,32,128]) -> bf16[147456,32,128] {
+  %x = bf16[98304,32,128]{2,1,0} parameter(0)
+  %y = bf16[147456,32,128]{2,1,0} parameter(1)
+  ROOT %ragged.1 = bf16[147456,32,128]{2,1,0} ragged-all-to-all(%x, %y), replica_groups=[1,128]<=[128]
+}
+"""
+    (found,) = collectives(text, training())
+    assert found.nbytes == 2 * 98304 * 4096
+    assert collectives(text)[0].nbytes == 2 * 147456 * 4096
 
 
 @pytest.mark.parametrize(("name", "trips"), [("while", 2), ("while/body/while", 48)])

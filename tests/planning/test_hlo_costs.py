@@ -70,6 +70,17 @@ ENTRY %main (x: f32[1024]) -> f32[1024] {
     assert {cost.instruction.name: cost.nbytes for cost in costs(Program(text))} == {"copy.1": 4096, "copy.2": 4096}
 
 
+def test_room_that_is_not_written_is_free():
+    text = """HloModule m
+
+ENTRY %main () -> f32[1024] {
+  ROOT %empty.1 = f32[1024]{0:T(1024)} custom-call(), custom_call_target="AllocateBuffer"
+}
+"""
+    assert not costs(Program(text))
+    assert costs(Program(text.replace("AllocateBuffer", "Other")))
+
+
 def test_a_kernel_counts_as_it_says():
     text = """HloModule m
 
