@@ -30,6 +30,8 @@ TRAINING = (
     "experts_rows_gradient",
     "experts_w1_w3_gradient",
     "experts_w2_gradient",
+    "rows_from_tiles",
+    "rows_in_tiles",
 )
 
 

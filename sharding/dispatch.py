@@ -165,7 +165,7 @@ def _round(
 
     def by_choice(values: Array) -> Array:
         chosen = leave(values.reshape(-1), routes.order, places.reshape(-1, 1))
-        return exchange(chosen[:, None, None], leaving, arriving, there, axes).reshape(-1)
+        return exchange(chosen, leaving, arriving, there, axes)
 
     def in_tiles(rows: Array) -> Array:
         """Rows as whole tiles of a TPU's memory. Else its compiler cuts them for the exchange in a way of its own, in
@@ -224,7 +224,7 @@ def exchange(x: Array, leaving: Segments, arriving: Segments, lengths: tuple[int
     """Sends segments of rows to other devices.
 
     Args:
-      x: [lengths[0], ...] rows.
+      x: [lengths[0], ...] rows, or numbers.
       leaving: segments of x, by the device that they go to.
       arriving: segments of the result, by the device that they come from.
       lengths: rows of x and of the result.
@@ -235,9 +235,11 @@ def exchange(x: Array, leaving: Segments, arriving: Segments, lengths: tuple[int
     """
 
     def ragged(x: Array, leaving: Segments, arriving: Segments) -> Array:
-        out = jax.lax.empty((lengths[1], *x.shape[1:]), x.dtype)
+        rows = x if x.ndim > 1 else jnp.broadcast_to(x[:, None, None], (x.shape[0], 1, LANES))
+        out = jax.lax.empty((lengths[1], *rows.shape[1:]), x.dtype)
         where = (leaving.here, leaving.size, leaving.there, arriving.size)
-        return jax.lax.ragged_all_to_all(x, out, *where, axis_name=axes)
+        found = jax.lax.ragged_all_to_all(rows, out, *where, axis_name=axes)
+        return found if x.ndim > 1 else _first_lane(found)
 
     def gathered(x: Array, leaving: Segments, arriving: Segments) -> Array:
         del leaving
@@ -252,6 +254,13 @@ def exchange(x: Array, leaving: Segments, arriving: Segments, lengths: tuple[int
         return gathered(x, leaving, arriving)
     # XLA:CPU has no ragged exchange; there every device sees all rows.
     return by_platform(x, leaving, arriving, tpu=ragged, default=gathered)
+
+
+def _first_lane(x: Array) -> Array:
+    """[R] numbers of [R, 1, 128] that have the same in all lanes: one lane of each row, as TPUs are quick to take."""
+    if x.shape[0] % LANES:
+        return x[:, 0, 0]
+    return jnp.sum(jnp.where(jnp.eye(LANES, dtype=bool), x.reshape(-1, LANES, LANES), 0), axis=1).reshape(-1)
 
 
 def _exchange_forward(x: Array, leaving: Segments, arriving: Segments, *static: Any) -> tuple[Array, Any]:

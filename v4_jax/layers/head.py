@@ -83,7 +83,7 @@ def blocks(head: Array, *arrays: Array) -> tuple[Array, ...]:
     A block adds to the whole gradient of the head: it has enough tokens for its products to outweigh that.
     """
     tokens, (vocabulary, width) = arrays[0].shape[0], head.shape
-    count = -(-tokens // max(LOGITS // vocabulary, width // 4))
+    count = -(-tokens // max(LOGITS // vocabulary, width // 2))
     size = -(-tokens // count)
 
     def cut(x: Array) -> Array:
