@@ -25,6 +25,7 @@ from jax import Array
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
+from v4_jax.kernels.choose import newton_schulz_step
 from v4_jax.parameters import Parameter, is_parameter
 from v4_jax.sharding.axes import Rules, ShardingError, resolve
 from v4_jax.sharding.split import Split
@@ -89,18 +90,10 @@ def newton_schulz(x: Array, dtype: Any = jnp.float32) -> Array:
     y = y / jnp.maximum(jnp.linalg.norm(y, axis=(-1, -2), keepdims=True), tiny)
 
     def step(y: Array, coefficients: Array) -> tuple[Array, None]:
-        a, b, c = coefficients
-        squared = _product("...mk,...nk->...mn", y, y)
-        cubic = b * squared + c * _product("...mk,...kn->...mn", squared, squared)
-        return a * y + _product("...mk,...kn->...mn", cubic, y), None
+        return newton_schulz_step(y, coefficients), None
 
-    y, _ = jax.lax.scan(step, y.astype(dtype), jnp.asarray(COEFFICIENTS, dtype))
+    y, _ = jax.lax.scan(step, y.astype(dtype), jnp.asarray(COEFFICIENTS, jnp.float32))
     return (jnp.swapaxes(y, -1, -2) if tall else y).astype(x.dtype)
-
-
-def _product(spec: str, a: Array, b: Array) -> Array:
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.einsum(spec, a, b, precision=precision)
 
 
 def orthogonalise(
@@ -233,6 +226,11 @@ def _split_over_devices(x: Array, assignment: Assignment, dtype: Any) -> Array:
 
 def _batched(x: Array, dtype: Any) -> Array:
     """`newton_schulz` of [N, m, n], a few at a time."""
-    size = max(1, _BATCH_BYTES // (4 * x.shape[1] * x.shape[2]))
-    run = functools.partial(newton_schulz, dtype=dtype)
-    return run(x) if x.shape[0] <= size else jax.lax.map(run, x, batch_size=size)
+    count, *shape = x.shape
+    batches = -(-count // max(1, _BATCH_BYTES // (4 * math.prod(shape))))
+    if batches == 1:
+        return newton_schulz(x, dtype)
+    size = -(-count // batches)
+    x = jnp.pad(x, [(0, batches * size - count), (0, 0), (0, 0)])
+    done = jax.lax.map(functools.partial(newton_schulz, dtype=dtype), x.reshape(batches, size, *shape))
+    return done.reshape(-1, *shape)[:count]

@@ -517,6 +517,16 @@ def test_gradients_of_boundary_of_sublayers(build, width, tokens):
 PROJECTED = {"e4m3": (1024, 512), "bfloat16": (1024, 1024, 64, 256, 256)}
 
 
+@pytest.mark.parametrize(("matrices", "height", "width"), [(2, 2048, 4096), (1, 3072, 7168)])
+def test_iterations_of_muon(build, matrices, height, width):
+    """Three kernels: nothing else is as large as a matrix."""
+    y = shape(jnp.bfloat16, matrices, height, width)
+    compiled = build(choose.newton_schulz_step, y, shape(jnp.float32, 3))
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3
+    assert copied(compiled) == 0
+    assert compiled.memory_analysis().temp_size_in_bytes <= SPARE + 2 * 2 * matrices * height**2
+
+
 @pytest.mark.parametrize(("rows", "devices"), [(1, 8), (32, 4)])
 def test_shares_of_projections(build, rows, devices):
     """What each of several devices reads of weights that they all have, where the weights lie."""

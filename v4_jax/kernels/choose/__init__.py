@@ -18,6 +18,7 @@ Pallas kernel, or `cpu.py`, written so that XLA:CPU makes quick code of it. Laye
     indexer_loss             caller's, block by block       reference                                 kernels both ways
     attend_picked            caller's, over a gathered copy reference                                 kernel
     compress                 caller's, all rows at once     reference                                 row by row
+    newton_schulz_step       products                       reference                                 three kernels
     norm_rotate              one after the other            reference                                 a kernel both ways
     settle                   norm_rotate one by one         reference                                 one kernel
     attention_output         caller's                       reference                                 a kernel both ways
@@ -50,6 +51,7 @@ from v4_jax.kernels.choose.dense import (
     grouped_product,
     leave_site,
     matmul,
+    newton_schulz_step,
     norm_rotate,
     partial_products,
     products_with,
@@ -85,6 +87,7 @@ __all__ = [
     "many_rows_experts",
     "map_groups",
     "matmul",
+    "newton_schulz_step",
     "norm_rotate",
     "partial_products",
     "products",

@@ -20,6 +20,8 @@ from v4_jax.kernels.linear import cpu as linear_cpu
 from v4_jax.kernels.linear import reference as linear
 from v4_jax.kernels.linear import shares as linear_shares
 from v4_jax.kernels.linear import tpu as linear_tpu
+from v4_jax.kernels.newton_schulz import reference as newton_schulz
+from v4_jax.kernels.newton_schulz import tpu as newton_schulz_tpu
 from v4_jax.kernels.rotary import gradients as rotary_gradients
 from v4_jax.kernels.rotary import parts as rotary_parts
 from v4_jax.kernels.rotary import reference as rotary
@@ -39,6 +41,14 @@ def matmul(x: Array, weight: Array, dtype: Any) -> Array:
     if x.ndim != 2:
         return plain(x, weight)
     return with_gradients(plain, cpu=functools.partial(linear_cpu.matmul_gradients, dtype=dtype))(x, weight)
+
+
+def newton_schulz_step(y: Array, coefficients: Array) -> Array:
+    """See `newton_schulz.reference.step`. It has no gradients on TPUs."""
+    if not newton_schulz_tpu.supports(y):
+        return newton_schulz.step(y, coefficients)
+    kernels = functools.partial(newton_schulz_tpu.step, interpret=interpreting())
+    return by_platform(y, coefficients, default=newton_schulz.step, tpu=kernels)
 
 
 def products_with(x: Array, weights: Sequence[Weight], dtype: Any) -> list[Array]:

@@ -1,0 +1,1 @@
+"""Newton-Schulz iterations, which orthogonalise the updates of Muon."""
