@@ -73,7 +73,7 @@ class HyperConnection(Module):
         hc = self.config.hc_mult
         site, numbers = Site(*_declare(self, 2 * hc + hc * hc, 3), norm), _numbers(self.config)
         if left is None:
-            return streams, *choose.enter_site(streams, site, numbers)
+            return choose.enter_site(streams, site, numbers)
         return choose.cross_sites(streams, *left, site, numbers)
 
 

@@ -141,7 +141,7 @@ def settle(sums: Array, projections: Sequence[Projection]) -> list[Array]:
     return by_platform(sums, thens, default=plain, tpu=kernel)
 
 
-def enter_site(streams: Array, site: Site, numbers: Numbers) -> tuple[Array, Array]:
+def enter_site(streams: Array, site: Site, numbers: Numbers) -> tuple[Array, Array, Array]:
     """See `hyper_connections.reference.enter`."""
     return _boundary("enter", streams, numbers, site)(streams, site)
 

@@ -45,11 +45,12 @@ def supports(streams: Array, numbers: Numbers) -> bool:
 
 @functools.partial(jax.jit, static_argnames=("numbers", "interpret"))
 def enter(
-    streams: Array, site: Site, gradient: tuple[Array, Array], numbers: Numbers, *, interpret: bool = False
+    streams: Array, site: Site, gradient: tuple[Array, Array, Array], numbers: Numbers, *, interpret: bool = False
 ) -> tuple[Array, Site]:
     """Gradients of `reference.enter` for its streams and site, from those of its results."""
-    entered = _entered(streams, site, *gradient, numbers, interpret)
-    of_streams, of_weight = _spread(streams, None, entered, None, numbers, interpret)
+    of_same, of_y, of_mix = gradient
+    entered = _entered(streams, site, of_y, of_mix, numbers, interpret)
+    of_streams, of_weight = _spread(streams, of_same, entered, None, numbers, interpret)
     return of_streams, entered.of_site(site, of_weight)
 
 

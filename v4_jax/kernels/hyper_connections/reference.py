@@ -44,7 +44,7 @@ class Numbers(NamedTuple):
     iterations: int
 
 
-def enter(streams: Array, site: Site, numbers: Numbers) -> tuple[Array, Array]:
+def enter(streams: Array, site: Site, numbers: Numbers) -> tuple[Array, Array, Array]:
     """Collapses the streams into a site's input.
 
     Args:
@@ -53,12 +53,13 @@ def enter(streams: Array, site: Site, numbers: Numbers) -> tuple[Array, Array]:
       numbers: of the architecture.
 
     Returns:
-      The normed input [B, S, D] in the dtype of the streams; and how the site's output returns, [hc + hc^2, B, S]
-      float32: its weight in each stream, and then, at j hc + k, the share of old stream j in new stream k.
+      The streams as they are: whatever takes these has its gradient added to the site's where that is written. The
+      normed input [B, S, D] in their dtype. And how the site's output returns, [hc + hc^2, B, S] float32: its weight in
+      each stream, and then, at j hc + k, the share of old stream j in new stream k.
     """
     mixes = project(streams, site.weight, numbers.norm_eps)
     before, mix = gates(mixes, site.base, site.scale, numbers)
-    return rms_norm(collapse(streams, before), site.norm, numbers.norm_eps), mix
+    return streams, rms_norm(collapse(streams, before), site.norm, numbers.norm_eps), mix
 
 
 def gates(mixes: Array, base: Array, scale: Array, numbers: Numbers) -> tuple[Array, Array]:
@@ -96,8 +97,7 @@ def cross(streams: Array, output: Array, mix: Array, site: Site, numbers: Number
     Returns:
       The new streams, the next site's normed input, and how its output returns.
     """
-    streams = leave(streams, output, mix, numbers)
-    return streams, *enter(streams, site, numbers)
+    return enter(leave(streams, output, mix, numbers), site, numbers)
 
 
 @jax.custom_vjp

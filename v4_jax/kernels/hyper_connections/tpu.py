@@ -41,10 +41,10 @@ def supports(streams: Array, numbers: Numbers) -> bool:
 
 
 @functools.partial(jax.jit, static_argnames=("numbers", "interpret"))
-def enter(streams: Array, site: Site, numbers: Numbers, *, interpret: bool = False) -> tuple[Array, Array]:
+def enter(streams: Array, site: Site, numbers: Numbers, *, interpret: bool = False) -> tuple[Array, Array, Array]:
     """See `reference.enter`, for streams that `supports` takes; not differentiable."""
     y, mix = _call(streams, None, None, site, numbers, interpret)
-    return y, mix
+    return streams, y, mix
 
 
 @functools.partial(jax.jit, static_argnames=("numbers", "interpret"))
