@@ -1,12 +1,12 @@
-"""Gradients of the boundary between two sublayers as two TPU kernels, with the tokens' few numbers in between.
+"""Gradients of the boundary between two sublayers as TPU kernels: two of the streams, one of the few numbers between.
 
     of the new streams    d s_k = d new_k + before_k d c + W_k^T q + n s_k
     of the old ones       d x_j = sum_k share_jk d s_k        d output = sum_k after_k d s_k
 
 where c is the collapsed sum, W the projection, and q and n what its result and its RMS pass on. The first kernel goes
-back through norm and sum, to d c and the gates' gradients; those of gates and Sinkhorn's iteration are plain JAX, on 24
-numbers a token; the second writes the streams' gradients, and adds up those of the projection in VMEM. Streams are
-read once by each. Gradients add up in float32 and are rounded to the streams' dtype once.
+back through norm and sum, to d c and what reaches the gates; a small one goes back through gates and Sinkhorn's
+iteration, on 24 numbers a token; the last writes the streams' gradients, and adds up those of the projection in VMEM.
+Streams are read once by each. Gradients add up in float32 and are rounded to the streams' dtype once.
 
 Tokens lie on sublanes throughout. Float32 factors of the streams' products are cut into bfloat16 parts: three for sums
 over tokens or channels, and two for `W^T q`, whose result is rounded to bfloat16.
@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.kernels.hyper_connections import tpu
-from v4_jax.kernels.hyper_connections.reference import Numbers, Site, gates
+from v4_jax.kernels.hyper_connections.reference import Numbers, Site, opened
 from v4_jax.kernels.hyper_connections.tpu import LANES, by_chunks, by_lane, squares_by_lane
 
 BLOCKS = (128, 64, 32, 16)  # tokens at a time
@@ -174,18 +174,59 @@ def _entered(streams: Array, site: Site, of_y: Array, of_mix: Array, numbers: Nu
         site.norm.astype(jnp.float32)[None],
     )
     mixes, rms, of_before = columns[:, :count].T, columns[:, count], columns[:, count + 1 :].T
-    (before, _), pull = jax.vjp(
-        lambda mixes, base, scale: gates(mixes.reshape(count, batch, size), base, scale, numbers), mixes, base, scale
-    )
-    of_mixes, of_base, of_scale = pull((of_before.reshape(hc, batch, size), of_mix.astype(jnp.float32)))
+    gates = mixes * factor[:, None] + base[:, None]
+    before, of_gates = _shut(gates, of_before, of_mix.astype(jnp.float32).reshape(-1, tokens), numbers, interpret)
+    of_mixes, of_factor = of_gates * factor[:, None], jnp.sum(of_gates * mixes, axis=1)
     along = -jnp.sum(of_mixes * mixes, axis=0) * rms * rms / width
+    of_scale = jnp.stack([jnp.sum(part) for part in jnp.split(of_factor, (hc, 2 * hc))])
     return _Entered(
         of_sum,
         (of_mixes * rms).T,
-        jnp.concatenate([before.reshape(hc, tokens), along[None]]).T,
+        jnp.concatenate([before, along[None]]).T,
         weight,
-        (of_base, of_scale, jnp.sum(of_norm, axis=(0, 1))),
+        (jnp.sum(of_gates, axis=1), of_scale, jnp.sum(of_norm, axis=(0, 1))),
     )
+
+
+def _shut(gates: Array, of_before: Array, of_mix: Array, numbers: Numbers, interpret: bool) -> tuple[Array, Array]:
+    """Back through `reference.opened`: its first result [hc, T], and the gradients of gates [M, T]; T fills lanes."""
+    tokens = gates.shape[1] // LANES
+
+    def in_registers(x: Array) -> Array:
+        return x.reshape(-1, tokens, LANES)
+
+    given = [in_registers(x) for x in (gates, of_before, of_mix)]
+    block = next(size for size in (8, 4, 2, 1) if tokens % size == 0)
+    specs = [pl.BlockSpec((len(x), block, LANES), lambda i: (0, i, 0)) for x in given]
+    out = pl.pallas_call(
+        functools.partial(_through_gates, numbers=numbers),
+        grid=(tokens // block,),
+        in_specs=specs,
+        out_specs=[specs[1], specs[0]],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (given[1], given[0])],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_BYTES),
+        cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=12 * gates.nbytes // 4, transcendentals=0),
+        interpret=interpret,
+        name="gates_gradients",
+    )(*given)
+    before, of_gates = (x.reshape(len(x), -1) for x in out)
+    return before, of_gates
+
+
+def _through_gates(gates: Any, of_before: Any, of_mix: Any, before: Any, of_gates: Any, *, numbers: Numbers) -> None:
+    """Refs: [M, 8, 128] gates, and gradients of what they let through; the streams' shares, and gradients of gates."""
+    (shares, _), pull = jax.vjp(lambda x: opened(x, numbers, _unrolled), gates[...])
+    before[...] = shares
+    (of_gates[...],) = pull((of_before[...], of_mix[...]))
+
+
+def _unrolled(step: Any, carry: Any, xs: Any = None, length: int = 0, reverse: bool = False) -> tuple[Any, list[Any]]:
+    """`jax.lax.scan` as a loop of Python's, whose results are lists: kernels have no stacks of arrays."""
+    found = []
+    for x in [None] * length if xs is None else xs[:: -1 if reverse else 1]:
+        carry, y = step(carry, x)
+        found.append(y)
+    return carry, found
 
 
 def _back_to_sum(

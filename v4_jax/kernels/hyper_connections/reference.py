@@ -8,6 +8,7 @@ float32; streams are kept in the policy's compute dtype between sites, side by s
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,8 @@ from jax import Array
 
 from v4_jax.layers.norm import rms_norm
 from v4_jax.policy import einsum
+
+Scan = Callable[..., tuple[Any, Any]]  # as `jax.lax.scan`
 
 
 class Site(NamedTuple):
@@ -72,15 +75,23 @@ def gates(mixes: Array, base: Array, scale: Array, numbers: Numbers) -> tuple[Ar
       numbers: of the architecture.
     """
     hc = numbers.streams
+    factor = jnp.repeat(scale, jnp.array((hc, hc, hc * hc)), total_repeat_length=len(mixes))
+    return opened(mixes * factor[:, None, None] + base[:, None, None], numbers)
 
-    def part(start: int, stop: int, gate: int) -> Array:
-        return mixes[start:stop] * scale[gate] + base[start:stop, None, None]
 
-    before = jax.nn.sigmoid(part(0, hc, 0)) + numbers.eps
-    after = 2 * jax.nn.sigmoid(part(hc, 2 * hc, 1))
-    logits = part(2 * hc, 2 * hc + hc * hc, 2).reshape(hc, hc, *mixes.shape[1:])
-    residual = sinkhorn(logits, numbers.iterations, numbers.eps)
-    return before, jnp.concatenate([after, residual.reshape(hc * hc, *mixes.shape[1:])])
+def opened(gates: Array, numbers: Numbers, scan: Scan = jax.lax.scan) -> tuple[Array, Array]:
+    """What gates [2 hc + hc^2, ...] let through, see `gates`.
+
+    Args:
+      gates: the streams' projections, scaled, with their base added.
+      numbers: of the architecture.
+      scan: what goes over Sinkhorn's iterations, as `jax.lax.scan` does.
+    """
+    hc, rest = numbers.streams, gates.shape[1:]
+    before = jax.nn.sigmoid(gates[:hc]) + numbers.eps
+    after = 2 * jax.nn.sigmoid(gates[hc : 2 * hc])
+    residual = sinkhorn(gates[2 * hc :].reshape(hc, hc, *rest), numbers.iterations, numbers.eps, scan)
+    return before, jnp.concatenate([after, residual.reshape(hc * hc, *rest)])
 
 
 @jax.named_scope("hyper_connections.write_back")
@@ -147,7 +158,7 @@ mix_streams.defvjp(_mix_forward, _mix_backward)
 
 
 @jax.named_scope("hyper_connections.sinkhorn")
-def sinkhorn(logits: Array, iterations: int, eps: float) -> Array:
+def sinkhorn(logits: Array, iterations: int, eps: float, scan: Scan = jax.lax.scan) -> Array:
     """Doubly stochastic matrices from logits [hc, hc, ...], over the first two axes.
 
     Softmax over the second index with `eps` added, one normalisation over the first index, then `iterations - 1` times
@@ -156,14 +167,14 @@ def sinkhorn(logits: Array, iterations: int, eps: float) -> Array:
     pass over long vectors.
     """
     matrix = jax.nn.softmax(logits, axis=1) + eps
-    rows, columns = _factors(matrix, iterations, eps)
+    rows, columns = _factors(matrix, iterations, eps, scan)
     return rows[:, None] * matrix * columns
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _factors(matrix: Array, iterations: int, eps: float) -> tuple[Array, Array]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _factors(matrix: Array, iterations: int, eps: float, scan: Scan) -> tuple[Array, Array]:
     """Factors of rows and of columns, [hc, ...] each."""
-    return _factors_forward(matrix, iterations, eps)[0]
+    return _factors_forward(matrix, iterations, eps, scan)[0]
 
 
 def _over_second(matrix: Array, columns: Array) -> Array:
@@ -175,7 +186,7 @@ def _over_first(matrix: Array, rows: Array) -> Array:
     return functools.reduce(jnp.add, (matrix[j] * rows[j] for j in range(matrix.shape[0])))
 
 
-def _factors_forward(matrix: Array, iterations: int, eps: float) -> tuple[tuple[Array, Array], Any]:
+def _factors_forward(matrix: Array, iterations: int, eps: float, scan: Scan) -> tuple[tuple[Array, Array], Any]:
     # A sum is the factor times the weighted sum, so that factor / (sum + eps) = 1 / (weighted sum + eps / factor).
     def step(factors: tuple[Array, Array], _: None) -> tuple[Any, Any]:
         rows, columns = factors
@@ -184,11 +195,13 @@ def _factors_forward(matrix: Array, iterations: int, eps: float) -> tuple[tuple[
 
     rows = jnp.ones_like(matrix[:, 0])
     first = rows, 1 / (_over_first(matrix, rows) + eps)
-    last, before = jax.lax.scan(step, first, length=iterations - 1)
+    last, before = scan(step, first, length=iterations - 1)
     return last, (matrix, before, last)
 
 
-def _factors_backward(iterations: int, eps: float, residuals: Any, gradients: tuple[Array, Array]) -> tuple[Array]:
+def _factors_backward(
+    iterations: int, eps: float, scan: Scan, residuals: Any, gradients: tuple[Array, Array]
+) -> tuple[Array]:
     """With z the inverse of a factor, the gradient of z is that of the factor times -factor^2."""
     del iterations
     matrix, before, last = residuals
@@ -203,7 +216,7 @@ def _factors_backward(iterations: int, eps: float, residuals: Any, gradients: tu
         return (of_matrix, -eps * of_rows / rows_before**2, of_columns, before), None
 
     carry = jnp.zeros_like(matrix), *gradients, last
-    (of_matrix, _, of_columns, (_, columns)), _ = jax.lax.scan(step, carry, before, reverse=True)
+    (of_matrix, _, of_columns, (_, columns)), _ = scan(step, carry, before, reverse=True)
     return (of_matrix - of_columns * columns**2,)
 
 
