@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,7 @@ from v4_jax.planning.hlo import Computation, Instruction, Program
 from v4_jax.planning.turns import shortened, with_turns
 
 STEPS = (4, 8)  # of a grid that are counted, from which follows what all of them take
-PATIENCE = 300  # seconds for all kernels that a process is left with; the analysis of some has not been seen to end
+PATIENCE = 120  # seconds for one kernel; the analysis of some has not been seen to end
 
 # What libtpu must find when it is loaded to compile for chips that are not this process's; the rest keeps it quiet.
 ENVIRONMENT = {
@@ -76,27 +77,41 @@ def cycles(closed: Any, topology: str, mesh: Mesh) -> dict[Likeness, int]:
             for have, (few, whole) in by_steps.items():
                 Path(folder, f"{number} {bounds} {have} {whole}.kernel").write_bytes(_exported(few, mesh))
         found = defaultdict[Likeness, dict[int, tuple[int, int]]](dict)
-        while list(Path(folder).glob("*.kernel")):
+        left, before = _left(folder), -1
+        while left and left != before:  # a process that crashes goes on with the next kernel; one may come to none
             options = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {_OPTIONS}{folder}"
-            with open(Path(folder, "cycles"), "w+") as answers, contextlib.suppress(subprocess.TimeoutExpired):
-                subprocess.run(
+            with (
+                open(Path(folder, "cycles"), "w+") as answers,
+                subprocess.Popen(
                     [sys.executable, "-m", __name__, folder, topology],
                     env=os.environ | ENVIRONMENT | {"LIBTPU_INIT_ARGS": options},
                     stdout=answers,
                     stderr=subprocess.DEVNULL,
-                    check=False,
-                    timeout=PATIENCE,
-                )
+                ) as process,
+            ):
+                _watch(process, folder)
             for line in Path(folder, "cycles").read_text().splitlines():
                 if line.startswith("{"):
                     one = json.loads(line)
                     found[tuple(one["likeness"])][one["steps"]] = one["all"], one["cycles"]
-            begun = Path(folder, "begun")
-            if not begun.exists():
-                break  # it never came to a kernel
-            Path(folder, begun.read_text()).unlink(missing_ok=True)
-            begun.unlink()
+            left, before = _left(folder), left
         return {known: _of_all_steps(counted) for known, counted in found.items()}
+
+
+def _left(folder: str) -> int:
+    """Kernels of a folder that no process has begun with."""
+    return len(list(Path(folder).glob("*.kernel")))
+
+
+def _watch(process: subprocess.Popen[bytes], folder: str) -> None:
+    """Waits for the compiler's process, and ends it where it stays with one kernel."""
+    before, since = -1, time.monotonic()
+    while process.poll() is None:
+        if (left := _left(folder)) != before:
+            before, since = left, time.monotonic()
+        elif time.monotonic() - since > PATIENCE:
+            process.kill()
+        time.sleep(0.2)
 
 
 def _of_all_steps(counted: dict[int, tuple[int, int]]) -> int:
@@ -153,13 +168,17 @@ def main() -> None:
     mesh = Mesh(np.array([device]), ("one",))
     place = NamedSharding(mesh, P())
     for path in sorted(Path(folder).glob("*.kernel")):
-        Path(folder, "begun").write_text(path.name)
+        content = path.read_bytes()
+        path.unlink()  # whatever comes of it, it is not begun again
         for old in Path(folder).glob("*.textproto"):
             old.unlink()
-        kernel = jax.export.deserialize(bytearray(path.read_bytes()))
+        kernel = jax.export.deserialize(bytearray(content))
         shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=place) for aval in kernel.in_avals]
-        with jax.sharding.set_mesh(mesh):
-            text = jax.jit(kernel.call).lower(*shapes).compile().as_text()
+        try:
+            with jax.sharding.set_mesh(mesh):
+                text = jax.jit(kernel.call).lower(*shapes).compile().as_text()
+        except jax.errors.JaxRuntimeError:
+            continue  # it needs more room in VMEM alone than among others
         _, bounds, steps, all_steps = map(int, path.stem.split())
         for computation in Program(text or "").computations.values():
             for instruction in computation.instructions.values():
@@ -167,8 +186,6 @@ def main() -> None:
                     known = likeness(computation, instruction, bounds)
                     one = {"likeness": known, "steps": steps, "all": all_steps, "cycles": counted}
                     print(json.dumps(one), flush=True)
-        path.unlink()
-    Path(folder, "begun").unlink(missing_ok=True)
 
 
 def _profile(folder: Path, name: str) -> int | None:
