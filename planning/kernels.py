@@ -8,7 +8,6 @@ analysis does not end, stays without an estimate.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
