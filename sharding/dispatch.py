@@ -235,7 +235,7 @@ def exchange(x: Array, leaving: Segments, arriving: Segments, lengths: tuple[int
     """
 
     def ragged(x: Array, leaving: Segments, arriving: Segments) -> Array:
-        rows = x if x.ndim > 1 else jnp.broadcast_to(x[:, None, None], (x.shape[0], 1, LANES))
+        rows = x if x.ndim > 1 else _in_lanes(x)
         out = jax.lax.empty((lengths[1], *rows.shape[1:]), x.dtype)
         where = (leaving.here, leaving.size, leaving.there, arriving.size)
         found = jax.lax.ragged_all_to_all(rows, out, *where, axis_name=axes)
@@ -254,6 +254,11 @@ def exchange(x: Array, leaving: Segments, arriving: Segments, lengths: tuple[int
         return gathered(x, leaving, arriving)
     # XLA:CPU has no ragged exchange; there every device sees all rows.
     return by_platform(x, leaving, arriving, tpu=ragged, default=gathered)
+
+
+def _in_lanes(x: Array) -> Array:
+    """[P] numbers as [P, 1, 128]. Without the barrier TPUs fill the lanes of one row after another."""
+    return jax.lax.optimization_barrier(jnp.broadcast_to(x[:, None], (x.shape[0], LANES)))[:, None]
 
 
 def _first_lane(x: Array) -> Array:

@@ -12,6 +12,7 @@ from jax import Array
 
 from v4_jax.policy import einsum
 from v4_jax.sharding.collectives import Axes, pmax, psum
+from v4_jax.sharding.platform import platform_of_mesh
 
 LOGITS = 2**25  # logits that a device has at once in a loss
 
@@ -36,9 +37,14 @@ def _log_probability(logits: Array, tokens: Array, axes: Axes, axis: int) -> tup
     found = jnp.take_along_axis(logits, jnp.expand_dims(jnp.clip(tokens, 0, vocabulary - 1), axis), axis)
     chosen = psum(jnp.where(here, jnp.squeeze(found, axis), 0), axes)
     largest = pmax(jnp.max(logits, axis), axes)
-    # Computed once, for the sum and for the gradient; fused into the sum they would be computed again, and slowly.
-    powers = jax.lax.optimization_barrier(jnp.exp(logits - jnp.expand_dims(largest, axis)))
-    total = psum(jnp.sum(powers, axis), axes)
+    # Computed once, for the sum and for the gradient: TPUs do both in one pass; elsewhere exponentials that are fused
+    # into the sum would be computed again, and slowly.
+    together = platform_of_mesh() == "tpu"
+    powers = jnp.exp(logits - jnp.expand_dims(largest, axis))
+    powers = powers if together else jax.lax.optimization_barrier(powers)
+    total = jnp.sum(powers, axis)
+    powers, total = jax.lax.optimization_barrier((powers, total)) if together else (powers, total)
+    total = psum(total, axes)
     return chosen - largest - jnp.log(total), powers, total
 
 
@@ -129,7 +135,7 @@ def with_gradient(
 
     def block(of_head: Array, x: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
         loss, of_logits = of_block(*x)
-        of_logits = of_logits.astype(dtype)
+        of_logits = jax.lax.optimization_barrier(of_logits.astype(dtype))  # or every tile of a product makes its own
         of_head = of_head + einsum("vt,td->vd", of_logits, x[0], dtype=jnp.float32)
         return of_head, (loss, einsum("vt,vd->td", of_logits, head, dtype=jnp.float32))
 

@@ -31,6 +31,8 @@ from v4_jax.kernels.attention.tpu import (
     VMEM_BYTES,
     bounds_of,
     hidden_from,
+    in_rows,
+    repeated,
     tile_of,
     up,
 )
@@ -91,20 +93,26 @@ def gradients(
     each = -(-tiles // halves)
     rows = tile * heads
 
-    def by_row(x: Array) -> Array:
-        x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)) if missing else x
-        return x.reshape(batch, tiles * rows, -1)
-
-    statistics = jnp.stack([maximum * LOG2E, of_total], axis=-1)
-    statistics = jnp.pad(statistics, [(0, 0)] * 3 + [(0, LANES - 2)])
-    operands = [by_row(cut.cut(x)) for x in (queries, of_weighted, statistics)]
-    index, nothing = jnp.arange(count, dtype=jnp.int32), jnp.zeros((batch, count), jnp.int32)
-    ranges = [nothing] * 4
-
     def tile_place(b: Any, h: Any, t: Any, *_: Any) -> Any:
         return b, jnp.minimum(h * each + t, tiles - 1), 0
 
-    specs = [pl.BlockSpec((None, rows, x.shape[2]), tile_place) for x in operands]
+    def of_tiles(x: Array, each: int) -> tuple[Array, pl.BlockSpec]:
+        """What queries have, in so many rows each, tile by tile."""
+        x = cut.cut(x)
+        x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)) if missing else x
+        x = x.reshape(batch, tiles * tile * each, -1)
+        return x, pl.BlockSpec((None, tile * each, x.shape[2]), tile_place)
+
+    given = [
+        of_tiles(queries, heads),
+        of_tiles(of_weighted, heads),
+        of_tiles(maximum * LOG2E, 1),
+        of_tiles(of_total, 1),
+    ]
+    operands, specs = [x for x, _ in given], [spec for _, spec in given]
+    index, nothing = jnp.arange(count, dtype=jnp.int32), jnp.zeros((batch, count), jnp.int32)
+    ranges = [nothing] * 4
+
     out, out_specs = [jax.ShapeDtypeStruct(operands[0].shape, dtype)], [specs[0]]
     scalars, room, block = [], 0, 0
 
@@ -152,7 +160,7 @@ def gradients(
             grid=(batch, halves, each),
             in_specs=[pl.BlockSpec((None, tile, 4), tile_place), *specs],
             out_specs=out_specs,
-            scratch_shapes=[pltpu.VMEM((rows, size), jnp.float32)],
+            scratch_shapes=[pltpu.VMEM((rows, size), jnp.float32), *[pltpu.VMEM((rows, LANES), jnp.float32)] * 2],
         ),
         out_shape=out,
         compiler_params=pltpu.CompilerParams(
@@ -160,7 +168,7 @@ def gradients(
         ),
         cost_estimate=pl.CostEstimate(
             flops=10 * batch * count * heads * size * seen,
-            bytes_accessed=batch * ((2 * dtype.itemsize + 4) * size + 4 * LANES) * count * heads,
+            bytes_accessed=batch * (2 * dtype.itemsize + 4) * size * count * heads,
             transcendentals=batch * count * heads * seen,
         ),
         interpret=interpret,
@@ -180,20 +188,20 @@ def gradients(
 def _kernel(*refs: Any, heads: int, tiles: int, room: int, block: int, turns: int, picks: bool, scale: float) -> None:
     """A grid step: one tile.
 
-    Refs: [bounds,] ranges [tile, 4], queries and gradients [rows, C], largest logits and gradients of the sums [rows,
-    128], [keys [length, C],] [entries [E, C],] [hidden [tile, E],] gradients of queries [rows, C] [, of keys] [, of
-    entries]; scratch: gradients of queries in float32.
+    Refs: [bounds,] ranges [tile, 4], queries and gradients [rows, C], largest logits and gradients of the sums [tile,
+    heads], [keys [length, C],] [entries [E, C],] [hidden [tile, E],] gradients of queries [rows, C] [, of keys] [, of
+    entries]; scratch: gradients of queries in float32, and the two numbers of each row in all lanes [rows, 128].
     """
     left = list(refs)
     bounds: Any = left.pop(0) if block else None
-    ranges, queries, gradients, statistics = (left.pop(0) for _ in range(4))
+    ranges, queries, gradients, maxima, of_totals = (left.pop(0) for _ in range(5))
     keys: Any = left.pop(0) if room else None
     entries: Any = left.pop(0) if block else None
     hides: Any = left.pop(0) if picks else None
     of_queries = left.pop(0)
     of_keys: Any = left.pop(0) if room else None
     of_entries: Any = left.pop(0) if block else None
-    (sums,) = left
+    sums, most, added = left
     tile, dtype = ranges.shape[0], queries.dtype
     tokens = next(n for n in range(max(1, CHUNK // heads), 0, -1) if tile % n == 0)  # of a chunk
     chunk, chunks = tokens * heads, tile // tokens
@@ -222,8 +230,8 @@ def _kernel(*refs: Any, heads: int, tiles: int, room: int, block: int, turns: in
                 hidden = jnp.where((number >= low) & (number < high), 0.0, HIDDEN)
             logits = dot(own, some, (1, 1)) * (scale * LOG2E)
             logits = (logits.reshape(tokens, heads, count) + hidden[:, None, :]).reshape(chunk, count)
-            shares = jnp.exp2(logits - statistics[rows, 0:1])
-            of_logits = shares * (dot(given, some, (1, 1)) + statistics[rows, 1:2]) * scale
+            shares = jnp.exp2(logits - repeated(most[rows, :], count))
+            of_logits = shares * (dot(given, some, (1, 1)) + repeated(added[rows, :], count)) * scale
             of_logits, shares = of_logits.astype(dtype), shares.astype(dtype)
             sums[rows, :] += dot(of_logits, some, (1, 0))
             total += dot(of_logits, own, (0, 0)) + dot(shares, given, (0, 0))
@@ -238,6 +246,7 @@ def _kernel(*refs: Any, heads: int, tiles: int, room: int, block: int, turns: in
     @pl.when(here < tiles)
     def _() -> None:
         sums[...] = jnp.zeros(sums.shape, jnp.float32)
+        most[...], added[...] = in_rows(maxima[...]), in_rows(of_totals[...])
         if room:
             start = 0 if tiles == 1 else pl.multiple_of(here * tile & -SUBLANES, SUBLANES)
             attend(keys, of_keys, start, room, (0, 1))

@@ -406,6 +406,11 @@ def statistics(largest: Array, total: Array) -> Array:
     return jnp.where(lane == 0, largest, jnp.where(lane == 1, total, 0.0))
 
 
+def in_rows(x: Array) -> Array:
+    """[tile, heads] -> [tile * heads, 128], the same in all lanes."""
+    return jnp.broadcast_to(x[:, :, None], (*x.shape, LANES)).reshape(-1, LANES)
+
+
 def across(x: Array, heads: int) -> Array:
     """[tile * heads, 128] with the same in all lanes -> [tile, heads]."""
     shape = (x.shape[0] // heads, heads, LANES)

@@ -30,6 +30,7 @@ from v4_jax.kernels.attention.tpu import (
     bounds_of,
     by_lane,
     hidden_from,
+    in_rows,
     repeated,
     tile_of,
     up,
@@ -240,10 +241,6 @@ def _kernel(
         dimensions = (((axes[0],), (axes[1],)), ((), ()))
         return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
-    def in_rows(x: Array, out: Any) -> None:
-        """[tile, heads] into all lanes of [tile * heads, 128]."""
-        out[...] = jnp.broadcast_to(x[:, :, None], (*x.shape, LANES)).reshape(out.shape)
-
     def parts(per_query: int) -> list[tuple[slice, slice]]:
         """Queries that are taken together, and their rows."""
         return [
@@ -343,6 +340,5 @@ def _kernel(
 
     @pl.when(here < tiles)
     def _() -> None:
-        in_rows(log_totals[...], totals)
-        in_rows(weights[...], shares)
+        totals[...], shares[...] = in_rows(log_totals[...]), in_rows(weights[...])
         (pull if backward else forward)()
