@@ -28,7 +28,14 @@ from v4_jax.layers.lightning_indexer import LightningIndexer, index_queries, sel
 from v4_jax.layers.linear import linear, project
 from v4_jax.layers.partial_softmax import log_denominator, merge, merge_devices
 from v4_jax.layers.partials import Packed, Partial, separate
-from v4_jax.layers.query_blocks import WIDE_BLOCK, Queries, QueryBlock, by_query_blocks, projects_whole
+from v4_jax.layers.query_blocks import (
+    ATTENDED_BYTES,
+    WIDE_BLOCK,
+    Queries,
+    QueryBlock,
+    by_query_blocks,
+    projects_whole,
+)
 from v4_jax.layers.rotary import Turn
 from v4_jax.layers.stages import SPARSE, Stage, keep
 from v4_jax.layers.visible import Visible
@@ -227,7 +234,7 @@ class Attention(Module):
                 all_queries = jax.ShapeDtypeStruct((*latent.shape[:2], wq_b.shape[0] // size, size), dtype)
                 all_keys = jax.ShapeDtypeStruct((y.shape[0], past + layout.size, size), dtype)
                 if attends_in_training(all_queries, all_keys, entries):
-                    wide = layout.size
+                    wide = max(1, ATTENDED_BYTES * layout.size // (all_queries.size * all_queries.dtype.itemsize))
             output, picked, loss, _ = by_query_blocks(block, tail, keys, queries, heads, wide=wide)
             if whole:
                 with jax.named_scope("attention.output"):

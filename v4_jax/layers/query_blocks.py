@@ -21,7 +21,8 @@ from v4_jax.sharding.platform import platform_of_mesh
 QUERY_BLOCK = 128  # queries of a row that see the same keys of the window,
 BATCH_BLOCK = 512  # and of all rows, which bounds the memory of a large batch
 WIDE_BLOCK = 512  # queries of all rows, where kernels hold the logits
-WHOLE_BYTES = 2**31  # of a chunk's queries, and as much of what they attend, that are held at once in training
+WHOLE_BYTES = 2**31  # of a chunk's queries, and as much of what they attend, that are held at once in training,
+ATTENDED_BYTES = 2**30  # and of those that are attended at once by kernels, which give float32
 TOGETHER = 2**21  # logits of the window, up to which several blocks of queries are attended side by side
 
 Outputs = TypeVar("Outputs")
