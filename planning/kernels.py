@@ -30,6 +30,7 @@ from v4_jax.planning.turns import shortened, with_turns
 
 STEPS = (4, 8)  # of a grid that are counted, from which follows what all of them take
 PATIENCE = 120  # seconds for one kernel; the analysis of some has not been seen to end
+AT_ONCE = 40  # kernels that a process takes: what they leave behind in its memory adds up to gigabytes
 
 # What libtpu must find when it is loaded to compile for chips that are not this process's; the rest keeps it quiet.
 ENVIRONMENT = {
@@ -77,7 +78,7 @@ def cycles(closed: Any, topology: str, mesh: Mesh) -> dict[Likeness, int]:
                 Path(folder, f"{number} {bounds} {have} {whole}.kernel").write_bytes(_exported(few, mesh))
         found = defaultdict[Likeness, dict[int, tuple[int, int]]](dict)
         left, before = _left(folder), -1
-        while left and left != before:  # a process that crashes goes on with the next kernel; one may come to none
+        while left and left != before:  # after a crash the next process takes the next kernel; one may come to none
             options = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {_OPTIONS}{folder}"
             with (
                 open(Path(folder, "cycles"), "w+") as answers,
@@ -166,7 +167,7 @@ def main() -> None:
     device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
     mesh = Mesh(np.array([device]), ("one",))
     place = NamedSharding(mesh, P())
-    for path in sorted(Path(folder).glob("*.kernel")):
+    for path in sorted(Path(folder).glob("*.kernel"))[:AT_ONCE]:
         content = path.read_bytes()
         path.unlink()  # whatever comes of it, it is not begun again
         for old in Path(folder).glob("*.textproto"):
