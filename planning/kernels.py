@@ -8,6 +8,7 @@ analysis does not end, stays without an estimate.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -25,7 +26,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from v4_jax.planning.hlo import Computation, Instruction, Program
+from v4_jax.planning.hlo import Computation, Instruction
 from v4_jax.planning.turns import shortened, with_turns
 
 STEPS = (4, 8)  # of a grid that are counted, from which follows what all of them take
@@ -48,17 +49,16 @@ _OPTIONS = "--xla_tpu_check_llo_types=false --xla_jf_dump_static_llo_profile_to=
 Likeness = tuple[str, ...]
 
 
-def likeness(computation: Computation, kernel: Instruction, bounds: int = 0) -> Likeness:
+def likeness(computation: Computation, kernel: Instruction) -> Likeness:
     """What two calls of the same kernel have in common.
 
     Args:
       computation: what the kernel is called in.
       kernel: the call.
-      bounds: how many sizes of its grid it lacks as operands, because they were given.
     """
     operands = (shape for name in kernel.operands for shape in computation.instructions[name].shapes)
     shapes = (f"{shape.dtype}{list(shape.dimensions)}" for shape in (*operands, *kernel.shapes))
-    return (kernel.name.partition(".")[0], *["s32[]"] * bounds, *shapes)
+    return (kernel.name.partition(".")[0], *shapes)
 
 
 def cycles(closed: Any, topology: str, mesh: Mesh) -> dict[Likeness, int]:
@@ -174,25 +174,31 @@ def main() -> None:
             old.unlink()
         kernel = jax.export.deserialize(bytearray(content))
         shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=place) for aval in kernel.in_avals]
-        try:
-            with jax.sharding.set_mesh(mesh):
-                text = jax.jit(kernel.call).lower(*shapes).compile().as_text()
-        except jax.errors.JaxRuntimeError:
-            continue  # it needs more room in VMEM alone than among others
+        # Some find less room in VMEM alone than among others; they have been counted by then.
+        with jax.sharding.set_mesh(mesh), contextlib.suppress(jax.errors.JaxRuntimeError):
+            jax.jit(kernel.call).lower(*shapes).compile()
         _, bounds, steps, all_steps = map(int, path.stem.split())
-        for computation in Program(text or "").computations.values():
-            for instruction in computation.instructions.values():
-                if instruction.is_kernel and (counted := _profile(Path(folder), instruction.name)):
-                    known = likeness(computation, instruction, bounds)
-                    one = {"likeness": known, "steps": steps, "all": all_steps, "cycles": counted}
-                    print(json.dumps(one), flush=True)
+        if counted := _profile(Path(folder), kernel.fun_name):
+            arrays = map(_as_written, (*kernel.in_avals, *kernel.out_avals))
+            known = (kernel.fun_name, *["s32[]"] * bounds, *arrays)
+            print(json.dumps({"likeness": known, "steps": steps, "all": all_steps, "cycles": counted}), flush=True)
+
+
+def _as_written(aval: Any) -> str:
+    """An array's type as the compiler writes it, such as "bf16[8, 128]"."""
+    short = (("_", ""), ("bfloat", "bf"), ("float", "f"), ("uint", "u"), ("int", "s"), ("bool", "pred"))
+    name = str(aval.dtype)
+    for long, brief in short:
+        name = name.replace(long, brief)
+    return f"{name}{list(aval.shape)}"
 
 
 def _profile(folder: Path, name: str) -> int | None:
-    """Cycles from the compiler's profile of an operation."""
-    path = folder / f"{name}_static_llo_profile.textproto"
-    found = re.search(r"estimated_cycles: (\d+)", path.read_text()) if path.exists() else None
-    return int(found[1]) if found else None
+    """Cycles from the compiler's profile of a kernel."""
+    for path in folder.glob(f"{name}*_static_llo_profile.textproto"):
+        if found := re.search(r"estimated_cycles: (\d+)", path.read_text()):
+            return int(found[1])
+    return None
 
 
 if __name__ == "__main__":
