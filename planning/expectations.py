@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from v4_jax.architecture import RATIO_OF_ROLE
 from v4_jax.config import Config
 from v4_jax.kernels.grouped_matmul.groups import tile_rows
-from v4_jax.kernels.grouped_matmul.tpu import ROWS
+from v4_jax.kernels.grouped_matmul.tpu import tile_rows as grouped_tile_rows
 from v4_jax.kernels.stored_weights import SPREAD_ROWS
 from v4_jax.layers.expert_parallelism import FEW_TOKENS
 from v4_jax.planning.hlo import Expected, Instruction, Program, Share
@@ -114,7 +114,8 @@ class OnMean(Expected):
         rows = kernel.shapes[0].dimensions[0] if kernel.shapes and kernel.shapes[0].dimensions else 0
         own = self._reaching
         if name == "grouped_matmul":
-            visits = self._hit + own / ROWS[0]  # each once, and once more for each boundary between tiles of rows
+            tile = grouped_tile_rows(rows, max(1, round(self._own)))
+            visits = self._hit + own / tile  # each once, and once more for each boundary between tiles of rows
             turns = visits / DYNAMIC_TURNS
         elif name == "experts" and "/experts.ffn/" in kernel.op_name:
             rows *= self.config.num_experts_per_tok

@@ -12,7 +12,8 @@ from v4_jax.kernels.turns import told
 
 
 def with_turns(equation: Any) -> Any:
-    """A Pallas call in which loops and grids that depend on the data have as many turns as `about` says.
+    """A Pallas call in which loops and grids that depend on the data have as many turns as `about` says; and what stands
+    under a condition is done if it says once, and not if it says never.
 
     What it computes is another thing: this is for counting alone. Loops of which nothing is said stay as they are.
     """
@@ -56,7 +57,10 @@ def _counted(jaxpr: Any) -> Any:
 def _equation(equation: Any) -> Any:
     is_jaxpr = lambda x: isinstance(x, Jaxpr | ClosedJaxpr)  # noqa: E731
     params = jax.tree.map(lambda x: _counted(x) if is_jaxpr(x) else x, dict(equation.params), is_leaf=is_jaxpr)
-    if equation.primitive is not jax.lax.while_p or (turns := told(equation)) is None:
+    turns = told(equation)
+    if equation.primitive is jax.lax.cond_p and turns in (0, 1):  # the same whichever is taken
+        return equation.replace(params=params | {"branches": (params["branches"][turns],) * len(params["branches"])})
+    if equation.primitive is not jax.lax.while_p or turns is None:
         return equation.replace(params=params)
     unused, used = params["cond_nconsts"], params["body_nconsts"]
     params = dict(

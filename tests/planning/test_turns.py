@@ -29,6 +29,14 @@ def _kernel(turns, out):
     with about(7):
         jax.lax.while_loop(lambda x: x > 0, halve, turns[0])
 
+    def once():
+        out[0] += 1000
+
+    with about(0):
+        pl.when(turns[0] > 0)(once)
+    with about(1):
+        pl.when(turns[0] < 0)(once)
+
 
 def _count(steps, turns, said):
     def call(steps, turns):
@@ -47,6 +55,7 @@ def _count(steps, turns, said):
 
 @pytest.mark.parametrize(("said", "turns", "steps"), [(False, 2, 2), (True, 5, 3)])
 def test_loops_and_grids_turn_as_often_as_is_said(said, turns, steps):
-    """A grid of 2 steps that is said to have 3; loops of 2 turns said to have 5 and 7, and one of which nothing is."""
+    """A grid of 2 steps that is said to have 3; loops of 2 turns said to have 5 and 7, and one of which nothing is. What is
+    done is said not to be, and the other way round."""
     halvings = 7 if said else 2
-    assert _count(jnp.int32(2), jnp.array([2], jnp.int32), said) == steps * (2 + turns + 100 * halvings)
+    assert _count(jnp.int32(2), jnp.array([2], jnp.int32), said) == steps * (2 + turns + 100 * halvings + 1000)

@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.kernels.block_scales import LANES, SUBLANES, block_lines, by_scaled_rows, product, repeat_lanes
+from v4_jax.kernels.turns import about
 from v4_jax.low_rank import Adapted
 from v4_jax.number_formats import E2M1, E4M3, FP4_BLOCK, FP8_BLOCK, BlockScaled, Weight
 
@@ -138,8 +139,31 @@ def spread(rows: Any, wide: Any) -> None:
         wide[:, k : k + RUN] = jnp.concatenate(parts, axis=0).astype(wide.dtype)
 
 
+class Kept(NamedTuple):
+    """A tile's weights from one visit of it to the next.
+
+    Attributes:
+      expanded: reference of [columns, K] E5M2 for what E2M1 was expanded to.
+      fresh: whether the tile is another than in the visit before.
+    """
+
+    expanded: Any
+    fresh: Any
+
+
+def kept_shape(columns: int, depth: int, form: Form) -> tuple[int, int] | None:
+    """The shape of what `multiply` keeps of a tile of so many columns; None for weights that it takes as they are."""
+    return (columns, depth) if form.block == FP4_BLOCK else None
+
+
 def multiply(
-    rows: Any, tile: Sequence[Any], form: Form, first: Any, store: Callable[[Any, Array], None], wide: Any = None
+    rows: Any,
+    tile: Sequence[Any],
+    form: Form,
+    first: Any,
+    store: Callable[[Any, Array], None],
+    wide: Any = None,
+    kept: Kept | None = None,
 ) -> None:
     """Multiplies rows by a tile of a weight.
 
@@ -150,6 +174,7 @@ def multiply(
       first: number of the tile's first output among the weight's.
       store: takes the place (`pl.ds`) of each strip among the tile's outputs, and the products [M, strip] float32.
       wide: reference of the same rows as `spread` writes them, where `spread_shape` gives a shape.
+      kept: what is kept of the tile, where `kept_shape` gives a shape and visits of it follow one another.
     """
     codes, *scales = tile
     (count, depth), columns = rows.shape, codes.shape[0]
@@ -196,10 +221,19 @@ def multiply(
         def as_e5m2(here: Any, start: Any) -> Array:
             del start
             exponents = _quad_exponents(in_order(here), highest)
-            total = sums(
-                lambda k: _as_e5m2(codes[here, k : k + chunk], repeat_lanes(exponents, FP4_BLOCK[1], k, chunk))
-            )
-            return total * (highest * 2.0**-E5M2_GAIN)
+
+            def expanded(k: int) -> Array:
+                found = _as_e5m2(codes[here, k : k + chunk], repeat_lanes(exponents, FP4_BLOCK[1], k, chunk))
+                if kept is not None:
+                    kept.expanded[here, k : k + chunk] = found
+                return found
+
+            return sums(expanded) * (highest * 2.0**-E5M2_GAIN)
+
+        def as_kept(here: Any, start: Any) -> Array:
+            del start
+            assert kept is not None
+            return sums(lambda k: kept.expanded[here, k : k + chunk]) * (highest * 2.0**-E5M2_GAIN)
 
         def as_bfloat16(here: Any, start: Any) -> Array:
             del start
@@ -225,8 +259,13 @@ def multiply(
         everything = scales_of(slice(None))
         highest, lowest = jnp.max(everything), jnp.min(everything)
         near = (lowest * 2.0**E5M2_RANGE >= highest) & (highest >= 2.0**-100) & (highest <= 2.0**100)
-        pl.when(near)(lambda: each_strip(as_e5m2))
-        pl.when(jnp.logical_not(near))(lambda: each_strip(as_bfloat16))
+        # A plan counts every visit as a tile's first, and no release has scales so far apart.
+        with about(1):
+            pl.when(near if kept is None else near & kept.fresh)(lambda: each_strip(as_e5m2))
+        with about(0):
+            if kept is not None:
+                pl.when(near & jnp.logical_not(kept.fresh))(lambda: each_strip(as_kept))
+            pl.when(jnp.logical_not(near))(lambda: each_strip(as_bfloat16))
 
 
 def _quad_exponents(scales: Array, highest: Any) -> Array:

@@ -14,7 +14,8 @@ import jax
 
 
 def about(turns: int) -> contextlib.AbstractContextManager[None]:
-    """Around a loop of a kernel's body, or around a call whose grid has a dimension known only at run time.
+    """Around a loop of a kernel's body, or around a call whose grid has a dimension known only at run time; or around a
+    condition, as a loop of at most one turn.
 
     Args:
       turns: what a plan counts; the computation does not depend on it.

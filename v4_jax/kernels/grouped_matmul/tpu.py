@@ -10,8 +10,8 @@ in float32, the sum to bfloat16.
 The grid is (tiles of N, visits). A visit is a pair (group, tile of rows) that share rows; a tile of rows in which one
 group ends and the next begins is visited by both, and each stores its own rows. The list of visits is computed from
 the sizes and prefetched as scalars, and its length is the grid's, so empty groups and unused rows cost nothing. A
-weight tile spans all of K: successive visits by one group find it already there, and every chosen expert's weights
-cross from HBM once per call, however its rows fall into tiles.
+weight tile spans all of K: successive visits by one group find it already there, E2M1 expanded, and every chosen
+expert's weights cross from HBM once per call, however its rows fall into tiles.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.kernels.block_scales import LANES
-from v4_jax.kernels.stored_weights import Form, Tile, in_memory, multiply, supports, tiles
-from v4_jax.number_formats import BlockScaled, Weight, bytes_of
+from v4_jax.kernels.stored_weights import E5M2, Form, Kept, Tile, in_memory, kept_shape, multiply, supports, tiles
+from v4_jax.number_formats import FP4_BLOCK, BlockScaled, Weight, bytes_of
 
 COLUMNS = 512  # outputs of a weight tile: 1 MiB of E2M1 codes at K = 4,096, long enough to hide a grid step's overhead
 ROWS = (128, 256)  # rows of a tile: when groups are small, and when they are several tiles each
@@ -62,12 +62,13 @@ def grouped_matmul(rows: Array, weight: Weight, sizes: Array, *, layer: Any = No
     (count, depth), (_, groups, width, _) = rows.shape, weight.shape
     if sizes.shape != (groups,) or depth != weight.shape[-1]:
         raise ValueError(f"rows {rows.shape} and sizes {sizes.shape} do not fit a weight {weight.shape}")
-    tile = _tile_rows(count, groups)
+    tile = tile_rows(count, groups)
     columns = min(COLUMNS, width)
     visits = _visits(sizes, count, tile)
     total = jnp.maximum(visits.total, 1)  # a grid of no steps is not worth finding out about: without rows, visit one
     scalars = (jnp.asarray(layer, jnp.int32).reshape(1), *visits[:-1])
     operands, form = in_memory(weight)
+    kept = kept_shape(columns, depth, form)
 
     def spec(tile: Tile) -> pl.BlockSpec:
         def place(n: Any, v: Any, layer: Any, group: Any, *_: Any) -> Any:
@@ -85,6 +86,7 @@ def grouped_matmul(rows: Array, weight: Weight, sizes: Array, *, layer: Any = No
                 *map(spec, tiles(operands, form, columns)),
             ],
             out_specs=pl.BlockSpec((tile, columns), lambda n, v, layer, group, base, *_: (base[group[v]] + v, n)),
+            scratch_shapes=[] if kept is None else [pltpu.VMEM(kept, E5M2)],
         ),
         out_shape=jax.ShapeDtypeStruct((count, width), rows.dtype),
         compiler_params=pltpu.CompilerParams(
@@ -107,10 +109,10 @@ class _Visits(NamedTuple):
     total: Array  # int32
 
 
-def _tile_rows(count: int, groups: int) -> int:
-    """Rows of a tile. Every visit expands its weights anew, beside the matrix unit's work on the previous ones.
+def tile_rows(count: int, groups: int) -> int:
+    """Rows of a tile. A group's first visit expands its weights, beside the matrix unit's work on the previous ones.
 
-    That takes about as long as the products of 128 rows: a smaller tile gains nothing, even where a group has one row.
+    That takes as long as the products of 128 rows or more: a smaller tile gains nothing, even where a group has one.
     """
     few, many = ROWS
     return min(count, many if count // groups >= 2 * many else few)
@@ -139,7 +141,8 @@ def _cost(rows: Array, weight: Weight, columns: int) -> pl.CostEstimate:
 def _kernel(layer: Any, group: Any, base: Any, first: Any, last: Any, rows: Any, *rest: Any, form: Form) -> None:
     """One visit: `rows` [tile, K] times a tile of the weight into the group's own rows of `out` [tile, columns]."""
     del layer
-    *tile, out = rest
+    keeps = form.block == FP4_BLOCK
+    *tile, out = rest[: len(rest) - keeps]
     n, visit = pl.program_id(0), pl.program_id(1)
     own, (count, columns) = group[visit], out.shape
     row = (base[own] + visit) * count + jax.lax.broadcasted_iota(jnp.int32, (count, 1), 0)
@@ -148,4 +151,7 @@ def _kernel(layer: Any, group: Any, base: Any, first: Any, last: Any, rows: Any,
     def store(here: Any, products: Array) -> None:
         out[:, here] = jnp.where(mine, products.astype(out.dtype), out[:, here])
 
-    multiply(rows, tile, form, n * columns, store)
+    kept = None
+    if keeps:
+        kept = Kept(rest[-1], (visit == 0) | (group[jnp.maximum(visit - 1, 0)] != own))
+    multiply(rows, tile, form, n * columns, store, kept=kept)
