@@ -12,8 +12,8 @@ from v4_jax.kernels.turns import told
 
 
 def with_turns(equation: Any) -> Any:
-    """A Pallas call in which loops and grids that depend on the data have as many turns as `about` says; and what stands
-    under a condition is done if it says once, and not if it says never.
+    """A Pallas call in which loops and grids that depend on the data have as many turns as `about` says; and what is
+    done under a condition is done if it says once, and is not if it says never.
 
     What it computes is another thing: this is for counting alone. Loops of which nothing is said stay as they are.
     """

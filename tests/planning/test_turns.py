@@ -55,7 +55,7 @@ def _count(steps, turns, said):
 
 @pytest.mark.parametrize(("said", "turns", "steps"), [(False, 2, 2), (True, 5, 3)])
 def test_loops_and_grids_turn_as_often_as_is_said(said, turns, steps):
-    """A grid of 2 steps that is said to have 3; loops of 2 turns said to have 5 and 7, and one of which nothing is. What is
-    done is said not to be, and the other way round."""
+    """A grid of 2 steps that is said to have 3; loops of 2 turns said to have 5 and 7, and one of which nothing is. Of
+    two conditions, what is done is said not to be, and the other way round."""
     halvings = 7 if said else 2
     assert _count(jnp.int32(2), jnp.array([2], jnp.int32), said) == steps * (2 + turns + 100 * halvings + 1000)
