@@ -44,6 +44,7 @@ PLANS = (
     ("pro", "decode", "1M", 1, "1", "tpu7x:2x2x4", "seq=4,tensor=8", "decode"),
     ("pro", "prefill", "1M", 1, "16K", "v5p:4x4x8", "seq=128", "long-context"),
     ("flash", "train", "16K", 128, "16K", "v5p:4x4x8", "expert=128", "train"),
+    ("flash", "train", "4K", 512, "4K", "v5p:4x4x8", "expert=128", "train"),
     ("flash", "train", "1M", 1, "1M", "v5p:4x4x16", "seq=256", "train"),
 )
 
