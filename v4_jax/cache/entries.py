@@ -137,9 +137,12 @@ class Entries(struct.PyTreeNode):
         devices, unit = collectives.size(self.axes), 1 if self.table is None else self.page
         sizes = sorted({-(-self.count // (parts * unit)) * unit for parts in (16, 4, 1)})
 
+        # A switch may lay its operands out anew: those of all layers would be copied in each of them.
+        own = self._alone() if self.table is None else self
+
         def gathered(count: int) -> Callable[[tuple[Array, ...]], tuple[Array, ...]]:
             def gather(array: Array) -> Array:
-                cut = self._cut(array, 0, count)
+                cut = own._cut(array, 0, count)
                 rows = jax.lax.all_gather(cut, self.axes, axis=2)  # numbers rise along devices, then along local ones
                 rows = rows.reshape(1, cut.shape[0], count * devices, *cut.shape[2:])
                 return jnp.pad(rows, [(0, 0)] * 2 + [(0, (self.count - count) * devices)] + [(0, 0)] * (cut.ndim - 2))
@@ -148,8 +151,13 @@ class Entries(struct.PyTreeNode):
 
         limit = collectives.pmax(limit, everywhere)
         enough = sum((limit > count * devices).astype(jnp.int32) for count in sizes[:-1])
-        arrays = jax.lax.switch(enough, [gathered(count) for count in sizes], self.rows.arrays)
+        arrays = jax.lax.switch(enough, [gathered(count) for count in sizes], own.rows.arrays)
         return Entries(self.rows.replace(arrays=arrays), 0, self.dtype)
+
+    def _alone(self) -> Entries:
+        """The layer's entries, without those of other layers; of entries that have no pages."""
+        arrays = (jax.lax.dynamic_slice_in_dim(array, self.layer, 1) for array in self.rows.arrays)
+        return self.replace(rows=self.rows.replace(arrays=tuple(arrays)), layer=0)
 
     def block(self, first: Any, size: int) -> Array:
         """Entries with local numbers [first, first + size) of every row: [B, size, C].
