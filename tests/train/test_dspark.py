@@ -108,13 +108,13 @@ def test_gradients_of_the_blockwise_loss(monkeypatch):
     keys = iter(jax.random.split(jax.random.key(0), 9))
     normal = lambda *shape: jax.random.normal(next(keys), shape)  # noqa: E731
     drafted = Drafted(
-        hidden=normal(20, 24),
-        embedded=normal(20, 6),
+        hidden=normal(30, 24),
+        embedded=normal(30, 6),
         markov=normal(50, 6),
-        trunk=normal(20, 24),
+        trunk=normal(30, 24),
         head=normal(50, 24),
-        tokens=jax.random.randint(next(keys), (20,), 0, 50),
-        weights=jax.random.uniform(next(keys), (20,)),
+        tokens=jax.random.randint(next(keys), (30,), 0, 50),
+        weights=jax.random.uniform(next(keys), (30,)),
     )
 
     def plain(hidden, embedded, markov):

@@ -137,7 +137,6 @@ class Entries(struct.PyTreeNode):
         devices, unit = collectives.size(self.axes), 1 if self.table is None else self.page
         sizes = sorted({-(-self.count // (parts * unit)) * unit for parts in (16, 4, 1)})
 
-        # A switch may lay its operands out anew: those of all layers would be copied in each of them.
         own = self._alone() if self.table is None else self
 
         def gathered(count: int) -> Callable[[tuple[Array, ...]], tuple[Array, ...]]:
@@ -155,9 +154,12 @@ class Entries(struct.PyTreeNode):
         return Entries(self.rows.replace(arrays=arrays), 0, self.dtype)
 
     def _alone(self) -> Entries:
-        """The layer's entries, without those of other layers; of entries that have no pages."""
-        arrays = (jax.lax.dynamic_slice_in_dim(array, self.layer, 1) for array in self.rows.arrays)
-        return self.replace(rows=self.rows.replace(arrays=tuple(arrays)), layer=0)
+        """The layer's entries, without those of other layers; of entries that have no pages.
+
+        Behind the barrier they are laid out anew, where a switch wants that, and not all layers' in each of them.
+        """
+        arrays = tuple(jax.lax.dynamic_slice_in_dim(array, self.layer, 1) for array in self.rows.arrays)
+        return self.replace(rows=self.rows.replace(arrays=jax.lax.optimization_barrier(arrays)), layer=0)
 
     def block(self, first: Any, size: int) -> Array:
         """Entries with local numbers [first, first + size) of every row: [B, size, C].
