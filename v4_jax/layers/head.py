@@ -39,11 +39,12 @@ def _log_probability(logits: Array, tokens: Array, axes: Axes, axis: int) -> tup
     largest = pmax(jnp.max(logits, axis), axes)
     # Computed once, for the sum and for the gradient: TPUs do both in one pass; elsewhere exponentials that are fused
     # into the sum would be computed again, and slowly.
-    together = platform_of_mesh() == "tpu"
     powers = jnp.exp(logits - jnp.expand_dims(largest, axis))
-    powers = powers if together else jax.lax.optimization_barrier(powers)
-    total = jnp.sum(powers, axis)
-    powers, total = jax.lax.optimization_barrier((powers, total)) if together else (powers, total)
+    if platform_of_mesh() == "tpu":
+        powers, total = jax.lax.optimization_barrier((powers, jnp.sum(powers, axis)))
+    else:
+        powers = jax.lax.optimization_barrier(powers)
+        total = jnp.sum(powers, axis)
     total = psum(total, axes)
     return chosen - largest - jnp.log(total), powers, total
 

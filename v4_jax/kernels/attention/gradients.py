@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.kernels.attention.blocks import Blocks
+from v4_jax.kernels.attention.tiles import Tiles, dot, here
 from v4_jax.kernels.attention.tpu import (
     CHUNK,
     HIDDEN,
@@ -86,22 +87,12 @@ def gradients(
     (*_, heads, size), dtype = queries.shape, queries.dtype
     cut = Blocks.of(*queries.shape[:2], keys)
     batch, count, past = cut.all, cut.width, cut.past
-    tile = tile_of(count, heads)
-    tiles = -(-count // tile)
-    missing = tiles * tile - count
-    halves = min(tiles, 2) if batch % 2 else 1
-    each = -(-tiles // halves)
+    by_tile = Tiles(batch, count, tile_of(count, heads))
+    tile, tiles = by_tile.size, by_tile.number
     rows = tile * heads
 
-    def tile_place(b: Any, h: Any, t: Any, *_: Any) -> Any:
-        return b, jnp.minimum(h * each + t, tiles - 1), 0
-
     def of_tiles(x: Array, each: int) -> tuple[Array, pl.BlockSpec]:
-        """What queries have, in so many rows each, tile by tile."""
-        x = cut.cut(x)
-        x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)) if missing else x
-        x = x.reshape(batch, tiles * tile * each, -1)
-        return x, pl.BlockSpec((None, tile * each, x.shape[2]), tile_place)
+        return by_tile.cut(cut.cut(x), each)
 
     given = [
         of_tiles(queries, heads),
@@ -109,23 +100,16 @@ def gradients(
         of_tiles(maximum * LOG2E, 1),
         of_tiles(of_total, 1),
     ]
-    operands, specs = [x for x, _ in given], [spec for _, spec in given]
     index, nothing = jnp.arange(count, dtype=jnp.int32), jnp.zeros((batch, count), jnp.int32)
     ranges = [nothing] * 4
 
-    out, out_specs = [jax.ShapeDtypeStruct(operands[0].shape, dtype)], [specs[0]]
+    out = [by_tile.out(size, dtype, heads)]
     scalars, room, block = [], 0, 0
 
     def held(x: Array, length: int, shared: int = 1) -> None:
         """Adds keys that are in VMEM, made up to a length, and sums for their gradients."""
-        operands.append(jnp.pad(x.astype(dtype), ((0, 0), (0, length - x.shape[1]), (0, 0))))
-        once = pl.Buffered(1)  # they change with the batch's row alone
-        specs.append(
-            pl.BlockSpec((None, length, size), lambda b, *_: (jax.lax.div(b, shared), 0, 0), pipeline_mode=once)
-        )
-        out.append(jax.ShapeDtypeStruct((batch, halves, length, size), jnp.float32))
-        place = pl.BlockSpec((None, None, length, size), lambda b, h, *_: (b, h, 0, 0), pipeline_mode=once)
-        out_specs.append(place)
+        given.append(by_tile.held(x, length, dtype, shared))
+        out.append(by_tile.sums(length, size))
 
     if keys is not None and oldest is not None:
         keys = cut.windows(keys)
@@ -138,10 +122,8 @@ def gradients(
         scalars = [bounds_of(low, high, tile, tiles, block).reshape(-1)]
         held(entries, up(entries.shape[1], block), cut.each)
         if hidden is not None:
-            hidden = hidden_from(cut.cut(hidden), up(entries.shape[1], block))
-            operands.append(jnp.pad(hidden, ((0, 0), (0, missing), (0, 0))))
-            specs.append(pl.BlockSpec((None, tile, hidden.shape[2]), tile_place))
-    limits = jnp.pad(jnp.stack(ranges, axis=-1), ((0, 0), (0, missing), (0, 0)))
+            given.append(by_tile.cut(hidden_from(cut.cut(hidden), up(entries.shape[1], block))))
+    given.insert(0, by_tile.cut(jnp.stack(ranges, axis=-1)))
     half = 0 if entries is None else entries.shape[1] // 2  # of a row's entries its queries see a half, on the mean
     seen = (room and past + 1) + half
     found = pl.pallas_call(
@@ -157,12 +139,12 @@ def gradients(
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(batch, halves, each),
-            in_specs=[pl.BlockSpec((None, tile, 4), tile_place), *specs],
-            out_specs=out_specs,
+            grid=by_tile.grid,
+            in_specs=[spec for _, spec in given],
+            out_specs=[spec for _, spec in out],
             scratch_shapes=[pltpu.VMEM((rows, size), jnp.float32), *[pltpu.VMEM((rows, LANES), jnp.float32)] * 2],
         ),
-        out_shape=out,
+        out_shape=[shape for shape, _ in out],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
@@ -173,7 +155,7 @@ def gradients(
         ),
         interpret=interpret,
         name="window_attention_gradients",
-    )(*scalars, limits, *operands)
+    )(*scalars, *(x for x, _ in given))
     of_queries, *sums = found
     of_queries = cut.joined(of_queries.reshape(batch, tiles * tile, heads, size)[:, :count])
     of_keys = of_entries = None
@@ -205,13 +187,8 @@ def _kernel(*refs: Any, heads: int, tiles: int, room: int, block: int, turns: in
     tile, dtype = ranges.shape[0], queries.dtype
     tokens = next(n for n in range(max(1, CHUNK // heads), 0, -1) if tile % n == 0)  # of a chunk
     chunk, chunks = tokens * heads, tile // tokens
-    here = pl.program_id(1) * pl.num_programs(2) + pl.program_id(2)
-    place = (pl.program_id(0) * tiles + here) * 4
-    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-
-    def dot(a: Array, b: Array, axes: tuple[int, int]) -> Array:
-        dimensions = (((axes[0],), (axes[1],)), ((), ()))
-        return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+    own_tile = here()
+    place = (pl.program_id(0) * tiles + own_tile) * 4
 
     def attend(held: Any, of_held: Any, start: Any, count: int, columns: tuple[int, int] | None) -> None:
         """Takes keys from `start` on, of which each query sees a range, which is in two columns of `ranges`; None: what
@@ -243,12 +220,12 @@ def _kernel(*refs: Any, heads: int, tiles: int, room: int, block: int, turns: in
             if total is not None:
                 total[...] = jnp.zeros(total.shape, total.dtype)
 
-    @pl.when(here < tiles)
+    @pl.when(own_tile < tiles)
     def _() -> None:
         sums[...] = jnp.zeros(sums.shape, jnp.float32)
         most[...], added[...] = in_rows(maxima[...]), in_rows(of_totals[...])
         if room:
-            start = 0 if tiles == 1 else pl.multiple_of(here * tile & -SUBLANES, SUBLANES)
+            start = 0 if tiles == 1 else pl.multiple_of(own_tile * tile & -SUBLANES, SUBLANES)
             attend(keys, of_keys, start, room, (0, 1))
         if block:
 

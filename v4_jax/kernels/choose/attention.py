@@ -137,11 +137,9 @@ def indexer_loss(plain: Form, operands: Operands, visible: Visible, picked: Arra
       visible: which entries the queries see.
       picked: [B, Q, K] int32 those that are compared, -1 for none; None: all that are visible.
     """
-    entries, keys = operands.entries, operands.index_keys
-    if not (_uncached(entries) and _uncached(keys)):
+    if not (_uncached(operands.entries) and _uncached(operands.index_keys)):
         return plain(operands, visible, picked)
-    arrays = operands._replace(entries=_held(entries), index_keys=_held(keys))
-    if not indexer_loss_tpu.supports(arrays):
+    if not indexer_loss_tpu.supports(_as_arrays(operands)):
         return plain(operands, visible, picked)
     interpret = interpreting()
 
@@ -155,19 +153,19 @@ def indexer_loss(plain: Form, operands: Operands, visible: Visible, picked: Arra
         compared = Operands(*fixed, *trained)
         return indexer_loss_tpu.gradients(compared, *seen, numbers, gradient, interpret=interpret), None, None, None
 
-    def kernel(arrays: Operands, visible: Visible, picked: Array | None) -> Array:
+    def kernel(operands: Operands, visible: Visible, picked: Array | None) -> Array:
+        arrays = _as_arrays(operands)
         count = arrays.entries.shape[1]
         hidden = None if picked is None else csa_hidden.hide(picked, count, interpret=interpret)
         call = jax.custom_vjp(lambda *given: loss(*given)[0])
         call.defvjp(loss, gradients)
         return call(arrays[3:], jax.lax.stop_gradient(arrays[:3]), visible, hidden)
 
-    def default(arrays: Operands, visible: Visible, picked: Array | None) -> Array:
-        held = entries.replace(rows=entries.rows.replace(arrays=(arrays.entries[None],)))
-        index_keys = keys.replace(rows=keys.rows.replace(arrays=(arrays.index_keys[None],)))
-        return plain(arrays._replace(entries=held, index_keys=index_keys), visible, picked)
+    return by_platform(operands, visible, picked, default=plain, tpu=kernel)
 
-    return by_platform(arrays, visible, picked, default=default, tpu=kernel)
+
+def _as_arrays(operands: Operands) -> Operands:
+    return operands._replace(entries=_held(operands.entries), index_keys=_held(operands.index_keys))
 
 
 def _uncached(entries: Entries) -> bool:

@@ -27,7 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.kernels.block_scales import LANES
 from v4_jax.kernels.stored_weights import E5M2, Form, Kept, Tile, in_memory, kept_shape, multiply, supports, tiles
-from v4_jax.number_formats import FP4_BLOCK, BlockScaled, Weight, bytes_of
+from v4_jax.number_formats import BlockScaled, Weight, bytes_of
 
 COLUMNS = 512  # outputs of a weight tile: 1 MiB of E2M1 codes at K = 4,096, long enough to hide a grid step's overhead
 ROWS = (128, 256)  # rows of a tile: when groups are small, and when they are several tiles each
@@ -77,7 +77,7 @@ def grouped_matmul(rows: Array, weight: Weight, sizes: Array, *, layer: Any = No
         return pl.BlockSpec((None, None, *tile.shape), place)
 
     out = pl.pallas_call(
-        functools.partial(_kernel, form=form),
+        functools.partial(_kernel, form=form, keeps=kept is not None),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(pl.cdiv(width, columns), total),
@@ -138,11 +138,12 @@ def _cost(rows: Array, weight: Weight, columns: int) -> pl.CostEstimate:
     return pl.CostEstimate(flops=2 * count * width * depth, bytes_accessed=traffic, transcendentals=0)
 
 
-def _kernel(layer: Any, group: Any, base: Any, first: Any, last: Any, rows: Any, *rest: Any, form: Form) -> None:
+def _kernel(
+    layer: Any, group: Any, base: Any, first: Any, last: Any, rows: Any, *rest: Any, form: Form, keeps: bool
+) -> None:
     """One visit: `rows` [tile, K] times a tile of the weight into the group's own rows of `out` [tile, columns]."""
     del layer
-    keeps = form.block == FP4_BLOCK
-    *tile, out = rest[: len(rest) - keeps]
+    *tile, out = rest[:-1] if keeps else rest
     n, visit = pl.program_id(0), pl.program_id(1)
     own, (count, columns) = group[visit], out.shape
     row = (base[own] + visit) * count + jax.lax.broadcasted_iota(jnp.int32, (count, 1), 0)

@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.kernels.hyper_connections import tpu
-from v4_jax.kernels.hyper_connections.reference import Numbers, Site, opened
+from v4_jax.kernels.hyper_connections.reference import Numbers, Site, factors, opened
 from v4_jax.kernels.hyper_connections.tpu import LANES, by_chunks, by_lane, squares_by_lane
 
 BLOCKS = (128, 64, 32, 16)  # tokens at a time
@@ -135,7 +135,7 @@ def _entered(streams: Array, site: Site, of_y: Array, of_mix: Array, numbers: Nu
     (batch, size, width), hc = streams.shape, numbers.streams
     tokens, channels, count = batch * size, width // hc, site.weight.shape[0]
     weight, base, scale = (x.astype(jnp.float32) for x in site[:3])
-    factor = jnp.repeat(scale, jnp.array((hc, hc, hc * hc)), total_repeat_length=count)
+    factor = factors(scale, numbers)
     block = _block(tokens, 2 * (width + 2 * channels))
     blocks = tokens // block
     of_sum, columns, of_norm = pl.pallas_call(

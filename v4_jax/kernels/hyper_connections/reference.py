@@ -74,9 +74,13 @@ def gates(mixes: Array, base: Array, scale: Array, numbers: Numbers) -> tuple[Ar
       scale: likewise.
       numbers: of the architecture.
     """
+    return opened(mixes * factors(scale, numbers)[:, None, None] + base[:, None, None], numbers)
+
+
+def factors(scale: Array, numbers: Numbers) -> Array:
+    """A site's gating factor of each of its projections, [2 hc + hc^2]."""
     hc = numbers.streams
-    factor = jnp.repeat(scale, jnp.array((hc, hc, hc * hc)), total_repeat_length=len(mixes))
-    return opened(mixes * factor[:, None, None] + base[:, None, None], numbers)
+    return jnp.repeat(scale, jnp.array((hc, hc, hc * hc)), total_repeat_length=2 * hc + hc * hc)
 
 
 def opened(gates: Array, numbers: Numbers, scan: Scan = jax.lax.scan) -> tuple[Array, Array]:

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.kernels.attention.reference import MASKED
+from v4_jax.kernels.attention.tiles import Tiles, dot, here
 from v4_jax.kernels.attention.tpu import (
     HIDDEN,
     LANES,
@@ -120,49 +121,26 @@ def _call(
     """Runs the kernel: forward, or, where there are numbers, backward."""
     queries, log_total, entries, index_queries, weights, index_keys = operands
     (batch, count, heads, size), (index_heads, index_size) = queries.shape, index_queries.shape[2:]
-    dtype, tile = queries.dtype, tile_of(count, max(heads, index_heads))
-    tiles = pl.cdiv(count, tile)
-    halves = min(tiles, 2) if batch % 2 else 1
-    each = pl.cdiv(tiles, halves)
+    dtype, by_tile = queries.dtype, Tiles(batch, count, tile_of(count, max(heads, index_heads)))
+    tile, tiles = by_tile.size, by_tile.number
     block = min(ENTRIES, up(entries.shape[1], LANES))
     length = up(entries.shape[1], block)
-    missing = tiles * tile - count
-
-    def of_tile(x: Array, rows: int = 1) -> tuple[Array, pl.BlockSpec]:
-        x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)) if missing else x
-        x = x.reshape(batch, tiles * tile * rows, -1)
-        return x, pl.BlockSpec((None, tile * rows, x.shape[2]), tile_place)
-
-    def tile_place(b: Any, h: Any, t: Any, *_: Any) -> Any:
-        return b, jnp.minimum(h * each + t, tiles - 1), 0
-
-    def held(x: Array) -> tuple[Array, pl.BlockSpec]:
-        x = jnp.pad(x.astype(dtype), ((0, 0), (0, length - x.shape[1]), (0, 0)))
-        once = pl.Buffered(1)  # they change with the batch's row alone
-        return x, pl.BlockSpec((None, *x.shape[1:]), lambda b, *_: (b, 0, 0), pipeline_mode=once)
-
-    limits = jnp.stack([visible.low, visible.high], axis=-1)
     given = [
-        of_tile(limits),
-        of_tile(queries, heads),
-        of_tile(log_total * LOG2E),
-        of_tile(index_queries, index_heads),
-        of_tile(weights),
-        held(entries),
-        held(index_keys),
+        by_tile.cut(jnp.stack([visible.low, visible.high], axis=-1)),
+        by_tile.cut(queries, heads),
+        by_tile.cut(log_total * LOG2E),
+        by_tile.cut(index_queries, index_heads),
+        by_tile.cut(weights),
+        by_tile.held(entries, length, dtype),
+        by_tile.held(index_keys, length, dtype),
     ]
-    given += [] if hidden is None else [of_tile(hidden_from(hidden, length))]
-    given += [] if numbers is None else [of_tile(numbers)]
-    rows = tiles * tile
+    given += [] if hidden is None else [by_tile.cut(hidden_from(hidden, length))]
+    given += [] if numbers is None else [by_tile.cut(numbers)]
     if numbers is None:
-        shapes = [((rows, LANES), jnp.float32, (tile, LANES))]
+        out = [by_tile.out(LANES, jnp.float32)]
     else:
-        shapes = [
-            ((rows * index_heads, index_size), dtype, (tile * index_heads, index_size)),
-            ((rows, index_heads), jnp.float32, (tile, index_heads)),
-        ]
-    out = [jax.ShapeDtypeStruct((batch, *shape), kind) for shape, kind, _ in shapes]
-    out_specs = [pl.BlockSpec((None, *part), tile_place) for *_, part in shapes]
+        out = [by_tile.out(index_size, dtype, index_heads), by_tile.out(index_heads, jnp.float32)]
+        out.append(by_tile.sums(length, index_size))
     index_rows = pltpu.VMEM((tile * index_heads, LANES), jnp.float32)
     scratch = [
         pltpu.VMEM((tile * heads, LANES), jnp.float32),
@@ -172,11 +150,6 @@ def _call(
     if numbers is None:
         scratch += [pltpu.VMEM((tile, LANES), jnp.float32)] * 5
     else:
-        out.append(jax.ShapeDtypeStruct((batch, halves, length, index_size), jnp.float32))
-        place = pl.BlockSpec(
-            (None, None, length, index_size), lambda b, h, *_: (b, h, 0, 0), pipeline_mode=pl.Buffered(1)
-        )
-        out_specs.append(place)
         scratch += [pltpu.VMEM((tile * index_heads, index_size), jnp.float32), index_rows]
     seen = entries.shape[1] // 2  # of a row's entries its queries see a half, on the mean
     products = heads * size + index_heads * index_size * (1 if numbers is None else 4)
@@ -192,12 +165,12 @@ def _call(
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(batch, halves, each),
+            grid=by_tile.grid,
             in_specs=[spec for _, spec in given],
-            out_specs=out_specs,
+            out_specs=[spec for _, spec in out],
             scratch_shapes=scratch,
         ),
-        out_shape=out,
+        out_shape=[shape for shape, _ in out],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
@@ -210,7 +183,7 @@ def _call(
         name="indexer_loss" if numbers is None else "indexer_loss_gradients",
     )(bounds_of(visible.low, visible.high, tile, tiles, block).reshape(-1), *(x for x, _ in given))
     by_query = found if numbers is None else found[:2]
-    cut = [x.reshape(batch, rows, -1)[:, :count] for x in by_query]
+    cut = [x.reshape(batch, tiles * tile, -1)[:, :count] for x in by_query]
     return [*cut, *found[len(by_query) :]]
 
 
@@ -233,13 +206,8 @@ def _kernel(
     totals, shares, got, scores, *rest = left
     (tile, heads), index_heads, dtype = log_totals.shape, weights.shape[1], queries.dtype
     together = TOGETHER if tile % TOGETHER == 0 else tile
-    here = pl.program_id(1) * pl.num_programs(2) + pl.program_id(2)
-    place = (pl.program_id(0) * tiles + here) * 4
-    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-
-    def dot(a: Array, b: Array, axes: tuple[int, int]) -> Array:
-        dimensions = (((axes[0],), (axes[1],)), ((), ()))
-        return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+    own_tile = here()
+    place = (pl.program_id(0) * tiles + own_tile) * 4
 
     def parts(per_query: int) -> list[tuple[slice, slice]]:
         """Queries that are taken together, and their rows."""
@@ -338,7 +306,7 @@ def _kernel(
     if backward:
         pl.when(pl.program_id(2) == 0)(begin)
 
-    @pl.when(here < tiles)
+    @pl.when(own_tile < tiles)
     def _() -> None:
         totals[...], shares[...] = in_rows(log_totals[...]), in_rows(weights[...])
         (pull if backward else forward)()

@@ -44,6 +44,12 @@ def _block(size: int) -> int:
     return math.gcd(size, BLOCK)
 
 
+def _whole(m: int) -> pl.BlockSpec:
+    """A square [m, m] of each matrix, in VMEM; two where there is room."""
+    once = pl.Buffered(1) if 2 * 2 * m * m > VMEM_BYTES // 2 else None
+    return pl.BlockSpec((None, m, m), lambda i, *_: (i, 0, 0), pipeline_mode=once)
+
+
 def _square(x: Array, added: Array | None, coefficients: Array, interpret: bool) -> Array:
     """x x^T of [N, m, k], or the polynomial of it and what is `added` to it [N, m, m]."""
     count, m, k = x.shape
@@ -57,14 +63,13 @@ def _square(x: Array, added: Array | None, coefficients: Array, interpret: bool)
     if added is not None:
         operands.append(added)
         specs.append(pl.BlockSpec((None, block, block), lambda i, p, pairs: (i, pairs[0, p], pairs[1, p])))
-    once = pl.Buffered(1) if 2 * 2 * m * m > VMEM_BYTES // 2 else None
     return pl.pallas_call(
         functools.partial(_square_kernel, block=block),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(count, pairs.shape[1]),
             in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), *specs],
-            out_specs=pl.BlockSpec((None, m, m), lambda i, p, pairs: (i, 0, 0), pipeline_mode=once),
+            out_specs=_whole(m),
         ),
         out_shape=jax.ShapeDtypeStruct((count, m, m), x.dtype),
         compiler_params=pltpu.CompilerParams(
@@ -99,12 +104,11 @@ def _multiply(factor: Array, y: Array, interpret: bool) -> Array:
     """[N, m, m] times [N, m, n]."""
     count, m, n = y.shape
     width = _block(n)
-    once = pl.Buffered(1) if 2 * 2 * m * m > VMEM_BYTES // 2 else None
     by_columns = pl.BlockSpec((None, m, width), lambda i, j: (i, 0, j))
     return pl.pallas_call(
         _multiply_kernel,
         grid=(count, n // width),
-        in_specs=[pl.BlockSpec((None, m, m), lambda i, j: (i, 0, 0), pipeline_mode=once), by_columns],
+        in_specs=[_whole(m), by_columns],
         out_specs=by_columns,
         out_shape=jax.ShapeDtypeStruct(y.shape, y.dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_BYTES),
