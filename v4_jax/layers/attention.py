@@ -19,7 +19,7 @@ from v4_jax.cache.cache import Cache, WindowRole
 from v4_jax.cache.entries import ENTRY_RATIOS, Entries, EntryRole
 from v4_jax.cache.ring import Ring, halo
 from v4_jax.cache.rows import StoredRows
-from v4_jax.kernels.choose import attends_in_training, norm_rotate
+from v4_jax.kernels.choose import attends_in_training, norm_rotate, trained_by_kernels
 from v4_jax.kernels.rotary.reference import Projection, Settle, Steps
 from v4_jax.layers.compressor import Compressed, Compressor
 from v4_jax.layers.entry_attention import attend_picked
@@ -233,7 +233,8 @@ class Attention(Module):
             elif whole:  # gradients take the forms that hold logits, but where there are kernels for them
                 all_queries = jax.ShapeDtypeStruct((*latent.shape[:2], wq_b.shape[0] // size, size), dtype)
                 all_keys = jax.ShapeDtypeStruct((y.shape[0], past + layout.size, size), dtype)
-                if attends_in_training(all_queries, all_keys, entries):
+                picking = index is not None and not self.stage.dense
+                if trained_by_kernels(all_queries, all_keys, entries, picking):
                     wide = max(1, ATTENDED_BYTES * layout.size // (all_queries.size * all_queries.dtype.itemsize))
             output, picked, loss, _ = by_query_blocks(block, tail, keys, queries, heads, wide=wide)
             if whole:

@@ -16,7 +16,7 @@ Pallas kernel, or `cpu.py`, written so that XLA:CPU makes quick code of it. Laye
     partial_products         the same, one by one           reference                                 one kernel
     best_entries             running top-k over blocks      reference                                 kernel
     indexer_loss             caller's, block by block       reference                                 kernels both ways
-    attend_picked            caller's, over a gathered copy reference                                 kernel
+    attend_picked            caller's, over a gathered copy reference                                 kernels both ways
     compress                 caller's, all rows at once     reference                                 row by row
     newton_schulz_step       products                       reference                                 three kernels
     norm_rotate              one after the other            reference                                 a kernel both ways
@@ -41,6 +41,7 @@ from v4_jax.kernels.choose.attention import (
     attention_output,
     indexer_loss,
     products,
+    trained_by_kernels,
     weighted,
     window_attention,
     window_step,
@@ -95,6 +96,7 @@ __all__ = [
     "rows_from_tiles",
     "rows_in_tiles",
     "settle",
+    "trained_by_kernels",
     "weighted",
     "window_attention",
     "window_step",

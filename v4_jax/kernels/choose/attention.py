@@ -18,18 +18,22 @@ from v4_jax.kernels.attention import gradients as attention_gradients
 from v4_jax.kernels.attention import reference as attention
 from v4_jax.kernels.attention import tpu as attention_tpu
 from v4_jax.kernels.choose.forms import Form, pull, with_gradients, without_gradients
+from v4_jax.kernels.csa import gradients as csa_gradients
 from v4_jax.kernels.csa import hidden as csa_hidden
 from v4_jax.kernels.csa import tpu as csa_tpu
+from v4_jax.kernels.indexer_loss import picked as picked_loss
 from v4_jax.kernels.indexer_loss import tpu as indexer_loss_tpu
 from v4_jax.kernels.indexer_loss.tpu import Operands
 from v4_jax.kernels.output import few as output_few
 from v4_jax.kernels.output import gradients as output_gradients
 from v4_jax.kernels.output import tpu as output_tpu
+from v4_jax.kernels.picked_rows import as_words
 from v4_jax.kernels.rotary import tpu as rotary_tpu
 from v4_jax.kernels.window import tpu as window_tpu
 from v4_jax.layer_stack import Cut, uncut
 from v4_jax.layers.partials import Packed, Partial, packed, shape_of
 from v4_jax.layers.rotary import Turn
+from v4_jax.layers.stages import keep
 from v4_jax.layers.visible import Visible
 from v4_jax.layout import Layout
 from v4_jax.number_formats import Weight
@@ -90,6 +94,20 @@ def attends_in_training(queries: Any, keys: Any, entries: Entries | None) -> boo
     return _uncached(entries) and attention_gradients.supports(queries, keys, _held(entries))
 
 
+def trained_by_kernels(queries: Any, keys: Any, entries: Entries | None, picks: bool) -> bool:
+    """Whether all that a layer attends in training has kernels for the gradients in programs for TPUs: window and
+    entries at once, or each for itself where queries pick entries.
+    """
+    if attends_in_training(queries, keys, entries):
+        return True
+    apart = picks and entries is not None and _picks_in_training(queries, entries)
+    return apart and attends_in_training(queries, keys, None)
+
+
+def _picks_in_training(queries: Any, entries: Entries) -> bool:
+    return _uncached(entries) and csa_gradients.supports(queries)
+
+
 def _attend_in_training(
     queries: Array,
     keys: Array | None,
@@ -139,9 +157,17 @@ def indexer_loss(plain: Form, operands: Operands, visible: Visible, picked: Arra
     """
     if not (_uncached(operands.entries) and _uncached(operands.index_keys)):
         return plain(operands, visible, picked)
-    if not indexer_loss_tpu.supports(_as_arrays(operands)):
-        return plain(operands, visible, picked)
-    interpret = interpreting()
+    if indexer_loss_tpu.supports(_as_arrays(operands)):
+        return by_platform(operands, visible, picked, default=plain, tpu=_loss_of_all)
+    if picked is not None and picked_loss.supports(operands):
+        return by_platform(operands, visible, picked, default=plain, tpu=_loss_of_picked)
+    return plain(operands, visible, picked)
+
+
+def _loss_of_all(operands: Operands, visible: Visible, picked: Array | None) -> Array:
+    """The kernels for entries that VMEM has room for, of which all others but those picked are hidden."""
+    interpret, operands = interpreting(), _as_arrays(operands)
+    hidden = None if picked is None else csa_hidden.hide(picked, operands.entries.shape[1], interpret=interpret)
 
     def loss(trained: tuple[Array, ...], *rest: Any) -> tuple[Array, Any]:
         fixed, *seen = rest
@@ -153,15 +179,26 @@ def indexer_loss(plain: Form, operands: Operands, visible: Visible, picked: Arra
         compared = Operands(*fixed, *trained)
         return indexer_loss_tpu.gradients(compared, *seen, numbers, gradient, interpret=interpret), None, None, None
 
-    def kernel(operands: Operands, visible: Visible, picked: Array | None) -> Array:
-        arrays = _as_arrays(operands)
-        count = arrays.entries.shape[1]
-        hidden = None if picked is None else csa_hidden.hide(picked, count, interpret=interpret)
-        call = jax.custom_vjp(lambda *given: loss(*given)[0])
-        call.defvjp(loss, gradients)
-        return call(arrays[3:], jax.lax.stop_gradient(arrays[:3]), visible, hidden)
+    call = jax.custom_vjp(lambda *given: loss(*given)[0])
+    call.defvjp(loss, gradients)
+    return call(operands[3:], jax.lax.stop_gradient(operands[:3]), visible, hidden)
 
-    return by_platform(operands, visible, picked, default=plain, tpu=kernel)
+
+def _loss_of_picked(operands: Operands, _: Visible, picked: Array) -> Array:
+    """The kernels that fetch what is compared."""
+    interpret, operands = interpreting(), _as_arrays(operands)
+
+    def loss(trained: tuple[Array, ...], fixed: tuple[Array, ...], picked: Array) -> tuple[Array, Any]:
+        found, slopes = picked_loss.loss(Operands(*fixed, *trained), picked, interpret=interpret)
+        return found, (trained, picked, keep(slopes, "picked"))
+
+    def gradients(residuals: Any, gradient: Array) -> Any:
+        trained, picked, slopes = residuals
+        return picked_loss.gradients(*trained, picked, slopes * gradient[..., None], interpret=interpret), None, None
+
+    call = jax.custom_vjp(lambda *given: loss(*given)[0])
+    call.defvjp(loss, gradients)
+    return call(operands[3:], jax.lax.stop_gradient(operands[:3]), picked)
 
 
 def _as_arrays(operands: Operands) -> Operands:
@@ -214,18 +251,41 @@ def attend_picked(
     """Attention of each query over its own entries.
 
     Args:
-      plain: has the results of `csa.tpu.attend_picked`, which takes its place in programs for TPUs, but where gradients
-        are asked for.
+      plain: has the results of `csa.tpu.attend_picked`, which takes its place in programs for TPUs, and has gradients
+        there where entries live in no cache; those that are asked for beyond are the plain form's.
       queries: [B, Q, H, C].
       entries: the entries.
       local: [B, Q, K] int32 local numbers of those to attend, -1 for none.
       together: whether to return one `Packed` softmax.
     """
     copying = _handed_on(plain, together)
+    if _picks_in_training(queries, entries) and not together:
+        return by_platform(queries, entries, local, default=copying, tpu=_pick_in_training)
     if not csa_tpu.supports(queries, entries):
         return copying(queries, entries, local)
     kernel = functools.partial(csa_tpu.attend_picked, together=together, interpret=interpreting())
     return without_gradients(copying, tpu=kernel)(queries, entries, local)
+
+
+def _pick_in_training(queries: Array, entries: Entries, local: Array) -> Partial:
+    """The kernel, whose gradients are a kernel's."""
+    interpret, held, dtype = interpreting(), _held(entries), entries.dtype
+
+    def attend(queries: Array, held: Array, local: Array) -> tuple[Partial, Any]:
+        words = as_words(held)
+        rows = StoredRows((words[None],), kind="words", channels=held.shape[2])
+        found = csa_tpu.attend_picked(queries, Entries(rows, 0, dtype), local, interpret=interpret)
+        assert isinstance(found, Partial)
+        return found, (queries, words, local, found.maximum)
+
+    def gradients(residuals: Any, gradient: Partial) -> Any:
+        queries, words, local, maximum = residuals
+        found = csa_gradients.gradients(queries, words, local, maximum, gradient, interpret=interpret)
+        return *found, None
+
+    call = jax.custom_vjp(lambda *given: attend(*given)[0])
+    call.defvjp(attend, gradients)
+    return call(queries, held, local)
 
 
 def attention_output(plain: Form, partials: Sequence[Any], sink: Array, turn: Turn, dtype: Any) -> Array:

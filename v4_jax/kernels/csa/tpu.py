@@ -24,6 +24,7 @@ from v4_jax.cache.rows import LANES, WORD_CHANNELS, batch_rows
 from v4_jax.kernels.attention.reference import MASKED
 from v4_jax.kernels.attention.tpu import statistics
 from v4_jax.kernels.memory import kept_in_hbm
+from v4_jax.kernels.picked_rows import across
 from v4_jax.kernels.turns import about
 from v4_jax.layers.partials import STATISTICS, Packed, Partial
 from v4_jax.natural import quotient
@@ -252,8 +253,8 @@ def _kernel(
         if len(out) == 1:
             out[0][query] = jnp.concatenate([*halves, statistics(largest, amount)], axis=1)
             return carry
-        out[0][pl.ds(query, 1), :] = _across(largest)
-        out[1][pl.ds(query, 1), :] = _across(amount)
+        out[0][pl.ds(query, 1), :] = across(largest)
+        out[1][pl.ds(query, 1), :] = across(amount)
         out[2][query] = jnp.concatenate(halves, axis=1)
         return carry
 
@@ -270,10 +271,3 @@ def _unpacked(words: Array) -> Array:
     """Words [N, 128] to their lower halves, then their upper ones: [N, 256] bfloat16."""
     low, high = words << 16, words & -65536
     return jnp.concatenate([pltpu.bitcast(x, jnp.float32).astype(jnp.bfloat16) for x in (low, high)], axis=1)
-
-
-def _across(column: Array) -> Array:
-    """[N, 1] as a row [1, N]."""
-    shape = (column.shape[0], column.shape[0])
-    own = jax.lax.broadcasted_iota(jnp.int32, shape, 0) == jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    return jnp.sum(jnp.where(own, column, 0.0), axis=0, keepdims=True)

@@ -1,0 +1,289 @@
+"""Rows of an array that each query picks, for kernels of training: fetched to VMEM, and sums of theirs in memory.
+
+A row is `lines` times 128 words, one run of memory, and a transfer of its own. While the matrix unit works on some rows
+of one query, as many of the next are asked for. What a query adds to rows it reads, adds and writes back: no two of a
+query's rows are the same, and what the query before wrote has arrived when the next begins to read. That is as many
+transfers as sorting all that is added would take, and nothing is kept in between. Half of the queries each have sums of
+their own, for chips with two cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from v4_jax.cache.rows import LANES, StoredRows
+from v4_jax.kernels.turns import about
+from v4_jax.natural import quotient
+
+QUERIES = 16  # of a block
+AT_ONCE = 128  # rows of a query that are worked on together
+VMEM_BYTES = 48 << 20
+
+Each = Callable[[Callable[[Any], None]], None]  # runs something for every row of a chunk
+
+
+class Picks(NamedTuple):
+    """What N queries pick, made up to whole blocks.
+
+    Attributes:
+      places: [blocks, 1, block * slots] int32 rows; their number for none.
+      seen: [N, chunks, 128] float32 1 where there is a row.
+      chunks: [blocks] int32 how many chunks of rows any query of a block has.
+      halves: shares of the blocks that have sums of their own.
+    """
+
+    places: Array
+    seen: Array
+    chunks: Array
+    halves: int
+
+    @classmethod
+    def of(cls, place: Array, rows: int) -> Picks:
+        """Of rows [N, K] int32, -1 for none; each of a query's is another."""
+        count, top = place.shape
+        block = min(QUERIES, count)
+        blocks = -(-count // block)
+        halves = min(blocks, 2)
+        each = -(-blocks // halves)
+        padding = (0, halves * each * block - count), (0, -top % AT_ONCE)
+        place = jnp.pad(place, padding, constant_values=-1)
+        place = jnp.where(place < 0, rows, place).reshape(halves * each, block, -1)
+        slots = place.shape[2]
+        last = jnp.max(jnp.where(place < rows, jnp.arange(1, slots + 1, dtype=jnp.int32), 0), axis=(1, 2))
+        seen = (place < rows).astype(jnp.float32).reshape(-1, slots // AT_ONCE, AT_ONCE)
+        return cls(place.reshape(halves * each, 1, -1), seen, quotient(last + AT_ONCE - 1, AT_ONCE), halves)
+
+    @property
+    def block(self) -> int:
+        """Queries of a block."""
+        return self.seen.shape[0] // self.places.shape[0]
+
+    @property
+    def most(self) -> int:
+        """Chunks of a query."""
+        return self.seen.shape[1]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(halves, blocks of each)."""
+        return self.halves, self.places.shape[0] // self.halves
+
+    def cut(self, x: Array) -> tuple[Array, pl.BlockSpec]:
+        """What queries have, [N, ...], made up to whole blocks, and its spec."""
+        x = jnp.pad(x, [(0, self.seen.shape[0] - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+        return x, self._spec((self.block, *x.shape[1:]))
+
+    def out(self, shape: tuple[int, ...], dtype: Any) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
+        """What becomes of each query, and its spec."""
+        return jax.ShapeDtypeStruct((self.seen.shape[0], *shape), dtype), self._spec((self.block, *shape))
+
+    def given(self) -> list[tuple[Array, pl.BlockSpec]]:
+        """Places and `seen`, as a kernel takes them, and their specs."""
+        in_words = pl.BlockSpec(
+            (None, *self.places.shape[1:]), lambda h, t, *_: (h * self.grid[1] + t, 0, 0), memory_space=pltpu.SMEM
+        )
+        return [(self.places, in_words), self.cut(self.seen)]
+
+    def _spec(self, shape: tuple[int, ...]) -> pl.BlockSpec:
+        return pl.BlockSpec(shape, lambda h, t, *_: (h * self.grid[1] + t, *(0 for _ in shape[1:])))
+
+    def fetched(self, lines: int, dtype: Any) -> list[Any]:
+        """Scratch of `Fetched`."""
+        room = pltpu.VMEM((2, self.most, AT_ONCE * lines, LANES), dtype)
+        return [room, pltpu.SemaphoreType.DMA((2, self.most))]
+
+    def zeros(self, rows: int, lines: int) -> Array:
+        """What `Added` adds to: of each half the rows, and one for none."""
+        return jnp.zeros((self.halves, rows + 1, lines, LANES), jnp.float32)
+
+    def added(self, lines: int) -> list[Any]:
+        """Scratch of `Added`."""
+        room = pltpu.VMEM((self.most, AT_ONCE * lines, LANES), jnp.float32)
+        return [room, *[pltpu.SemaphoreType.DMA((self.most,))] * 2]
+
+
+class Fetched(NamedTuple):
+    """Rows that are fetched, as refs: in memory [R, lines, 128]; in VMEM those of this query and of the next."""
+
+    rows: Any
+    room: Any
+    arrived: Any
+
+    def ask(self, slot: Any, chunk: Any, place: Callable[[Any], Any], each: Each) -> None:
+        """Asks for a chunk's rows, which are at `place(i)`; of none for any."""
+        lines, last = self.rows.shape[1], self.rows.shape[0] - 1
+
+        def row(i: Any) -> None:
+            there, here = self.rows.at[jnp.minimum(place(i), last)], self.room.at[slot, chunk, pl.ds(i * lines, lines)]
+            pltpu.make_async_copy(there, here, self.arrived.at[slot, chunk]).start()
+
+        each(row)
+
+    def wait(self, slot: Any, chunk: Any) -> None:
+        """Until a chunk is there."""
+        _wait(self.room.at[slot, chunk], self.arrived.at[slot, chunk])
+
+    def line(self, slot: Any, chunk: Any, line: int) -> Array:
+        """[128 rows, 128] one line of each of a chunk's."""
+        return self.room[slot, chunk, pl.ds(line, AT_ONCE, stride=self.rows.shape[1]), :]
+
+
+class Added(NamedTuple):
+    """Rows that are added to, as refs: in memory those of a half [R + 1, lines, 128]; in VMEM those of this query."""
+
+    sums: Any
+    room: Any
+    arrived: Any
+    sent: Any
+
+    def _copies(self, chunk: Any, place: Callable[[Any], Any], each: Each, *, back: bool) -> None:
+        lines = self.sums.shape[1]
+
+        def row(i: Any) -> None:
+            there, here = self.sums.at[place(i)], self.room.at[chunk, pl.ds(i * lines, lines)]
+            source, target = (here, there) if back else (there, here)
+            pltpu.make_async_copy(source, target, (self.sent if back else self.arrived).at[chunk]).start()
+
+        each(row)
+
+    def ask(self, chunk: Any, place: Callable[[Any], Any], each: Each) -> None:
+        """Asks for what a chunk's rows have come to."""
+        self._copies(chunk, place, each, back=False)
+
+    def add(self, chunk: Any, place: Callable[[Any], Any], each: Each, lines: list[Array]) -> None:
+        """Adds lines [128 rows, 128] of each row once it is there, and sends the chunk back."""
+        _wait(self.room.at[chunk], self.arrived.at[chunk])
+        for line, values in enumerate(lines):
+            self.room[chunk, pl.ds(line, AT_ONCE, stride=len(lines)), :] += values
+        self._copies(chunk, place, each, back=True)
+
+    def wait(self, chunk: Any) -> None:
+        """Until a chunk has been sent back."""
+        _wait(self.room.at[chunk], self.sent.at[chunk])
+
+
+def _wait(room: Any, arrived: Any) -> None:
+    pltpu.make_async_copy(room, room, arrived).wait()
+
+
+def walk(
+    chunks: Any,
+    places: Any,
+    count: int,
+    fetched: Fetched,
+    added: Added | None,
+    begin: Callable[[Any], Any],
+    work: Callable[[Any, Any, Any, Any], tuple[Any, list[Array]]],
+    end: Callable[[Any, Any], None],
+    *,
+    unrolled: bool,
+) -> None:
+    """One block's queries, one after another, `AT_ONCE` rows of each at a time: the body of a kernel.
+
+    Args:
+      chunks: ref of `Picks.chunks`.
+      places: ref of the block's places.
+      count: queries of the block.
+      fetched: the rows.
+      added: what is added to; None: nothing is.
+      begin: from a query to its first state.
+      work: from (query, chunk, slot of its rows, state) to the next state and the lines to add.
+      end: takes query and last state.
+      unrolled: whether a chunk's transfers are written out one by one, for the scheduler to mix with other work.
+    """
+    most = fetched.room.shape[1]
+    turns = chunks[pl.program_id(0) * pl.num_programs(1) + pl.program_id(1)]
+
+    def place(query: Any, chunk: Any) -> Callable[[Any], Any]:
+        first = (query * most + chunk) * AT_ONCE
+        return lambda i: places[0, first + i]
+
+    def each_row(do: Callable[[Any], None]) -> None:
+        def step(i: Any, carry: None) -> None:
+            do(i)
+            return carry
+
+        jax.lax.fori_loop(0, AT_ONCE, step, None, unroll=AT_ONCE if unrolled else 1)
+
+    def each_chunk(do: Callable[[Any, Any], Any], state: Any = None) -> Any:
+        with about(most):
+            return jax.lax.fori_loop(0, turns, do, state)
+
+    def alone(do: Callable[[Any], None]) -> None:
+        def step(chunk: Any, carry: None) -> None:
+            do(chunk)
+            return carry
+
+        each_chunk(step)
+
+    def each(query: Any, *, last: bool) -> None:
+        slot = query & 1
+
+        def step(chunk: Any, state: Any) -> Any:
+            fetched.wait(slot, chunk)  # a barrier to the scheduler, which mixes what follows
+            here = place(query, chunk)
+            if added is not None:
+                added.ask(chunk, here, each_row)
+            if not last:
+                fetched.ask(1 - slot, chunk, place(query + 1, chunk), each_row)
+            state, lines = work(query, chunk, slot, state)
+            if added is not None:
+                added.add(chunk, here, each_row, lines)
+            return state
+
+        end(query, each_chunk(step, begin(query)))
+        if added is not None:
+            alone(added.wait)
+
+    def step(query: Any, carry: None) -> None:
+        each(query, last=False)
+        return carry
+
+    alone(lambda chunk: fetched.ask(jnp.int32(0), chunk, place(0, chunk), each_row))
+    if count > 1:
+        jax.lax.fori_loop(0, count - 1, step, None)
+    each(jnp.int32(count - 1), last=True)
+
+
+def as_words(entries: Array) -> Array:
+    """[B, E, C] as words [B, E, C / 256, 128] int32; see `StoredRows`, kind "words"."""
+    return StoredRows((), kind="words").encode(entries)[0]
+
+
+def from_words(fetched: Fetched, slot: Any, chunk: Any, lines: int) -> Array:
+    """[128 rows, C] bfloat16 of the first lines of a chunk's rows, which are words."""
+    words = [fetched.line(slot, chunk, line) for line in range(lines)]
+    halves = [word << 16 for word in words] + [word & -65536 for word in words]
+    return jnp.concatenate([pltpu.bitcast(half, jnp.float32).astype(jnp.bfloat16) for half in halves], axis=1)
+
+
+def down(row: Array) -> Array:
+    """[1, N] as a column [N, 1]."""
+    shape = (row.shape[1], row.shape[1])
+    own = jax.lax.broadcasted_iota(jnp.int32, shape, 0) == jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    return jnp.sum(jnp.where(own, row, 0.0), axis=1, keepdims=True)
+
+
+def across(column: Array) -> Array:
+    """[N, 1] as a row [1, N]."""
+    shape = (column.shape[0], column.shape[0])
+    own = jax.lax.broadcasted_iota(jnp.int32, shape, 0) == jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    return jnp.sum(jnp.where(own, column, 0.0), axis=0, keepdims=True)
+
+
+def rows_of(picked: Array, count: int) -> Array:
+    """Places [B * Q, K] in the rows of a whole batch, of entries picked [B, Q, K] out of `count` of each row."""
+    first = count * jnp.arange(picked.shape[0], dtype=jnp.int32)[:, None, None]
+    return jnp.where(picked < 0, -1, picked + first).reshape(-1, picked.shape[2])
+
+
+def bytes_moved(picked: Array, lines: int) -> int:
+    """Bytes of so many lines of each of the rows picked."""
+    return picked.size * lines * 4 * LANES
