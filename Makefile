@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # What the TPU compiler alone can run.
-TPU := tests/kernels/test_compiles_for_tpu.py tests/infer/engine/test_programs_for_tpu.py
+TPU := tests/kernels/compiled tests/infer/engine/test_programs_for_tpu.py
 ON_TPU := JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false $(BIN)/python -m pytest
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 

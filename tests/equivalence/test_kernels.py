@@ -9,10 +9,14 @@ import pytest
 
 from tests.models import TOLERANCE, Tiny, make
 from v4_jax import Transformer, init_cache
+from v4_jax.kernels.attention import gradients as attention_gradients
 from v4_jax.kernels.attention import tpu as attention
+from v4_jax.kernels.csa import gradients as csa_gradients
 from v4_jax.kernels.csa import tpu as csa
 from v4_jax.kernels.hyper_connections import tpu as hyper_connections
 from v4_jax.kernels.indexer import tpu as indexer
+from v4_jax.kernels.indexer_loss import picked as picked_loss
+from v4_jax.kernels.indexer_loss import tpu as indexer_loss
 from v4_jax.kernels.window import tpu as window
 from v4_jax.layers.stages import Stage
 from v4_jax.parameter_tree import placements
@@ -60,7 +64,13 @@ def interpreted_calls(monkeypatch):
 
         return call
 
-    kernels = (csa, "attend_picked"), (indexer, "best_entries"), (hyper_connections, "cross")
+    kernels = (
+        (csa, "attend_picked"),
+        (csa_gradients, "gradients"),
+        (picked_loss, "loss"),
+        (indexer, "best_entries"),
+        (hyper_connections, "cross"),
+    )
     for module, name in (*kernels, (attention, "window_attention"), (window, "step")):
         monkeypatch.setattr(module, name, spy(getattr(module, name)))
     return calls
@@ -116,6 +126,45 @@ def test_gradients(wide, tokens, interpreted_calls):
     assert "window_attention" in interpreted_calls and "attend_picked" not in interpreted_calls
     for one, other in zip(jax.tree.leaves(kernels), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4 * (1e-3 + abs(other).max()), rtol=0)
+
+
+def test_gradients_beyond_what_vmem_holds(wide, tokens, interpreted_calls, monkeypatch):
+    """Entries are fetched, and gradients added to theirs: as near to float32 as bfloat16 is without kernels.
+
+    Where a layer's forward pass is run again in the backward pass, the loss is not: its slopes are kept.
+    """
+    some = tokens[:, : wide.config.sliding_window + 3]
+    keys = wide.config.sliding_window - 1 + some.shape[1]
+    room = (keys + 2 * 128) * wide.config.head_dim * (4 + 2)
+    monkeypatch.setattr(attention_gradients, "HELD_BYTES", room)  # for the window alone
+    monkeypatch.setattr(indexer_loss, "HELD_BYTES", 0)
+
+    def gradients(policy):
+        model = Transformer(wide.config, policy=policy, stage=Stage(indexer_loss=True), remat="layers")
+
+        def loss(params):
+            output = model.apply({"params": params}, some, return_routing=True)
+            probe = jnp.cos(jnp.arange(output.logits.size, dtype=jnp.float32)).reshape(output.logits.shape)
+            return jnp.mean(output.logits * probe) + jnp.mean(output.statistics.indexer_loss), None
+
+        _, found = jax.jit(lambda params: value_and_grad(loss, params))(wide.params)
+        return [np.asarray(x, np.float64) for x in jax.tree.leaves(found)]
+
+    exact, plain = gradients("float32"), gradients("bfloat16")
+    assert not interpreted_calls
+    with interpreted():
+        kernels = gradients("bfloat16")
+    for name, runs in (("attend_picked", 2), ("gradients", 1), ("loss", 1)):
+        assert interpreted_calls.count(name) >= runs
+
+    def distance(found):
+        return [
+            np.linalg.norm(one - other) / (1e-9 + np.linalg.norm(other))
+            for one, other in zip(found, exact, strict=True)
+        ]
+
+    for one, by_kernel, without in zip(exact, distance(kernels), distance(plain), strict=True):
+        assert by_kernel <= (1.2 if one.size > 16 else 2) * without + 0.01  # of few numbers it is chance
 
 
 @pytest.mark.parametrize("mesh", [None, "seq=2"])

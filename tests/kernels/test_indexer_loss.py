@@ -12,6 +12,7 @@ import pytest
 from v4_jax.cache.entries import Entries
 from v4_jax.kernels import choose
 from v4_jax.kernels.csa.hidden import hide
+from v4_jax.kernels.indexer_loss import picked as of_picked
 from v4_jax.kernels.indexer_loss import tpu as kernel
 from v4_jax.kernels.indexer_loss.tpu import Operands
 from v4_jax.layers import indexer_loss as layer
@@ -32,6 +33,7 @@ class Case(NamedTuple):
     entries: int
     picks: int = 0
     dtype: str = "bfloat16"
+    channels: int = C
 
 
 CASES = {
@@ -40,6 +42,13 @@ CASES = {
     "few entries, heads of the largest model": Case(1, 19, 128, 64, 20, picks=9),
     "float32, one tile": Case(1, 20, 8, 8, 272, dtype="float32"),
     "float32, picks": Case(2, 200, 8, 16, 520, picks=30, dtype="float32"),
+}
+
+# Entries are fetched where there are more than there is room for.
+FETCHED = {
+    "blocks on both halves": Case(1, 40, 64, 64, 600, picks=150, channels=512),
+    "heads of the largest model, rows of a batch": Case(2, 19, 128, 64, 20, picks=9, channels=512),
+    "one query": Case(1, 1, 8, 16, 300, picks=130, channels=256),
 }
 
 
@@ -60,9 +69,9 @@ def inputs(case, seed=0):
             picked[(*place, slice(len(some)))] = some
         picked = jnp.asarray(picked)
     operands = Operands(
-        queries=2 * normal(*shape, case.heads, C),
+        queries=2 * normal(*shape, case.heads, case.channels),
         log_total=jnp.asarray(rng.normal(size=(*shape, case.heads)) + 8, jnp.float32),
-        entries=normal(case.rows, case.entries, C).astype(jnp.float32),
+        entries=normal(case.rows, case.entries, case.channels).astype(jnp.float32),
         index_queries=normal(*shape, case.index_heads, R),
         weights=jnp.asarray(rng.normal(size=(*shape, case.index_heads)) / case.index_heads, jnp.float32),
         index_keys=normal(case.rows, case.entries, R).astype(jnp.float32),
@@ -77,7 +86,7 @@ def expected(operands, visible, picked, given):
     found = (number >= np.asarray(visible.low)[..., None]) & (number < np.asarray(visible.high)[..., None])
     if picked is not None:
         found &= (np.asarray(picked)[..., None] == number).any(-2)
-    logits = np.einsum("bqhc,bec->bqhe", queries, entries) * C**-0.5
+    logits = np.einsum("bqhc,bec->bqhe", queries, entries) * queries.shape[-1] ** -0.5
     attended = np.where(found, np.exp(logits - log_total[..., None]).sum(2), 0)
     active = np.einsum("bqhc,bec->bqhe", index_queries, index_keys)
     scores = np.einsum("bqhe,bqh->bqe", np.maximum(active, 0), weights)
@@ -102,12 +111,16 @@ def expected(operands, visible, picked, given):
     return loss, gradients, slack
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("case", [*CASES.values(), *FETCHED.values()], ids=[*CASES, *FETCHED])
 def test_against_float64(case):
     operands, visible, picked, given = inputs(case)
 
     @jax.jit
     def run(operands, visible, picked, given):
+        if case in FETCHED.values():
+            loss, slopes = of_picked.loss(operands, picked, interpret=True)
+            slopes *= given[..., None]
+            return loss, of_picked.gradients(*operands[3:], picked, slopes, interpret=True)
         hidden = None if picked is None else hide(picked, case.entries, interpret=True)
         loss, numbers = kernel.loss(operands, visible, hidden, interpret=True)
         return loss, kernel.gradients(operands, visible, hidden, numbers, given, interpret=True)
@@ -122,11 +135,13 @@ def test_against_float64(case):
         assert (abs(one - other) <= unit * (most + abs(other)) + 1e-4 * abs(other).max()).all()
 
 
-@pytest.mark.parametrize("name", ["all that are visible", "picks"])
+@pytest.mark.parametrize("name", ["all that are visible", "picks", "blocks on both halves"])
 def test_training_takes_the_kernels_in_programs_for_tpus_alone(name, monkeypatch):
     """The same through the layer; elsewhere it is plain JAX's, number for number, however many queries come at once."""
-    operands, visible, picked, given = inputs(CASES[name])
+    operands, visible, picked, given = inputs((CASES | FETCHED)[name])
     dtype = operands.queries.dtype
+    if name in FETCHED:
+        monkeypatch.setattr(kernel, "HELD_BYTES", 0)
 
     def run(trained, plain=False):
         queries, weights, keys = trained
@@ -166,3 +181,4 @@ def test_what_has_no_kernel():
     seen = []
     choose.indexer_loss(lambda *given: seen.append(given), operands._replace(entries=cached), None, None)
     assert seen
+    assert of_picked.supports(inputs(FETCHED["one query"])[0]) and not of_picked.supports(operands)
