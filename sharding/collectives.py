@@ -63,6 +63,14 @@ def from_left(x: Array, first: Array, axes: Axes) -> Array:
     return jnp.where(index(axes) == 0, first, moved)
 
 
+def mirrored(x: Array, axes: Axes) -> Array:
+    """The `x` of the device that is as far from the last as this one is from the first."""
+    if not axes:
+        return x
+    devices = size(axes)
+    return jax.lax.ppermute(x, axes, [(i, devices - 1 - i) for i in range(devices)])
+
+
 def rows_at(x: Array, wanted: Array, axes: Axes) -> Array:
     """Rows of a sequence split in contiguous shards, wherever they live, on every device.
 

@@ -164,17 +164,21 @@ def test_training_step(tiny):
     choices = local * c.num_experts_per_tok
     room = capacity(choices, 2 * exchanged)
     roles = {"csa": (4, c.head_dim), "hca": (128, c.head_dim), "index": (4, c.index_head_dim)}
-    activations = (local, c.hidden_size)
+    activations, half = (local, c.hidden_size), local // 2
+    # the later half of the queries to the mirrored device, with the keys that they see, and what they give back
+    of_each = [(c.q_lora_rank,), (c.index_n_heads,), (c.qk_rope_head_dim,), (c.hidden_size,), ()]
+    handed = [*((half, *width) for width in of_each), (c.sliding_window - 1 + half, c.head_dim)]
     named = {
         "collective-permute": [
             (c.sliding_window - 1, c.head_dim),
             *((span(ratio) - 1, projection_width(ratio, width)) for ratio, width in roles.values()),
+            *handed,
         ],
         # entries of the whole sequence; index queries of all heads, blocks of queries side by side; head weights
         "all-gather": [
             *whole,
             *((size // ratio, width) for ratio, width in roles.values()),
-            (local // c.sliding_window, c.sliding_window, c.index_n_heads, c.index_head_dim),
+            (half // c.sliding_window, c.sliding_window, c.index_n_heads, c.index_head_dim),
             (local, c.index_n_heads),
             *exchanged_rows(choices, room, 2 * exchanged, c.hidden_size),
         ],

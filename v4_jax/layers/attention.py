@@ -21,6 +21,7 @@ from v4_jax.cache.ring import Ring, halo
 from v4_jax.cache.rows import StoredRows
 from v4_jax.kernels.choose import attends_in_training, norm_rotate, trained_by_kernels
 from v4_jax.kernels.rotary.reference import Projection, Settle, Steps
+from v4_jax.layers.balance import exchanged, in_halves
 from v4_jax.layers.compressor import Compressed, Compressor
 from v4_jax.layers.entry_attention import attend_picked
 from v4_jax.layers.indexer_loss import Attended, Scored, indexer_loss
@@ -204,19 +205,16 @@ class Attention(Module):
             return output, picked, loss, stored
 
         whole = projects_whole(latent.shape[0] * layout.size, wq_b.shape[0], dtype, gradients=cache is None)
-        with jax.named_scope("attention.queries"):
-            projected_whole = linear(latent, wq_b, dtype) if whole else None
-        queries = Queries(
-            latent=latent,
-            turn=turn,
-            indices=jnp.arange(layout.size)[None],
-            first=layout.first,
-            low=low,
-            high=high,
-            index_weights=None if index is None else index.weights,
-            picks=picks,
-            projected=projected_whole,
-        )
+        index_weights = None if index is None else index.weights
+        indices = jnp.arange(layout.size)[None]
+        queries = Queries(latent, turn, indices, layout.first, low, high, index_weights, picks)
+        # A chunk behind a long context is no more for the last device than for the first.
+        exchanging = split.sequence if cache is None and entries is not None else ()
+        with jax.named_scope("attention.balance"):
+            queries = exchanged(queries, exchanging)
+        if whole:
+            with jax.named_scope("attention.queries"):
+                queries = queries._replace(projected=linear(queries.latent, wq_b, dtype))
         if few:
             seen = Visible(low, high, jnp.min(low), jnp.max(high))
             output, picked, loss, rows = block(QueryBlock(queries, None, seen))
@@ -236,10 +234,13 @@ class Attention(Module):
                 picking = index is not None and not self.stage.dense
                 if trained_by_kernels(all_queries, all_keys, entries, picking):
                     wide = max(1, ATTENDED_BYTES * layout.size // (all_queries.size * all_queries.dtype.itemsize))
-            output, picked, loss, _ = by_query_blocks(block, tail, keys, queries, heads, wide=wide)
+            attend = functools.partial(by_query_blocks, block, heads=heads, wide=wide)
+            output, picked, loss, _ = in_halves(attend, tail, keys, queries, exchanging)
             if whole:
                 with jax.named_scope("attention.output"):
                     output = project_output(output, (wo_a, wo_b), groups=self.groups, dtype=dtype)
+            with jax.named_scope("attention.balance"):
+                output, picked, loss = exchanged((output, picked, loss), exchanging)
         if cache is not None and rows is not None:
             cache = cache.with_ring(self.window, rows)
         return keep(psum(output, split.shared("o_groups")), "attention"), cache, picked, loss
