@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from v4_jax.cache.entries import Entries
+from v4_jax.cache.rows import StoredRows
 from v4_jax.kernels import choose
 from v4_jax.kernels.attention.reference import MASKED
 from v4_jax.kernels.csa import gradients as kernel
@@ -57,7 +58,8 @@ def inputs(case, seed=0):
 
 @jax.jit
 def run(queries, entries, picked, maximum, gradient):
-    return kernel.gradients(queries, as_words(entries), picked, maximum, Partial(maximum, *gradient), interpret=True)
+    words = as_words(entries, interpret=True)
+    return kernel.gradients(queries, words, picked, maximum, Partial(maximum, *gradient), interpret=True)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -129,3 +131,15 @@ def test_what_has_no_kernel():
     assert kernel.supports(queries)
     assert not kernel.supports(queries.astype(jnp.float32)) and not kernel.supports(queries[:, :, :4])
     assert not kernel.supports(queries[..., :128])
+
+
+def test_rows_as_words():
+    """As the cache stores them, and keys beside them as they are."""
+    rng = np.random.default_rng(2)
+    for rows in (jnp.asarray(rng.normal(size=(2, 150, size)), jnp.float32) for size in (256, 512)):
+        keys = jnp.asarray(rng.normal(size=(2, 150, 128)), jnp.float32)
+        wanted, parts = StoredRows((), kind="words").encode(rows)[0], rows.shape[2] // 256
+        np.testing.assert_array_equal(as_words(rows, interpret=True), wanted)
+        both = as_words(rows, keys, interpret=True)
+        np.testing.assert_array_equal(both[:, :, :parts], wanted)
+        np.testing.assert_array_equal(both[:, :, parts], np.asarray(keys).view(np.int32))

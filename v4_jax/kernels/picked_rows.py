@@ -9,6 +9,7 @@ their own, for chips with two cores.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,12 +19,13 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from v4_jax.cache.rows import LANES, StoredRows
+from v4_jax.cache.rows import LANES, WORD_CHANNELS
 from v4_jax.kernels.turns import about
 from v4_jax.natural import quotient
 
 QUERIES = 16  # of a block
 AT_ONCE = 128  # rows of a query that are worked on together
+SUMS = 256  # rows that are set to zero, or added up, at once
 VMEM_BYTES = 48 << 20
 
 Each = Callable[[Callable[[Any], None]], None]  # runs something for every row of a chunk
@@ -99,14 +101,16 @@ class Picks(NamedTuple):
         room = pltpu.VMEM((2, self.most, AT_ONCE * lines, LANES), dtype)
         return [room, pltpu.SemaphoreType.DMA((2, self.most))]
 
-    def zeros(self, rows: int, lines: int) -> Array:
-        """What `Added` adds to: of each half the rows, and one for none."""
-        return jnp.zeros((self.halves, rows + 1, lines, LANES), jnp.float32)
+    def sums(self, rows: int, lines: int) -> jax.ShapeDtypeStruct:
+        """What `Added` adds to: of each half the rows, one for none, and what makes them whole blocks."""
+        blocks = rows // SUMS + 1
+        return jax.ShapeDtypeStruct((self.halves, blocks * SUMS, lines, LANES), jnp.float32)
 
     def added(self, lines: int) -> list[Any]:
         """Scratch of `Added`."""
+        zeros = pltpu.VMEM((SUMS, lines, LANES), jnp.float32)
         room = pltpu.VMEM((self.most, AT_ONCE * lines, LANES), jnp.float32)
-        return [room, *[pltpu.SemaphoreType.DMA((self.most,))] * 2]
+        return [zeros, room, *[pltpu.SemaphoreType.DMA((self.most,))] * 2]
 
 
 class Fetched(NamedTuple):
@@ -136,12 +140,28 @@ class Fetched(NamedTuple):
 
 
 class Added(NamedTuple):
-    """Rows that are added to, as refs: in memory those of a half [R + 1, lines, 128]; in VMEM those of this query."""
+    """Rows that are added to, as refs: in memory those of a half [n, lines, 128]; in VMEM those of this query."""
 
     sums: Any
+    zeros: Any
     room: Any
     arrived: Any
     sent: Any
+
+    def begin(self) -> None:
+        """Sets all to zero."""
+        self.zeros[...] = jnp.zeros(self.zeros.shape, jnp.float32)
+
+        def blocks(do: Callable[[Any], None]) -> None:
+            def step(i: Any, carry: None) -> None:
+                there = self.sums.at[pl.ds(pl.multiple_of(i * SUMS, SUMS), SUMS)]
+                do(pltpu.make_async_copy(self.zeros, there, self.sent.at[0]))
+                return carry
+
+            jax.lax.fori_loop(0, self.sums.shape[0] // SUMS, step, None)
+
+        blocks(lambda copy: copy.start())
+        blocks(lambda copy: copy.wait())
 
     def _copies(self, chunk: Any, place: Callable[[Any], Any], each: Each, *, back: bool) -> None:
         lines = self.sums.shape[1]
@@ -246,15 +266,82 @@ def walk(
         each(query, last=False)
         return carry
 
+    if added is not None:
+        pl.when(pl.program_id(1) == 0)(added.begin)
     alone(lambda chunk: fetched.ask(jnp.int32(0), chunk, place(0, chunk), each_row))
     if count > 1:
         jax.lax.fori_loop(0, count - 1, step, None)
     each(jnp.int32(count - 1), last=True)
 
 
-def as_words(entries: Array) -> Array:
-    """[B, E, C] as words [B, E, C / 256, 128] int32; see `StoredRows`, kind "words"."""
-    return StoredRows((), kind="words").encode(entries)[0]
+def both_halves(sums: Array, rows: int, *, interpret: bool) -> Array:
+    """[R, lines * 128] what has been added to the first rows, by both halves of the queries."""
+    halves, _, lines, _ = sums.shape
+    block = min(SUMS, rows)
+    return pl.pallas_call(
+        _both_halves,
+        grid=(pl.cdiv(rows, block),),
+        in_specs=[pl.BlockSpec((halves, block, lines, LANES), lambda i: (0, i, 0, 0))],
+        out_specs=pl.BlockSpec((block, lines * LANES), lambda i: (i, 0)),
+        out_shape=jax.ShapeDtypeStruct((rows, lines * LANES), jnp.float32),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_BYTES),
+        cost_estimate=pl.CostEstimate(
+            flops=0, bytes_accessed=4 * rows * lines * LANES * (halves + 1), transcendentals=0
+        ),
+        interpret=interpret,
+        name="sums_of_picked_rows",
+    )(sums)
+
+
+def _both_halves(sums: Any, out: Any) -> None:
+    for line in range(sums.shape[2]):
+        total = sums[0, :, line, :]
+        for half in range(1, sums.shape[0]):
+            total += sums[half, :, line, :]
+        out[:, line * LANES : (line + 1) * LANES] = total
+
+
+def as_words(rows: Array, keys: Array | None = None, *, interpret: bool) -> Array:
+    """Rows as words, rounded to bfloat16; see `StoredRows`, kind "words".
+
+    Args:
+      rows: [B, E, C] of any float dtype.
+      keys: [B, E, 128] what else belongs to each row, which becomes 128 words of float32; None: nothing.
+      interpret: run in interpret mode, on any platform.
+
+    Returns:
+      [B, E, C / 256, 128] int32; with keys, twice as many lines: the words, the key, and anything.
+    """
+    (batch, count), parts = rows.shape[:2], rows.shape[2] // WORD_CHANNELS
+    lines, block = parts * (1 if keys is None else 2), min(SUMS, batch * count)
+    given = [x.reshape(batch * count, -1) for x in (rows, keys) if x is not None]
+    found = pl.pallas_call(
+        functools.partial(_as_words, parts=parts),
+        grid=(pl.cdiv(batch * count, block),),
+        in_specs=[pl.BlockSpec((block, x.shape[1]), lambda i: (i, 0)) for x in given],
+        out_specs=pl.BlockSpec((block, lines, LANES), lambda i: (i, 0, 0)),
+        out_shape=jax.ShapeDtypeStruct((batch * count, lines, LANES), jnp.int32),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_BYTES),
+        cost_estimate=pl.CostEstimate(
+            flops=0,
+            bytes_accessed=sum(x.nbytes for x in given) + 4 * batch * count * lines * LANES,
+            transcendentals=0,
+        ),
+        interpret=interpret,
+        name="rows_as_words",
+    )(*given)
+    return found.reshape(batch, count, lines, LANES)
+
+
+def _as_words(*refs: Any, parts: int) -> None:
+    rows, *keys, words = refs
+    half = rows.shape[1] // 2
+    for line in range(parts):
+        low, high = (rows[:, first : first + LANES] for first in (line * LANES, half + line * LANES))
+        low, high = (pltpu.bitcast(x.astype(jnp.bfloat16).astype(jnp.float32), jnp.int32) for x in (low, high))
+        words[:, line, :] = jax.lax.shift_right_logical(low, 16) | high
+    for key in keys:
+        words[:, parts, :] = pltpu.bitcast(key[...].astype(jnp.float32), jnp.int32)
 
 
 def from_words(fetched: Fetched, slot: Any, chunk: Any, lines: int) -> Array:

@@ -272,7 +272,7 @@ def _pick_in_training(queries: Array, entries: Entries, local: Array) -> Partial
     interpret, held, dtype = interpreting(), _held(entries), entries.dtype
 
     def attend(queries: Array, held: Array, local: Array) -> tuple[Partial, Any]:
-        words = as_words(held)
+        words = as_words(held, interpret=interpret)
         rows = StoredRows((words[None],), kind="words", channels=held.shape[2])
         found = csa_tpu.attend_picked(queries, Entries(rows, 0, dtype), local, interpret=interpret)
         assert isinstance(found, Partial)

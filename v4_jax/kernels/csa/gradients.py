@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
@@ -27,6 +26,7 @@ from v4_jax.kernels.picked_rows import (
     Added,
     Fetched,
     Picks,
+    both_halves,
     bytes_moved,
     down,
     from_words,
@@ -67,7 +67,7 @@ def gradients(
     flat = [x.reshape(batch * count, *x.shape[2:]) for x in (queries, gradient.weighted, maximum, gradient.total)]
     flat = [x[:, None] if x.ndim == 2 else x for x in flat]
     given = [*picks.given(), *(picks.cut(x) for x in flat)]
-    lines, sums = words.shape[2], picks.zeros(batch * entries, size // LANES)
+    lines = words.shape[2]
     first, (rows,) = kept_in_hbm(given[0][0], [words.reshape(-1, *words.shape[2:])], interpret=interpret)
     shape, spec = picks.out((heads, size), queries.dtype)
     in_memory = pl.BlockSpec(memory_space=pl.ANY)
@@ -77,7 +77,7 @@ def gradients(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=picks.grid,
-            in_specs=[*(spec for _, spec in given), in_memory, in_memory],
+            in_specs=[*(spec for _, spec in given), in_memory],
             out_specs=[spec, in_memory],
             scratch_shapes=[
                 *picks.fetched(lines, jnp.int32),
@@ -85,8 +85,7 @@ def gradients(
                 pltpu.VMEM((2 * heads, size), queries.dtype),
             ],
         ),
-        out_shape=[shape, jax.ShapeDtypeStruct(sums.shape, sums.dtype)],
-        input_output_aliases={len(given) + 2: 1},
+        out_shape=[shape, picks.sums(batch * entries, size // LANES)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES, disable_bounds_checks=True
         ),
@@ -97,8 +96,8 @@ def gradients(
         ),
         interpret=interpret,
         name="attend_picked_gradients",
-    )(picks.chunks, first, *(x for x, _ in given[1:]), rows, sums)
-    of_entries = jnp.sum(found[1], axis=0)[: batch * entries].reshape(batch, entries, size)
+    )(picks.chunks, first, *(x for x, _ in given[1:]), rows)
+    of_entries = both_halves(found[1], batch * entries, interpret=interpret).reshape(batch, entries, size)
     return found[0][: batch * count].reshape(queries.shape), of_entries
 
 
@@ -111,7 +110,6 @@ def _kernel(
     maxima: Any,
     totals: Any,
     words: Any,
-    _: Any,
     of_queries: Any,
     sums: Any,
     *scratch: Any,

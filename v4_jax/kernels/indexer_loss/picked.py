@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
@@ -29,6 +28,7 @@ from v4_jax.kernels.picked_rows import (
     Picks,
     across,
     as_words,
+    both_halves,
     bytes_moved,
     down,
     from_words,
@@ -58,22 +58,20 @@ def loss(operands: Operands, picked: Array, *, interpret: bool = False) -> tuple
     """
     queries, log_total, entries, index_queries, weights, index_keys = operands
     (batch, count, heads, size), (index_heads, index_size) = queries.shape, index_queries.shape[2:]
-    words = as_words(entries)
+    words = as_words(entries, index_keys, interpret=interpret)
     lines = words.shape[2]
-    keys = jax.lax.bitcast_convert_type(index_keys.astype(jnp.float32), jnp.int32)[:, :, None]
-    both = jnp.concatenate([words, keys, *[jnp.zeros_like(keys)] * (lines - 1)], axis=2)  # a power of two of lines
     picks = Picks.of(rows_of(picked, entries.shape[1]), batch * entries.shape[1])
     given = [*picks.given(), *(picks.cut(_flat(x)) for x in (queries, log_total, index_queries, weights))]
-    first, (rows,) = kept_in_hbm(given[0][0], [both.reshape(-1, *both.shape[2:])], interpret=interpret)
+    first, (rows,) = kept_in_hbm(given[0][0], [words.reshape(-1, *words.shape[2:])], interpret=interpret)
     out = [picks.out((1, LANES), jnp.float32), picks.out((picks.most, LANES), jnp.float32)]
     found = pl.pallas_call(
-        functools.partial(_loss_kernel, lines=lines, scale=size**-0.5, unrolled=not interpret),
+        functools.partial(_loss_kernel, parts=lines // 2, scale=size**-0.5, unrolled=not interpret),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=picks.grid,
             in_specs=[*(spec for _, spec in given), pl.BlockSpec(memory_space=pl.ANY)],
             out_specs=[spec for _, spec in out],
-            scratch_shapes=[*picks.fetched(2 * lines, jnp.int32), *[pltpu.VMEM((picks.most, LANES), jnp.float32)] * 2],
+            scratch_shapes=[*picks.fetched(lines, jnp.int32), *[pltpu.VMEM((picks.most, LANES), jnp.float32)] * 2],
         ),
         out_shape=[shape for shape, _ in out],
         compiler_params=pltpu.CompilerParams(
@@ -81,7 +79,7 @@ def loss(operands: Operands, picked: Array, *, interpret: bool = False) -> tuple
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * picked.size * (heads * size + index_heads * index_size),
-            bytes_accessed=bytes_moved(picked, 2 * lines),
+            bytes_accessed=bytes_moved(picked, lines),
             transcendentals=picked.size * heads,
         ),
         interpret=interpret,
@@ -117,7 +115,6 @@ def gradients(
     given = [*picks.given(), *(picks.cut(_flat(x)) for x in (index_queries, weights, slopes))]
     rows = index_keys.astype(jnp.float32).reshape(-1, 1, size)
     first, (rows,) = kept_in_hbm(given[0][0], [rows], interpret=interpret)
-    sums = picks.zeros(batch * entries, 1)
     out = [picks.out((heads, size), index_queries.dtype), picks.out((1, heads), jnp.float32)]
     in_memory = pl.BlockSpec(memory_space=pl.ANY)
     found = pl.pallas_call(
@@ -125,12 +122,11 @@ def gradients(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=picks.grid,
-            in_specs=[*(spec for _, spec in given), in_memory, in_memory],
+            in_specs=[*(spec for _, spec in given), in_memory],
             out_specs=[*(spec for _, spec in out), in_memory],
             scratch_shapes=[*picks.fetched(1, jnp.float32), *picks.added(1)],
         ),
-        out_shape=[*(shape for shape, _ in out), jax.ShapeDtypeStruct(sums.shape, sums.dtype)],
-        input_output_aliases={len(given) + 2: 2},
+        out_shape=[*(shape for shape, _ in out), picks.sums(batch * entries, 1)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES, disable_bounds_checks=True
         ),
@@ -139,9 +135,9 @@ def gradients(
         ),
         interpret=interpret,
         name="picked_indexer_loss_gradients",
-    )(picks.chunks, first, *(x for x, _ in given[1:]), rows, sums)
+    )(picks.chunks, first, *(x for x, _ in given[1:]), rows)
     of_queries, of_weights = (x[: batch * count] for x in found[:2])
-    of_keys = jnp.sum(found[2], axis=0)[: batch * entries]
+    of_keys = both_halves(found[2], batch * entries, interpret=interpret)
     return of_queries.reshape(index_queries.shape), of_weights.reshape(weights.shape), of_keys.reshape(index_keys.shape)
 
 
@@ -163,7 +159,7 @@ def _loss_kernel(
     values: Any,
     slopes: Any,
     *scratch: Any,
-    lines: int,
+    parts: int,
     scale: float,
     unrolled: bool,
 ) -> None:
@@ -181,8 +177,8 @@ def _loss_kernel(
 
     def work(query: Any, chunk: Any, slot: Any, state: Any) -> tuple[Any, list[Array]]:
         log_total, weight = state
-        entries = from_words(fetched, slot, chunk, lines)
-        keys = pltpu.bitcast(fetched.line(slot, chunk, lines), jnp.float32).astype(jnp.bfloat16)
+        entries = from_words(fetched, slot, chunk, parts)
+        keys = pltpu.bitcast(fetched.line(slot, chunk, parts), jnp.float32).astype(jnp.bfloat16)
         shares = jnp.exp(dot(queries[query], entries, (1, 1)) * scale - log_total)
         active = jnp.maximum(dot(index_queries[query], keys, (1, 1)), 0.0) * weight
         own = pl.ds(chunk, 1)
@@ -220,7 +216,6 @@ def _gradients_kernel(
     weights: Any,
     slopes: Any,
     keys: Any,
-    __: Any,
     of_queries: Any,
     of_weights: Any,
     sums: Any,
