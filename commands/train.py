@@ -18,7 +18,7 @@ from v4_jax.commands import INTERRUPTED
 from v4_jax.commands.shared import devices
 from v4_jax.commands.shared.console import CommandError, bad_input, needs, say, show, working
 from v4_jax.commands.shared.evaluation import EngineEvaluation
-from v4_jax.commands.shared.options import Flag, OptionalCount, OptionalFile
+from v4_jax.commands.shared.options import Flag, OptionalCount, OptionalFile, Preset
 from v4_jax.commands.shared.profiling import check_profile
 from v4_jax.commands.shared.rollouts import EngineRollouts
 from v4_jax.commands.train_report import DryRun, flops_of, task_of
@@ -27,7 +27,7 @@ from v4_jax.config import Config
 from v4_jax.placement import Place, check_mesh
 from v4_jax.planning.mesh_choice import Demand
 from v4_jax.sharding.axes import ShardingError
-from v4_jax.sharding.mesh import abstract_mesh
+from v4_jax.sharding.mesh import abstract_mesh, slices_of
 
 if TYPE_CHECKING:
     from v4_jax.train.batch import Rows
@@ -237,26 +237,27 @@ def _loading(what: str) -> Iterator[None]:
 
 def _place(settings: Settings, config: Config) -> Place:
     """The mesh of the settings, or the best that fits, which every stage's batches split evenly over."""
+    preset: Preset = "train" if slices_of(jax.devices()) == 1 else "train-slices"
     mesh = devices.wanted_mesh(settings.mesh)
     if mesh == devices.AUTO:
         first = settings.stages[0]
         rows = first.rows // first.microbatches
-        demand = Demand(config, first.length, rows, "train", settings.held, task=task_of(settings))
-        return devices.best_place(demand, lambda sizes: _splits(settings, config, sizes))
+        demand = Demand(config, first.length, rows, preset, settings.held, task=task_of(settings))
+        return devices.best_place(demand, lambda sizes: _splits(settings, config, sizes, preset))
     place = Place()
     for stage in settings.stages:
         rows = stage.rows // stage.microbatches
-        place = devices.place(config, mesh, "train", batch=rows, length=stage.length, dtype=settings.held)
+        place = devices.place(config, mesh, preset, batch=rows, length=stage.length, dtype=settings.held)
     return place
 
 
-def _splits(settings: Settings, config: Config, sizes: dict[str, int]) -> bool:
+def _splits(settings: Settings, config: Config, sizes: dict[str, int], preset: Preset) -> bool:
     """Whether every stage's batches split evenly over a mesh."""
     mesh, native = abstract_mesh(sizes), settings.held == "native"
     try:
         for stage in settings.stages:
             rows = stage.rows // stage.microbatches
-            check_mesh(config, mesh, "train", batch=rows, length=stage.length, native=native)
+            check_mesh(config, mesh, preset, batch=rows, length=stage.length, native=native)
     except ShardingError:
         return False
     return True

@@ -7,6 +7,8 @@ import itertools
 import math
 import re
 
+import numpy as np
+
 from v4_jax.planning.hlo import KINDS, UNKNOWN, Call, Expected, Instruction, Program, Shape
 
 
@@ -77,22 +79,51 @@ def as_collective(call: Call, program: Program, expected: Expected = UNKNOWN) ->
         others = computation.instructions.values()
         shapes = next((i.shapes for i in others if i.operands[:1] == (instruction.name,)), shapes)
     filled = expected.filled(instruction) if kind == "ragged-all-to-all" else 1.0
-    return Collective(kind, shapes, _group(instruction, program), runs, at_most, instruction.op_name, filled)
+    return Collective(kind, shapes, _group(instruction), runs, at_most, instruction.op_name, filled)
 
 
-def _group(instruction: Instruction, program: Program) -> int:
+def _group(instruction: Instruction) -> int:
     """Devices that take part in a collective together."""
+    groups = groups_of(instruction)
+    if "permute" in instruction.opcode:
+        return _chain([(a, b) for a, b in groups])
+    return len(groups[0])
+
+
+def groups_of(instruction: Instruction) -> list[list[int]]:
+    """Which devices, by their numbers in the program, take part together; of a permute, pairs of source and target.
+
+    Raises:
+      ValueError: they are not written in a known form.
+    """
     text = instruction.attributes
     if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", text):
-        return _chain([(int(a), int(b)) for a, b in re.findall(r"\{(\d+),\s*(\d+)\}", pairs[1])])
-    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=", text):
-        return int(iota[1])
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
-        sizes = dict(re.findall(r"('\w+')=(\d+)", mesh[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'\w+'", mesh[2]))
-    if first := re.search(r"replica_groups=\{\{([\d,\s]*)\}", text):
-        return len(first[1].split(","))
+        return [[int(a), int(b)] for a, b in re.findall(r"\{(\d+),\s*(\d+)\}", pairs[1])]
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        return _iota(*iota.groups()[1:]).reshape(_numbers(iota[1])).tolist()
+    if mesh := re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?[^{]*\{([^}]*)\}", text
+    ):
+        named = re.findall(r"('\w+')=(\d+)", mesh[1])
+        sizes = [int(size) for _, size in named]
+        devices = _iota(mesh[2] or str(math.prod(sizes)), mesh[3]).reshape(sizes)
+        along = [n for n, (axis, _) in enumerate(named) if axis in re.findall(r"'\w+'", mesh[4])]
+        others = [n for n in range(len(named)) if n not in along]
+        return devices.transpose(others + along).reshape(-1, math.prod(sizes[n] for n in along)).tolist()
+    if listed := re.search(r"replica_groups=\{(\{[\d,\s{}]*\})\}", text):
+        return [_numbers(group) for group in re.findall(r"\{([\d,\s]+)\}", listed[1])]
     raise ValueError(f"the replica groups of {instruction.name} are not understood: {text[:200]}")
+
+
+def _iota(shape: str, order: str | None) -> np.ndarray:
+    """Numbers from 0 on in a shape, whose axes then change places."""
+    sizes = _numbers(shape)
+    numbers = np.arange(math.prod(sizes)).reshape(sizes)
+    return numbers.transpose(_numbers(order)) if order else numbers
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def _chain(pairs: list[tuple[int, int]]) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
@@ -54,6 +54,10 @@ class Rules:
             f"logical axis {name!r} has no rule, expected one of {sorted(name for name, _ in self.table)}"
         )
 
+    def __iter__(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Logical axes, and the mesh axes that split them."""
+        return iter(self.table)
+
     def replace(self, **changes: MeshAxes) -> Rules:
         """The same rules with some axes placed differently."""
         return Rules({**dict(self.table), **changes})
@@ -92,6 +96,16 @@ _SERVING = Rules(
 # Training splits the batch over `expert` too, and keeps every large dense matrix in shards that are joined for use.
 _DENSE = ("data", "seq", "expert")
 
+_TRAINING = _SERVING.replace(
+    batch=("data", "expert"),
+    sequence="seq",
+    entries=("seq", "tensor"),
+    embed=_DENSE,
+    latent=_DENSE,
+    group_input=_DENSE,
+    streams=_DENSE,
+)
+
 PRESETS: dict[str, Rules] = {
     # One-token steps of many rows, or of a few long ones.
     "decode": _SERVING,
@@ -100,15 +114,9 @@ PRESETS: dict[str, Rules] = {
     # A sequence over all devices: the same placement of weights and cache, but in long chunks the weights come to the
     # tokens along `tensor`.
     "long-context": _SERVING.replace(sequence=("seq", "expert", "tensor")),
-    "train": _SERVING.replace(
-        batch=("data", "expert"),
-        sequence="seq",
-        entries=("seq", "tensor"),
-        embed=_DENSE,
-        latent=_DENSE,
-        group_input=_DENSE,
-        streams=_DENSE,
-    ),
+    "train": _TRAINING,
+    # The same over several slices, which `data` leads across: each has all weights, and gradients alone pass between.
+    "train-slices": Rules({name: tuple(a for a in axes if a != "data" or name == "batch") for name, axes in _TRAINING}),
 }
 
 

@@ -138,7 +138,8 @@ class Assignment:
       spec: placement of the parameter.
       rows: mesh axes that split a matrix's rows.
       columns: mesh axes that split its columns.
-      idle: mesh axes along which all devices store the same.
+      idle: mesh axes along which all devices store the same, and share the work. Not `data`, which may lead from slice
+        to slice: to send the updates would take longer than to make them on each.
     """
 
     shape: tuple[int, int]
@@ -174,7 +175,7 @@ class Assignment:
             P(*(split.axes(name) or None for name in parameter.axes)),
             rows,
             columns,
-            tuple(axis for axis in sizes if axis not in used),
+            tuple(axis for axis in sizes if axis not in used and axis != "data"),
         )
 
     @property

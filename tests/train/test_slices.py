@@ -1,0 +1,87 @@
+"""Training over several slices: between them there is one exchange a step, of each device's shards of the gradients."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.models import OnMesh, three
+from v4_jax.layers.stages import Stage
+from v4_jax.parameter_tree import placements
+from v4_jax.planning.hlo import KINDS, UNKNOWN, Program
+from v4_jax.planning.hlo_collectives import groups_of
+from v4_jax.sharding.mesh import make_mesh
+from v4_jax.train.batch import Batch
+from v4_jax.train.objectives.objective import Weights
+from v4_jax.train.optimizer import optimizer
+from v4_jax.train.step import TrainState, make_step
+
+MESH, PRESET = "data=2,seq=2,expert=2", "train-slices"  # a slice is four devices
+FEW = 32  # numbers of an exchange that is none to speak of: losses, counts, what each expert got
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return three()
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Tokens whose decisions are clear: see `tests.equivalence.test_meshes.tokens`."""
+    tokens = np.asarray(jax.random.randint(jax.random.key(6), (2, 1700), 0, 64))[:, :256]
+    tokens = np.concatenate([tokens, tokens])[None]
+    return Batch(tokens, np.ones_like(tokens))
+
+
+def training(tiny, spread, rule):
+    """A step on a mesh, or without one, and the state to begin with."""
+    model = (spread or tiny).model.clone(stage=Stage(indexer_loss=True), remat="layers")
+    step = make_step(model, rule, lambda step: Weights(mtp=0.3, balance=0.01, indexer=0.5))
+    params = tiny.params if spread is None else spread.params
+    return jax.jit(step), TrainState(jnp.int32(0), params, rule.init(params))
+
+
+@pytest.fixture(scope="module")
+def spread(tiny):
+    return OnMesh(tiny, MESH, PRESET)
+
+
+def test_one_exchange_between_slices(tiny, spread, batch):
+    """A device's shards of the gradients cross, and nothing else does; none of it in a loop over layers."""
+    mesh = make_mesh(MESH)
+    step, state = training(tiny, spread, optimizer(tiny.config, 1e-3, mesh=mesh, rules=PRESET))
+    text = step.lower(state, batch).compile().as_text()
+    slice_of = {device: place[0] for place, device in np.ndenumerate(np.vectorize(lambda x: x.id)(mesh.devices))}
+    crossing = []
+    for call in Program(text).calls(UNKNOWN):
+        instruction = call.instruction
+        if instruction.opcode.removesuffix("-start") not in KINDS:
+            continue
+        if any(len({slice_of[device] for device in group}) > 1 for group in groups_of(instruction)):
+            crossing.append((instruction, call.runs))
+    print(
+        [(i.opcode, len(i.shapes), sum(np.prod(shape.dimensions) for shape in i.shapes), runs) for i, runs in crossing]
+    )
+    large = [one for one, _ in crossing if sum(np.prod(shape.dimensions) for shape in one.shapes) > FEW]
+    assert large and {one.opcode for one in large} == {"all-reduce"} and {runs for _, runs in crossing} == {1}
+
+    def shard(x, at):
+        return np.prod(at.shard_shape(x.shape)) if jnp.issubdtype(x.dtype, jnp.floating) else 0
+
+    shards = jax.tree.map(shard, tiny.params, placements(tiny.config, mesh, PRESET))
+    sent = sum(np.prod(shape.dimensions) for one in large for shape in one.shapes)
+    once, twice = sum(jax.tree.leaves(shards)), shards["embed"] + shards["head"]  # which the MTP block has, too
+    assert 0.98 * once <= sent <= once + twice
+
+
+def test_a_step_is_that_of_one_device(tiny, spread, batch):
+    rule = optax.sgd(0.1)  # shows the gradients as they are
+    (step, state), (on_one, alone) = training(tiny, spread, rule), training(tiny, None, rule)
+    (after, metrics), (wanted, expected) = step(state, batch), on_one(alone, batch)
+    for name in ("loss", "mtp_loss", "gradient_norm", "indexer_loss"):
+        np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-4)
+    for one, other in zip(jax.tree.leaves(after.params), jax.tree.leaves(wanted.params), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5, rtol=0)
