@@ -80,6 +80,12 @@ class Entries(struct.PyTreeNode):
         return cls(StoredRows((entries[None].astype(jnp.float32),), dtype=jnp.float32), 0, entries.dtype)
 
     @property
+    def cached(self) -> bool:
+        """Whether they live in a cache. Of others, which are whole rows', queries see a half on the mean."""
+        alone = self.table is None and isinstance(self.layer, int)
+        return not (alone and self.rows.kind == "plain" and self.rows.dtype == jnp.float32)
+
+    @property
     def count(self) -> int:
         """Entries of a row that this device can hold."""
         return self.rows.shape[2] if self.table is None else self.table.shape[1] * self.page

@@ -114,18 +114,27 @@ class Picks(NamedTuple):
 
 
 class Fetched(NamedTuple):
-    """Rows that are fetched, as refs: in memory [R, lines, 128]; in VMEM those of this query and of the next."""
+    """Rows that are fetched, as refs: in memory [R, lines, 128], or [R, 128] of one line; in VMEM this query's and the
+    next one's.
+    """
 
     rows: Any
     room: Any
     arrived: Any
 
+    @property
+    def lines(self) -> int:
+        """Of a row."""
+        return 1 if self.rows.ndim == 2 else self.rows.shape[1]
+
     def ask(self, slot: Any, chunk: Any, place: Callable[[Any], Any], each: Each) -> None:
         """Asks for a chunk's rows, which are at `place(i)`; of none for any."""
-        lines, last = self.rows.shape[1], self.rows.shape[0] - 1
+        lines, last = self.lines, self.rows.shape[0] - 1
 
         def row(i: Any) -> None:
-            there, here = self.rows.at[jnp.minimum(place(i), last)], self.room.at[slot, chunk, pl.ds(i * lines, lines)]
+            number = jnp.minimum(place(i), last)
+            there = self.rows.at[pl.ds(number, 1)] if self.rows.ndim == 2 else self.rows.at[number]
+            here = self.room.at[slot, chunk, pl.ds(i * lines, lines)]
             pltpu.make_async_copy(there, here, self.arrived.at[slot, chunk]).start()
 
         each(row)
@@ -136,7 +145,7 @@ class Fetched(NamedTuple):
 
     def line(self, slot: Any, chunk: Any, line: int) -> Array:
         """[128 rows, 128] one line of each of a chunk's."""
-        return self.room[slot, chunk, pl.ds(line, AT_ONCE, stride=self.rows.shape[1]), :]
+        return self.room[slot, chunk, pl.ds(line, AT_ONCE, stride=self.lines), :]
 
 
 class Added(NamedTuple):

@@ -212,9 +212,17 @@ class Attention(Module):
         exchanging = split.sequence if cache is None and entries is not None else ()
         with jax.named_scope("attention.balance"):
             queries = exchanged(queries, exchanging)
-        if whole:
-            with jax.named_scope("attention.queries"):
-                queries = queries._replace(projected=linear(queries.latent, wq_b, dtype))
+
+        def attend(tail: Array, keys: Array, queries: Queries, wide: int) -> tuple[Array, Array | None, Array | None]:
+            if whole:
+                with jax.named_scope("attention.queries"):
+                    queries = queries._replace(projected=linear(queries.latent, wq_b, dtype))
+            output, picked, loss, _ = by_query_blocks(block, tail, keys, queries, heads, wide=wide)
+            if whole:
+                with jax.named_scope("attention.output"):
+                    output = project_output(output, (wo_a, wo_b), groups=self.groups, dtype=dtype)
+            return output, picked, loss
+
         if few:
             seen = Visible(low, high, jnp.min(low), jnp.max(high))
             output, picked, loss, rows = block(QueryBlock(queries, None, seen))
@@ -234,13 +242,9 @@ class Attention(Module):
                 picking = index is not None and not self.stage.dense
                 if trained_by_kernels(all_queries, all_keys, entries, picking):
                     wide = max(1, ATTENDED_BYTES * layout.size // (all_queries.size * all_queries.dtype.itemsize))
-            attend = functools.partial(by_query_blocks, block, heads=heads, wide=wide)
-            output, picked, loss, _ = in_halves(attend, tail, keys, queries, exchanging)
-            if whole:
-                with jax.named_scope("attention.output"):
-                    output = project_output(output, (wo_a, wo_b), groups=self.groups, dtype=dtype)
+            attended = in_halves(functools.partial(attend, wide=wide), tail, keys, queries, exchanging)
             with jax.named_scope("attention.balance"):
-                output, picked, loss = exchanged((output, picked, loss), exchanging)
+                output, picked, loss = exchanged(attended, exchanging)
         if cache is not None and rows is not None:
             cache = cache.with_ring(self.window, rows)
         return keep(psum(output, split.shared("o_groups")), "attention"), cache, picked, loss

@@ -137,9 +137,7 @@ def window_attention(
         out = [by_head, by_head, jax.ShapeDtypeStruct((batch, count * heads, size), jnp.float32)]
         by_tile = pl.BlockSpec((step, tile, heads), lambda b, i, *_: (b, i, 0))
         out_specs = [by_tile, by_tile, pl.BlockSpec((step, tile * heads, size), lambda b, i, *_: (b, i, 0))]
-    there = 0 if entries is None else entries.count
-    if hidden is not None:  # a whole row's, of which its queries see a half, on the mean
-        there //= 2
+    there = 0 if entries is None else entries.count // (1 if entries.cached else 2)
     rows, seen = tile * heads, (0 if keys is None else past + 1) + there
     found = pl.pallas_call(
         functools.partial(

@@ -91,7 +91,7 @@ def attends_in_training(queries: Any, keys: Any, entries: Entries | None) -> boo
     """Whether `window_attention` has kernels for the gradients, too, in programs for TPUs, of arrays or shapes."""
     if entries is None:
         return attention_gradients.supports(queries, keys, None)
-    return _uncached(entries) and attention_gradients.supports(queries, keys, _held(entries))
+    return not entries.cached and attention_gradients.supports(queries, keys, _held(entries))
 
 
 def trained_by_kernels(queries: Any, keys: Any, entries: Entries | None, picks: bool) -> bool:
@@ -105,7 +105,7 @@ def trained_by_kernels(queries: Any, keys: Any, entries: Entries | None, picks: 
 
 
 def _picks_in_training(queries: Any, entries: Entries) -> bool:
-    return _uncached(entries) and csa_gradients.supports(queries)
+    return not entries.cached and csa_gradients.supports(queries)
 
 
 def _attend_in_training(
@@ -155,7 +155,7 @@ def indexer_loss(plain: Form, operands: Operands, visible: Visible, picked: Arra
       visible: which entries the queries see.
       picked: [B, Q, K] int32 those that are compared, -1 for none; None: all that are visible.
     """
-    if not (_uncached(operands.entries) and _uncached(operands.index_keys)):
+    if operands.entries.cached or operands.index_keys.cached:
         return plain(operands, visible, picked)
     if indexer_loss_tpu.supports(_as_arrays(operands)):
         return by_platform(operands, visible, picked, default=plain, tpu=_loss_of_all)
@@ -205,18 +205,8 @@ def _as_arrays(operands: Operands) -> Operands:
     return operands._replace(entries=_held(operands.entries), index_keys=_held(operands.index_keys))
 
 
-def _uncached(entries: Entries) -> bool:
-    """Whether entries are such as `Entries.uncached` makes."""
-    return (
-        entries.table is None
-        and entries.rows.kind == "plain"
-        and entries.rows.dtype == jnp.float32
-        and isinstance(entries.layer, int)
-    )
-
-
 def _held(entries: Entries) -> Array:
-    """[B, E, C] float32 of entries that are `_uncached`."""
+    """[B, E, C] float32 of entries that live in no cache."""
     return entries.rows.arrays[0][0]
 
 

@@ -124,11 +124,12 @@ def best_entries(
     stack, layer, table = keys.rows.arrays[0], keys.layer, keys.table
     if keys.rows.kind != "plain" or jnp.dtype(keys.rows.dtype) != queries.dtype:
         stack, layer, table = keys.block(0, keys.count).astype(queries.dtype)[None], 0, None
-    options = dict(top=top, scored=scored, page=0 if table is None else keys.page, interpret=interpret)
+    turns = pl.cdiv(_sizes(queries.shape[1], keys.count).steps, 1 if keys.cached else 2)
+    options = dict(top=top, scored=scored, page=0 if table is None else keys.page, turns=turns, interpret=interpret)
     return _best_entries(queries, weights, stack, layer, table, visible.low, visible.high, **options)
 
 
-@functools.partial(jax.jit, static_argnames=("top", "scored", "page", "interpret"))
+@functools.partial(jax.jit, static_argnames=("top", "scored", "page", "turns", "interpret"))
 def _best_entries(
     queries: Array,
     weights: Array,
@@ -141,11 +142,12 @@ def _best_entries(
     top: int,
     scored: bool,
     page: int,
+    turns: int,
     interpret: bool,
 ) -> tuple[Array | None, Array]:
     """The same over keys [L, B, E, C] of all layers in the queries' dtype, or its bits, within [low, high) [B, Q].
 
-    With a table of pages [B, pages], keys are [L, 1, places, C].
+    With a table of pages [B, pages], keys are [L, 1, places, C]. A block of queries takes about so many turns.
     """
     batch, count, heads, size = queries.shape
     entries = keys.shape[2] if table is None else table.shape[1] * page
@@ -204,7 +206,14 @@ def _best_entries(
     state = (cut.queries, SUBLANES, LANES)
     call = pl.pallas_call(
         functools.partial(
-            _kernel, cut=cut, blocks=blocks, top=top, scored=scored, page=page, unroll=1 if interpret else UNROLLED
+            _kernel,
+            cut=cut,
+            blocks=blocks,
+            turns=turns,
+            top=top,
+            scored=scored,
+            page=page,
+            unroll=1 if interpret else UNROLLED,
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
@@ -230,14 +239,14 @@ def _best_entries(
             disable_bounds_checks=True,  # they take longer than asking for a page
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * queries.size * entries,
-            bytes_accessed=batch * blocks * entries * size * keys.dtype.itemsize + queries.size * keys.dtype.itemsize,
+            flops=2 * queries.size * turns * cut.keys,
+            bytes_accessed=(batch * blocks * turns * cut.keys * size + queries.size) * keys.dtype.itemsize,
             transcendentals=0,
         ),
         interpret=interpret,
         name="best_entries",
     )
-    with about(cut.steps):
+    with about(turns):
         found = call(*scalars, queries, weights, *operands)
     numbers = found[0][:, :count, :top]
     return (found[1][:, :count, :top] if scored else None), numbers
@@ -254,6 +263,7 @@ def _kernel(
     *rest: Any,
     cut: _Sizes,
     blocks: int,
+    turns: int,
     top: int,
     scored: bool,
     page: int,
@@ -296,7 +306,7 @@ def _kernel(
             )
             return carry
 
-        with about(cut.chunks * cut.group - cut.steps):
+        with about(cut.chunks * cut.group - turns):
             jax.lax.fori_loop(ahead[block], cut.chunks * cut.group, clear, None)
         for t in tokens:
             query = block * cut.queries + t

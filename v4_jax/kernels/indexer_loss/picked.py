@@ -113,7 +113,7 @@ def gradients(
     slopes = jnp.pad(slopes, ((0, 0), (0, 0), (0, picks.most * LANES - slopes.shape[2])))
     slopes = slopes.reshape(batch, count, picks.most, LANES)
     given = [*picks.given(), *(picks.cut(_flat(x)) for x in (index_queries, weights, slopes))]
-    rows = index_keys.astype(jnp.float32).reshape(-1, 1, size)
+    rows = index_keys.astype(jnp.float32).reshape(-1, size)
     first, (rows,) = kept_in_hbm(given[0][0], [rows], interpret=interpret)
     out = [picks.out((heads, size), index_queries.dtype), picks.out((1, heads), jnp.float32)]
     in_memory = pl.BlockSpec(memory_space=pl.ANY)
