@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.sharding import AbstractMesh, Mesh
@@ -43,6 +44,7 @@ def muon(
     learning_rate: optax.ScalarOrSchedule,
     *,
     momentum: float = 0.95,
+    momentum_dtype: Any = jnp.float32,
     weight_decay: float = 0.1,
     rms: float = RMS,
     dtype: Any = jnp.bfloat16,
@@ -55,6 +57,7 @@ def muon(
       declared: the declarations of what is trained.
       learning_rate: constant, or by step.
       momentum: decay of the momentum M <- momentum * M + G; what is orthogonalised is momentum * M + G.
+      momentum_dtype: in which M is kept between steps; what is orthogonalised is float32 in any case.
       weight_decay: decoupled, times the learning rate.
       rms: root mean square of an update's elements before the learning rate.
       dtype: of the matrix products; bfloat16 suffices.
@@ -62,7 +65,7 @@ def muon(
       rules: which mesh axes split which logical axes.
     """
     return optax.chain(
-        optax.trace(decay=momentum, nesterov=True),
+        optax.trace(decay=np.float32(momentum), nesterov=True, accumulator_dtype=momentum_dtype),
         orthogonalise(declared, rms=rms, dtype=dtype, mesh=mesh, rules=rules),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),

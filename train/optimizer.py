@@ -26,6 +26,7 @@ def optimizer(
     *,
     matrices: str = "muon",
     momentum: float = 0.95,
+    momentum_dtype: Any = jnp.float32,
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-20,
     weight_decay: float = 0.1,
@@ -46,6 +47,7 @@ def optimizer(
       learning_rate: constant, or by step; the same for both optimisers.
       matrices: what updates the matrices: "muon", or "adamw" to compare with.
       momentum: Muon's.
+      momentum_dtype: in which it is kept.
       betas: AdamW's.
       eps: AdamW's.
       weight_decay: decoupled, of both.
@@ -68,6 +70,7 @@ def optimizer(
         declared,
         learning_rate,
         momentum=momentum,
+        momentum_dtype=momentum_dtype,
         weight_decay=weight_decay,
         rms=rms,
         dtype=dtype,

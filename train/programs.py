@@ -65,6 +65,7 @@ class Programs:
             self.rate,
             matrices=chosen.matrices,
             momentum=chosen.momentum,
+            momentum_dtype=chosen.momentum_dtype,
             betas=(chosen.beta1, chosen.beta2),
             eps=chosen.eps,
             weight_decay=chosen.weight_decay,

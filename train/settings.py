@@ -116,6 +116,8 @@ class OptimizerSettings(Section):
     """Steps of the cosine, the run's last ones; between warm-up and cosine the rate is constant."""
     momentum: float = Field(0.95, ge=0, lt=1)
     """Muon's."""
+    momentum_dtype: Literal["float32", "bfloat16"] = "float32"
+    """In which Muon's momentum is kept; bfloat16 saves a quarter of what matrices' masters and momentum take."""
     rms: PositiveFloat = 0.18
     """Root mean square of the elements of a Muon update, before the learning rate."""
     beta1: float = Field(0.9, ge=0, lt=1)

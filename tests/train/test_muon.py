@@ -104,9 +104,10 @@ def test_newton_schulz_is_that_of_optax():
     np.testing.assert_allclose(newton_schulz(x), expected, atol=1e-4)
 
 
-def test_two_steps_by_hand(tiny):
+@pytest.mark.parametrize("kept", ["float32", "bfloat16"])
+def test_two_steps_by_hand(tiny, kept):
     """Momentum M <- 0.95 M + G, orthogonalised 0.95 M + G, 0.18 sqrt(max(m, n)), decay 0.1, both times the rate."""
-    transform = optimizer(tiny.config, RATE, dtype=jnp.float32)
+    transform = optimizer(tiny.config, RATE, dtype=jnp.float32, momentum_dtype=kept)
     first, second = gradients(tiny.params, 1), gradients(tiny.params, 2)
     state = transform.init(tiny.params)
     update = jax.jit(transform.update)
@@ -118,7 +119,8 @@ def test_two_steps_by_hand(tiny):
         weight, g1, g2 = (np.asarray(x, np.float64) for x in (weight, g1, g2))
         if parameter.group == "muon":
             height = parameter.shape[-2] // parameter.matrices
-            direction = (0.95 * (0.95 * g1 + g2) + g2).reshape(-1, height, parameter.shape[-1])
+            between = np.asarray(jnp.asarray(g1, kept), np.float64)
+            direction = (0.95 * (0.95 * between + g2) + g2).reshape(-1, height, parameter.shape[-1])
             u, _, v = np.linalg.svd(direction, full_matrices=False)
             size = RMS * math.sqrt(max(direction.shape[1:]))
             expected = -RATE * (size * (u @ v).reshape(weight.shape) + 0.1 * weight)
