@@ -24,7 +24,7 @@ from v4_jax.commands.shared.profiling import check_profile
 from v4_jax.commands.shared.sizes import bytes_text
 from v4_jax.placement import Place
 from v4_jax.planning.compile import Compiled, Workload, examine
-from v4_jax.planning.estimates import PRESETS_OF_TASK, candidates
+from v4_jax.planning.estimates import candidates, presets_of
 from v4_jax.planning.job import Job, Task
 from v4_jax.planning.kernel_comparison import Comparison, comparisons
 from v4_jax.planning.measure import Executable, Run, TooLarge, peak_bytes
@@ -151,7 +151,7 @@ def _placed(job: Job, mesh: str | None, preset: str | None) -> tuple[Job, Mesh, 
     every = jax.devices()
     topology = topology_of(every)
     if mesh is None and topology is not None and len(every) > 1:
-        presets = (job.preset,) if preset else PRESETS_OF_TASK[job.task]
+        presets = (job.preset,) if preset else presets_of(job.task, job.config, len(every))
         found = candidates(Workload.of(job, topology), presets)
         if not found:
             raise CommandError(f"no mesh of {len(every)} devices splits {job.batch} rows of {job.chunk} tokens evenly")

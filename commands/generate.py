@@ -32,7 +32,6 @@ from v4_jax.commands.shared.options import (
     OptionalFile,
     OptionalSize,
     OptionalText,
-    Preset,
     Profile,
     Texts,
 )
@@ -52,6 +51,7 @@ from v4_jax.infer.engine.scheduler import Engine
 from v4_jax.infer.prompts import Prompt, chat_prompt, plain_ids
 from v4_jax.infer.text import Reply
 from v4_jax.policy import PolicyName
+from v4_jax.sharding.axes import Preset
 from v4_jax.tokenizer import Tokenizer
 
 

@@ -25,7 +25,7 @@ from v4_jax.planning.compile import (
     Workload,
     compile_for_tpu,
 )
-from v4_jax.planning.estimates import PRESETS_OF_TASK, Estimate, candidates, estimate
+from v4_jax.planning.estimates import Estimate, candidates, estimate, presets_of
 from v4_jax.planning.job import Task, abstract_params
 from v4_jax.sharding.axes import ShardingError
 from v4_jax.sharding.chips import Topology
@@ -121,7 +121,7 @@ def _chosen(workload: Workload, text: str) -> list[Estimate]:
 
 def _best(workload: Workload, preset: str | None) -> list[Estimate]:
     """All legal meshes, the most promising first."""
-    presets = (preset,) if preset else PRESETS_OF_TASK[workload.task]
+    presets = (preset,) if preset else presets_of(workload.task, workload.config, workload.topology.devices)
     with working("ranking meshes"):
         found = candidates(workload, presets)
     if not found:

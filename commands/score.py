@@ -22,10 +22,11 @@ from v4_jax.commands.shared.console import (
 )
 from v4_jax.commands.shared.devices import join, place
 from v4_jax.commands.shared.models import ModelDirectory, cache_format
-from v4_jax.commands.shared.options import CacheFormat, Count, Dtype, File, Flag, Model, OptionalText, Preset
+from v4_jax.commands.shared.options import CacheFormat, Count, Dtype, File, Flag, Model, OptionalText
 from v4_jax.commands.shared.speed import memory_text, rate_text
 from v4_jax.infer.score import ScoreError, Scorer, read_texts, write_lines
 from v4_jax.policy import PolicyName
+from v4_jax.sharding.axes import Preset
 
 
 def score(

@@ -18,7 +18,7 @@ from v4_jax.commands import INTERRUPTED
 from v4_jax.commands.shared import devices
 from v4_jax.commands.shared.console import CommandError, bad_input, needs, say, show, working
 from v4_jax.commands.shared.evaluation import EngineEvaluation
-from v4_jax.commands.shared.options import Flag, OptionalCount, OptionalFile, Preset
+from v4_jax.commands.shared.options import Flag, OptionalCount, OptionalFile
 from v4_jax.commands.shared.profiling import check_profile
 from v4_jax.commands.shared.rollouts import EngineRollouts
 from v4_jax.commands.train_report import DryRun, flops_of, task_of
@@ -26,8 +26,8 @@ from v4_jax.commands.train_rows import print_rows
 from v4_jax.config import Config
 from v4_jax.placement import Place, check_mesh
 from v4_jax.planning.mesh_choice import Demand
-from v4_jax.sharding.axes import ShardingError
-from v4_jax.sharding.mesh import abstract_mesh, slices_of
+from v4_jax.sharding.axes import Preset, ShardingError
+from v4_jax.sharding.mesh import abstract_mesh
 
 if TYPE_CHECKING:
     from v4_jax.train.batch import Rows
@@ -237,8 +237,8 @@ def _loading(what: str) -> Iterator[None]:
 
 def _place(settings: Settings, config: Config) -> Place:
     """The mesh of the settings, or the best that fits, which every stage's batches split evenly over."""
-    preset: Preset = "train" if slices_of(jax.devices()) == 1 else "train-slices"
     mesh = devices.wanted_mesh(settings.mesh)
+    preset = devices.training_preset(config, mesh)
     if mesh == devices.AUTO:
         first = settings.stages[0]
         rows = first.rows // first.microbatches

@@ -15,7 +15,7 @@ import jax
 from jax.sharding import AbstractMesh
 
 from v4_jax import costs
-from v4_jax.architecture import RATIO_OF_ROLE
+from v4_jax.architecture import RATIO_OF_ROLE, Architecture
 from v4_jax.layers.expert_parallelism import FEW_TOKENS
 from v4_jax.layers.partials import STATISTICS
 from v4_jax.number_formats import BlockScaled
@@ -25,24 +25,25 @@ from v4_jax.parameters import EXPERTS, Parameter, is_parameter
 from v4_jax.placement import bytes_per_device, check_mesh, legal_meshes
 from v4_jax.planning.compile import Compiled, Workload
 from v4_jax.planning.job import Task, abstract_cache, abstract_params, training
-from v4_jax.sharding.axes import resolve
+from v4_jax.sharding.axes import Preset, resolve
 from v4_jax.sharding.chips import Chip
 from v4_jax.sharding.mesh import abstract_mesh, format_mesh
 from v4_jax.sharding.split import Split
-
-PRESETS_OF_TASK: dict[Task, tuple[str, ...]] = {
-    "decode": ("decode",),
-    "prefill": ("prefill", "long-context"),
-    "train": ("train",),
-    "sft": ("train",),
-    "dspark": ("train",),
-}
 
 HEADROOM = 0.15  # of a device's memory: what an estimate leaves for temporaries
 
 # What a call goes through: the layers once; in training forward, once more for the backward pass, and backward, but
 # where DSpark's stages are trained, which are few.
 PASSES: dict[Task, int] = {"decode": 1, "prefill": 1, "train": 3, "sft": 3, "dspark": 1}
+
+
+def presets_of(task: Task, config: Architecture, devices: int) -> tuple[Preset, ...]:
+    """The sharding presets that suit a task, on devices of one slice; the last one is the first choice."""
+    if task == "decode":
+        return ("decode",)
+    if task == "prefill":
+        return "prefill", "long-context"
+    return ("train-split-experts" if config.n_routed_experts % devices else "train",)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
@@ -106,6 +107,8 @@ _TRAINING = _SERVING.replace(
     streams=_DENSE,
 )
 
+Preset = Literal["decode", "prefill", "long-context", "train", "train-split-experts", "train-slices"]
+
 PRESETS: dict[str, Rules] = {
     # One-token steps of many rows, or of a few long ones.
     "decode": _SERVING,
@@ -115,6 +118,9 @@ PRESETS: dict[str, Rules] = {
     # tokens along `tensor`.
     "long-context": _SERVING.replace(sequence=("seq", "expert", "tensor")),
     "train": _TRAINING,
+    # The same where there are more devices than divide the experts: `data` splits each expert instead, whose parts are
+    # joined for use.
+    "train-split-experts": _TRAINING.replace(experts=("seq", "expert", "tensor"), expert_hidden="data"),
     # The same over several slices, which `data` leads across: each has all weights, and gradients alone pass between.
     "train-slices": Rules({name: tuple(a for a in axes if a != "data" or name == "batch") for name, axes in _TRAINING}),
 }

@@ -13,12 +13,13 @@ import jax
 from v4_jax.cache.cache import CacheDtype
 from v4_jax.commands.shared.console import CommandError, only_errors, say
 from v4_jax.commands.shared.meshes import choose_mesh
-from v4_jax.commands.shared.options import Dtype, Preset
+from v4_jax.commands.shared.options import Dtype
 from v4_jax.config import Config
 from v4_jax.placement import Place, alternatives, check_mesh
+from v4_jax.planning.estimates import presets_of
 from v4_jax.planning.mesh_choice import Demand
-from v4_jax.sharding.axes import ShardingError
-from v4_jax.sharding.mesh import make_mesh, parse_mesh
+from v4_jax.sharding.axes import Preset, ShardingError
+from v4_jax.sharding.mesh import make_mesh, parse_mesh, slices_of
 
 MESH = "V4_JAX_MESH"  # of the environment: what --mesh is where it is not given
 ONE, AUTO = "one", "auto"
@@ -89,6 +90,17 @@ def wanted_mesh(mesh: str | None) -> str:
 def names_mesh(mesh: str | None) -> bool:
     """Whether sizes of axes are given."""
     return wanted_mesh(mesh) not in (ONE, AUTO)
+
+
+def training_preset(config: Config, mesh: str) -> Preset:
+    """The sharding preset of a run on a wanted mesh, which takes all devices."""
+    if mesh == ONE:
+        return "train"
+    enough_threads()  # before anything asks for the devices
+    if slices_of(jax.devices()) > 1:
+        return "train-slices"
+    (preset,) = presets_of("train", config, jax.device_count())
+    return preset
 
 
 def best_place(demand: Demand, legal: Callable[[dict[str, int]], bool] = lambda mesh: True) -> Place:

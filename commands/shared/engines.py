@@ -22,7 +22,6 @@ from v4_jax.commands.shared.options import (
     OptionalFile,
     OptionalSize,
     OptionalText,
-    Preset,
     Size,
     SizeOrZero,
     WindowsKept,
@@ -35,6 +34,7 @@ from v4_jax.infer.engine.scheduler import Engine
 from v4_jax.infer.engine.speculative import Acceptance
 from v4_jax.infer.prefix_cache.cache import PrefixCacheOptions
 from v4_jax.policy import PolicyName
+from v4_jax.sharding.axes import Preset
 
 DEFAULT_SLOTS = 8
 

@@ -8,7 +8,7 @@ from v4_jax.commands.shared.sizes import format_size
 from v4_jax.config import Config
 from v4_jax.number_formats import INDEX_BLOCK, KV_BLOCK
 from v4_jax.on_mesh import UNIT
-from v4_jax.planning.estimates import PRESETS_OF_TASK
+from v4_jax.planning.estimates import presets_of
 from v4_jax.planning.job import Job, Task, WeightFormat, without_mtp
 from v4_jax.sharding.axes import MESH_AXES
 from v4_jax.sharding.axes import PRESETS as SHARDING_PRESETS
@@ -67,5 +67,5 @@ def job_of(
             f"model has {config.nope_head_dim} and {config.index_head_dim}; expected --dtype bfloat16"
         )
     sizes = dict.fromkeys(MESH_AXES, 1)
-    preset = preset or PRESETS_OF_TASK[task][-1]
+    preset = preset or presets_of(task, config, devices)[-1]
     return Job(config, task, context, batch, chunk, sizes, preset, "bfloat16" if task == "train" else dtype)

@@ -93,7 +93,6 @@ OtherDirectory = Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(meta
 Model = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL", help_behavior_hint="")]
 
 Draft = Annotated[str, _reader(str, "none|mtp:N|dspark|auto")]
-Preset = Literal["decode", "prefill", "long-context", "train", "train-slices"]
 Dtype = Literal["native", "bfloat16", "float32"]
 Profile = Literal["auto", "preview", "official"]
 CacheFormat = Literal["auto", "float32", "bfloat16", "released"]

@@ -1,4 +1,4 @@
-"""Training over several slices: between them there is one exchange a step, of each device's shards of the gradients."""
+"""Training on several slices, with one exchange of gradients between them, and on more devices than divide experts."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from v4_jax.train.optimizer import optimizer
 from v4_jax.train.step import TrainState, make_step
 
 MESH, PRESET = "data=2,seq=2,expert=2", "train-slices"  # a slice is four devices
+SGD = optax.sgd(0.1)  # shows the gradients as they are
 FEW = 32  # numbers of an exchange that is none to speak of: losses, counts, what each expert got
 
 
@@ -44,15 +45,10 @@ def training(tiny, spread, rule):
     return jax.jit(step), TrainState(jnp.int32(0), params, rule.init(params))
 
 
-@pytest.fixture(scope="module")
-def spread(tiny):
-    return OnMesh(tiny, MESH, PRESET)
-
-
-def test_one_exchange_between_slices(tiny, spread, batch):
+def test_one_exchange_between_slices(tiny, batch):
     """A device's shards of the gradients cross, and nothing else does; none of it in a loop over layers."""
     mesh = make_mesh(MESH)
-    step, state = training(tiny, spread, optimizer(tiny.config, 1e-3, mesh=mesh, rules=PRESET))
+    step, state = training(tiny, OnMesh(tiny, MESH, PRESET), optimizer(tiny.config, 1e-3, mesh=mesh, rules=PRESET))
     text = step.lower(state, batch).compile().as_text()
     slice_of = {device: place[0] for place, device in np.ndenumerate(np.vectorize(lambda x: x.id)(mesh.devices))}
     crossing = []
@@ -77,10 +73,16 @@ def test_one_exchange_between_slices(tiny, spread, batch):
     assert 0.98 * once <= sent <= once + twice
 
 
-def test_a_step_is_that_of_one_device(tiny, spread, batch):
-    rule = optax.sgd(0.1)  # shows the gradients as they are
-    (step, state), (on_one, alone) = training(tiny, spread, rule), training(tiny, None, rule)
-    (after, metrics), (wanted, expected) = step(state, batch), on_one(alone, batch)
+@pytest.fixture(scope="module")
+def on_one(tiny, batch):
+    step, state = training(tiny, None, SGD)
+    return step(state, batch)
+
+
+@pytest.mark.parametrize(("mesh", "preset"), [(MESH, PRESET), ("data=2,expert=2,tensor=2", "train-split-experts")])
+def test_a_step_is_that_of_one_device(tiny, on_one, batch, mesh, preset):
+    step, state = training(tiny, OnMesh(tiny, mesh, preset), SGD)
+    (after, metrics), (wanted, expected) = step(state, batch), on_one
     for name in ("loss", "mtp_loss", "gradient_norm", "indexer_loss"):
         np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-4)
     for one, other in zip(jax.tree.leaves(after.params), jax.tree.leaves(wanted.params), strict=True):
