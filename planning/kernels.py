@@ -31,7 +31,7 @@ from v4_jax.planning.turns import shortened, with_turns
 
 STEPS = (4, 8)  # of a grid that are counted, from which follows what all of them take
 PATIENCE = 120  # seconds for one kernel; the analysis of some has not been seen to end
-AT_ONCE = 40  # kernels that a process takes: what they leave behind in its memory adds up to gigabytes
+AT_ONCE = 12  # kernels that a process takes: what they leave behind in its memory adds up to gigabytes
 
 # What libtpu must find when it is loaded to compile for chips that are not this process's; the rest keeps it quiet.
 ENVIRONMENT = {
