@@ -23,6 +23,7 @@ from v4_jax.commands.shared.options import Count, Flag, OptionalCount, OptionalF
 from v4_jax.commands.shared.profiling import check_profile
 from v4_jax.commands.shared.sizes import bytes_text
 from v4_jax.placement import Place
+from v4_jax.planning import kernels
 from v4_jax.planning.compile import Compiled, Workload, examine
 from v4_jax.planning.estimates import candidates, presets_of
 from v4_jax.planning.job import Job, Task
@@ -256,7 +257,7 @@ def _planned(executable: Executable, topology: Topology | None) -> tuple[Workloa
             workload,
             executable.mesh,
             executable.program,
-            executable.traced,
+            kernels.cycles(executable.traced.jaxpr, str(topology), executable.mesh),
             executable.compiled,
             executable.seconds,
         )

@@ -170,14 +170,21 @@ def compile_here(workload: Workload) -> Compiled:
     mesh = make_mesh(workload.mesh, list(described.devices))
     program = program_of(workload, mesh)
     traced = program.function.trace(*program.arguments)
+    # First, since it takes gigabytes, too, and this process gives none of the compiler's back.
+    in_kernels = kernels.cycles(traced.jaxpr, str(workload.topology), mesh)
     lowered = traced.lower()
     start = time.monotonic()
     compiled = lowered.compile()
-    return examine(workload, mesh, program, traced, compiled, time.monotonic() - start)
+    return examine(workload, mesh, program, in_kernels, compiled, time.monotonic() - start)
 
 
 def examine(
-    workload: Workload, mesh: Mesh, program: JobProgram, traced: Any, compiled: Any, seconds: float
+    workload: Workload,
+    mesh: Mesh,
+    program: JobProgram,
+    in_kernels: dict[kernels.Likeness, int],
+    compiled: Any,
+    seconds: float,
 ) -> Compiled:
     """What a compiled program needs and costs.
 
@@ -185,7 +192,7 @@ def examine(
       workload: what it computes.
       mesh: its devices.
       program: its program.
-      traced: the same, traced.
+      in_kernels: cycles of its kernels.
       compiled: what the compiler made of it.
       seconds: time that the compiler took.
     """
@@ -196,7 +203,6 @@ def examine(
     read, memory = Program(text), compiled.memory_analysis()
     expected = _expected(workload, mesh, read)
     spent = costs(read, expected)
-    in_kernels = kernels.cycles(traced.jaxpr, str(workload.topology), mesh)
     timed = estimate(read, in_kernels, workload.topology.chip.per_device(), expected)
     kinds: dict[str, Collectives] = {}
     for one in collectives(read, expected):
