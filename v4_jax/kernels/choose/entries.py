@@ -70,5 +70,6 @@ def best_entries(
     plain = functools.partial(selection.best_entries, index_scores, top=top, scored=scored)
     if not indexer_tpu.supports(queries, keys, top):
         return plain(queries, weights, keys, visible)
-    kernel = functools.partial(indexer_tpu.best_entries, top=top, scored=scored, interpret=interpreting())
+    share = 1 if keys.cached else 0.5
+    kernel = functools.partial(indexer_tpu.best_entries, top=top, scored=scored, share=share, interpret=interpreting())
     return by_platform(queries, weights, keys, visible, default=plain, tpu=kernel)

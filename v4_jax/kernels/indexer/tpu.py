@@ -13,6 +13,7 @@ share. Entry `(8 * step + sublane) * columns + i` of the visible steps lies in l
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -107,11 +108,13 @@ def best_entries(
     *,
     top: int,
     scored: bool = False,
+    share: float = 1,
     interpret: bool = False,
 ) -> tuple[Array | None, Array]:
     """See `selection.best_entries`; the order is none in particular.
 
-    Keys of a plain cache are read where they lie. Of others the layer's are copied, decoded.
+    Keys of a plain cache are read where they lie. Of others the layer's are copied, decoded. A plan counts that a query
+    sees such a `share` of all.
 
     Raises:
       NotImplementedError: `supports` says no.
@@ -124,7 +127,7 @@ def best_entries(
     stack, layer, table = keys.rows.arrays[0], keys.layer, keys.table
     if keys.rows.kind != "plain" or jnp.dtype(keys.rows.dtype) != queries.dtype:
         stack, layer, table = keys.block(0, keys.count).astype(queries.dtype)[None], 0, None
-    turns = pl.cdiv(_sizes(queries.shape[1], keys.count).steps, 1 if keys.cached else 2)
+    turns = math.ceil(share * _sizes(queries.shape[1], keys.count).steps)
     options = dict(top=top, scored=scored, page=0 if table is None else keys.page, turns=turns, interpret=interpret)
     return _best_entries(queries, weights, stack, layer, table, visible.low, visible.high, **options)
 
