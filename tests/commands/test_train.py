@@ -180,7 +180,7 @@ def test_dry_run(run, settings, tmp_path, texts, monkeypatch):
 
     assert 3 * state(spread) < state(result.out) < state(adamw) / 1.2  # which has a second moment
     with monkeypatch.context() as context:
-        context.setattr("v4_jax.commands.train.slices_of", lambda devices: 2)
+        context.setattr("v4_jax.commands.shared.devices.slices_of", lambda devices: 2)
         slices = run("train", file, "mesh=data=2,expert=2,tensor=2", "--dry-run").out
     assert 1.5 * state(spread) < state(slices) < state(result.out)  # each slice has everything
     with monkeypatch.context() as context:
