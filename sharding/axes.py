@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -55,10 +55,6 @@ class Rules:
             f"logical axis {name!r} has no rule, expected one of {sorted(name for name, _ in self.table)}"
         )
 
-    def __iter__(self) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """Logical axes, and the mesh axes that split them."""
-        return iter(self.table)
-
     def replace(self, **changes: MeshAxes) -> Rules:
         """The same rules with some axes placed differently."""
         return Rules({**dict(self.table), **changes})
@@ -95,17 +91,10 @@ _SERVING = Rules(
 )
 
 # Training splits the batch over `expert` too, and keeps every large dense matrix in shards that are joined for use.
-_DENSE = ("data", "seq", "expert")
-
-_TRAINING = _SERVING.replace(
-    batch=("data", "expert"),
-    sequence="seq",
-    entries=("seq", "tensor"),
-    embed=_DENSE,
-    latent=_DENSE,
-    group_input=_DENSE,
-    streams=_DENSE,
-)
+_TRAINING = _SERVING.replace(batch=("data", "expert"), sequence="seq", entries=("seq", "tensor"))
+_DENSE = "embed", "latent", "group_input", "streams"
+_IN_SHARDS = _TRAINING.replace(**dict.fromkeys(_DENSE, ("data", "seq", "expert")))
+_EXPERTS_WITHIN = "seq", "expert", "tensor"
 
 Preset = Literal["decode", "prefill", "long-context", "train", "train-split-experts", "train-slices"]
 
@@ -117,12 +106,12 @@ PRESETS: dict[str, Rules] = {
     # A sequence over all devices: the same placement of weights and cache, but in long chunks the weights come to the
     # tokens along `tensor`.
     "long-context": _SERVING.replace(sequence=("seq", "expert", "tensor")),
-    "train": _TRAINING,
+    "train": _IN_SHARDS,
     # The same where there are more devices than divide the experts: `data` splits each expert instead, whose parts are
     # joined for use.
-    "train-split-experts": _TRAINING.replace(experts=("seq", "expert", "tensor"), expert_hidden="data"),
+    "train-split-experts": _IN_SHARDS.replace(experts=_EXPERTS_WITHIN, expert_hidden="data"),
     # The same over several slices, which `data` leads across: each has all weights, and gradients alone pass between.
-    "train-slices": Rules({name: tuple(a for a in axes if a != "data" or name == "batch") for name, axes in _TRAINING}),
+    "train-slices": _TRAINING.replace(experts=_EXPERTS_WITHIN, **dict.fromkeys(_DENSE, ("seq", "expert"))),
 }
 
 

@@ -41,8 +41,6 @@ from v4_jax.train.setup import record_settings
 from v4_jax.train.stability import Recovery, SpikeDetector
 from v4_jax.train.step import TrainState
 
-PRESET = "train"
-
 End = Literal["done", "stopped"]
 
 # Where a trace is asked for: steps before it, so that what is traced is compiled, and steps of it.

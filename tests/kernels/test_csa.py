@@ -45,6 +45,16 @@ def run(queries, entries, local, how):
     return tuple(attend_copies(queries, entries, local))
 
 
+def picks(case, rng):
+    """[B, Q, K] entries of each query, fewer than `top` of some."""
+    shape = (case.rows, case.queries)
+    local = np.stack([rng.permutation(case.entries)[: case.top] for _ in range(case.rows * case.queries)])
+    local = local.reshape(*shape, -1).astype(np.int32)
+    local[rng.random(local.shape) < 0.2] = -1  # anywhere, as in decisions that are replayed,
+    local[rng.random(shape) < 0.5, case.top // 4 :] = -1  # but mostly after the last
+    return local
+
+
 def inputs(case, seed=0):
     rng = np.random.default_rng(seed)
     rows = StoredRows.empty((3, 1 if case.paged else case.rows, case.entries), case.channels, kind="words")
@@ -53,13 +63,9 @@ def inputs(case, seed=0):
     rows = rows.write(1, jnp.arange(held.shape[0])[:, None], everywhere, held)
     table = jnp.asarray(rng.permutation(case.entries // 32)[None], jnp.int32) if case.paged else None
     entries = Entries(rows, jnp.int32(1), jnp.bfloat16, table=table, page=32 if case.paged else 0)
-    shape = (case.rows, case.queries)
-    local = np.stack([rng.permutation(case.entries)[: case.top] for _ in range(case.rows * case.queries)])
-    local = local.reshape(*shape, -1).astype(np.int32)
-    local[rng.random(local.shape) < 0.2] = -1  # anywhere, as in decisions that are replayed,
-    local[rng.random(shape) < 0.5, case.top // 4 :] = -1  # but mostly after the last
+    local = picks(case, rng)
     local[0, 0] = -1
-    queries = jnp.asarray(2 * rng.normal(size=(*shape, case.heads, case.channels)), jnp.bfloat16)
+    queries = jnp.asarray(2 * rng.normal(size=(*local.shape[:2], case.heads, case.channels)), jnp.bfloat16)
     return queries, entries, jnp.asarray(local)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.kernels.test_csa import Case, picks
 from v4_jax.cache.entries import Entries
 from v4_jax.cache.rows import StoredRows
 from v4_jax.kernels import choose
@@ -18,18 +17,6 @@ from v4_jax.kernels.picked_rows import as_words
 from v4_jax.layers.entry_attention import attend_copies
 from v4_jax.layers.partials import Partial
 from v4_jax.sharding.platform import interpreted
-
-
-class Case(NamedTuple):
-    """Queries [rows, queries, heads, channels] over at most `top` of some entries each."""
-
-    rows: int
-    queries: int
-    heads: int
-    channels: int
-    entries: int
-    top: int
-
 
 CASES = {
     "blocks on both halves, rows of a batch": Case(2, 37, 16, 512, 300, 150),
@@ -42,10 +29,7 @@ CASES = {
 def inputs(case, seed=0):
     rng = np.random.default_rng(seed)
     shape = (case.rows, case.queries)
-    picked = np.stack([rng.permutation(case.entries)[: case.top] for _ in range(case.rows * case.queries)])
-    picked = picked.reshape(*shape, -1).astype(np.int32)
-    picked[rng.random(picked.shape) < 0.2] = -1  # anywhere, as in decisions that are replayed,
-    picked[rng.random(shape) < 0.3, case.top // 4 :] = -1  # but mostly after the last
+    picked = picks(case, rng)
     picked[0, 0, 1:] = -1
     if case.queries > 1:
         picked[0, 1] = -1

@@ -58,9 +58,6 @@ def test_one_exchange_between_slices(tiny, batch):
             continue
         if any(len({slice_of[device] for device in group}) > 1 for group in groups_of(instruction)):
             crossing.append((instruction, call.runs))
-    print(
-        [(i.opcode, len(i.shapes), sum(np.prod(shape.dimensions) for shape in i.shapes), runs) for i, runs in crossing]
-    )
     large = [one for one, _ in crossing if sum(np.prod(shape.dimensions) for shape in one.shapes) > FEW]
     assert large and {one.opcode for one in large} == {"all-reduce"} and {runs for _, runs in crossing} == {1}
 

@@ -10,7 +10,8 @@ their own, for chips with two cores.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.cache.rows import LANES, WORD_CHANNELS
+from v4_jax.kernels.memory import kept_in_hbm
 from v4_jax.kernels.turns import about
 from v4_jax.natural import quotient
 
@@ -32,23 +34,30 @@ Each = Callable[[Callable[[Any], None]], None]  # runs something for every row o
 
 
 class Picks(NamedTuple):
-    """What N queries pick, made up to whole blocks.
+    """What all N queries [B, Q] pick, made up to whole blocks.
 
     Attributes:
+      picked: [B, Q, K] int32 as they were given.
+      rows: there are, of all B.
       places: [blocks, 1, block * slots] int32 rows; their number for none.
       seen: [N, chunks, 128] float32 1 where there is a row.
       chunks: [blocks] int32 how many chunks of rows any query of a block has.
       halves: shares of the blocks that have sums of their own.
     """
 
+    picked: Array
+    rows: int
     places: Array
     seen: Array
     chunks: Array
     halves: int
 
     @classmethod
-    def of(cls, place: Array, rows: int) -> Picks:
-        """Of rows [N, K] int32, -1 for none; each of a query's is another."""
+    def of(cls, picked: Array, entries: int) -> Picks:
+        """Of numbers [B, Q, K] int32 out of so many entries of each batch row, -1 for none; a query's all differ."""
+        rows = picked.shape[0] * entries
+        first = entries * jnp.arange(picked.shape[0], dtype=jnp.int32)[:, None, None]
+        place = jnp.where(picked < 0, -1, picked + first).reshape(-1, picked.shape[2])
         count, top = place.shape
         block = min(QUERIES, count)
         blocks = -(-count // block)
@@ -60,7 +69,8 @@ class Picks(NamedTuple):
         slots = place.shape[2]
         last = jnp.max(jnp.where(place < rows, jnp.arange(1, slots + 1, dtype=jnp.int32), 0), axis=(1, 2))
         seen = (place < rows).astype(jnp.float32).reshape(-1, slots // AT_ONCE, AT_ONCE)
-        return cls(place.reshape(halves * each, 1, -1), seen, quotient(last + AT_ONCE - 1, AT_ONCE), halves)
+        chunks = quotient(last + AT_ONCE - 1, AT_ONCE)
+        return cls(picked, rows, place.reshape(halves * each, 1, -1), seen, chunks, halves)
 
     @property
     def block(self) -> int:
@@ -78,39 +88,93 @@ class Picks(NamedTuple):
         return self.halves, self.places.shape[0] // self.halves
 
     def cut(self, x: Array) -> tuple[Array, pl.BlockSpec]:
-        """What queries have, [N, ...], made up to whole blocks, and its spec."""
+        """What queries have, [B, Q, ...], made up to whole blocks, and its spec; one number of each head is a row."""
+        x = x.reshape(-1, *x.shape[2:])
+        return self._made_up(x[:, None] if x.ndim == 2 else x)
+
+    def _made_up(self, x: Array) -> tuple[Array, pl.BlockSpec]:
         x = jnp.pad(x, [(0, self.seen.shape[0] - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
         return x, self._spec((self.block, *x.shape[1:]))
-
-    def out(self, shape: tuple[int, ...], dtype: Any) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
-        """What becomes of each query, and its spec."""
-        return jax.ShapeDtypeStruct((self.seen.shape[0], *shape), dtype), self._spec((self.block, *shape))
-
-    def given(self) -> list[tuple[Array, pl.BlockSpec]]:
-        """Places and `seen`, as a kernel takes them, and their specs."""
-        in_words = pl.BlockSpec(
-            (None, *self.places.shape[1:]), lambda h, t, *_: (h * self.grid[1] + t, 0, 0), memory_space=pltpu.SMEM
-        )
-        return [(self.places, in_words), self.cut(self.seen)]
 
     def _spec(self, shape: tuple[int, ...]) -> pl.BlockSpec:
         return pl.BlockSpec(shape, lambda h, t, *_: (h * self.grid[1] + t, *(0 for _ in shape[1:])))
 
-    def fetched(self, lines: int, dtype: Any) -> list[Any]:
-        """Scratch of `Fetched`."""
-        room = pltpu.VMEM((2, self.most, AT_ONCE * lines, LANES), dtype)
-        return [room, pltpu.SemaphoreType.DMA((2, self.most))]
+    def call(
+        self,
+        kernel: Any,
+        given: Sequence[Array],
+        rows: Array,
+        out: Sequence[tuple[tuple[int, ...], Any]],
+        *,
+        added: int = 0,
+        scratch: Sequence[Any] = (),
+        flops: int,
+        transcendentals: int,
+        interpret: bool,
+        name: str,
+    ) -> list[Array]:
+        """Runs a kernel, whose body is a `walk`, over all blocks.
 
-    def sums(self, rows: int, lines: int) -> jax.ShapeDtypeStruct:
-        """What `Added` adds to: of each half the rows, one for none, and what makes them whole blocks."""
-        blocks = rows // SUMS + 1
-        return jax.ShapeDtypeStruct((self.halves, blocks * SUMS, lines, LANES), jnp.float32)
+        Args:
+          kernel: takes refs of chunks, places and seen, of what is given, of the rows, of results, of sums where there
+            are, and of scratch: that of `Fetched`, of `Added` where there are sums, and its own; and `unrolled`.
+          given: what queries have, [B, Q, ...].
+          rows: that are fetched, [R, lines, 128] or [R, 128].
+          out: shape and dtype of what becomes of each query.
+          added: lines of each row that are added to; 0: none are.
+          scratch: what the kernel wants besides.
+          flops: of all.
+          transcendentals: likewise.
+          interpret: run in interpret mode, on any platform.
+          name: of the kernel.
 
-    def added(self, lines: int) -> list[Any]:
-        """Scratch of `Added`."""
-        zeros = pltpu.VMEM((SUMS, lines, LANES), jnp.float32)
-        room = pltpu.VMEM((self.most, AT_ONCE * lines, LANES), jnp.float32)
-        return [zeros, room, *[pltpu.SemaphoreType.DMA((self.most,))] * 2]
+        Returns:
+          What becomes of queries, [B, Q, ...], and what has been added to rows [R, added * 128] float32.
+        """
+        places_spec = pl.BlockSpec(
+            (None, *self.places.shape[1:]), lambda h, t, *_: (h * self.grid[1] + t, 0, 0), memory_space=pltpu.SMEM
+        )
+        operands = [(self.places, places_spec), self._made_up(self.seen), *map(self.cut, given)]
+        places, (rows,) = kept_in_hbm(self.places, [rows], interpret=interpret)
+        in_memory = pl.BlockSpec(memory_space=pl.ANY)
+        lines = 1 if rows.ndim == 2 else rows.shape[1]
+        shapes = [jax.ShapeDtypeStruct((self.seen.shape[0], *shape), dtype) for shape, dtype in out]
+        specs = [self._spec((self.block, *shape)) for shape, _ in out]
+        scratches = [
+            pltpu.VMEM((2, self.most, AT_ONCE * lines, LANES), rows.dtype),
+            pltpu.SemaphoreType.DMA((2, self.most)),
+        ]
+        if added:  # of each half the rows, one for none, and what makes them whole blocks
+            whole = (self.rows // SUMS + 1) * SUMS
+            shapes.append(jax.ShapeDtypeStruct((self.halves, whole, added, LANES), jnp.float32))
+            specs.append(in_memory)
+            scratches.append(pltpu.VMEM((SUMS, added, LANES), jnp.float32))
+            scratches.append(pltpu.VMEM((self.most, AT_ONCE * added, LANES), jnp.float32))
+            scratches += [pltpu.SemaphoreType.DMA((self.most,))] * 2
+        found = pl.pallas_call(
+            functools.partial(kernel, unrolled=not interpret),
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=1,
+                grid=self.grid,
+                in_specs=[*(spec for _, spec in operands), in_memory],
+                out_specs=specs,
+                scratch_shapes=[*scratches, *scratch],
+            ),
+            out_shape=shapes,
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES, disable_bounds_checks=True
+            ),
+            cost_estimate=pl.CostEstimate(
+                flops=flops,
+                bytes_accessed=self.picked.size * (lines + 2 * added) * 4 * LANES,
+                transcendentals=transcendentals,
+            ),
+            interpret=interpret,
+            name=name,
+        )(self.chunks, places, *(x for x, _ in operands[1:]), rows)
+        queries = self.picked.shape[:2]
+        by_query = [x[: math.prod(queries)].reshape(*queries, *x.shape[1:]) for x in found[: len(out)]]
+        return by_query + [_both_halves(sums, self.rows, interpret=interpret) for sums in found[len(out) :]]
 
 
 class Fetched(NamedTuple):
@@ -283,12 +347,12 @@ def walk(
     each(jnp.int32(count - 1), last=True)
 
 
-def both_halves(sums: Array, rows: int, *, interpret: bool) -> Array:
+def _both_halves(sums: Array, rows: int, *, interpret: bool) -> Array:
     """[R, lines * 128] what has been added to the first rows, by both halves of the queries."""
     halves, _, lines, _ = sums.shape
     block = min(SUMS, rows)
     return pl.pallas_call(
-        _both_halves,
+        _add_halves,
         grid=(pl.cdiv(rows, block),),
         in_specs=[pl.BlockSpec((halves, block, lines, LANES), lambda i: (0, i, 0, 0))],
         out_specs=pl.BlockSpec((block, lines * LANES), lambda i: (i, 0)),
@@ -302,7 +366,7 @@ def both_halves(sums: Array, rows: int, *, interpret: bool) -> Array:
     )(sums)
 
 
-def _both_halves(sums: Any, out: Any) -> None:
+def _add_halves(sums: Any, out: Any) -> None:
     for line in range(sums.shape[2]):
         total = sums[0, :, line, :]
         for half in range(1, sums.shape[0]):
@@ -355,31 +419,27 @@ def _as_words(*refs: Any, parts: int) -> None:
 
 def from_words(fetched: Fetched, slot: Any, chunk: Any, lines: int) -> Array:
     """[128 rows, C] bfloat16 of the first lines of a chunk's rows, which are words."""
-    words = [fetched.line(slot, chunk, line) for line in range(lines)]
-    halves = [word << 16 for word in words] + [word & -65536 for word in words]
-    return jnp.concatenate([pltpu.bitcast(half, jnp.float32).astype(jnp.bfloat16) for half in halves], axis=1)
+    lower, upper = zip(*(unpacked(fetched.line(slot, chunk, line)) for line in range(lines)), strict=True)
+    return jnp.concatenate([*lower, *upper], axis=1)
+
+
+def unpacked(words: Array) -> tuple[Array, Array]:
+    """The lower and the upper halves of words, bfloat16."""
+    lower, upper = (pltpu.bitcast(x, jnp.float32).astype(jnp.bfloat16) for x in (words << 16, words & -65536))
+    return lower, upper
 
 
 def down(row: Array) -> Array:
     """[1, N] as a column [N, 1]."""
-    shape = (row.shape[1], row.shape[1])
-    own = jax.lax.broadcasted_iota(jnp.int32, shape, 0) == jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    return jnp.sum(jnp.where(own, row, 0.0), axis=1, keepdims=True)
+    return jnp.sum(_on_diagonal(row, row.shape[1]), axis=1, keepdims=True)
 
 
 def across(column: Array) -> Array:
     """[N, 1] as a row [1, N]."""
-    shape = (column.shape[0], column.shape[0])
-    own = jax.lax.broadcasted_iota(jnp.int32, shape, 0) == jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    return jnp.sum(jnp.where(own, column, 0.0), axis=0, keepdims=True)
+    return jnp.sum(_on_diagonal(column, column.shape[0]), axis=0, keepdims=True)
 
 
-def rows_of(picked: Array, count: int) -> Array:
-    """Places [B * Q, K] in the rows of a whole batch, of entries picked [B, Q, K] out of `count` of each row."""
-    first = count * jnp.arange(picked.shape[0], dtype=jnp.int32)[:, None, None]
-    return jnp.where(picked < 0, -1, picked + first).reshape(-1, picked.shape[2])
-
-
-def bytes_moved(picked: Array, lines: int) -> int:
-    """Bytes of so many lines of each of the rows picked."""
-    return picked.size * lines * 4 * LANES
+def _on_diagonal(numbers: Array, count: int) -> Array:
+    """[N, N] with a row or a column of numbers on its diagonal."""
+    own = jax.lax.broadcasted_iota(jnp.int32, (count, count), 0) == jax.lax.broadcasted_iota(jnp.int32, (count,) * 2, 1)
+    return jnp.where(own, numbers, 0.0)

@@ -66,22 +66,9 @@ def test_gradients_of_window_attention(build, queries, heads, entries, picks):
     assert compiled.memory_analysis().temp_size_in_bytes < most
 
 
-@pytest.mark.parametrize(("queries", "heads", "entries", "picks"), [(512, 64, 4096, 512), (300, 128, 8192, 1024)])
-def test_indexer_loss(build, queries, heads, entries, picks):
-    """Forward and backward are a kernel each, beside which there are the entries in float32 and who picked them."""
-
-    def run(operands, low, high, picked, given):
-        visible = Visible(low, high, jnp.min(low), jnp.max(high))
-
-        def loss(index_queries, weights, index_keys):
-            some = operands._replace(index_queries=index_queries, weights=weights)
-            some = some._replace(entries=Entries.uncached(operands.entries), index_keys=Entries.uncached(index_keys))
-            return choose.indexer_loss(lambda *_: jnp.zeros(given.shape), some, visible, picked)
-
-        found, pull = jax.vjp(loss, operands.index_queries, operands.weights, operands.index_keys)
-        return found, pull(given)
-
-    operands = Operands(
+def compared(queries, heads, entries):
+    """Shapes of what the indexer's loss compares."""
+    return Operands(
         shape(jnp.bfloat16, 1, queries, heads, 512),
         shape(jnp.float32, 1, queries, heads),
         shape(jnp.bfloat16, 1, entries, 512),
@@ -89,6 +76,29 @@ def test_indexer_loss(build, queries, heads, entries, picks):
         shape(jnp.float32, 1, queries, 64),
         shape(jnp.bfloat16, 1, entries, 128),
     )
+
+
+def loss_of(operands, visible, picked):
+    """The indexer's loss as a function of what it trains."""
+
+    def loss(index_queries, weights, index_keys):
+        some = operands._replace(index_queries=index_queries, weights=weights)
+        some = some._replace(entries=Entries.uncached(operands.entries), index_keys=Entries.uncached(index_keys))
+        return choose.indexer_loss(lambda *_: jnp.zeros(weights.shape[:2]), some, visible, picked)
+
+    return loss
+
+
+@pytest.mark.parametrize(("queries", "heads", "entries", "picks"), [(512, 64, 4096, 512), (300, 128, 8192, 1024)])
+def test_indexer_loss(build, queries, heads, entries, picks):
+    """Forward and backward are a kernel each, beside which there are the entries in float32 and who picked them."""
+
+    def run(operands, low, high, picked, given):
+        loss = loss_of(operands, Visible(low, high, jnp.min(low), jnp.max(high)), picked)
+        found, pull = jax.vjp(loss, operands.index_queries, operands.weights, operands.index_keys)
+        return found, pull(given)
+
+    operands = compared(queries, heads, entries)
     ranges, chosen = shape(jnp.int32, 1, queries), shape(jnp.int32, 1, queries, picks)
     compiled = build(run, operands, ranges, ranges, chosen, shape(jnp.float32, 1, queries))
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3
@@ -130,22 +140,11 @@ def test_indexer_loss_of_picked_entries(build, queries, heads, entries, picks):
     """Forward and backward are two kernels each, also where the forward pass is run again: its slopes are kept."""
 
     def run(operands, picked, given):
-        def loss(index_queries, weights, index_keys):
-            some = operands._replace(index_queries=index_queries, weights=weights)
-            some = some._replace(entries=Entries.uncached(operands.entries), index_keys=Entries.uncached(index_keys))
-            return choose.indexer_loss(lambda *_: jnp.zeros(given.shape), some, None, picked)
-
-        found, pull = jax.vjp(recompute(loss), operands.index_queries, operands.weights, operands.index_keys)
+        loss = recompute(loss_of(operands, None, picked))
+        found, pull = jax.vjp(loss, operands.index_queries, operands.weights, operands.index_keys)
         return found, pull(given)
 
-    operands = Operands(
-        shape(jnp.bfloat16, 1, queries, heads, 512),
-        shape(jnp.float32, 1, queries, heads),
-        shape(jnp.bfloat16, 1, entries, 512),
-        shape(jnp.bfloat16, 1, queries, 64, 128),
-        shape(jnp.float32, 1, queries, 64),
-        shape(jnp.bfloat16, 1, entries, 128),
-    )
+    operands = compared(queries, heads, entries)
     compiled = build(run, operands, shape(jnp.int32, 1, queries, picks), shape(jnp.float32, 1, queries))
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 4
 

@@ -20,19 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.cache.rows import LANES, WORD_CHANNELS
 from v4_jax.kernels.attention.tiles import dot
-from v4_jax.kernels.memory import kept_in_hbm
-from v4_jax.kernels.picked_rows import (
-    VMEM_BYTES,
-    Added,
-    Fetched,
-    Picks,
-    both_halves,
-    bytes_moved,
-    down,
-    from_words,
-    rows_of,
-    walk,
-)
+from v4_jax.kernels.picked_rows import Added, Fetched, Picks, down, from_words, walk
 from v4_jax.layers.partials import Partial
 
 
@@ -62,43 +50,20 @@ def gradients(
       gradient: of sums [B, Q, H] and weighted sums [B, Q, H, C], float32; that of the maximum is not used.
       interpret: run in interpret mode, on any platform.
     """
-    (batch, count, heads, size), entries = queries.shape, words.shape[1]
-    picks = Picks.of(rows_of(picked, entries), batch * entries)
-    flat = [x.reshape(batch * count, *x.shape[2:]) for x in (queries, gradient.weighted, maximum, gradient.total)]
-    flat = [x[:, None] if x.ndim == 2 else x for x in flat]
-    given = [*picks.given(), *(picks.cut(x) for x in flat)]
-    lines = words.shape[2]
-    first, (rows,) = kept_in_hbm(given[0][0], [words.reshape(-1, *words.shape[2:])], interpret=interpret)
-    shape, spec = picks.out((heads, size), queries.dtype)
-    in_memory = pl.BlockSpec(memory_space=pl.ANY)
-    products = 5 * 2 * heads * size * picked.shape[2]
-    found = pl.pallas_call(
-        functools.partial(_kernel, scale=size**-0.5, unrolled=not interpret),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=picks.grid,
-            in_specs=[*(spec for _, spec in given), in_memory],
-            out_specs=[spec, in_memory],
-            scratch_shapes=[
-                *picks.fetched(lines, jnp.int32),
-                *picks.added(size // LANES),
-                pltpu.VMEM((2 * heads, size), queries.dtype),
-            ],
-        ),
-        out_shape=[shape, picks.sums(batch * entries, size // LANES)],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES, disable_bounds_checks=True
-        ),
-        cost_estimate=pl.CostEstimate(
-            flops=batch * count * products,
-            bytes_accessed=bytes_moved(picked, lines + 2 * size // LANES),
-            transcendentals=batch * count * heads * picked.shape[2],
-        ),
+    heads, size = queries.shape[2:]
+    of_queries, of_entries = Picks.of(picked, words.shape[1]).call(
+        functools.partial(_kernel, scale=size**-0.5),
+        (queries, gradient.weighted, maximum, gradient.total),
+        words.reshape(-1, *words.shape[2:]),
+        [((heads, size), queries.dtype)],
+        added=size // LANES,
+        scratch=[pltpu.VMEM((2 * heads, size), queries.dtype)],
+        flops=5 * 2 * picked.size * heads * size,
+        transcendentals=picked.size * heads,
         interpret=interpret,
         name="attend_picked_gradients",
-    )(picks.chunks, first, *(x for x, _ in given[1:]), rows)
-    of_entries = both_halves(found[1], batch * entries, interpret=interpret).reshape(batch, entries, size)
-    return found[0][: batch * count].reshape(queries.shape), of_entries
+    )
+    return of_queries, of_entries.reshape(*words.shape[:2], size)
 
 
 def _kernel(

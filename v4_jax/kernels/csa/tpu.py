@@ -24,7 +24,7 @@ from v4_jax.cache.rows import LANES, WORD_CHANNELS, batch_rows
 from v4_jax.kernels.attention.reference import MASKED
 from v4_jax.kernels.attention.tpu import statistics
 from v4_jax.kernels.memory import kept_in_hbm
-from v4_jax.kernels.picked_rows import across
+from v4_jax.kernels.picked_rows import across, unpacked
 from v4_jax.kernels.turns import about
 from v4_jax.layers.partials import STATISTICS, Packed, Partial
 from v4_jax.natural import quotient
@@ -200,7 +200,7 @@ def _kernel(
 
     def attend(query: Any, chunk: Any, words: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
         largest, total, *sums = state
-        keys = _unpacked(words)  # [lines, 256]
+        keys = jnp.concatenate(unpacked(words), axis=1)  # [lines, 256]
         asked = jnp.concatenate([part_of(query, p) for p in range(parts)], axis=0)
         products = jax.lax.dot_general(asked, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
         logits = products[:heads]
@@ -265,9 +265,3 @@ def _kernel(
     with about(turns):
         jax.lax.fori_loop(0, chunks[start], ask_first, None)
     jax.lax.fori_loop(0, count, each, None)
-
-
-def _unpacked(words: Array) -> Array:
-    """Words [N, 128] to their lower halves, then their upper ones: [N, 256] bfloat16."""
-    low, high = words << 16, words & -65536
-    return jnp.concatenate([pltpu.bitcast(x, jnp.float32).astype(jnp.bfloat16) for x in (low, high)], axis=1)

@@ -20,21 +20,7 @@ from v4_jax.kernels.attention.reference import MASKED
 from v4_jax.kernels.attention.tiles import dot
 from v4_jax.kernels.csa.gradients import supports as attends
 from v4_jax.kernels.indexer_loss.tpu import Operands
-from v4_jax.kernels.memory import kept_in_hbm
-from v4_jax.kernels.picked_rows import (
-    VMEM_BYTES,
-    Added,
-    Fetched,
-    Picks,
-    across,
-    as_words,
-    both_halves,
-    bytes_moved,
-    down,
-    from_words,
-    rows_of,
-    walk,
-)
+from v4_jax.kernels.picked_rows import Added, Fetched, Picks, across, as_words, down, from_words, walk
 
 
 def supports(operands: Operands) -> bool:
@@ -57,36 +43,21 @@ def loss(operands: Operands, picked: Array, *, interpret: bool = False) -> tuple
       [B, Q] float32, 0 for queries without entries, and its slopes [B, Q, K] float32, by the scores of those picked.
     """
     queries, log_total, entries, index_queries, weights, index_keys = operands
-    (batch, count, heads, size), (index_heads, index_size) = queries.shape, index_queries.shape[2:]
-    words = as_words(entries, index_keys, interpret=interpret)
-    lines = words.shape[2]
-    picks = Picks.of(rows_of(picked, entries.shape[1]), batch * entries.shape[1])
-    given = [*picks.given(), *(picks.cut(_flat(x)) for x in (queries, log_total, index_queries, weights))]
-    first, (rows,) = kept_in_hbm(given[0][0], [words.reshape(-1, *words.shape[2:])], interpret=interpret)
-    out = [picks.out((1, LANES), jnp.float32), picks.out((picks.most, LANES), jnp.float32)]
-    found = pl.pallas_call(
-        functools.partial(_loss_kernel, parts=lines // 2, scale=size**-0.5, unrolled=not interpret),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=picks.grid,
-            in_specs=[*(spec for _, spec in given), pl.BlockSpec(memory_space=pl.ANY)],
-            out_specs=[spec for _, spec in out],
-            scratch_shapes=[*picks.fetched(lines, jnp.int32), *[pltpu.VMEM((picks.most, LANES), jnp.float32)] * 2],
-        ),
-        out_shape=[shape for shape, _ in out],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES, disable_bounds_checks=True
-        ),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * picked.size * (heads * size + index_heads * index_size),
-            bytes_accessed=bytes_moved(picked, lines),
-            transcendentals=picked.size * heads,
-        ),
+    (heads, size), (index_heads, index_size) = queries.shape[2:], index_queries.shape[2:]
+    words, picks = as_words(entries, index_keys, interpret=interpret), Picks.of(picked, entries.shape[1])
+    by_chunk = (picks.most, LANES)
+    value, slopes = picks.call(
+        functools.partial(_loss_kernel, parts=words.shape[2] // 2, scale=size**-0.5),
+        (queries, log_total, index_queries, weights),
+        words.reshape(-1, *words.shape[2:]),
+        [((1, LANES), jnp.float32), (by_chunk, jnp.float32)],
+        scratch=[pltpu.VMEM(by_chunk, jnp.float32)] * 2,
+        flops=2 * picked.size * (heads * size + index_heads * index_size),
+        transcendentals=picked.size * heads,
         interpret=interpret,
         name="picked_indexer_loss",
-    )(picks.chunks, first, *(x for x, _ in given[1:]), rows)
-    value, slopes = (x[: batch * count].reshape(batch, count, -1) for x in found)
-    return value[..., 0], slopes[..., : picked.shape[2]]
+    )
+    return value[..., 0, 0], slopes.reshape(*picked.shape[:2], -1)[..., : picked.shape[2]]
 
 
 def gradients(
@@ -108,43 +79,20 @@ def gradients(
       slopes: [B, Q, K] float32 of `loss`, times its gradient.
       interpret: run in interpret mode, on any platform.
     """
-    (batch, count, heads, size), entries = index_queries.shape, index_keys.shape[1]
-    picks = Picks.of(rows_of(picked, entries), batch * entries)
+    (heads, size), picks = index_queries.shape[2:], Picks.of(picked, index_keys.shape[1])
     slopes = jnp.pad(slopes, ((0, 0), (0, 0), (0, picks.most * LANES - slopes.shape[2])))
-    slopes = slopes.reshape(batch, count, picks.most, LANES)
-    given = [*picks.given(), *(picks.cut(_flat(x)) for x in (index_queries, weights, slopes))]
-    rows = index_keys.astype(jnp.float32).reshape(-1, size)
-    first, (rows,) = kept_in_hbm(given[0][0], [rows], interpret=interpret)
-    out = [picks.out((heads, size), index_queries.dtype), picks.out((1, heads), jnp.float32)]
-    in_memory = pl.BlockSpec(memory_space=pl.ANY)
-    found = pl.pallas_call(
-        functools.partial(_gradients_kernel, unrolled=not interpret),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=picks.grid,
-            in_specs=[*(spec for _, spec in given), in_memory],
-            out_specs=[*(spec for _, spec in out), in_memory],
-            scratch_shapes=[*picks.fetched(1, jnp.float32), *picks.added(1)],
-        ),
-        out_shape=[*(shape for shape, _ in out), picks.sums(batch * entries, 1)],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES, disable_bounds_checks=True
-        ),
-        cost_estimate=pl.CostEstimate(
-            flops=3 * 2 * picked.size * heads * size, bytes_accessed=bytes_moved(picked, 3), transcendentals=0
-        ),
+    of_queries, of_weights, of_keys = picks.call(
+        _gradients_kernel,
+        (index_queries, weights, slopes.reshape(*slopes.shape[:2], picks.most, LANES)),
+        index_keys.astype(jnp.float32).reshape(-1, size),
+        [((heads, size), index_queries.dtype), ((1, heads), jnp.float32)],
+        added=1,
+        flops=3 * 2 * picked.size * heads * size,
+        transcendentals=0,
         interpret=interpret,
         name="picked_indexer_loss_gradients",
-    )(picks.chunks, first, *(x for x, _ in given[1:]), rows)
-    of_queries, of_weights = (x[: batch * count] for x in found[:2])
-    of_keys = both_halves(found[2], batch * entries, interpret=interpret)
-    return of_queries.reshape(index_queries.shape), of_weights.reshape(weights.shape), of_keys.reshape(index_keys.shape)
-
-
-def _flat(x: Array) -> Array:
-    """[B, Q, ...] -> [B * Q, ...], of which numbers of heads become rows [1, H]."""
-    x = x.reshape(-1, *x.shape[2:])
-    return x[:, None] if x.ndim == 2 else x
+    )
+    return of_queries, of_weights.reshape(weights.shape), of_keys.reshape(index_keys.shape)
 
 
 def _loss_kernel(
