@@ -26,7 +26,7 @@ from v4_jax.layers.head import cross_entropy, log_probabilities
 from v4_jax.layers.hyper_connections import StreamCollapse, apart, expand, joined
 from v4_jax.layers.linear import linear
 from v4_jax.layers.norm import rms_norm
-from v4_jax.layers.stages import SPARSE, Remat, Stage, recompute, rematerialised
+from v4_jax.layers.stages import SPARSE, Remat, Stage, alone, in_turn, recompute, rematerialised
 from v4_jax.layout import Layout
 from v4_jax.multi_token_prediction import MultiTokenPrediction
 from v4_jax.on_mesh import head_on_mesh, on_mesh
@@ -230,7 +230,8 @@ class Transformer(Drafting):
         layout = self._layout(next_tokens, start, lengths, segment_ids, positions)
         replay = jax.tree.map(lambda x: x[0], routing or Routing())
         context = Context(next_tokens, layout)
-        streams, cache, decided = self.mtp_block(streams, self._embed(next_tokens), context, cache, replay)
+        embedded = self._embed(next_tokens)
+        streams, cache, decided = alone(self.mtp_block)(streams, embedded, context, cache, replay)
         if cache is not None:
             cache = cache.replace(draft_lengths=cache.draft_lengths + layout.total)
         output = self._logits(streams, layout, logits, self.mtp_block.collapse, self.mtp_block.norm_weight)
@@ -251,9 +252,8 @@ class Transformer(Drafting):
         if self.mesh is not None:
             call = functools.partial(Transformer.cross_entropy, mtp=mtp)
             return head_on_mesh(self, call, dict(streams=streams, targets=targets, weights=weights), whole=True)
-        head, axes, first = self._shared_head()
+        flat, head, axes, first = self._with_head(streams, mtp=mtp)
         tokens = jnp.clip(targets, 0, self.config.vocab_size - 1) - first
-        flat = self.hidden(streams, mtp=mtp).reshape(-1, self.config.hidden_size)
         with jax.named_scope("head.cross_entropy"):
             loss = cross_entropy(flat, head, tokens.reshape(-1), weights.reshape(-1), axes)
         return self._over_tokens(loss)
@@ -267,9 +267,8 @@ class Transformer(Drafting):
         """
         if self.mesh is not None:
             return head_on_mesh(self, Transformer.log_probabilities, dict(streams=streams, targets=targets))
-        head, axes, first = self._shared_head()
+        flat, head, axes, first = self._with_head(streams)
         tokens = jnp.clip(targets, 0, self.config.vocab_size - 1) - first
-        flat = self.hidden(streams).reshape(-1, self.config.hidden_size)
         return log_probabilities(flat, head, tokens.reshape(-1), axes).reshape(targets.shape)
 
     def hidden(self, streams: Array, *, mtp: bool = False) -> Array:
@@ -314,7 +313,7 @@ class Transformer(Drafting):
         if self.mesh is not None:
             arguments = dict(streams=streams, weights=weights, hidden=hidden, head=head, ids=ids, scores=scores)
             return head_on_mesh(self, Transformer.divergence, arguments, tables=("head",), whole=True)
-        own, axes, first = self._shared_head()
+        flat, own, axes, first = self._with_head(streams)
         teacher: Any
         if hidden is not None and head is not None:
             teacher = FullTeacher(hidden, self.split.gather(head, ("vocab", "embed")))
@@ -322,7 +321,6 @@ class Transformer(Drafting):
             teacher = TopTeacher(ids - first, scores)
         else:
             raise ValueError("expected hidden states and head of a teacher, or ids and scores of its likeliest tokens")
-        flat = self.hidden(streams).reshape(-1, self.config.hidden_size)
         return self._over_tokens(reverse_divergence(flat, own, teacher, weights.reshape(-1), axes))
 
     def top_scores(self, streams: Array, k: int) -> tuple[Array, Array]:
@@ -337,15 +335,17 @@ class Transformer(Drafting):
         """
         if self.mesh is not None:
             return head_on_mesh(self, functools.partial(Transformer.top_scores, k=k), dict(streams=streams))
-        head, axes, _ = self._shared_head()
-        found = top_scores(self.hidden(streams).reshape(-1, self.config.hidden_size), head, k, axes)
+        flat, head, axes, _ = self._with_head(streams)
+        found = top_scores(flat, head, k, axes)
         ids, scores = (x.reshape(*streams.shape[:2], -1) for x in found)
         return ids, scores
 
-    def _shared_head(self) -> tuple[Array, collectives.Axes, Any]:
-        """This device's part of the head, the mesh axes that share the vocabulary, and the part's first token."""
-        head, axes = self.split.gather(self.head_weight, ("vocab", "embed")), self.split.shared("vocab")
-        return head, axes, collectives.index(axes) * head.shape[0]
+    def _with_head(self, streams: Array, *, mtp: bool = False) -> tuple[Array, Array, collectives.Axes, Any]:
+        """`hidden` [T, D] of streams [B, S, hc, D]; then this device's part of the head, the mesh axes that share the
+        vocabulary, and the part's first token."""
+        flat, head = in_turn((self.hidden(streams, mtp=mtp).reshape(-1, self.config.hidden_size), self.head_weight))
+        head, axes = self.split.gather(head, ("vocab", "embed")), self.split.shared("vocab")
+        return flat, head, axes, collectives.index(axes) * head.shape[0]
 
     def _over_tokens(self, total: Array) -> Array:
         """The sum over devices of what is a sum over each one's tokens."""
@@ -434,7 +434,11 @@ class Transformer(Drafting):
         def run(i: int, carry: Carry) -> Carry:
             block = getattr(self, f"layer_{i}")
             replay = jax.tree.map(lambda x: x[0], replayed(c, routing, [i]))
-            carry, one = block(carry, context, i, role_index(c, i), replay)
+            carry, one = alone(block)(carry, context, i, role_index(c, i), replay)
+            if (loss := one.statistics.indexer_loss) is not None:  # computed while what it needs is there
+                streams, loss = jax.lax.optimization_barrier((carry.streams, loss))
+                carry = carry.replace(streams=streams)
+                one = one.replace(statistics=one.statistics.replace(indexer_loss=loss))
             decided.append(one)
             return carry.tapped(c, i)
 

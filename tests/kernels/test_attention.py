@@ -233,3 +233,16 @@ def test_all_in_one_array(name):
     packed = window_attention(*operands, together=True, interpret=True)
     for found, expected in zip(separate([packed])[0], run("kernel", *operands), strict=True):
         np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["prefill, whole blocks and edges", "prefill, window alone", "picks"])
+def test_sums_rounded_at_the_end(name):
+    """As training keeps them: what is added up is the same."""
+    operands = inputs(CASES[name])
+    picked = picks(CASES[name], operands[4])
+    hidden = None if picked is None else hide(picked, operands[3].count, interpret=True)
+    *exact, sums = run("kernel", *operands, picked=picked)
+    *found, rounded = window_attention(*operands, hidden, rounded=True, interpret=True)
+    assert rounded.dtype == jnp.bfloat16
+    for a, b in zip((*found, rounded), (*exact, sums.astype(jnp.bfloat16)), strict=True):
+        np.testing.assert_array_equal(a, b)

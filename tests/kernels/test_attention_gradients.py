@@ -110,9 +110,11 @@ def test_training_takes_the_kernels_in_programs_for_tpus_alone(name, monkeypatch
     def pulled(attend):
         def call(queries, keys, held):
             entries = None if held is None else Entries.uncached(held)
-            return attend(queries, keys, oldest, entries, visible, picked=picked)[1:]
+            _, total, weighted = attend(queries, keys, oldest, entries, visible, picked=picked)
+            return total, weighted.astype(queries.dtype)  # as it is handed on in training
 
-        return jax.vjp(call, queries, keys, held)[1]((jnp.asarray(of_total), jnp.asarray(of_weighted)))
+        given = jnp.asarray(of_total), jnp.asarray(of_weighted, queries.dtype)
+        return jax.vjp(call, queries, keys, held)[1](given)
 
     plain, chosen = pulled(attend_in_parts), pulled(attend_window)
     jax.tree.map(np.testing.assert_array_equal, chosen, plain)

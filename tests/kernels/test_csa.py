@@ -126,3 +126,13 @@ def test_all_in_one_array():
     packed = attend_picked(queries, entries, local, together=True, interpret=True)
     for found, expected in zip(separate([packed])[0], run(queries, entries, local, "kernel"), strict=True):
         np.testing.assert_array_equal(found, expected)
+
+
+def test_sums_rounded_at_the_end():
+    """As training keeps them: what is added up is the same."""
+    queries, entries, local = inputs(CASES["a block and more"])
+    *exact, sums = run(queries, entries, local, "kernel")
+    found = attend_picked(queries, entries, local, rounded=True, interpret=True)
+    for a, b in zip(found, (*exact, sums.astype(jnp.bfloat16)), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)

@@ -95,8 +95,12 @@ def test_training_takes_the_kernels_in_programs_for_tpus_alone(monkeypatch):
     monkeypatch.setattr(kernel, "gradients", spy)
 
     def pulled(attend):
-        found, pull = jax.vjp(lambda q, e: attend(q, Entries.uncached(e), picked)[1:], queries, entries)
-        return found, pull(tuple(gradient))
+        def call(queries, entries):
+            _, total, weighted = attend(queries, Entries.uncached(entries), picked)
+            return total, weighted.astype(queries.dtype)  # as it is handed on in training
+
+        found, pull = jax.vjp(call, queries, entries)
+        return found, pull((gradient[0], gradient[1].astype(queries.dtype)))
 
     plain = pulled(attend_copies)
     chosen = pulled(lambda *given: choose.attend_picked(attend_copies, *given))

@@ -12,12 +12,13 @@ STATISTICS = 128  # channels of `Packed` that follow those of the sum: a TPU reg
 
 
 class Partial(NamedTuple):
-    """Softmax over some of the keys, in a form that can be merged with the rest (all float32).
+    """Softmax over some of the keys, in a form that can be merged with the rest.
 
     Attributes:
-      maximum: [B, Q, H] largest logit; no gradient flows to it.
-      total: [B, Q, H] sum of exp(logit - maximum).
-      weighted: [B, Q, H, C] sum of exp(logit - maximum) * value.
+      maximum: [B, Q, H] float32 largest logit; no gradient flows to it.
+      total: [B, Q, H] float32 sum of exp(logit - maximum).
+      weighted: [B, Q, H, C] sum of exp(logit - maximum) * value; float32, but rounded to the dtype of the queries where
+        kernels give the gradients.
     """
 
     maximum: Array

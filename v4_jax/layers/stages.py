@@ -7,6 +7,7 @@ then, still so, their indexers learn to tell which entries matter; from then on 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
@@ -14,6 +15,7 @@ import flax.linen as nn
 import jax
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 
 Remat = Literal["none", "sublayers", "layers"]
 
@@ -73,3 +75,36 @@ def rematerialised(module: M, remat: Remat, *, in_scan: bool) -> M:
         raise ValueError(f"unknown remat policy {remat!r}, expected one of {['none', *_KEPT]}")
     policy = jax.checkpoint_policies.save_only_these_names(*_KEPT[remat])
     return nn.remat(module, policy=policy, prevent_cse=not in_scan)
+
+
+@jax.custom_jvp
+def in_turn(values: Any) -> Any:
+    """The values as they are. Backwards, none of their gradients is used before all of them are there.
+
+    Of streams and the weights that a layer reads with them: a compiler may put off gradients of weights for as long as
+    nobody waits for them, and keeps all that they are made of.
+    """
+    return values
+
+
+@functools.partial(in_turn.defjvp, symbolic_zeros=True)
+def _in_turn(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
+    """A barrier of the tangents, whose transpose is one of the gradients; of what has none, none is made."""
+    leaves, tree = jax.tree.flatten(tangents[0], is_leaf=lambda x: isinstance(x, SymbolicZero))
+    moving = [i for i, tangent in enumerate(leaves) if not isinstance(tangent, SymbolicZero)]
+    for i, tangent in zip(moving, jax.lax.optimization_barrier([leaves[i] for i in moving]), strict=True):
+        leaves[i] = tangent
+    return primals[0], jax.tree.unflatten(tree, leaves)
+
+
+def alone(module: nn.Module) -> Callable[..., Any]:
+    """A bound module, called outside a scan: its weights and its first argument are `in_turn`."""
+    if module.is_initializing():
+        return module
+    unbound, variables = module.unbind()
+
+    def call(first: Any, *rest: Any) -> Any:
+        own, first = in_turn((variables, first))
+        return unbound.apply(own, first, *rest)
+
+    return call

@@ -77,7 +77,7 @@ def gradients(
       visible: which of them the queries see.
       maximum: [B, Q, H] float32, of the result.
       of_total: [B, Q, H] float32 gradient of the sums.
-      of_weighted: [B, Q, H, C] float32 gradient of the weighted keys, rounded to the dtype of the queries on the way.
+      of_weighted: [B, Q, H, C] gradient of the weighted keys, rounded to the dtype of the queries where it is float32.
       hidden: as for `tpu.window_attention`.
       interpret: run in interpret mode, on any platform.
 
@@ -150,7 +150,7 @@ def gradients(
         ),
         cost_estimate=pl.CostEstimate(
             flops=10 * batch * count * heads * size * seen,
-            bytes_accessed=batch * (2 * dtype.itemsize + 4) * size * count * heads,
+            bytes_accessed=batch * (2 * dtype.itemsize + of_weighted.dtype.itemsize) * size * count * heads,
             transcendentals=batch * count * heads * seen,
         ),
         interpret=interpret,

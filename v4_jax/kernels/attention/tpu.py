@@ -57,6 +57,7 @@ def window_attention(
     hidden: Array | None = None,
     *,
     together: bool = False,
+    rounded: bool = False,
     interpret: bool = False,
 ) -> Partial | Packed:
     """Attention over the window, or all visible entries, or both in one softmax.
@@ -70,11 +71,13 @@ def window_attention(
       hidden: [B, Q, E] float32 what is added to the logits of E entries, no fewer than there are: 0 for those that a
         query attends, of those that it sees, and `HIDDEN` for all others. None: a query attends what it sees.
       together: whether to return one `Packed` softmax.
+      rounded: whether sums of keys are rounded to the dtype of the queries at the end; not `together`.
       interpret: run in interpret mode, on any platform.
 
     Returns:
       Largest logit [B, Q, H], sum of exp(logit - largest) [B, Q, H], and sum of exp(logit - largest) * key
-      [B, Q, H, C], all float32; `MASKED`, 0 and 0 for a query that sees nothing. Not differentiable.
+      [B, Q, H, C], float32 but for what is rounded; `MASKED`, 0 and 0 for a query that sees nothing. Not
+      differentiable.
 
     Raises:
       NotImplementedError: `supports` says no.
@@ -126,6 +129,8 @@ def window_attention(
             operands.append(hidden_from(cut.cut(hidden), up(stack.shape[2], block)))
             specs.append(pl.BlockSpec((step, tile, operands[-1].shape[2]), lambda b, i, *_: (b, i, 0)))
         scratch = [pltpu.VMEM((2, 2, block, size), stack.dtype), pltpu.SemaphoreType.DMA((2, 2))]
+        if rounded:
+            scratch.append(pltpu.VMEM((step, tile * heads, size), jnp.float32))
     else:
         ranges += [nothing, nothing]
 
@@ -134,7 +139,8 @@ def window_attention(
         out_specs = [pl.BlockSpec((step, tile * heads, size + STATISTICS), lambda b, i, *_: (b, i, 0))]
     else:
         by_head = jax.ShapeDtypeStruct((batch, count, heads), jnp.float32)
-        out = [by_head, by_head, jax.ShapeDtypeStruct((batch, count * heads, size), jnp.float32)]
+        sums = jax.ShapeDtypeStruct((batch, count * heads, size), dtype if rounded else jnp.float32)
+        out = [by_head, by_head, sums]
         by_tile = pl.BlockSpec((step, tile, heads), lambda b, i, *_: (b, i, 0))
         out_specs = [by_tile, by_tile, pl.BlockSpec((step, tile * heads, size), lambda b, i, *_: (b, i, 0))]
     there = 0 if entries is None else entries.count // (1 if entries.cached else 2)
@@ -245,7 +251,7 @@ def _kernel(
     Refs: [layer, bounds,] ranges [step, tile, 4], queries [step, rows, C], [keys [step, length, C],] [entries
     [layers, B, E, C],] [hidden [step, tile, E],] maximum and total [step, tile, heads], weighted [step, rows, C], or
     all three `together` [step, rows, C + 128]; scratch: largest and sums [rows, 128] [, blocks of two batch rows, two
-    each; their semaphores].
+    each; their semaphores [; what is rounded at the end [step, rows, C]]].
     """
     left = list(refs)
     layer: Any = left.pop(0) if block else None
@@ -261,6 +267,7 @@ def _kernel(
     largest, sums, *buffers = left
     blocks: Any = buffers[0] if block else None
     arrived: Any = buffers[1] if block else None
+    added: Any = buffers[2] if buffers[2:] else weighted
     (step, tile, _), size, dtype = ranges.shape, queries.shape[2], queries.dtype
     tokens = next(n for n in range(max(1, CHUNK // heads), 0, -1) if tile % n == 0)  # of a chunk
     chunk, chunks = tokens * heads, tile // tokens
@@ -314,8 +321,8 @@ def _kernel(
             if not fresh:
                 rescale = jnp.exp2(before - now)
                 amount += sums[rows, :] * rescale
-                values += weighted[row, rows, :] * repeated(rescale, size)
-            largest[rows, :], sums[rows, :], weighted[row, rows, :] = now, amount, values
+                values += added[row, rows, :] * repeated(rescale, size)
+            largest[rows, :], sums[rows, :], added[row, rows, :] = now, amount, values.astype(added.dtype)
 
     def bound(row: Any, which: int) -> Any:
         return bounds[(((group * step + row) * tiles) + here) * 4 + which]
@@ -347,7 +354,7 @@ def _kernel(
         else:
             largest[...] = jnp.full(largest.shape, MASKED * LOG2E, jnp.float32)
             sums[...] = jnp.zeros(sums.shape, jnp.float32)
-            weighted[row] = jnp.zeros((tile * heads, size), jnp.float32)
+            added[row] = jnp.zeros((tile * heads, size), added.dtype)
 
         def entries(slot: Any) -> Array:
             found = blocks[row & 1, slot]
@@ -374,6 +381,8 @@ def _kernel(
 
         if block:
             jax.lax.fori_loop(bound(row, 0), bound(row, 1), each_block, None)
+        if buffers[2:]:
+            weighted[row] = added[row].astype(dtype)
         amount = jnp.sum(sums[...], axis=1, keepdims=True)
         most = largest[...] * (1 / LOG2E)
         if together:

@@ -80,7 +80,7 @@ def window_attention(
     """
     if picked is not None or (attends_in_training(queries, keys, entries) and not together):
         operands = (queries, keys, oldest, entries, visible, picked)
-        return by_platform(*operands, default=_handed_on(plain, together), tpu=_attend_in_training)
+        return by_platform(*operands, default=_rounded(plain), tpu=_attend_in_training)
     if not attention_tpu.supports(queries):
         return _handed_on(plain, together)(queries, keys, oldest, entries, visible)
     kernel = functools.partial(attention_tpu.window_attention, together=together, interpret=interpreting())
@@ -122,7 +122,8 @@ def _attend_in_training(
     def run(queries: Array, keys: Array | None, held: Array | None, *numbers: Any) -> Partial:
         oldest, visible, hidden = numbers
         entries = None if held is None else Entries.uncached(held.astype(dtype))
-        found = attention_tpu.window_attention(queries, keys, oldest, entries, visible, hidden, interpret=interpret)
+        operands = (queries, keys, oldest, entries, visible, hidden)
+        found = attention_tpu.window_attention(*operands, rounded=True, interpret=interpret)
         assert isinstance(found, Partial)
         return found
 
@@ -248,9 +249,9 @@ def attend_picked(
       local: [B, Q, K] int32 local numbers of those to attend, -1 for none.
       together: whether to return one `Packed` softmax.
     """
-    copying = _handed_on(plain, together)
     if _picks_in_training(queries, entries) and not together:
-        return by_platform(queries, entries, local, default=copying, tpu=_pick_in_training)
+        return by_platform(queries, entries, local, default=_rounded(plain), tpu=_pick_in_training)
+    copying = _handed_on(plain, together)
     if not csa_tpu.supports(queries, entries):
         return copying(queries, entries, local)
     kernel = functools.partial(csa_tpu.attend_picked, together=together, interpret=interpreting())
@@ -264,7 +265,7 @@ def _pick_in_training(queries: Array, entries: Entries, local: Array) -> Partial
     def attend(queries: Array, held: Array, local: Array) -> tuple[Partial, Any]:
         words = as_words(held, interpret=interpret)
         rows = StoredRows((words[None],), kind="words", channels=held.shape[2])
-        found = csa_tpu.attend_picked(queries, Entries(rows, 0, dtype), local, interpret=interpret)
+        found = csa_tpu.attend_picked(queries, Entries(rows, 0, dtype), local, rounded=True, interpret=interpret)
         assert isinstance(found, Partial)
         return found, (queries, words, local, found.maximum)
 
@@ -343,5 +344,15 @@ def _handed_on(plain: Form, together: bool) -> Form:
     def call(*operands: Any) -> Any:
         partial = Partial(*plain(*operands))
         return Packed(packed(partial)[None]) if together else partial
+
+    return call
+
+
+def _rounded(plain: Form) -> Form:
+    """The form, whose sums are rounded to the dtype of the queries, its first operand."""
+
+    def call(queries: Array, *operands: Any) -> Partial:
+        partial = Partial(*plain(queries, *operands))
+        return partial._replace(weighted=partial.weighted.astype(queries.dtype))
 
     return call

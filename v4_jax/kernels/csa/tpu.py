@@ -48,7 +48,13 @@ def supports(queries: Array, entries: Entries) -> bool:
 
 
 def attend_picked(
-    queries: Array, entries: Entries, local: Array, *, together: bool = False, interpret: bool = False
+    queries: Array,
+    entries: Entries,
+    local: Array,
+    *,
+    together: bool = False,
+    rounded: bool = False,
+    interpret: bool = False,
 ) -> Partial | Packed:
     """Attention of each query over its own entries.
 
@@ -57,11 +63,12 @@ def attend_picked(
       entries: the entries, of kind "words".
       local: [B, Q, K] int32 local numbers of those to attend, -1 for none.
       together: whether to return one `Packed` softmax.
+      rounded: whether sums of entries are rounded to the dtype of the queries at the end; not `together`.
       interpret: run in interpret mode, on any platform.
 
     Returns:
       Largest logit [B, Q, H], sum of exp(logit - largest) [B, Q, H], and sum of exp(logit - largest) * entry
-      [B, Q, H, C], all float32; `MASKED`, 0 and 0 for a query without entries.
+      [B, Q, H, C], float32 but for what is rounded; `MASKED`, 0 and 0 for a query without entries.
 
     Raises:
       NotImplementedError: `supports` says no.
@@ -85,6 +92,7 @@ def attend_picked(
         place.reshape(batch * count, -1),
         share=_share(local.shape[-1], devices),
         together=together,
+        rounded=rounded,
         interpret=interpret,
     )
     apart = [x.reshape(batch, count, *x.shape[1:]) for x in found]
@@ -97,8 +105,10 @@ def _share(picks: int, devices: int) -> int:
     return min(picks, math.ceil(mean + 3 * math.sqrt(mean * (1 - 1 / devices))))
 
 
-@functools.partial(jax.jit, static_argnames=("share", "together", "interpret"))
-def _attend(queries: Array, words: Array, place: Array, *, share: int, together: bool, interpret: bool) -> list[Array]:
+@functools.partial(jax.jit, static_argnames=("share", "together", "rounded", "interpret"))
+def _attend(
+    queries: Array, words: Array, place: Array, *, share: int, together: bool, rounded: bool, interpret: bool
+) -> list[Array]:
     """The same of queries [N, H, C] over rows `place` [N, K] of words [R, parts, 128], mostly of `share` or fewer."""
     at_once = next((rows for rows in ROWS if share <= rows), ROWS[-1])
     (count, heads, size), parts = queries.shape, words.shape[1]
@@ -112,6 +122,7 @@ def _attend(queries: Array, words: Array, place: Array, *, share: int, together:
     chunks = quotient(last + at_once - 1, at_once)
     seen = jnp.repeat(place >= 0, parts, axis=1).astype(jnp.float32)
     shapes: list[tuple[int, ...]] = [(heads, size + STATISTICS)] if together else [(heads,), (heads,), (heads, size)]
+    dtypes = [*[jnp.float32] * (len(shapes) - 1), queries.dtype if rounded else jnp.float32]
 
     def along(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((block, *shape), lambda i, _: (i, *(0 for _ in shape)))
@@ -135,7 +146,7 @@ def _attend(queries: Array, words: Array, place: Array, *, share: int, together:
                 pltpu.SemaphoreType.DMA((2, slots // at_once)),
             ],
         ),
-        out_shape=[jax.ShapeDtypeStruct((total, *shape), jnp.float32) for shape in shapes],
+        out_shape=[jax.ShapeDtypeStruct((total, *x), dtype) for x, dtype in zip(shapes, dtypes, strict=True)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_BYTES, disable_bounds_checks=True
         ),
@@ -255,7 +266,7 @@ def _kernel(
             return carry
         out[0][pl.ds(query, 1), :] = across(largest)
         out[1][pl.ds(query, 1), :] = across(amount)
-        out[2][query] = jnp.concatenate(halves, axis=1)
+        out[2][query] = jnp.concatenate(halves, axis=1).astype(out[2].dtype)
         return carry
 
     def ask_first(chunk: Any, carry: None) -> None:

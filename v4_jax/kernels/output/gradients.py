@@ -49,7 +49,8 @@ def gradients(
         operands += [x.reshape(tokens, heads) for x in (some.maximum, some.total)]
         operands.append(some.weighted.reshape(tokens, heads, channels))
         specs += [by_token(heads), by_token(heads), by_token(heads, channels)]
-        out += [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((tokens, heads), (tokens, heads, channels))]
+        out.append(jax.ShapeDtypeStruct((tokens, heads), jnp.float32))
+        out.append(jax.ShapeDtypeStruct((tokens, heads, channels), some.weighted.dtype))
         out_specs += [by_token(heads), by_token(heads, channels)]
     operands += [sink[None], *(part.reshape(tokens, -1) for part in turn), gradient.reshape(tokens, width)]
     specs += [pl.BlockSpec((1, heads), lambda i: (0, 0)), *[by_token(turn.channels)] * 2, by_token(width)]
@@ -102,8 +103,8 @@ def _kernel(*refs: Any) -> None:
         rows = turned(rows.reshape(tokens, some, channels), cos[...], sin[...])
         along = jnp.zeros((tokens, some), jnp.float32)
         for sums, factor, of_weighted in zip(weighted, factors, found[1::2], strict=True):
-            along += jnp.sum(rows * sums[:, own, :], axis=-1) * factor[:, own]
-            of_weighted[:, own, :] = rows * factor[:, own][:, :, None]
+            along += jnp.sum(rows * sums[:, own, :].astype(jnp.float32), axis=-1) * factor[:, own]
+            of_weighted[:, own, :] = (rows * factor[:, own][:, :, None]).astype(of_weighted.dtype)
         of_sinks[:, own] = along
     of_denominator = -of_sinks[...] / denominator
     for share, of_total in zip(shares, found[::2], strict=True):

@@ -90,7 +90,7 @@ def merge(layer: Any, *refs: Any, packed: list[bool]) -> None:
         count = min(HEADS, heads - start)
         own = slice(start, start + count)
         terms = (
-            weighted[:, own, :channels] * (share / denominator)[:, own]
+            weighted[:, own, :channels].astype(jnp.float32) * (share / denominator)[:, own]
             for (_, _, weighted), share in zip(parts, shares, strict=True)
         )
         rows = functools.reduce(jnp.add, terms).astype(out.dtype).astype(jnp.float32)

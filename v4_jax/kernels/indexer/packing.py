@@ -1,0 +1,119 @@
+"""Chosen entries' numbers, packed together by products with zeros and ones, which are exact in bfloat16."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from v4_jax.kernels.indexer.cut import LANES, SUBLANES, Cut, entry_numbers, rank_of
+
+SLOTS = 512  # places that are packed at once
+ROOM = 16  # rows of the table beside the entries, for digits
+
+
+def pack(
+    t: Any,
+    ranks: Any,
+    thresholds: Any,
+    limits: Any,
+    wanted: Any,
+    start: Any,
+    numbers: Any,
+    values: Any,
+    top: int,
+    cut: Cut,
+) -> None:
+    """Writes the numbers, and the scores, of what query t keeps.
+
+    Entries form a table: row 8 * chunk + sublane, column the lane within the chunk. The j-th place takes an entry of
+    the column in which the count of kept entries passes j, and of that column's kept entries the right one.
+    """
+    depth, breadth = SUBLANES * cut.chunks, cut.chunk
+    threshold, limit = (_repeat(x[t], breadth) for x in (thresholds, limits))
+    chunks = [ranks[t, :, c * breadth : (c + 1) * breadth] for c in range(cut.chunks)]
+    number = entry_numbers(breadth, cut)
+    kept = []
+    for c, rank in enumerate(chunks):
+        tied = (rank == threshold) & (number + (start + c * cut.group) * cut.keys < limit)
+        kept.append(((rank > threshold) | tied).astype(jnp.float32))
+    heights = functools.reduce(jnp.add, kept)
+    heights = jnp.sum(heights, axis=0, keepdims=True)  # [1, breadth]
+    before = _before(heights)
+
+    lane = jax.lax.broadcasted_iota(jnp.int32, (1, breadth), 1).astype(jnp.float32)
+    digits = [part for x in (lane, before) for part in (x - 256 * jnp.floor(x / 256), jnp.floor(x / 256))]
+    table = jnp.concatenate([*kept, *digits, jnp.zeros((ROOM - len(digits), breadth), jnp.float32)], axis=0)
+    table = table.astype(jnp.bfloat16)
+    width = depth + ROOM
+    line = jax.lax.broadcasted_iota(jnp.int32, (width, width), 0)
+    up_to = _ones((line <= jax.lax.broadcasted_iota(jnp.int32, (width, width), 1)) & (line < depth))
+
+    slots = numbers.shape[1]
+    size = next(size for size in (SLOTS, 2 * LANES, LANES) if slots % size == 0)
+    row = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, width), 0)
+    column = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, width), 1)
+    # Row 0 adds up the table's rows; rows 1 and 2 read the digits of the lane.
+    read = ((row == 0) & (column < depth)) | ((row > 0) & (row < 3) & (column == depth + row - 1))
+    read = _ones(read)
+    k = jnp.minimum(_repeat(wanted[t], size), top)[:1]
+
+    for place in range(0, slots, size):
+        j = place + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0).astype(jnp.float32)
+        own = _ones((before <= j) & (j < before + heights))  # [size, breadth]
+        found = _contract(own, table)  # [size, width] the column that each place's entry is in
+        rank = j - (found[:, depth + 2 : depth + 3] + 256 * found[:, depth + 3 : depth + 4])
+        up_to_row = jnp.dot(found.astype(jnp.bfloat16), up_to, preferred_element_type=jnp.float32)
+        passed = (up_to_row <= rank).astype(jnp.float32)
+        in_table = jax.lax.broadcasted_iota(jnp.int32, (size, width), 1) < depth
+        place_of = _contract(read, jnp.where(in_table, passed, found).astype(jnp.bfloat16)).astype(jnp.int32)
+        line, lane_of = place_of[:1], place_of[1:2] + 256 * place_of[2:3]
+        step = start + (line >> 3) * cut.group + (lane_of >> cut.shift)
+        number = (SUBLANES * step + (line & 7)) * cut.columns + (lane_of & (cut.columns - 1))
+        here = jax.lax.broadcasted_iota(jnp.int32, (1, size), 1) + place < k
+        numbers[pl.ds(t, 1), place : place + size] = jnp.where(here, number, -1)
+        if values is None:
+            continue
+        mine = in_table & (up_to_row > rank) & (up_to_row - found <= rank)
+        rank = jnp.zeros((1, size), jnp.int32)
+        for shift in range(0, 32, 8):
+            part = jnp.concatenate([((x >> shift) & 255).astype(jnp.float32) for x in chunks], axis=0)
+            part = jnp.concatenate([part, jnp.zeros((ROOM, breadth), jnp.float32)], axis=0).astype(jnp.bfloat16)
+            byte = jnp.where(mine, _contract(own, part), 0.0).astype(jnp.bfloat16)
+            rank |= _contract(read, byte)[:1].astype(jnp.int32) << shift
+        score = pltpu.bitcast(rank_of(rank), jnp.float32)
+        values[pl.ds(t, 1), place : place + size] = jnp.where(here, score, -jnp.inf)
+
+
+def _repeat(register: Array, count: int) -> Array:
+    """[8, 128], the same in all lanes, to [8, count]."""
+    return jnp.concatenate([register] * (count // LANES), axis=1)
+
+
+def _ones(mask: Array) -> Array:
+    """1 and 0 for a mask, in bfloat16."""
+    return mask.astype(jnp.float32).astype(jnp.bfloat16)
+
+
+def _contract(a: Array, b: Array) -> Array:
+    """a [M, K] times b [N, K] in bfloat16: [M, N] float32."""
+    return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _before(heights: Array) -> Array:
+    """Sums [1, N] of all heights [1, N] before each; heights are whole numbers up to 256."""
+    shape = (LANES, LANES)
+    line, column = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    up_to = _ones(line <= column)
+    carry, sums = jnp.zeros((SUBLANES, 1), jnp.float32), []
+    for i in range(0, heights.shape[1], LANES):
+        own = jnp.broadcast_to(heights[:, i : i + LANES], (SUBLANES, LANES))
+        total = jnp.dot(own.astype(jnp.bfloat16), up_to, preferred_element_type=jnp.float32) + carry
+        sums.append(total - own)
+        carry = total[:, LANES - 1 :]
+    return jnp.concatenate(sums, axis=1)[:1]

@@ -1,0 +1,149 @@
+"""The k-th best score of each query, found without a sort.
+
+An interval of ranks, integers that order as scores do, is narrowed by counts of how many lie above. The narrowing
+begins on the maxima of groups of up to 16 entries: k of the maxima, and so k scores, reach the k-th best maximum, and
+little more than k.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+
+from v4_jax.kernels.indexer.cut import LANES, LEAST, SUBLANES, Cut, entry_numbers
+from v4_jax.kernels.turns import about
+
+ROUNDS = 12  # of a search for a threshold: 4 to 19 with scores of several shapes, 8,192 to 262,144 of them
+TIED = 2**31 - 1  # beyond every entry
+
+
+def threshold(
+    ranks: Any, maxima: Any, visible: Array, top: int, start: Any, used: Any, cut: Cut
+) -> tuple[Array, Array]:
+    """Each query's k-th best rank, and the first entry from which on equal ones are left out.
+
+    All are [Q, 8, 128] int32, the same everywhere in a query's register.
+    """
+    zero = jnp.zeros(visible.shape, jnp.int32)
+
+    def count(reached: Any) -> Array:
+        """How many ranks fulfil `reached`, which maps ranks [Q, 8, 128] and where they begin."""
+
+        def chunk(c: Any, counts: Array) -> Array:
+            for i in range(0, cut.chunk, LANES):
+                lanes = pl.multiple_of(c * cut.chunk, LANES) + i
+                counts += reached(ranks[:, :, pl.ds(lanes, LANES)], lanes).astype(jnp.int32)
+            return counts
+
+        with about(cut.chunks):
+            return _total(jax.lax.fori_loop(0, used, chunk, zero))
+
+    def count_maxima(rank: Array) -> Array:
+        counts = zero
+        for i in range(0, cut.chunk, LANES):
+            counts += (maxima[:, :, i : i + LANES] >= rank).astype(jnp.int32)
+        return _total(counts)
+
+    def count_ranks(rank: Array) -> Array:
+        return count(lambda x, _: x >= rank)
+
+    most = maxima[:, :, :LANES]
+    for i in range(LANES, cut.chunk, LANES):
+        most = jnp.maximum(most, maxima[:, :, i : i + LANES])
+    most = jnp.max(jnp.max(most, axis=1, keepdims=True), axis=2, keepdims=True)
+    most = jnp.broadcast_to(most, visible.shape)
+    all_kept = visible <= top  # whatever is visible
+    k = jnp.full(visible.shape, top, jnp.int32)
+    lowest = jnp.where(all_kept, LEAST + 1, LEAST)
+    highest = jnp.where(all_kept, LEAST + 1, most)
+    groups = jnp.where(all_kept, k, SUBLANES * cut.chunk)
+    lowest = _narrow(count_maxima, k, lowest, highest, groups, slack=top // 8)[0]
+    above = jnp.where(all_kept, k, count_ranks(lowest))
+    lowest, reach, beyond = _narrow(count_ranks, k, lowest, highest, above, slack=0)
+
+    # More reach the threshold than are wanted: it is the score of several, of which the first ones are kept.
+    lacking = k - beyond
+    low, high = zero, jnp.where(reach > k, cut.steps * cut.keys, 0)
+
+    def halve(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = state
+        middle = (low + high) >> 1
+
+        def before(x: Array, lanes: Any) -> Array:
+            ahead = (start + (lanes >> cut.shift)) * cut.keys + (lanes & (cut.columns - 1))
+            number = entry_numbers(LANES, cut) + ahead
+            return (x == lowest) & (number < middle)
+
+        enough = count(before) >= lacking
+        searched = low < high
+        return jnp.where(searched & ~enough, middle + 1, low), jnp.where(searched & enough, middle, high)
+
+    with about(0):  # equal scores are rare
+        limit = jax.lax.while_loop(lambda state: _any(state[0] < state[1]), halve, (low, high))[0]
+    return lowest, jnp.where(reach > k, limit, TIED)
+
+
+def _narrow(
+    count: Any, k: Array, lowest: Array, highest: Array, reach: Array, slack: int
+) -> tuple[Array, Array, Array]:
+    """The largest rank in an interval that at least k of what is counted reach; any where at most `slack` more do.
+
+    Halves the interval and guesses by the counts in turn: guesses are quick where scores are spread evenly, which the
+    best ones nearly are, and halving bounds the number of rounds.
+
+    Args:
+      count: maps ranks to how many reach each.
+      k: how many are wanted.
+      lowest: a rank that at least k reach.
+      highest: less than k reach more.
+      reach: how many reach `lowest`.
+      slack: see above.
+
+    Returns:
+      The rank, how many reach it, and, where the interval has closed, how many exceed it.
+    """
+
+    def open_(lowest: Array, highest: Array, reach: Array) -> Array:
+        return (lowest < highest) & (reach > k + slack)
+
+    def cond(state: Any) -> Array:
+        return _any(open_(*state[1:4]))
+
+    def body(state: Any) -> Any:
+        guess, lowest, highest, reach, beyond = state
+        width = highest - lowest  # negative where it overflows
+        share = (reach - k).astype(jnp.float32) + 0.5
+        share = share / jnp.maximum(reach - beyond, 1).astype(jnp.float32)
+        ahead = (share * (0.5 * width.astype(jnp.float32))).astype(jnp.int32) * 2
+        guessed = lowest + jnp.clip(ahead, 1, jnp.maximum(width, 1))
+        middle = (lowest >> 1) + (highest >> 1) + ((lowest | highest) & 1)
+        middle = jnp.where((guess > 0) & (width > 0), guessed, middle)
+        found = count(middle)
+        searched = open_(lowest, highest, reach)
+        up, down = searched & (found >= k), searched & (found < k)
+        return (
+            1 - guess,
+            jnp.where(up, middle, lowest),
+            jnp.where(down, middle - 1, highest),
+            jnp.where(up, found, reach),
+            jnp.where(down, found, beyond),
+        )
+
+    state = (jnp.int32(0), lowest, highest, reach, jnp.zeros(k.shape, jnp.int32))
+    with about(ROUNDS):
+        _, lowest, _, reach, beyond = jax.lax.while_loop(cond, body, state)
+    return lowest, reach, beyond
+
+
+def _total(counts: Array) -> Array:
+    """Sums [Q, 8, 128] int32 over each query's register, everywhere in it; sums are below 2^24."""
+    total = jnp.sum(counts.astype(jnp.float32), axis=1, keepdims=True)
+    return jnp.broadcast_to(jnp.sum(total, axis=2, keepdims=True), counts.shape).astype(jnp.int32)
+
+
+def _any(mask: Array) -> Array:
+    return jnp.max(mask.astype(jnp.float32)) > 0
