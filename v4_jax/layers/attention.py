@@ -181,7 +181,7 @@ class Attention(Module):
             if at_once:
                 window = attend_window(queries, x.keys, x.oldest, entries, x.visible, picked=picked)
             elif x.keys is not None:
-                window = attend_window(queries, x.keys, x.oldest)
+                window = attend_window(queries, x.keys, x.oldest, cached=cache is not None)
             else:
                 assert ring is not None
                 window, stored = attend_ring(queries, keys, ring, layout, past)

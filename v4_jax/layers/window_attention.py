@@ -33,6 +33,7 @@ def attend_window(
     visible: Visible | None = None,
     together: bool = False,
     picked: Array | None = None,
+    cached: bool = False,
 ) -> Partial | Packed:
     """Attention of a block of queries over its window, or visible entries, or both.
 
@@ -45,10 +46,12 @@ def attend_window(
       together: whether to return one `Packed` softmax, to be handed to other devices.
       picked: [B, Q, K] int32 those of the entries that are attended, -1 for none, where `attends_in_training`. None:
         all that are visible.
+      cached: whether the window's keys are a cache's, so that there are no gradients.
     """
     scope = "window" if entries is None else "hca" if picked is None else "csa"
     with jax.named_scope("attention." + scope):
-        return choose.window_attention(attend_in_parts, queries, keys, oldest, entries, visible, together, picked)
+        operands = (queries, keys, oldest, entries, visible)
+        return choose.window_attention(attend_in_parts, *operands, together, picked, cached)
 
 
 def attend_in_parts(
@@ -99,7 +102,7 @@ def step_in_parts(
     """The same with the window read in order."""
     before, rows = ring.advance(keys, layout, past, UNSPLIT)
     seen = jnp.concatenate([before(), keys], axis=1)
-    return attend_window(queries, seen, layout.first + past), rows
+    return attend_window(queries, seen, layout.first + past, cached=True), rows
 
 
 def attention_output(partials: Sequence[Partial | Packed], sink: Array, turn: Turn, dtype: Any) -> Array:

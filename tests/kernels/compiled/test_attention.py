@@ -94,7 +94,7 @@ def test_window_attention(build, rows, queries, heads, past, entries, dtype):
     def run(queries, keys, stack, layer, low, high):
         held = Entries(stack, layer, dtype) if entries else None
         visible = Visible(low, high, jnp.min(low), jnp.max(high)) if entries else None
-        return attend_window(queries, keys, None if keys is None else low, held, visible)
+        return attend_window(queries, keys, None if keys is None else low, held, visible, cached=True)
 
     arguments = (shape(dtype, rows, queries, heads, size), keys, stack, shape(jnp.int32), by_query, by_query)
     compiled = build(run, *arguments)

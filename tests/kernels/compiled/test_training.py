@@ -55,7 +55,7 @@ def test_gradients_of_window_attention(build, queries, heads, entries, picks):
         shape(jnp.int32, 1, queries),
         shape(jnp.int32, 1, queries),
         shape(jnp.int32, 1, queries, picks) if picks else None,
-        (by_head, by_head, shape(jnp.float32, 1, queries, heads, size)),
+        (by_head, by_head, shape(jnp.bfloat16, 1, queries, heads, size)),
     )
     compiled = build(run, *arguments)
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == (3 if picks else 2)
@@ -124,7 +124,7 @@ def test_gradients_of_picked_entries(build, queries, heads, entries, picks):
         shape(jnp.bfloat16, 1, queries, heads, size),
         shape(jnp.bfloat16, 1, entries, size),
         shape(jnp.int32, 1, queries, picks),
-        (by_head, by_head, shape(jnp.float32, 1, queries, heads, size)),
+        (by_head, by_head, shape(jnp.bfloat16, 1, queries, heads, size)),
     )
     compiled = build(run, *arguments)
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 4  # two, words, and sums of both halves
@@ -182,7 +182,7 @@ def test_gradients_of_the_end_of_attention(build, tokens, heads, partials):
         out, pull = jax.vjp(call, partials, sink)
         return out, pull(gradient)
 
-    by_head, sums = shape(jnp.float32, 1, tokens, heads), shape(jnp.float32, 1, tokens, heads, size)
+    by_head, sums = shape(jnp.float32, 1, tokens, heads), shape(jnp.bfloat16, 1, tokens, heads, size)
     turned = shape(jnp.float32, 1, tokens, 64)
     given = [Partial(by_head, by_head, sums)] * partials
     gradient = shape(jnp.bfloat16, 1, tokens, heads * size)

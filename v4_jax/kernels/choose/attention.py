@@ -63,12 +63,13 @@ def window_attention(
     visible: Visible | None,
     together: bool = False,
     picked: Array | None = None,
+    cached: bool = False,
 ) -> Partial | Packed:
     """See `attention.tpu.window_attention` for all arguments but the first and the last.
 
     Args:
-      plain: the same, in whose place the kernel runs in programs for TPUs. It has gradients where entries live in no
-        cache, and those that are asked for beyond are the plain form's.
+      plain: the same, in whose place the kernel runs in programs for TPUs. It has gradients where keys and entries live
+        in no cache, and those that are asked for beyond are the plain form's.
       queries: [B, Q, H, C].
       keys: of the window.
       oldest: where each query's window may begin.
@@ -77,8 +78,9 @@ def window_attention(
       together: whether to return one `Packed` softmax.
       picked: [B, Q, K] int32 those of the entries that are attended, -1 for none, where `attends_in_training`. None:
         all that are visible.
+      cached: whether the window's keys live in a cache.
     """
-    if picked is not None or (attends_in_training(queries, keys, entries) and not together):
+    if picked is not None or (attends_in_training(queries, keys, entries) and not together and not cached):
         operands = (queries, keys, oldest, entries, visible, picked)
         return by_platform(*operands, default=_rounded(plain), tpu=_attend_in_training)
     if not attention_tpu.supports(queries):
