@@ -62,6 +62,8 @@ class Entries(struct.PyTreeNode):
       axes: mesh axes over which the entries are spread.
       table: [B, pages] int32 which page of the rows each page of a row is; -1 for none.
       page: entries of a page, on this device.
+      parts: of how many devices the rows hold the entries, one device's after another's; 1 holds them in order.
+      each: int32 places of such a part.
     """
 
     rows: StoredRows
@@ -70,6 +72,8 @@ class Entries(struct.PyTreeNode):
     axes: Axes = struct.field(pytree_node=False, default=())
     table: Array | None = None
     page: int = struct.field(pytree_node=False, default=0)
+    parts: int = struct.field(pytree_node=False, default=1)
+    each: Array | None = None
 
     @classmethod
     def uncached(cls, entries: Array) -> Entries:
@@ -108,7 +112,10 @@ class Entries(struct.PyTreeNode):
           local: int32 local numbers; the place of one out of range, or without a page, is the one after the last.
         """
         if self.table is None:
-            return rows, jnp.where((local < 0) | (local >= self.count), self.count, local)
+            place = local
+            if self.each is not None:
+                place = remainder(local, self.parts) * self.each + quotient(local, self.parts)
+            return rows, jnp.where((local < 0) | (local >= self.count), self.count, place)
         page = self.table[rows, jnp.clip(quotient(local, self.page), 0, self.table.shape[1] - 1)]
         real = (page >= 0) & (local >= 0) & (local < self.count)
         return 0, jnp.where(real, page * self.page + remainder(local, self.page), self.rows.shape[2])
@@ -131,6 +138,8 @@ class Entries(struct.PyTreeNode):
     def all_gather(self, limit: Array, everywhere: Axes) -> Entries:
         """The layer's entries of all devices on each, in stored form; numbers are then local numbers.
 
+        Those that are read one by one stay as they come, a device's after another's: to mix them is to copy all.
+
         Args:
           limit: int32 entries that any row of this device needs.
           everywhere: mesh axes whose devices must agree on how much to send.
@@ -144,11 +153,13 @@ class Entries(struct.PyTreeNode):
         sizes = sorted({-(-self.count // (parts * unit)) * unit for parts in (16, 4, 1)})
 
         own = self._alone() if self.table is None else self
+        mixed = self.rows.kind != "words"
 
         def gathered(count: int) -> Callable[[tuple[Array, ...]], tuple[Array, ...]]:
             def gather(array: Array) -> Array:
                 cut = own._cut(array, 0, count)
-                rows = jax.lax.all_gather(cut, self.axes, axis=2)  # numbers rise along devices, then along local ones
+                # Mixed, numbers rise along devices, then along local ones.
+                rows = jax.lax.all_gather(cut, self.axes, axis=2 if mixed else 1)
                 rows = rows.reshape(1, cut.shape[0], count * devices, *cut.shape[2:])
                 return jnp.pad(rows, [(0, 0)] * 2 + [(0, (self.count - count) * devices)] + [(0, 0)] * (cut.ndim - 2))
 
@@ -157,7 +168,8 @@ class Entries(struct.PyTreeNode):
         limit = collectives.pmax(limit, everywhere)
         enough = sum((limit > count * devices).astype(jnp.int32) for count in sizes[:-1])
         arrays = jax.lax.switch(enough, [gathered(count) for count in sizes], own.rows.arrays)
-        return Entries(self.rows.replace(arrays=arrays), 0, self.dtype)
+        found = Entries(self.rows.replace(arrays=arrays), 0, self.dtype)
+        return found if mixed else found.replace(parts=devices, each=jnp.asarray(sizes, jnp.int32)[enough])
 
     def _alone(self) -> Entries:
         """The layer's entries, without those of other layers; of entries that have no pages.
@@ -172,6 +184,9 @@ class Entries(struct.PyTreeNode):
 
         `first + size` must not exceed `count`; where there are pages, both are multiples of `page`.
         """
+        if self.each is not None:
+            local = first + jnp.arange(size, dtype=jnp.int32)
+            return self.gather(jnp.broadcast_to(local, (self.rows.shape[1], 1, size)))[:, 0]
         return self.rows.decode(tuple(self._cut(array, first, size) for array in self.rows.arrays), self.dtype)
 
     def _cut(self, array: Array, first: Any, size: int) -> Array:
