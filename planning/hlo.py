@@ -365,6 +365,7 @@ class Program:
 
 # ---- text ------------------------------------------------------------------------------------------------------------
 
+_END = re.compile(r"\}(, execution_thread=.*)?\s*$")
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 
 
@@ -374,11 +375,13 @@ def _blocks(text: str) -> Iterator[tuple[str, bool, list[str]]]:
     for line in text.splitlines():
         if not line.startswith(" ") and (header := _HEADER.match(line)):
             name, is_entry, lines = header[2], bool(header[1]), []
-        elif line.startswith("}") and name:
+        elif name and _END.match(line):
             yield name, is_entry, lines
             name = ""
-        elif name and " = " in line:
+        elif name and line.startswith(" ") and " = " in line:
             lines.append(line.strip())
+        elif name and lines and not line.startswith(" "):  # the compiler breaks some kernels' estimates into lines
+            lines[-1] += line
 
 
 def _instruction(line: str) -> Instruction:

@@ -233,5 +233,5 @@ def _scaled(source: Shape, cut: Shape) -> int:
 
 def _estimate(instruction: Instruction, name: str) -> float | None:
     """A number from a Pallas kernel's `CostEstimate`."""
-    found = re.search(rf'"cost_estimate":\{{[^}}]*"{name}":"?(\d+)', instruction.attributes)
+    found = re.search(rf'"cost_estimate": *\{{[^}}]*"{name}":"?(\d+)', instruction.attributes)
     return float(found[1]) if found else None

@@ -81,14 +81,28 @@ ENTRY %main () -> f32[1024] {
     assert costs(Program(text.replace("AllocateBuffer", "Other")))
 
 
-def test_a_kernel_counts_as_it_says():
-    text = """HloModule m
-
-ENTRY %main (x: f32[1024]) -> f32[1024] {
-  %x = f32[1024]{0:T(1024)} parameter(0)
-  ROOT %kernel = f32[1024]{0:T(1024)} custom-call(%x), custom_call_target="tpu_custom_call", \
-backend_config={"custom_call_config":{"cost_estimate":{"flops":"77","transcendentals":"0","bytes_accessed":"99"}}}
+ESTIMATES = {
+    "in one line": '{"flops":"77","transcendentals":"0","bytes_accessed":"99"}}}',
+    "in several": """ {
+"bytes_accessed":99,
+"flops":77,
+"transcendentals":0
+}, "serialization_format": 1}}""",  # as the compiler has it within a fusion
 }
+
+
+@pytest.mark.parametrize("estimate", ESTIMATES.values(), ids=ESTIMATES)
+def test_a_kernel_counts_as_it_says(estimate):
+    text = f"""HloModule m
+
+ENTRY %main (x: f32[1024]) -> f32[1024] {{
+  %x = f32[1024]{{0:T(1024)}} parameter(0)
+  %kernel = f32[1024]{{0:T(1024)}} custom-call(%x), custom_call_target="tpu_custom_call", \
+backend_config={{"custom_call_config":{{"cost_estimate":{estimate}
+  ROOT %same = f32[1024]{{0:T(1024)}} bitcast(%kernel)
+}}
 """
-    (cost,) = costs(Program(text))
+    program = Program(text)
+    (cost,) = costs(program)
     assert (cost.flops, cost.nbytes) == (77, 99)
+    assert program.computations["main"].root == "same"
