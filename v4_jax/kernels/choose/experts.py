@@ -45,8 +45,9 @@ def map_groups(
     """See `grouped_matmul.groups.map_groups` for all arguments but the kernel.
 
     Args:
-      kernel: maps (rows, weights, sizes, layer) to the same result, by `grouped_matmul.tpu`; takes the place of the
-        loop over groups in programs for TPUs, except where gradients are asked for. None where there is none.
+      kernel: maps (rows, weights, sizes, layer) to the same result by `grouped_matmul.tpu`, but for rows of no group,
+        which may come out as anything; takes the place of the loop over groups in programs for TPUs, except where
+        gradients are asked for. None where there is none.
     """
 
     def plain(rows: Any, weights: Any, sizes: Array, layer: Any) -> Array:

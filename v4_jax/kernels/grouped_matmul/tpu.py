@@ -41,7 +41,7 @@ def grouped_matmul(rows: Array, weight: Weight, sizes: Array, *, layer: Any = No
       rows: [M, K] bfloat16, sorted by group.
       weight: [G, N, K], or [L, G, N, K] when `layer` is given: bfloat16, or block-scaled E2M1 or E4M3. N and K are
         multiples of 128.
-      sizes: [G] int32 rows of each group; their sum is at most M, and rows beyond it come out as zeros.
+      sizes: [G] int32 rows of each group; their sum is at most M, and rows beyond it come out as anything.
       layer: int32 scalar, which layer of stacked weights to read; the others are not touched.
       interpret: run as plain JAX on any backend, for tests.
 
@@ -76,7 +76,7 @@ def grouped_matmul(rows: Array, weight: Weight, sizes: Array, *, layer: Any = No
 
         return pl.BlockSpec((None, None, *tile.shape), place)
 
-    out = pl.pallas_call(
+    return pl.pallas_call(
         functools.partial(_kernel, form=form, keeps=kept is not None),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
@@ -96,7 +96,6 @@ def grouped_matmul(rows: Array, weight: Weight, sizes: Array, *, layer: Any = No
         interpret=interpret,
         name="grouped_matmul",
     )(*scalars, rows, *operands)
-    return jnp.where(jnp.arange(count)[:, None] < jnp.sum(sizes), out, 0)
 
 
 class _Visits(NamedTuple):
