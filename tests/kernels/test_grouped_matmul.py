@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +14,11 @@ from v4_jax.kernels.grouped_matmul import reference
 from v4_jax.kernels.grouped_matmul.groups import map_groups
 from v4_jax.kernels.grouped_matmul.tpu import grouped_matmul
 from v4_jax.kernels.stored_weights import E5M2_RANGE, supports
+from v4_jax.layers.expert_parallelism import _sorted_experts
 from v4_jax.layers.experts import Experts, expert_ffn
 from v4_jax.layers.linear import linear
 from v4_jax.number_formats import E2M1, E4M3, E8M0, FP4_BLOCK, BlockScaled, dequantise, quantise
+from v4_jax.sharding.platform import interpreted
 
 FORMATS = {"e2m1": E2M1, "e4m3": E4M3, "bfloat16": None}
 SIZES = {  # tiles are of 128 rows
@@ -172,6 +176,21 @@ def test_experts_as_in_the_loop_over_groups(form):
     used = int(sum(sizes))
     found = expert_ffn(rows[0], experts, rows[1], 10.0, jnp.bfloat16, products)[:used]
     expected = map_groups(one, rows, experts, sizes, width=128)[:used]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2.0**-7 * float(abs(expected).max()))
+
+
+@pytest.mark.parametrize("nobody", [0.4, 1.0])
+def test_rows_of_nobody(nobody):
+    """What the kernel leaves in them reaches no token: choices of no expert here count for nothing."""
+    experts = Experts(*(weights("e2m1", 4, *s, seed=i) for i, s in enumerate([(256, 128), (128, 256), (256, 128)])))
+    rng = np.random.default_rng(0)
+    assigned = jnp.asarray(np.where(rng.random((150, 2)) < nobody, 4, rng.integers(0, 4, (150, 2))), jnp.int32)
+    x, share = rows_of(150, 128) * 0.25, jnp.asarray(rng.random((150, 2)), jnp.float32)
+    call = functools.partial(_sorted_experts, experts=experts, layer=None, count=4, limit=10.0)
+    expected = interpret(call)(x, assigned, share)
+    with interpreted():
+        found = interpret(call)(x, assigned, share)
+    assert not expected[(assigned == 4).all(1)].any() and (assigned == 4).all(1).any()
     np.testing.assert_allclose(found, expected, rtol=0, atol=2.0**-7 * float(abs(expected).max()))
 
 
