@@ -105,6 +105,7 @@ def alone(module: nn.Module) -> Callable[..., Any]:
 
     def call(first: Any, *rest: Any) -> Any:
         own, first = in_turn((variables, first))
-        return unbound.apply(own, first, *rest)
+        with jax.named_scope(str(module.name)):  # as profiles know it
+            return unbound.apply(own, first, *rest)
 
     return call

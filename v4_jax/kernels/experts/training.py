@@ -70,7 +70,7 @@ def forward(
     """
     _check(rows, scale, weights, sizes)
     count, (x, scale) = rows.shape[0], _whole((rows, scale))
-    w1, w3, w2 = _in_bfloat16(weights)
+    w1, w3, w2 = (weight.astype(x.dtype) for weight in weights)
     run = _Run(sizes, x.shape[0], interpret)
     (hidden,) = run.by_rows(
         "experts_hidden",
@@ -110,7 +110,7 @@ def gradients(
     """
     _check(rows, scale, weights, sizes)
     count, (x, scale, of_out) = rows.shape[0], _whole((rows, scale, gradient))
-    w1, w3, w2 = _in_bfloat16(weights)
+    w1, w3, w2 = (weight.astype(x.dtype) for weight in weights)
     run = _Run(sizes, x.shape[0], interpret)
     hidden, of_gate, of_up, of_scale = run.by_rows(
         "experts_activations",
@@ -149,11 +149,6 @@ def _whole(arrays: Sequence[Array]) -> list[Array]:
     """The arrays with rows in multiples of the lanes, in which `scale` comes."""
     padding = -arrays[0].shape[0] % LANES
     return [jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)) if padding else x for x in arrays]
-
-
-def _in_bfloat16(weights: Sequence[Array]) -> list[Array]:
-    """The weights rounded, behind a barrier: or the compiler rounds those of all layers ahead, and keeps them."""
-    return [weight.astype(jnp.bfloat16) for weight in jax.lax.optimization_barrier(list(weights))]
 
 
 def _activation(gate: Array, up: Array, limit: float) -> Array:
