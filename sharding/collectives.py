@@ -6,6 +6,8 @@ Everything here runs inside `jax.shard_map`. A tuple of axes counts its devices 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,6 +15,10 @@ import jax.numpy as jnp
 from jax import Array
 
 Axes = tuple[str, ...]
+
+# Devices that join shards at once. Of 64 and more the TPU compiler makes a sum of whole arrays that are zero elsewhere,
+# and of the scattered sum of so many one that all receive: twice the bytes, and the zeros have to be written.
+AT_ONCE = 32
 
 
 def size(axes: Axes) -> int:
@@ -37,14 +43,37 @@ def pmax(x: Array, axes: Axes) -> Array:
 
 def all_gather(x: Array, axes: Axes, dimension: int) -> Array:
     """The devices' shards along `dimension`, joined in order, on every one of them."""
-    return jax.lax.all_gather(x, axes, axis=dimension % x.ndim, tiled=True) if axes else x
+    for some, groups in _steps(axes):
+        x = jax.lax.all_gather(x, some, axis=dimension % x.ndim, tiled=True, axis_index_groups=groups)
+    return x
 
 
 def reduce_scatter(x: Array, axes: Axes, dimension: int) -> Array:
     """Sum over the devices, of which each keeps its own shard along `dimension`."""
+    for some, groups in reversed(list(_steps(axes))):
+        x = jax.lax.psum_scatter(x, some, scatter_dimension=dimension % x.ndim, axis_index_groups=groups, tiled=True)
+    return x
+
+
+def _steps(axes: Axes) -> Iterator[tuple[Axes, list[list[int]] | None]]:
+    """Exchanges of at most so many devices each that together join the shards of all, neighbours first.
+
+    Each is of the devices along some axes, or along one axis in groups.
+    """
     if not axes:
-        return x
-    return jax.lax.psum_scatter(x, axes, scatter_dimension=dimension % x.ndim, tiled=True)
+        return
+    if size(axes) <= AT_ONCE:
+        yield axes, None
+        return
+    for axis in reversed(axes):
+        devices = size((axis,))
+        if devices <= AT_ONCE:
+            yield (axis,), None
+            continue
+        near = max(n for n in range(1, math.isqrt(devices) + 1) if devices % n == 0)
+        number = range(devices)
+        yield (axis,), [list(number[first : first + near]) for first in range(0, devices, near)]
+        yield (axis,), [list(number[first::near]) for first in range(near)]
 
 
 def all_to_all(x: Array, axes: Axes, dimension: int) -> Array:

@@ -29,6 +29,7 @@ from jax.sharding import PartitionSpec as P
 from v4_jax.kernels.choose import newton_schulz_step
 from v4_jax.parameters import Parameter, is_parameter
 from v4_jax.sharding.axes import Rules, ShardingError, resolve
+from v4_jax.sharding.collectives import all_gather
 from v4_jax.sharding.split import Split
 
 # Eight steps that bring the singular values near one, and two that settle them there (section 2.4).
@@ -95,7 +96,8 @@ def newton_schulz(x: Array, dtype: Any = jnp.float32) -> Array:
     def step(y: Array, coefficients: Array) -> tuple[Array, None]:
         return newton_schulz_step(y, coefficients), None
 
-    y, _ = jax.lax.scan(step, y.astype(dtype), jnp.asarray(COEFFICIENTS, jnp.float32))
+    # In pairs: a step cannot write over what it reads, but two may take turns with two buffers, without copies.
+    y, _ = jax.lax.scan(step, y.astype(dtype), jnp.asarray(COEFFICIENTS, jnp.float32), unroll=2)
     return (jnp.swapaxes(y, -1, -2) if tall else y).astype(x.dtype)
 
 
@@ -224,7 +226,7 @@ def _split_over_devices(x: Array, assignment: Assignment, dtype: Any) -> Array:
     x = _batched(x, dtype)
     for axes, dimension in ((assignment.rows, 1), (assignment.columns, 2)):
         x = jax.lax.all_to_all(x, axes, dimension, 0, tiled=True) if axes else x
-    x = jax.lax.all_gather(x, assignment.idle, tiled=True) if assignment.idle else x
+    x = all_gather(x, assignment.idle, 0)
     return x[:count].astype(jnp.float32)
 
 

@@ -159,7 +159,8 @@ class Entries(struct.PyTreeNode):
             def gather(array: Array) -> Array:
                 cut = own._cut(array, 0, count)
                 # Mixed, numbers rise along devices, then along local ones.
-                rows = jax.lax.all_gather(cut, self.axes, axis=2 if mixed else 1)
+                among = 2 if mixed else 1
+                rows = collectives.all_gather(jnp.expand_dims(cut, among), self.axes, among)
                 rows = rows.reshape(1, cut.shape[0], count * devices, *cut.shape[2:])
                 return jnp.pad(rows, [(0, 0)] * 2 + [(0, (self.count - count) * devices)] + [(0, 0)] * (cut.ndim - 2))
 
