@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from v4_jax.commands.shared.jobs import job_of
 from v4_jax.commands.shared.options import Count, JsonFlag, OptionalSize, OptionalText, Text
 from v4_jax.commands.shared.sizes import bytes_text, operations_text
 from v4_jax.config import Config
+from v4_jax.layers.stages import Remat
 from v4_jax.on_mesh import UNIT
 from v4_jax.placement import alternatives, bytes_per_device, check_mesh
 from v4_jax.planning.compile import (
@@ -31,7 +33,7 @@ from v4_jax.sharding.axes import ShardingError
 from v4_jax.sharding.chips import Topology
 from v4_jax.sharding.mesh import abstract_mesh, format_mesh, parse_mesh
 
-MOST = 3  # meshes that are compiled before giving up
+MOST = 3  # meshes that are tried before giving up
 
 
 def plan(
@@ -45,6 +47,8 @@ def plan(
     preset: OptionalText = None,
     chunk: OptionalSize = None,
     dtype: Literal["native", "bfloat16"] = "native",
+    remat: Literal["none", "sublayers", "layers"] | None = None,
+    momentum_dtype: Literal["float32", "bfloat16"] = "float32",
     as_json: JsonFlag = False,
 ) -> int:
     """Compiles the model for TPUs that need not be there: whether it fits, what it costs, and how to split it.
@@ -74,6 +78,9 @@ def plan(
       dtype: native: weights in the released formats, computing with its rounding; bfloat16: both in that. The cache is
         bfloat16 in either case. Training keeps float32 masters and moments and computes in bfloat16; with sft they are
         the adapters' alone, and with dspark the stages'.
+      remat: What training's backward pass computes again. Default: what fits of sublayers, which keeps more and is
+        faster, and layers.
+      momentum_dtype: In which training keeps Muon's momentum.
       as_json: Write the plan as one JSON object.
     """
     jax.config.update("jax_platforms", "cpu")  # only shapes are computed here, also where there are TPUs
@@ -83,11 +90,16 @@ def plan(
     job = job_of(
         whole, task, devices=chips.devices, context=context, batch=batch, chunk=chunk, preset=preset, dtype=dtype
     )
-    workload = Workload.of(job, chips)
+    if not job.trains and (remat is not None or momentum_dtype != "float32"):
+        raise CommandError(f"--remat and --momentum-dtype are for training, not for {task}")
+    workload = dataclasses.replace(Workload.of(job, chips), momentum_dtype=momentum_dtype)
     estimates = _chosen(workload, mesh) if mesh else _best(workload, preset)
+    policies: tuple[Remat, ...] = ("sublayers", "layers") if job.trains else (job.remat,)
+    if remat is not None:
+        policies = (remat,)
     attempts = []
-    for one in estimates[:MOST]:
-        attempts.append(_attempt(one.workload))
+    for one, policy in itertools.product(estimates[:MOST], policies):
+        attempts.append(_attempt(dataclasses.replace(one.workload, remat=policy)))
         if attempts[-1].fits:
             break
     if as_json:

@@ -41,8 +41,9 @@ class Attempt:
 
     @property
     def name(self) -> str:
-        """Mesh and preset."""
-        return f"--mesh {format_mesh(self.workload.mesh)} --preset {self.workload.preset}"
+        """Mesh and preset, and in training what is computed again."""
+        remat = f" --remat {self.workload.remat}" if self.workload.trains else ""
+        return f"--mesh {format_mesh(self.workload.mesh)} --preset {self.workload.preset}{remat}"
 
     def sentence(self) -> str:
         """Whether it fits, by how much, and why not."""
@@ -91,7 +92,7 @@ def as_json(attempts: Sequence[Attempt], estimates: Sequence[Estimate]) -> dict[
         **{key: described[key] for key in ("task", "context", "batch", "chunk", "topology", "dtype")},
         "devices": workload.topology.devices,
         "chip": dataclasses.asdict(workload.topology.chip),
-        "recommended": {"mesh": format_mesh(workload.mesh), "preset": workload.preset} if last.fits else None,
+        "recommended": _choice(workload) if last.fits else None,
         "attempts": [_attempt_json(attempt) for attempt in attempts],
         "estimates": [
             {
@@ -103,9 +104,16 @@ def as_json(attempts: Sequence[Attempt], estimates: Sequence[Estimate]) -> dict[
     }
 
 
+def _choice(workload: Workload) -> dict[str, Any]:
+    """What a plan chooses, by the names of its options."""
+    choice = {"mesh": format_mesh(workload.mesh), "preset": workload.preset}
+    of_training = {"remat": workload.remat, "momentum_dtype": workload.momentum_dtype}
+    return choice | of_training if workload.trains else choice
+
+
 def _attempt_json(attempt: Attempt) -> dict[str, Any]:
     workload, outcome = attempt.workload, attempt.outcome
-    card: dict[str, Any] = {"mesh": format_mesh(workload.mesh), "preset": workload.preset, "fits": attempt.fits}
+    card: dict[str, Any] = {**_choice(workload), "fits": attempt.fits}
     if isinstance(outcome, PlanError):
         sizes = (
             {"required": outcome.required, "available": outcome.available} if isinstance(outcome, OutOfMemory) else {}
@@ -149,6 +157,7 @@ def _title(workload: Workload) -> str:
     if workload.trains:
         beside = {"sft": "adapters", "dspark": "stages"}.get(workload.task)
         formats = f"{formats} and float32 {beside}" if beside else "float32 masters"
+        formats += ", momentum in bfloat16" if workload.momentum_dtype == "bfloat16" else ""
         formats += ", computing in bfloat16"
     call = f"{taken.get(workload.task, 'a step')} of {rows} at {format_size(workload.context)} tokens"
     return f"{workload.task}: {call}, {formats}, on {workload.topology} ({count})"

@@ -15,6 +15,7 @@ from v4_jax.adapters import Adapters
 from v4_jax.cache.cache import CacheDtype, cache_shapes
 from v4_jax.config import Config
 from v4_jax.draft_stages import DraftStages
+from v4_jax.layers.stages import Remat
 from v4_jax.number_formats import BlockScaled, layout, scale_shape
 from v4_jax.outputs import Output
 from v4_jax.parameter_tree import declarations, placements
@@ -23,6 +24,7 @@ from v4_jax.placement import Place
 
 Task = Literal["prefill", "decode", "train", "sft", "dspark"]
 WeightFormat = Literal["native", "bfloat16"]
+MomentumFormat = Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Job:
       preset: the sharding preset.
       dtype: "native": weights in the released formats; "bfloat16": in that. The cache is bfloat16 in either case.
         Training computes in bfloat16, and keeps masters and moments in float32: of an addition, where it trains one.
+      remat: what training's backward pass computes again, see `layers.stages`.
+      momentum_dtype: in which training keeps Muon's momentum.
     """
 
     config: Config
@@ -51,6 +55,8 @@ class Job:
     mesh: dict[str, int]
     preset: str
     dtype: WeightFormat
+    remat: Remat = dataclasses.field(default="sublayers", kw_only=True)
+    momentum_dtype: MomentumFormat = dataclasses.field(default="float32", kw_only=True)
 
     @property
     def cache_dtype(self) -> CacheDtype:
@@ -165,10 +171,11 @@ def training(job: Job, mesh: Any) -> Training:
     if addition is not None:
         base = abstract_params(job.config.trunk() if drafts else job.config, mesh, job.preset, job.dtype)
         declared = addition.declarations(job.config)
-    transform = optimizer(job.config, 2.7e-4, mesh=mesh, rules=job.preset, declared=declared)
+    options: dict[str, Any] = dict(mesh=mesh, rules=job.preset, declared=declared)
+    transform = optimizer(job.config, 2.7e-4, momentum_dtype=jnp.dtype(job.momentum_dtype), **options)
     state = abstract_state(job.config, transform, Place(mesh, job.preset), declared)
     stage = SPARSE if drafts else Stage(dense=False, indexer_loss=True)
-    model = Transformer(job.config, policy=job.policy, mesh=mesh, rules=job.preset, stage=stage, remat="sublayers")
+    model = Transformer(job.config, policy=job.policy, mesh=mesh, rules=job.preset, stage=stage, remat=job.remat)
     objective = DSpark() if drafts else Pretraining()
     step = make_step(model, transform, lambda step: Weights(indexer=1.0), objective, addition=addition)
     return Training(step, transform, state, base)

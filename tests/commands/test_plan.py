@@ -211,6 +211,18 @@ def test_the_best_mesh_is_found(run, compiler):
     assert jobs[0].context == 2**20 and jobs[0].chunk == 1 and not jobs[0].config.num_nextn_predict_layers
 
 
+def test_what_training_keeps_is_chosen_by_bytes(run, compiler):
+    """The most that fits; what was asked for alone, where it was."""
+    jobs = compiler(OutOfMemory("RESOURCE_EXHAUSTED: temporaries", 40e9, 33e9), compiled(), compiled())
+    train = ("plan", "--model", "flash", "--task", "train", "--batch", "8", "--topology", "v5p:2x2x2", "--json")
+    found = json.loads(run(*train, "--momentum-dtype", "bfloat16").out)
+    assert [job.remat for job in jobs] == ["sublayers", "layers"] and jobs[0].mesh == jobs[1].mesh
+    assert {job.momentum_dtype for job in jobs} == {"bfloat16"}
+    assert found["recommended"]["remat"] == "layers" and found["recommended"]["momentum_dtype"] == "bfloat16"
+    found = json.loads(run(*train, "--remat", "none").out)
+    assert jobs[2].remat == "none" and jobs[2].momentum_dtype == "float32" and len(found["attempts"]) == 1
+
+
 def test_the_report_for_people(run, compiler):
     compiler(compiled())
     result = run("plan", "--model", "flash", "--task", "decode", "--topology", "v6e:2x4", "--mesh", "tensor=8")
@@ -251,6 +263,7 @@ def test_what_does_not_fit_ends_with_code_1(run, compiler):
     ("arguments", "said"),
     [
         (("--task", "train", "--chunk", "8"), "training takes whole rows"),
+        (("--task", "decode", "--remat", "layers"), "--remat and --momentum-dtype are for training, not for decode"),
         (("--task", "train", "--mesh", "data=8"), "axis 'batch' of size 1 cannot be split 8 ways over data"),
         (("--topology", "v6e:8"), "has 2 axes, as in v6e:2x2"),
         (("--mesh", "seq=4"), "has 4 places, but v6e:2x4 8 devices; legal meshes of 8 devices are"),
