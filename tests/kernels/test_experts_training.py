@@ -170,3 +170,15 @@ def test_unsupported_is_refused_by_name():
         training.forward(rows, jnp.zeros(4), weights, jnp.array([4, 0]), limit=LIMIT)
     with pytest.raises(ValueError, match="do not fit"):
         training.forward(rows[:, :128], jnp.zeros(4), [jnp.zeros((2, 128, 256))] * 3, jnp.array([4, 0]), limit=LIMIT)
+
+
+def test_weights_are_rounded_as_a_conversion_does():
+    """To the nearest, and to even where two are; of every exponent, and infinity."""
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 2**32, 2**16, dtype=np.uint32)
+    ties = (rng.integers(0, 2**16, 2**14, dtype=np.uint32) << 16) | 0x8000
+    values = np.concatenate([bits, ties, [0x7F800000, 0xFF800000, 0, 0x80000000, 1]]).astype(np.uint32).view(np.float32)
+    values = values[~np.isnan(values)]
+    expected = jnp.asarray(values).astype(jnp.bfloat16)
+    found = training._in_bfloat16(jnp.asarray(values))
+    np.testing.assert_array_equal(np.asarray(found).view(np.uint16), np.asarray(expected).view(np.uint16))
