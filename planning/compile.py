@@ -182,7 +182,7 @@ def examine(
     workload: Workload,
     mesh: Mesh,
     program: JobProgram,
-    in_kernels: dict[kernels.Likeness, int],
+    in_kernels: dict[kernels.Likeness, kernels.Cycles],
     compiled: Any,
     seconds: float,
 ) -> Compiled:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from v4_jax.planning.hlo import KINDS, Call, Expected, Program
 from v4_jax.planning.hlo_collectives import as_collective
 from v4_jax.planning.hlo_costs import cost_of, is_free
-from v4_jax.planning.kernels import Likeness, likeness
+from v4_jax.planning.kernels import Cycles, Likeness, likeness
 from v4_jax.sharding.chips import Chip
 
 COLLECTIVE = 3e-6  # seconds until the first bytes of a collective have gone round: assumed, not the compiler's
@@ -47,7 +47,7 @@ class Estimated(NamedTuple):
     bounded: tuple[str, ...]
 
 
-def estimate(program: Program, kernels: Mapping[Likeness, int], chip: Chip, expected: Expected) -> Estimated:
+def estimate(program: Program, kernels: Mapping[Likeness, Cycles], chip: Chip, expected: Expected) -> Estimated:
     """A compiled program's time.
 
     Args:
@@ -89,11 +89,13 @@ def part_of(op_name: str) -> str:
     return modules[-1] if modules else UNNAMED
 
 
-def _seconds(call: Call, program: Program, kernels: Mapping[Likeness, int], chip: Chip, expected: Expected) -> float:
+def _seconds(call: Call, program: Program, kernels: Mapping[Likeness, Cycles], chip: Chip, expected: Expected) -> float:
     """Of one run of an operation."""
     instruction, (flops, nbytes) = call.instruction, cost_of(call, program, expected)
     if instruction.is_kernel:
-        cycles = kernels.get(likeness(call.computation, instruction), 0) * expected.share(instruction).cycles
+        share = expected.share(instruction)
+        first, later = kernels.get(likeness(call.computation, instruction), (0, 0))
+        cycles = share.cycles * (first * (1 - share.later) + later * share.later)
         return max(cycles / chip.clock, flops / chip.flops, nbytes / chip.hbm_bandwidth)
     written = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
     if written and int(written[1]) < NO_ESTIMATE:

@@ -112,11 +112,11 @@ class OnMean(Expected):
         """Of visits to experts, those that an even load makes."""
         name = kernel.op_name.rsplit("/", 2)[-2:][0]
         rows = kernel.shapes[0].dimensions[0] if kernel.shapes and kernel.shapes[0].dimensions else 0
-        own = self._reaching
+        own, later = self._reaching, 0.0
         if name == "grouped_matmul":
             tile = grouped_tile_rows(rows, max(1, round(self._own)))
             visits = self._hit + own / tile  # each once, and once more for each boundary between tiles of rows
-            turns = visits / DYNAMIC_TURNS
+            turns, later = visits / DYNAMIC_TURNS, 1 - self._hit / visits
         elif name == "experts" and "/experts.ffn/" in kernel.op_name:
             rows *= self.config.num_experts_per_tok
             turns = self._hit  # the estimate has one turn of this loop, whose bounds it finds in no constant
@@ -127,7 +127,7 @@ class OnMean(Expected):
             return Share(visits / DYNAMIC_TURNS, min(1.0, own / rows), min(1.0, visits * SPREAD_ROWS / rows))
         else:
             return Share()
-        return Share(turns, min(1.0, own / rows), min(1.0, self._hit / max(1.0, min(rows, self._own))))
+        return Share(turns, min(1.0, own / rows), min(1.0, self._hit / max(1.0, min(rows, self._own))), later)
 
     def filled(self, exchange: Instruction) -> float:
         """An even load's rows, of all that there is room for."""

@@ -134,11 +134,13 @@ class _Term(NamedTuple):
 
 
 class Share(NamedTuple):
-    """What a Pallas kernel does of what the compiler's estimate and its own `CostEstimate` count."""
+    """What a Pallas kernel does of what the compiler's estimate and its own `CostEstimate` count; and which part of its
+    visits to groups are not the first ones."""
 
     cycles: float = 1.0
     flops: float = 1.0
     nbytes: float = 1.0
+    later: float = 0.0
 
 
 class Expected:

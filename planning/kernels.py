@@ -19,7 +19,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from v4_jax.planning.hlo import Computation, Instruction
-from v4_jax.planning.turns import shortened, with_turns
+from v4_jax.planning.turns import shortened, tells_visits, with_turns
 
 STEPS = (4, 8)  # of a grid that are counted, from which follows what all of them take
 PATIENCE = 120  # seconds for one kernel; the analysis of some has not been seen to end
@@ -49,6 +49,18 @@ _OPTIONS = "--xla_tpu_check_llo_types=false --xla_jf_dump_static_llo_profile_to=
 Likeness = tuple[str, ...]
 
 
+class Cycles(NamedTuple):
+    """What a kernel takes.
+
+    Attributes:
+      first: if all that it visits it visits for the first time.
+      later: if it visits nothing for the first time; the same for kernels to which it is the same.
+    """
+
+    first: int
+    later: int
+
+
 def likeness(computation: Computation, kernel: Instruction) -> Likeness:
     """What two calls of the same kernel have in common.
 
@@ -61,7 +73,7 @@ def likeness(computation: Computation, kernel: Instruction) -> Likeness:
     return (kernel.name.partition(".")[0], *shapes)
 
 
-def cycles(closed: Any, topology: str, mesh: Mesh) -> dict[Likeness, int]:
+def cycles(closed: Any, topology: str, mesh: Mesh) -> dict[Likeness, Cycles]:
     """Cycles of every Pallas kernel that the compiler can estimate.
 
     Args:
@@ -71,12 +83,14 @@ def cycles(closed: Any, topology: str, mesh: Mesh) -> dict[Likeness, int]:
     """
     with tempfile.TemporaryDirectory() as folder:
         for number, equation in enumerate(_distinct(closed.jaxpr)):
-            counted = with_turns(equation)
-            bounds = len(equation.invars) - len(counted.invars)
-            by_steps = {have: (few, whole) for few, have, whole in (shortened(counted, steps) for steps in STEPS)}
-            for have, (few, whole) in by_steps.items():
-                Path(folder, f"{number} {bounds} {have} {whole}.kernel").write_bytes(_exported(few, mesh))
-        found = defaultdict[Likeness, dict[int, tuple[int, int]]](dict)
+            for first in (1, 0) if tells_visits(equation) else (1,):
+                counted = with_turns(equation, first=bool(first))
+                bounds = len(equation.invars) - len(counted.invars)
+                by_steps = {have: (few, whole) for few, have, whole in (shortened(counted, steps) for steps in STEPS)}
+                for have, (few, whole) in by_steps.items():
+                    name = f"{number} {first} {bounds} {have} {whole}.kernel"
+                    Path(folder, name).write_bytes(_exported(few, mesh))
+        found = defaultdict[Likeness, dict[int, dict[int, tuple[int, int]]]](lambda: defaultdict(dict))
         left, before = _left(folder), -1
         while left and left != before:  # after a crash the next process takes the next kernel; one may come to none
             options = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {_OPTIONS}{folder}"
@@ -93,9 +107,9 @@ def cycles(closed: Any, topology: str, mesh: Mesh) -> dict[Likeness, int]:
             for line in Path(folder, "cycles").read_text().splitlines():
                 if line.startswith("{"):
                     one = json.loads(line)
-                    found[tuple(one["likeness"])][one["steps"]] = one["all"], one["cycles"]
+                    found[tuple(one["likeness"])][one["first"]][one["steps"]] = one["all"], one["cycles"]
             left, before = _left(folder), left
-        return {known: _of_all_steps(counted) for known, counted in found.items()}
+        return {known: _of_visits(counted) for known, counted in found.items()}
 
 
 def _left(folder: str) -> int:
@@ -112,6 +126,12 @@ def _watch(process: subprocess.Popen[bytes], folder: str) -> None:
         elif time.monotonic() - since > PATIENCE:
             process.kill()
         time.sleep(0.2)
+
+
+def _of_visits(counted: dict[int, dict[int, tuple[int, int]]]) -> Cycles:
+    """Of a kernel that was counted with and without first visits, or in one way, which then stands for both."""
+    first, later = (_of_all_steps(counted.get(which) or counted[1 - which]) for which in (1, 0))
+    return Cycles(first, later)
 
 
 def _of_all_steps(counted: dict[int, tuple[int, int]]) -> int:
@@ -177,11 +197,12 @@ def main() -> None:
         # Some find less room in VMEM alone than among others; they have been counted by then.
         with jax.sharding.set_mesh(mesh), contextlib.suppress(jax.errors.JaxRuntimeError):
             jax.jit(kernel.call).lower(*shapes).compile()
-        _, bounds, steps, all_steps = map(int, path.stem.split())
+        _, first, bounds, steps, all_steps = map(int, path.stem.split())
         if counted := _profile(Path(folder), kernel.fun_name):
             arrays = map(_as_written, (*kernel.in_avals, *kernel.out_avals))
             known = (kernel.fun_name, *["s32[]"] * bounds, *arrays)
-            print(json.dumps({"likeness": known, "steps": steps, "all": all_steps, "cycles": counted}), flush=True)
+            one = {"likeness": known, "first": first, "steps": steps, "all": all_steps, "cycles": counted}
+            print(json.dumps(one), flush=True)
 
 
 def _as_written(aval: Any) -> str:

@@ -8,17 +8,31 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from v4_jax.kernels.turns import told
+from v4_jax.kernels.turns import told, told_visits
 
 
-def with_turns(equation: Any) -> Any:
+def tells_visits(equation: Any) -> bool:
+    """Whether a Pallas call does other work on a group's first visit than on later ones."""
+
+    def within(jaxpr: Any) -> bool:
+        jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+        return any(told_visits(inner) is not None or any(map(within, _inner(inner))) for inner in jaxpr.eqns)
+
+    return within(equation.params["jaxpr"])
+
+
+def with_turns(equation: Any, *, first: bool = True) -> Any:
     """A Pallas call in which loops and grids that depend on the data have as many turns as `about` says; and what is
     done under a condition is done if it says once, and is not if it says never.
 
     What it computes is another thing: this is for counting alone. Loops of which nothing is said stay as they are.
+
+    Args:
+      equation: the call.
+      first: whether all visits are a group's first, or none is.
     """
     params = dict(equation.params)
-    params["jaxpr"] = _counted(params["jaxpr"])
+    params["jaxpr"] = _counted(params["jaxpr"], first)
     grid, turns = params["grid_mapping"], told(equation)
     known = 0
     if turns is not None:
@@ -48,16 +62,27 @@ def shortened(equation: Any, steps: int) -> tuple[Any, int, int]:
     return few, count, math.prod(grid.grid)
 
 
-def _counted(jaxpr: Any) -> Any:
+def _is_jaxpr(x: Any) -> bool:
+    return isinstance(x, Jaxpr | ClosedJaxpr)
+
+
+def _inner(equation: Any) -> list[Any]:
+    """Jaxprs among an equation's parameters."""
+    leaves = jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr)
+    return [x for x in leaves if _is_jaxpr(x)]
+
+
+def _counted(jaxpr: Any, first: bool) -> Any:
     if isinstance(jaxpr, ClosedJaxpr):
-        return jaxpr.replace(jaxpr=_counted(jaxpr.jaxpr))
-    return jaxpr.replace(eqns=[_equation(equation) for equation in jaxpr.eqns])
+        return jaxpr.replace(jaxpr=_counted(jaxpr.jaxpr, first))
+    return jaxpr.replace(eqns=[_equation(equation, first) for equation in jaxpr.eqns])
 
 
-def _equation(equation: Any) -> Any:
-    is_jaxpr = lambda x: isinstance(x, Jaxpr | ClosedJaxpr)  # noqa: E731
-    params = jax.tree.map(lambda x: _counted(x) if is_jaxpr(x) else x, dict(equation.params), is_leaf=is_jaxpr)
-    turns = told(equation)
+def _equation(equation: Any, first: bool) -> Any:
+    params = jax.tree.map(lambda x: _counted(x, first) if _is_jaxpr(x) else x, dict(equation.params), is_leaf=_is_jaxpr)
+    turns, of_first = told(equation), told_visits(equation)
+    if of_first is not None:
+        turns = int(of_first == first)
     if equation.primitive is jax.lax.cond_p and turns in (0, 1):  # the same whichever is taken
         return equation.replace(params=params | {"branches": (params["branches"][turns],) * len(params["branches"])})
     if equation.primitive is not jax.lax.while_p or turns is None:

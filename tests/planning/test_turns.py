@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
-from v4_jax.kernels.turns import about
-from v4_jax.planning.turns import with_turns
+from v4_jax.kernels.turns import about, visits
+from v4_jax.planning.turns import tells_visits, with_turns
 
 
 def _kernel(turns, out):
@@ -59,3 +59,24 @@ def test_loops_and_grids_turn_as_often_as_is_said(said, turns, steps):
     two conditions, what is done is said not to be, and the other way round."""
     halvings = 7 if said else 2
     assert _count(jnp.int32(2), jnp.array([2], jnp.int32), said) == steps * (2 + turns + 100 * halvings + 1000)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_all_visits_are_first_ones_or_none_is(first):
+    def kernel(out):
+        out[0] = 0
+        fresh = pl.program_id(0) == 1
+
+        def add(count):
+            out[0] += count
+
+        with visits(first=True):
+            pl.when(fresh)(lambda: add(10))
+        with visits(first=False):
+            pl.when(~fresh)(lambda: add(1))
+
+    call = pl.pallas_call(kernel, grid=(2,), out_shape=jax.ShapeDtypeStruct((1,), jnp.int32), interpret=True)
+    (equation,) = jax.make_jaxpr(call)().eqns
+    assert tells_visits(equation)
+    counted = with_turns(equation, first=first)
+    assert jax.jit(lambda: counted.primitive.bind(**counted.params))()[0].item() == (10 if first else 1)

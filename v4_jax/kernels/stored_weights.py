@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.kernels.block_scales import LANES, SUBLANES, block_lines, by_scaled_rows, product, repeat_lanes
-from v4_jax.kernels.turns import about
+from v4_jax.kernels.turns import about, visits
 from v4_jax.low_rank import Adapted
 from v4_jax.number_formats import E2M1, E4M3, FP4_BLOCK, FP8_BLOCK, BlockScaled, Weight
 
@@ -259,12 +259,15 @@ def multiply(
         everything = scales_of(slice(None))
         highest, lowest = jnp.max(everything), jnp.min(everything)
         near = (lowest * 2.0**E5M2_RANGE >= highest) & (highest >= 2.0**-100) & (highest <= 2.0**100)
-        # A plan counts every visit as a tile's first, and no release has scales so far apart.
-        with about(1):
-            pl.when(near if kept is None else near & kept.fresh)(lambda: each_strip(as_e5m2))
-        with about(0):
-            if kept is not None:
+        if kept is None:
+            with about(1):
+                pl.when(near)(lambda: each_strip(as_e5m2))
+        else:
+            with visits(first=True):
+                pl.when(near & kept.fresh)(lambda: each_strip(as_e5m2))
+            with visits(first=False):
                 pl.when(near & jnp.logical_not(kept.fresh))(lambda: each_strip(as_kept))
+        with about(0):  # no release has scales so far apart
             pl.when(jnp.logical_not(near))(lambda: each_strip(as_bfloat16))
 
 

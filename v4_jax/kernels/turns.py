@@ -27,3 +27,15 @@ def told(equation: Any) -> int | None:
     """What `about` said of an equation of a jaxpr; None where it said nothing."""
     found = re.findall(r"about_(\d+)_turns", str(equation.source_info.name_stack))
     return int(found[-1]) if found else None
+
+
+def visits(*, first: bool) -> contextlib.AbstractContextManager[None]:
+    """Around a condition for what only a group's first visit does, or only its later ones: a plan counts a kernel once
+    as if all visits were first ones, and once as if none was."""
+    return jax.named_scope(f"{'first' if first else 'later'}_visits")
+
+
+def told_visits(equation: Any) -> bool | None:
+    """Whether an equation of a jaxpr is of first visits; None where `visits` said nothing."""
+    found = re.findall(r"(first|later)_visits", str(equation.source_info.name_stack))
+    return found[-1] == "first" if found else None
