@@ -31,6 +31,8 @@ PAGE = math.lcm(*ENTRY_RATIOS.values())  # tokens, whose blocks all end where it
 
 OVERLAPPING_RATIO = 4
 
+TILE = 8 * 128  # words of a tile of a TPU's memory
+
 
 def span(ratio: int) -> int:
     """Tokens that enter one compressed entry: its own block and, where blocks overlap, the one before."""
@@ -158,11 +160,17 @@ class Entries(struct.PyTreeNode):
         def gathered(count: int) -> Callable[[tuple[Array, ...]], tuple[Array, ...]]:
             def gather(array: Array) -> Array:
                 cut = own._cut(array, 0, count)
+                among, (batch, _, *channels) = 2 if mixed else 1, cut.shape
+                if not mixed and cut[0].size % TILE == 0:  # as words of whole tiles, which need no copy
+                    cut = cut.reshape(batch, -1, 8, TILE // 8)
                 # Mixed, numbers rise along devices, then along local ones.
-                among = 2 if mixed else 1
                 rows = collectives.all_gather(jnp.expand_dims(cut, among), self.axes, among)
-                rows = rows.reshape(1, cut.shape[0], count * devices, *cut.shape[2:])
-                return jnp.pad(rows, [(0, 0)] * 2 + [(0, (self.count - count) * devices)] + [(0, 0)] * (cut.ndim - 2))
+                rows = rows.reshape(1, batch, devices * cut.shape[1], *cut.shape[2:])
+                size = *rows.shape[:2], rows.shape[2] * self.count // count, *rows.shape[3:]
+                # Of those that are read one by one, what follows is nobody's.
+                room = jnp.zeros(size, rows.dtype) if mixed else jax.lax.empty(size, rows.dtype)
+                rows = jax.lax.dynamic_update_slice(room, rows, (0,) * rows.ndim)
+                return rows.reshape(1, batch, devices * self.count, *channels)
 
             return lambda arrays: tuple(gather(array) for array in arrays)
 
