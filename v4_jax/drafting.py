@@ -229,7 +229,7 @@ class Drafting(Module):
         taps, streams = jax.lax.stop_gradient((taps, streams))
         hidden, embedded, load = self._known_blocks(taps, tokens, anchors, segment_ids)
         embedded = embedded.reshape(-1, embedded.shape[-1])
-        head, axes, start = self._shared_head()
+        head, axes, start = self._shared_head(self.head_weight)
         # The trunk's state in the anchor's place says what follows the anchor: the first draft.
         wanted = (anchors[..., None] + jnp.arange(size, dtype=jnp.int32)).reshape(len(anchors), -1)
         trunk = collectives.rows_at(self.hidden(streams), wanted, self.split.sequence)

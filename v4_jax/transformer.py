@@ -341,11 +341,14 @@ class Transformer(Drafting):
         return ids, scores
 
     def _with_head(self, streams: Array, *, mtp: bool = False) -> tuple[Array, Array, collectives.Axes, Any]:
-        """`hidden` [T, D] of streams [B, S, hc, D]; then this device's part of the head, the mesh axes that share the
-        vocabulary, and the part's first token."""
+        """`hidden` [T, D] of streams [B, S, hc, D], and `_shared_head`."""
         flat, head = in_turn((self.hidden(streams, mtp=mtp).reshape(-1, self.config.hidden_size), self.head_weight))
+        return flat, *self._shared_head(head)
+
+    def _shared_head(self, head: Array) -> tuple[Array, collectives.Axes, Any]:
+        """This device's part of the head, the mesh axes that share the vocabulary, and the part's first token."""
         head, axes = self.split.gather(head, ("vocab", "embed")), self.split.shared("vocab")
-        return flat, head, axes, collectives.index(axes) * head.shape[0]
+        return head, axes, collectives.index(axes) * head.shape[0]
 
     def _over_tokens(self, total: Array) -> Array:
         """The sum over devices of what is a sum over each one's tokens."""
