@@ -161,8 +161,8 @@ class Entries(struct.PyTreeNode):
             def gather(array: Array) -> Array:
                 cut = own._cut(array, 0, count)
                 among, (batch, _, *channels) = 2 if mixed else 1, cut.shape
-                if not mixed and cut[0].size % TILE == 0:  # as words of whole tiles, which need no copy
-                    cut = cut.reshape(batch, -1, 8, TILE // 8)
+                if not mixed and math.gcd(count, self.count) * math.prod(channels) % TILE == 0:
+                    cut = cut.reshape(batch, -1, 8, TILE // 8)  # whole tiles, which travel without being copied
                 # Mixed, numbers rise along devices, then along local ones.
                 rows = collectives.all_gather(jnp.expand_dims(cut, among), self.axes, among)
                 rows = rows.reshape(1, batch, devices * cut.shape[1], *cut.shape[2:])
