@@ -38,6 +38,7 @@ COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2
 RMS = 0.18  # root mean square of an update's elements, as AdamW's tend to be
 
 _BATCH_BYTES = 2**28  # of float32 matrices that are orthogonalised at once
+_ENOUGH = 8  # matrices for each device that shares the work, of which one more or less is no great waste
 
 
 def muon(
@@ -188,6 +189,11 @@ class Assignment:
         """Whether every matrix lies whole on one device and on no other."""
         return not (self.rows or self.columns or self.idle)
 
+    @property
+    def sharing(self) -> int:
+        """Devices that share the work on the parameter's matrices; within `jax.shard_map`."""
+        return math.prod(int(jax.lax.axis_size(axes)) for axes in (self.idle, self.columns, self.rows) if axes)
+
 
 def _orthogonalise(assignments: Sequence[Assignment], rms: float, dtype: Any, values: Sequence[Array]) -> list[Array]:
     """One device's part of the work, from its shards to its shards."""
@@ -198,7 +204,9 @@ def _orthogonalise(assignments: Sequence[Assignment], rms: float, dtype: Any, va
     for i, assignment in enumerate(assignments):
         if assignment.whole:
             results[i] = _batched(matrices[i], dtype)
-        else:  # matrices of the same shape and places share an exchange
+        elif len(matrices[i]) >= _ENOUGH * assignment.sharing:
+            results[i] = _split_over_devices(matrices[i], assignment, dtype)
+        else:  # a few matrices of the same shape and places share an exchange
             groups[assignment.shape, assignment.rows, assignment.columns, assignment.idle].append(i)
     for members in groups.values():
         together = jnp.concatenate([matrices[i] for i in members])
@@ -213,13 +221,10 @@ def _split_over_devices(x: Array, assignment: Assignment, dtype: Any) -> Array:
 
     Where N is not a multiple of the devices, some work on zeros.
     """
-    idle, columns, rows = (
-        jax.lax.axis_size(axes) if axes else 1 for axes in (assignment.idle, assignment.columns, assignment.rows)
-    )
     count = x.shape[0]
-    x = jnp.pad(x.astype(dtype), [(0, -count % (idle * columns * rows)), (0, 0), (0, 0)])
+    x = jnp.pad(x.astype(dtype), [(0, -count % assignment.sharing), (0, 0), (0, 0)])
     if assignment.idle:
-        share = x.shape[0] // idle
+        share = x.shape[0] // jax.lax.axis_size(assignment.idle)
         x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(assignment.idle) * share, share)
     for axes, dimension in ((assignment.columns, 2), (assignment.rows, 1)):
         x = jax.lax.all_to_all(x, axes, 0, dimension, tiled=True) if axes else x

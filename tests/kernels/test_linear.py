@@ -15,7 +15,7 @@ from v4_jax import Config, Transformer, declarations, init_cache
 from v4_jax.kernels import choose
 from v4_jax.kernels.linear import reference, shares
 from v4_jax.kernels.linear import tpu as linear_tpu
-from v4_jax.kernels.linear.tpu import MANY, ROWS, matmul, one_row, supports
+from v4_jax.kernels.linear.tpu import MANY, ROWS, WHOLE_ROWS, matmul, one_row, supports
 from v4_jax.kernels.output import few as output_few
 from v4_jax.kernels.output.few import attention_end
 from v4_jax.layer_stack import Cut
@@ -75,7 +75,7 @@ def check(out, x, weights, groups=1):
     assert (abs(np.asarray(out, np.float64) - expected) <= bound).all()
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8, 17, 128, ROWS + 44, MANY, MANY + 1, 2 * MANY + 100])
+@pytest.mark.parametrize("rows", [1, 3, 8, 17, 128, ROWS + 44, MANY, MANY + 1, WHOLE_ROWS, 2 * WHOLE_ROWS + 100])
 @BOTH
 def test_any_rows(rows, product):
     """One tile of rows or several, the last of them cut off; few, and so many that weights are expanded."""

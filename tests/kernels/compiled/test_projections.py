@@ -37,6 +37,8 @@ from v4_jax.number_formats import BlockScaled, Stack
         (64, 1, 4096, (256, 256)),  # the same on 8 devices
         (1, 1, 1536, (65536,)),  # Pro wq_b
         (600, 1, 16384, (7168,)),  # Pro wo_b
+        (512, 1, 8192, (4096,)),  # wo_b: a block of queries in a prefill
+        (512, 1, 16384, (7168,)),  # Pro's
     ],
 )
 def test_products_with_e4m3(build, rows, groups, depth, widths):
