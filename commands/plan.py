@@ -47,7 +47,7 @@ def plan(
     preset: OptionalText = None,
     chunk: OptionalSize = None,
     dtype: Literal["native", "bfloat16"] = "native",
-    remat: Literal["none", "sublayers", "layers"] | None = None,
+    remat: Literal["auto", "none", "sublayers", "layers"] = "auto",
     momentum_dtype: Literal["float32", "bfloat16"] = "float32",
     as_json: JsonFlag = False,
 ) -> int:
@@ -78,7 +78,7 @@ def plan(
       dtype: native: weights in the released formats, computing with its rounding; bfloat16: both in that. The cache is
         bfloat16 in either case. Training keeps float32 masters and moments and computes in bfloat16; with sft they are
         the adapters' alone, and with dspark the stages'.
-      remat: What training's backward pass computes again. Default: what fits of sublayers, which keeps more and is
+      remat: What training's backward pass computes again. auto: what fits of sublayers, which keeps more and is
         faster, and layers.
       momentum_dtype: In which training keeps Muon's momentum.
       as_json: Write the plan as one JSON object.
@@ -90,13 +90,13 @@ def plan(
     job = job_of(
         whole, task, devices=chips.devices, context=context, batch=batch, chunk=chunk, preset=preset, dtype=dtype
     )
-    if not job.trains and (remat is not None or momentum_dtype != "float32"):
+    if not job.trains and (remat != "auto" or momentum_dtype != "float32"):
         raise CommandError(f"--remat and --momentum-dtype are for training, not for {task}")
     workload = dataclasses.replace(Workload.of(job, chips), momentum_dtype=momentum_dtype)
     estimates = _chosen(workload, mesh) if mesh else _best(workload, preset)
-    policies: tuple[Remat, ...] = ("sublayers", "layers") if job.trains else (job.remat,)
-    if remat is not None:
-        policies = (remat,)
+    policies: tuple[Remat, ...] = (job.remat,) if remat == "auto" else (remat,)
+    if job.trains and remat == "auto":
+        policies = ("sublayers", "layers")
     attempts = []
     for one, policy in itertools.product(estimates[:MOST], policies):
         attempts.append(_attempt(dataclasses.replace(one.workload, remat=policy)))
