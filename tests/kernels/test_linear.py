@@ -15,7 +15,7 @@ from v4_jax import Config, Transformer, declarations, init_cache
 from v4_jax.kernels import choose
 from v4_jax.kernels.linear import reference, shares
 from v4_jax.kernels.linear import tpu as linear_tpu
-from v4_jax.kernels.linear.tpu import MANY, ROWS, WHOLE_ROWS, matmul, one_row, supports
+from v4_jax.kernels.linear.tpu import ROWS, WHOLE_ROWS, matmul, one_row, supports
 from v4_jax.kernels.output import few as output_few
 from v4_jax.kernels.output.few import attention_end
 from v4_jax.layer_stack import Cut
@@ -75,7 +75,7 @@ def check(out, x, weights, groups=1):
     assert (abs(np.asarray(out, np.float64) - expected) <= bound).all()
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8, 17, 128, ROWS + 44, MANY, MANY + 1, WHOLE_ROWS, 2 * WHOLE_ROWS + 100])
+@pytest.mark.parametrize("rows", [1, 3, 8, 17, 128, ROWS + 44, WHOLE_ROWS, WHOLE_ROWS + 1, 2 * WHOLE_ROWS + 100])
 @BOTH
 def test_any_rows(rows, product):
     """One tile of rows or several, the last of them cut off; few, and so many that weights are expanded."""
@@ -83,7 +83,7 @@ def test_any_rows(rows, product):
     check(product(x, [weight]), x, [weight])
 
 
-@pytest.mark.parametrize("rows", [5, MANY + 1])
+@pytest.mark.parametrize("rows", [5, WHOLE_ROWS + 1])
 @pytest.mark.parametrize(
     ("width", "depth"), [(128, 128), (640, 128), (1024, 384), (256, 1152), (128, 4608), (2048, 512)]
 )
@@ -92,7 +92,7 @@ def test_any_width_and_depth(width, depth, rows):
     check(kernel(x, [weight]), x, [weight])
 
 
-@pytest.mark.parametrize("rows", [5, MANY + 1])
+@pytest.mark.parametrize("rows", [5, WHOLE_ROWS + 1])
 @pytest.mark.parametrize("widths", [(256, 128), (128, 512, 384)])
 @BOTH
 def test_several_weights_of_the_same_rows(widths, rows, product):
@@ -101,7 +101,7 @@ def test_several_weights_of_the_same_rows(widths, rows, product):
     check(product(x, weights), x, weights)
 
 
-@pytest.mark.parametrize("rows", [5, MANY + 1])
+@pytest.mark.parametrize("rows", [5, WHOLE_ROWS + 1])
 @pytest.mark.parametrize(("groups", "width", "depth"), [(2, 128, 256), (4, 384, 128), (8, 1024, 128)])
 @BOTH
 def test_groups_meet_their_own_matrices(groups, width, depth, rows, product):
@@ -114,7 +114,7 @@ def in_stack(stack, layer):
     return cut, cut.replace(codes=jnp.zeros_like(cut.codes), stack=Stack(stack.codes, stack.scales, jnp.int32(layer)))
 
 
-@pytest.mark.parametrize("rows", [5, MANY + 1])
+@pytest.mark.parametrize("rows", [5, WHOLE_ROWS + 1])
 def test_layers_are_read_in_their_stacks(rows):
     """Not where they were cut out: the kernel is given nothing there. One that stands alone may be among them."""
     x = rows_of(rows, 128)
@@ -126,7 +126,7 @@ def test_layers_are_read_in_their_stacks(rows):
 
 
 @pytest.mark.parametrize("scales", [E8M0, jnp.float32])
-@pytest.mark.parametrize("rows", [128, MANY + 128])
+@pytest.mark.parametrize("rows", [128, WHOLE_ROWS + 128])
 @BOTH
 def test_every_code_and_scale_is_exact(scales, rows, product):
     """Rows of the identity read the weight itself, any scale of which bfloat16 can hold the products with all codes."""

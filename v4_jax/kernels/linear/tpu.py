@@ -48,9 +48,9 @@ from v4_jax.number_formats import E4M3, FP8_BLOCK, BlockScaled, Weight
 TILE = 1 << 20  # codes of a weight tile at most, where 128 outputs have no more: enough to hide a grid step's overhead
 STEPS = 4  # at least, where the outputs suffice: the first tile's way from HBM is hidden by nothing
 ROWS = 256  # of a tile of rows, where there are more than can be one
-WHOLE_ROWS, WHOLE_BYTES = 512, 16 << 20  # of rows that are one tile: of several, each travels for every tile of outputs
+WHOLE_ROWS, WHOLE_BYTES = 512, 8 << 20  # of rows that are one tile: of several, each travels for every tile of outputs
 FEW = 8  # rows that are spread: eight times as many are no more than the matrix unit has to have
-MANY = 256  # rows beyond which a weight tile is expanded, and may be twice as large
+MANY = {True: 256, False: 512}  # rows beyond which a weight tile is expanded, by whether they are one tile
 VMEM_BYTES = 48 << 20  # of the 64 MiB or more that every generation from v5e on has
 
 
@@ -94,8 +94,9 @@ def matmul(x: Array, weights: Sequence[BlockScaled], *, groups: int = 1, interpr
         raise ValueError(f"expected one weight in groups, found {len(weights)}")
 
     widths = [weight.shape[0] for weight in weights]
-    expand, whole = count > MANY, count <= WHOLE_ROWS and 2 * count * depth <= WHOLE_BYTES
-    columns = _columns([width // groups for width in widths], depth, 2 * TILE if expand else TILE)
+    whole = count <= WHOLE_ROWS and 2 * count * depth <= WHOLE_BYTES
+    expand = count > MANY[whole]
+    columns = _columns([width // groups for width in widths], depth)
     tiles = [width // columns for width in widths]
     firsts = [sum(tiles[:i]) for i in range(len(tiles))]
     rows, per_group = count if whole else min(count, ROWS), tiles[0] // groups
@@ -123,13 +124,19 @@ def matmul(x: Array, weights: Sequence[BlockScaled], *, groups: int = 1, interpr
         # Not `//`: the sign that it looks at lowers differently by chip, which a CPU host cannot tell.
         return m, 0 if groups == 1 else jax.lax.div(n, jnp.int32(per_group))
 
+    # Rows that come once need no second buffer. The compiler may join the kernel with the update in place that its
+    # result is for, and then gives it 16 MiB.
+    once = pl.Buffered(1) if whole and groups == 1 else None
     traffic = sum(weight.nbytes for weight in weights) + 2 * count * (inputs + sum(widths))
     return pl.pallas_call(
         functools.partial(_kernel, firsts=firsts, across=[across(weight) for weight in weights]),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(sum(tiles), pl.cdiv(count, rows)),
-            in_specs=[pl.BlockSpec((rows, depth), x_map), *itertools.chain(*map(specs_of, range(len(weights))))],
+            in_specs=[
+                pl.BlockSpec((rows, depth), x_map, pipeline_mode=once),
+                *itertools.chain(*map(specs_of, range(len(weights)))),
+            ],
             out_specs=pl.BlockSpec((rows, columns), lambda n, m, layer: (m, n)),
             scratch_shapes=[pltpu.VMEM((columns, depth), jnp.bfloat16)] if expand else [],
         ),
@@ -153,10 +160,10 @@ def one_row(x: Array, weight: Array, dtype: Any) -> Array:
     return reference.matmul(rows, weight, dtype)[:1].reshape(*x.shape[:-1], -1)
 
 
-def _columns(widths: Sequence[int], depth: int, codes: int) -> int:
-    """Outputs of a tile: the most, as 128 times a divisor of all weights', that keep to so many codes and `STEPS`."""
+def _columns(widths: Sequence[int], depth: int) -> int:
+    """Outputs of a tile: the most, as 128 times a divisor of all weights', that keep to `TILE` and `STEPS`."""
     units = math.gcd(*(width // LANES for width in widths))
-    most = max(1, min(codes // (depth * LANES), sum(widths) // (LANES * STEPS)))
+    most = max(1, min(TILE // (depth * LANES), sum(widths) // (LANES * STEPS)))
     return LANES * max(size for size in range(1, min(units, most) + 1) if units % size == 0)
 
 
