@@ -28,7 +28,7 @@ from v4_jax.planning.compile import (
     compile_for_tpu,
 )
 from v4_jax.planning.estimates import Estimate, candidates, estimate, presets_of
-from v4_jax.planning.job import Task, abstract_params
+from v4_jax.planning.job import MomentumFormat, Task, abstract_params
 from v4_jax.sharding.axes import ShardingError
 from v4_jax.sharding.chips import Topology
 from v4_jax.sharding.mesh import abstract_mesh, format_mesh, parse_mesh
@@ -48,7 +48,7 @@ def plan(
     chunk: OptionalSize = None,
     dtype: Literal["native", "bfloat16"] = "native",
     remat: Literal["auto", "none", "sublayers", "layers"] = "auto",
-    momentum_dtype: Literal["float32", "bfloat16"] = "float32",
+    momentum_dtype: MomentumFormat = "float32",
     as_json: JsonFlag = False,
 ) -> int:
     """Compiles the model for TPUs that need not be there: whether it fits, what it costs, and how to split it.

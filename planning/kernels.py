@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from v4_jax.planning.hlo import Computation, Instruction
-from v4_jax.planning.turns import shortened, tells_visits, with_turns
+from v4_jax.planning.turns import inner_jaxprs, shortened, tells_visits, with_turns
 
 STEPS = (4, 8)  # of a grid that are counted, from which follows what all of them take
 PATIENCE = 120  # seconds for one kernel; the analysis of some has not been seen to end
@@ -161,10 +161,8 @@ def _kernels(jaxpr: Any) -> Iterator[Any]:
         if equation.primitive.name == "pallas_call":
             yield equation
             continue
-        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from _kernels(inner)
+        for inner in inner_jaxprs(equation):
+            yield from _kernels(inner)
 
 
 def _exported(equation: Any, mesh: Mesh) -> bytes:

@@ -11,14 +11,16 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from v4_jax.kernels.turns import told, told_visits
 
 
+def inner_jaxprs(equation: Any) -> list[Any]:
+    """Jaxprs among an equation's parameters, without what closes them."""
+    leaves = jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr)
+    return [x.jaxpr if isinstance(x, ClosedJaxpr) else x for x in leaves if _is_jaxpr(x)]
+
+
 def tells_visits(equation: Any) -> bool:
-    """Whether a Pallas call does other work on a group's first visit than on later ones."""
-
-    def within(jaxpr: Any) -> bool:
-        jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-        return any(told_visits(inner) is not None or any(map(within, _inner(inner))) for inner in jaxpr.eqns)
-
-    return within(equation.params["jaxpr"])
+    """Whether an equation, of a Pallas call, does other work on a group's first visit than on later ones."""
+    within = (inner for jaxpr in inner_jaxprs(equation) for inner in jaxpr.eqns)
+    return told_visits(equation) is not None or any(map(tells_visits, within))
 
 
 def with_turns(equation: Any, *, first: bool = True) -> Any:
@@ -64,12 +66,6 @@ def shortened(equation: Any, steps: int) -> tuple[Any, int, int]:
 
 def _is_jaxpr(x: Any) -> bool:
     return isinstance(x, Jaxpr | ClosedJaxpr)
-
-
-def _inner(equation: Any) -> list[Any]:
-    """Jaxprs among an equation's parameters."""
-    leaves = jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr)
-    return [x for x in leaves if _is_jaxpr(x)]
 
 
 def _counted(jaxpr: Any, first: bool) -> Any:

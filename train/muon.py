@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 from v4_jax.kernels.choose import newton_schulz_step
 from v4_jax.parameters import Parameter, is_parameter
 from v4_jax.sharding.axes import Rules, ShardingError, resolve
-from v4_jax.sharding.collectives import all_gather
+from v4_jax.sharding.collectives import all_gather, index, size
 from v4_jax.sharding.split import Split
 
 # Eight steps that bring the singular values near one, and two that settle them there (section 2.4).
@@ -192,7 +192,7 @@ class Assignment:
     @property
     def sharing(self) -> int:
         """Devices that share the work on the parameter's matrices; within `jax.shard_map`."""
-        return math.prod(int(jax.lax.axis_size(axes)) for axes in (self.idle, self.columns, self.rows) if axes)
+        return size((*self.idle, *self.columns, *self.rows))
 
 
 def _orthogonalise(assignments: Sequence[Assignment], rms: float, dtype: Any, values: Sequence[Array]) -> list[Array]:
@@ -224,8 +224,8 @@ def _split_over_devices(x: Array, assignment: Assignment, dtype: Any) -> Array:
     count = x.shape[0]
     x = jnp.pad(x.astype(dtype), [(0, -count % assignment.sharing), (0, 0), (0, 0)])
     if assignment.idle:
-        share = x.shape[0] // jax.lax.axis_size(assignment.idle)
-        x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(assignment.idle) * share, share)
+        share = x.shape[0] // size(assignment.idle)
+        x = jax.lax.dynamic_slice_in_dim(x, index(assignment.idle) * share, share)
     for axes, dimension in ((assignment.columns, 2), (assignment.rows, 1)):
         x = jax.lax.all_to_all(x, axes, 0, dimension, tiled=True) if axes else x
     x = _batched(x, dtype)

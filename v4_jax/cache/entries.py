@@ -12,7 +12,7 @@ from flax import struct
 from jax import Array
 
 from v4_jax.architecture import RATIO_OF_ROLE
-from v4_jax.cache.rows import StoredRows, batch_rows
+from v4_jax.cache.rows import LANES, StoredRows, batch_rows
 from v4_jax.natural import quotient, remainder
 from v4_jax.sharding import collectives
 from v4_jax.sharding.collectives import Axes
@@ -31,7 +31,7 @@ PAGE = math.lcm(*ENTRY_RATIOS.values())  # tokens, whose blocks all end where it
 
 OVERLAPPING_RATIO = 4
 
-TILE = 8 * 128  # words of a tile of a TPU's memory
+TILE = 8, LANES  # of words in a TPU's memory
 
 
 def span(ratio: int) -> int:
@@ -161,8 +161,8 @@ class Entries(struct.PyTreeNode):
             def gather(array: Array) -> Array:
                 cut = own._cut(array, 0, count)
                 among, (batch, _, *channels) = 2 if mixed else 1, cut.shape
-                if not mixed and math.gcd(count, self.count) * math.prod(channels) % TILE == 0:
-                    cut = cut.reshape(batch, -1, 8, TILE // 8)  # whole tiles, which travel without being copied
+                if not mixed and math.gcd(count, self.count) * math.prod(channels) % math.prod(TILE) == 0:
+                    cut = cut.reshape(batch, -1, *TILE)  # whole tiles, which travel without being copied
                 # Mixed, numbers rise along devices, then along local ones.
                 rows = collectives.all_gather(jnp.expand_dims(cut, among), self.axes, among)
                 rows = rows.reshape(1, batch, devices * cut.shape[1], *cut.shape[2:])
