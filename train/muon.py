@@ -201,11 +201,15 @@ def _orthogonalise(assignments: Sequence[Assignment], rms: float, dtype: Any, va
     matrices = [value.reshape(-1, *assignment.local) for assignment, value in zip(assignments, values, strict=True)]
     results: dict[int, Array] = {}
     groups = defaultdict(list)
+    last = None
     for i, assignment in enumerate(assignments):
         if assignment.whole:
             results[i] = _batched(matrices[i], dtype)
         elif len(matrices[i]) >= _ENOUGH * assignment.sharing:
-            results[i] = _split_over_devices(matrices[i], assignment, dtype)
+            x = matrices[i].astype(dtype)
+            if last is not None:  # one after another: each takes several times its own memory
+                x, results[last] = jax.lax.optimization_barrier((x, results[last]))
+            results[i], last = _split_over_devices(x, assignment, dtype), i
         else:  # a few matrices of the same shape and places share an exchange
             groups[assignment.shape, assignment.rows, assignment.columns, assignment.idle].append(i)
     for members in groups.values():

@@ -1,10 +1,9 @@
 """What clients send as a conversation: nothing of it is lost on the way to the prompt, or it is refused by name."""
 
-import time
-
 import pytest
 
 from v4_jax import chat
+from v4_jax.chat import encoding
 from v4_jax.chat.protocol import ASSISTANT, BOS, EOS, SEPARATOR, THINK_CLOSE, THINK_OPEN, USER
 from v4_jax.infer.conversation import check_tools
 from v4_jax.infer.prompts import chat_prompt
@@ -146,13 +145,14 @@ def test_tools_have_names(tool, sentence):
         prompt(ASKED, tools=[tool])
 
 
-def test_many_messages_take_linear_time():
-    """Questions in a row become one turn, which once was copied for each of them."""
+def test_many_messages_are_joined_at_once(monkeypatch):
+    """Questions in a row become one turn; to join it anew for each of them would take quadratic time."""
+    join, joined = encoding._joined, []
 
-    def seconds(count):
-        started = time.process_time()
-        chat.encode([ASKED] * count)
-        return time.process_time() - started
+    def spy(parts):
+        joined.append(len(parts))
+        return join(parts)
 
-    seconds(1000)
-    assert seconds(40_000) < 40 * seconds(4000)  # quadratic would be 100 times
+    monkeypatch.setattr(encoding, "_joined", spy)
+    assert prompt(*[ASKED] * 50).count("Q") == 50
+    assert joined == [50]

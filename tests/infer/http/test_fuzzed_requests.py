@@ -6,7 +6,6 @@ TORTURE=100000 tries more of them than the sample that runs always.
 import json
 import os
 import random
-import time
 
 from tests.models import two
 from v4_jax.infer.engine.sampling import Sampling
@@ -58,7 +57,7 @@ def damaged(value, dice):
 
 def test_damaged_requests_end_in_a_sentence():
     model = Model("tiny", two().config, ByteTokenizer(320), Defaults(Sampling(), (1,), 8), 2048, slots=8)
-    dice, served, started = random.Random(0), 0, time.process_time()
+    dice, served = random.Random(0), 0
     for number in range(COUNT):
         chosen = dice.sample(list(FIELDS), dice.randrange(3))
         body = {"messages": dice.sample(SOUND, dice.randrange(1, 4))} | {name: FIELDS[name] for name in chosen}
@@ -75,4 +74,4 @@ def test_damaged_requests_end_in_a_sentence():
             Completion(read_request(line).body, model, 0)
         except ValueError as error:
             json.dumps(refusal(number, line_id(line), error), ensure_ascii=False).encode()
-    assert COUNT / 20 < served < COUNT and time.process_time() - started < 30 + COUNT / 100
+    assert COUNT / 20 < served < COUNT
