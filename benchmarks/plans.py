@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
@@ -29,34 +30,50 @@ ROOT = Path(__file__).resolve().parent.parent
 KEPT, PAGE = ROOT / "benchmarks" / "plans", ROOT / "docs" / "plans.md"
 MODELS = {"flash": Config.flash, "pro": Config.pro}
 
-# model, task, context, rows, chunk, topology, mesh, preset
-PLANS = (
-    ("flash", "decode", "1M", 1, "1", "v6e:2x4", "tensor=8", "decode"),
-    ("flash", "decode", "1M", 1, "1", "tpu7x:2x2x1", "tensor=8", "decode"),
-    ("flash", "decode", "32K", 128, "1", "v6e:4x4", "data=8,tensor=2", "decode"),
-    ("flash", "decode", "32K", 128, "1", "v5e:4x8", "data=8,tensor=4", "decode"),
-    ("flash", "decode", "8K", 1, "1", "tpu7x:2x2x1", "tensor=8", "decode"),
-    ("flash", "decode", "9K", 64, "1", "tpu7x:2x2x1", "data=4,tensor=2", "decode"),
-    ("flash", "prefill", "8K", 1, "8K", "tpu7x:2x2x1", "seq=8", "long-context"),
-    ("flash", "prefill", "1M", 1, "8K", "v6e:4x4", "seq=16", "long-context"),
-    ("flash", "prefill", "1M", 1, "8K", "v5p:2x2x2", "seq=8", "long-context"),
-    ("pro", "decode", "1M", 1, "1", "v6e:8x8", "seq=8,tensor=8", "decode"),
-    ("pro", "decode", "1M", 1, "1", "tpu7x:2x2x4", "seq=4,tensor=8", "decode"),
-    ("pro", "prefill", "1M", 1, "16K", "v5p:4x4x8", "seq=128", "long-context"),
-    ("flash", "train", "16K", 128, "16K", "v5p:4x4x8", "expert=128", "train"),
-    ("flash", "train", "4K", 512, "4K", "v5p:4x4x8", "expert=128", "train"),
-    ("flash", "train", "1M", 1, "1M", "v5p:4x4x16", "seq=256", "train"),
-)
 
-# Milliseconds by the compiler's estimate before any kernel but the experts', whose time was not in it.
-BEFORE = {
-    ("flash", "decode", "1M", 1, "v6e:2x4"): 41.6,
-    ("flash", "decode", "32K", 128, "v6e:4x4"): 73.4,
-    ("flash", "prefill", "1M", 1, "v6e:4x4"): 1366,
-    ("flash", "prefill", "1M", 1, "v5p:2x2x2"): 5157,
-    ("pro", "decode", "1M", 1, "tpu7x:2x2x4"): 58.1,
-    ("flash", "train", "16K", 128, "v5p:4x4x8"): 35000,
-}
+class Plan(NamedTuple):
+    """One program; sizes as a person writes them. `before` is the compiler's estimate in milliseconds before any kernel
+    but the experts', whose time was not in it.
+    """
+
+    model: str
+    task: str
+    context: str
+    rows: int
+    chunk: str
+    topology: str
+    mesh: str
+    preset: str
+    momentum_dtype: str = "float32"
+    before: float | None = None
+
+    @property
+    def name(self) -> str:
+        parts = (self.model, self.task, self.context, self.rows, self.topology, self.mesh)
+        return "-".join(map(str, parts)).replace(":", "-").replace(",", "-").replace("=", "")
+
+
+PLANS = (
+    Plan("flash", "decode", "1M", 1, "1", "v6e:2x4", "tensor=8", "decode", before=41.6),
+    Plan("flash", "decode", "1M", 1, "1", "tpu7x:2x2x1", "tensor=8", "decode"),
+    Plan("flash", "decode", "32K", 128, "1", "v6e:4x4", "data=8,tensor=2", "decode", before=73.4),
+    Plan("flash", "decode", "32K", 128, "1", "v5e:4x8", "data=8,tensor=4", "decode"),
+    Plan("flash", "decode", "8K", 1, "1", "tpu7x:2x2x1", "tensor=8", "decode"),
+    Plan("flash", "decode", "9K", 64, "1", "tpu7x:2x2x1", "data=4,tensor=2", "decode"),
+    Plan("flash", "prefill", "8K", 1, "8K", "tpu7x:2x2x1", "seq=8", "long-context"),
+    Plan("flash", "prefill", "1M", 1, "8K", "v6e:4x4", "seq=16", "long-context", before=1366),
+    Plan("flash", "prefill", "1M", 1, "8K", "v5p:2x2x2", "seq=8", "long-context", before=5157),
+    Plan("pro", "decode", "1M", 1, "1", "v6e:8x8", "seq=8,tensor=8", "decode"),
+    Plan("pro", "decode", "1M", 1, "1", "tpu7x:2x2x4", "seq=4,tensor=8", "decode", before=58.1),
+    Plan("pro", "prefill", "1M", 1, "16K", "v5p:4x4x8", "seq=128", "long-context"),
+    Plan("flash", "train", "16K", 128, "16K", "v5p:4x4x8", "expert=128", "train", before=35000),
+    Plan("flash", "train", "4K", 512, "4K", "v5p:4x4x8", "expert=128", "train"),
+    Plan("flash", "train", "1M", 1, "1M", "v5p:4x4x16", "seq=256", "train"),
+    Plan(
+        *("pro", "train", "16K", 64, "16K", "tpu7x:4x4x8", "data=2,seq=4,expert=32", "train-split-experts"),
+        momentum_dtype="bfloat16",
+    ),
+)
 
 HEADER = """# Plans
 
@@ -92,17 +109,12 @@ COLUMNS = (
 )
 
 
-def name_of(plan: tuple) -> str:
-    model, task, context, rows, _, topology, mesh, _ = plan
-    return f"{model}-{task}-{context}-{rows}-{topology}-{mesh}".replace(":", "-").replace(",", "-").replace("=", "")
-
-
-def run(plan: tuple) -> dict:
-    model, task, context, rows, chunk, topology, mesh, preset = plan
-    config, slice_ = MODELS[model](), Topology.parse(topology)
-    config, dtype = (config, "bfloat16") if task == "train" else (without_mtp(config), "native")
-    sizes = (parse_size(context), rows, parse_size(chunk))
-    workload = Workload(config, task, *sizes, parse_mesh(mesh), preset, dtype, slice_)
+def run(plan: Plan) -> dict:
+    config, slice_ = MODELS[plan.model](), Topology.parse(plan.topology)
+    config, dtype = (config, "bfloat16") if plan.task == "train" else (without_mtp(config), "native")
+    sizes = (parse_size(plan.context), plan.rows, parse_size(plan.chunk))
+    place = (parse_mesh(plan.mesh), plan.preset, dtype, slice_)
+    workload = Workload(config, plan.task, *sizes, *place, momentum_dtype=plan.momentum_dtype)
     try:
         outcome = compile_for_tpu(workload)
     except PlanError as error:
@@ -120,34 +132,33 @@ def estimated(attempt: dict) -> list[str]:
     return [f"{least}{1e3 * seconds:,.1f} ms", f"{attempt['operations']:,.0f}", parts]
 
 
-def row(plan: tuple, found: dict) -> str:
-    model, task, context, rows, chunk, topology, mesh, _ = plan
-    task += f" of {format_size(parse_size(chunk))}" if task == "prefill" else ""
-    cells = [model.capitalize(), task, context, str(rows), topology, mesh]
+def row(plan: Plan, found: dict) -> str:
+    task = plan.task + (f" of {format_size(parse_size(plan.chunk))}" if plan.task == "prefill" else "")
+    task += f", momentum in {plan.momentum_dtype}" if plan.momentum_dtype != "float32" else ""
+    cells = [plan.model.capitalize(), task, plan.context, str(plan.rows), plan.topology, plan.mesh]
     (attempt,) = found["attempts"]
     if not attempt["fits"]:
         return "| " + " | ".join([*cells, "does not compile (below)", *("",) * (len(COLUMNS) - 7)]) + " |"
     least, floor = attempt["least"], attempt["floor"]
     bound = {"flops": "FLOPs", "hbm": "memory", "ici": "interconnect"}[floor["bound"]]
     over = f"{attempt['flops'] / least['flops']:.1f}, {attempt['hbm'] / (least['weights'] + least['cache']):.0f}"
-    peak = attempt["live" if task.startswith("train") else "peak"]
+    peak = attempt["live" if plan.task == "train" else "peak"]
     cells += [
         f"{bytes_text(peak)} of {bytes_text(attempt['hbm_capacity'])}",
-        f"{BEFORE[known]:,.1f} ms" if (known := (model, plan[1], context, rows, topology)) in BEFORE else "-",
+        f"{plan.before:,.1f} ms" if plan.before else "-",
         *estimated(attempt),
         *(f"{1e3 * floor['seconds']:,.1f} ms", bound, over),
     ]
     return "| " + " | ".join(cells) + " |"
 
 
-def refused(plan: tuple, found: dict) -> str:
-    model, task, context, rows, _, topology, mesh, _ = plan
-    error = found["attempts"][0]["error"]
-    return f"- {model.capitalize()} {task}, {context}, {rows} rows, {topology}, {mesh}: {error}."
+def refused(plan: Plan, found: dict) -> str:
+    where = f"{plan.context}, {plan.rows} rows, {plan.topology}, {plan.mesh}"
+    return f"- {plan.model.capitalize()} {plan.task}, {where}: {found['attempts'][0]['error']}."
 
 
 def page(results: dict[str, dict]) -> str:
-    known = [(plan, results[name_of(plan)]) for plan in PLANS if name_of(plan) in results]
+    known = [(plan, results[plan.name]) for plan in PLANS if plan.name in results]
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|", *(row(*one) for one in known)]
     text = HEADER + "\n".join(lines) + "\n"
     failed = [refused(plan, found) for plan, found in known if not found["attempts"][0]["fits"]]
@@ -161,12 +172,12 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     KEPT.mkdir(exist_ok=True)
     for plan in PLANS:
-        if only in name_of(plan):
+        if only in plan.name:
             start = time.monotonic()
             found = run(plan)
-            (KEPT / f"{name_of(plan)}.json").write_text(json.dumps(found, indent=2) + "\n")
+            (KEPT / f"{plan.name}.json").write_text(json.dumps(found, indent=2) + "\n")
             fits = found["attempts"][0]["fits"]
-            print(f"{name_of(plan)}: {'fits' if fits else 'does not'}, {time.monotonic() - start:.0f} s", flush=True)
+            print(f"{plan.name}: {'fits' if fits else 'does not'}, {time.monotonic() - start:.0f} s", flush=True)
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(page({path.stem: json.loads(path.read_text()) for path in sorted(KEPT.glob("*.json"))}))
 
