@@ -123,8 +123,10 @@ class OnMean(Expected):
         elif name in TRAINING:  # places without a row cost nothing
             return Share(*[min(1.0, own / self._places)] * 3)
         elif name == "visit_experts":
+            rows *= self.config.num_experts_per_tok
             visits = self._own * _turns(SPREAD_ROWS, self._choices, 1 / self.config.n_routed_experts)
-            return Share(visits / DYNAMIC_TURNS, min(1.0, own / rows), min(1.0, visits * SPREAD_ROWS / rows))
+            turns = visits / self._own  # the kernel says that each of its experts is visited once
+            return Share(turns, min(1.0, own / rows), visits / max(1.0, min(rows, self._own)))
         else:
             return Share()
         return Share(turns, min(1.0, own / rows), min(1.0, self._hit / max(1.0, min(rows, self._own))), later)

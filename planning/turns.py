@@ -24,8 +24,9 @@ def tells_visits(equation: Any) -> bool:
 
 
 def with_turns(equation: Any, *, first: bool = True) -> Any:
-    """A Pallas call in which loops and grids that depend on the data have as many turns as `about` says; and what is
-    done under a condition is done if it says once, and is not if it says never.
+    """A Pallas call in which loops and grids that depend on the data have as many turns as `about` says; what is done
+    under a condition is done if it says once, and is not if it says never; and transfers that it says never are left
+    out.
 
     What it computes is another thing: this is for counting alone. Loops of which nothing is said stay as they are.
 
@@ -71,25 +72,31 @@ def _is_jaxpr(x: Any) -> bool:
 def _counted(jaxpr: Any, first: bool) -> Any:
     if isinstance(jaxpr, ClosedJaxpr):
         return jaxpr.replace(jaxpr=_counted(jaxpr.jaxpr, first))
-    return jaxpr.replace(eqns=[_equation(equation, first) for equation in jaxpr.eqns])
+    return jaxpr.replace(eqns=[counted for equation in jaxpr.eqns for counted in _equation(equation, first)])
 
 
-def _equation(equation: Any, first: bool) -> Any:
+def _equation(equation: Any, first: bool) -> list[Any]:
+    """What an equation becomes: one, or none."""
     params = jax.tree.map(lambda x: _counted(x, first) if _is_jaxpr(x) else x, dict(equation.params), is_leaf=_is_jaxpr)
     turns, of_first = told(equation), told_visits(equation)
     if of_first is not None:
         turns = int(of_first == first)
-    if equation.primitive is jax.lax.cond_p and turns in (0, 1):  # the same whichever is taken
-        return equation.replace(params=params | {"branches": (params["branches"][turns],) * len(params["branches"])})
+    if equation.primitive is jax.lax.cond_p and turns in (0, 1):
+        if equation.outvars:  # the same whichever is taken
+            branches = (params["branches"][turns],) * len(params["branches"])
+            return [equation.replace(params=params | {"branches": branches})]
+        # Not a condition with two equal branches: transfers that both of them start would count twice.
+        _, *operands = equation.invars
+        return [_loop(equation, params["branches"][1], turns, operands, len(operands))] if turns else []
     if equation.primitive is not jax.lax.while_p or turns is None:
-        return equation.replace(params=params)
-    unused, used = params["cond_nconsts"], params["body_nconsts"]
-    params = dict(
-        jaxpr=params["body_jaxpr"],
-        length=turns,
-        reverse=False,
-        unroll=1,
-        num_consts=used,
-        num_carry=len(equation.outvars),
-    )
-    return equation.replace(primitive=jax.lax.scan_p, params=params, invars=equation.invars[unused:])
+        return [] if turns == 0 and not equation.outvars else [equation.replace(params=params)]
+    operands = equation.invars[params["cond_nconsts"] :]
+    return [_loop(equation, params["body_jaxpr"], turns, operands, params["body_nconsts"])]
+
+
+def _loop(equation: Any, body: Any, turns: int, operands: list[Any], constants: int) -> Any:
+    """A loop of so many turns instead of an equation; the first of its operands are constants."""
+    carried = len(equation.outvars)
+    params = {"jaxpr": body, "length": turns, "reverse": False, "unroll": 1}
+    params |= {"num_consts": constants, "num_carry": carried}
+    return equation.replace(primitive=jax.lax.scan_p, params=params, invars=operands)

@@ -96,7 +96,7 @@ def test_any_choices(form, choices):
 
 
 @pytest.mark.parametrize("form", ["e2m1", "e4m3"])
-@pytest.mark.parametrize(("depth", "hidden"), [(384, 1280), (128, 4096)])
+@pytest.mark.parametrize(("depth", "hidden"), [(384, 1280), (128, 4096), (256, 4096)])
 def test_any_width_and_depth(form, depth, hidden):
     """Several tiles of one width and of the other, tiles that are not whole strips, scales across lanes and along."""
     assigned = jnp.array([[2, 0, 1]], jnp.int32)

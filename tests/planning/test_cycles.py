@@ -223,6 +223,6 @@ def test_visits_of_a_hundred_rows():
     """128 rows of Flash are three to an expert: one visit each, and none of the one in twenty that nobody chose."""
     text = TEXT.replace("experts.ffn/grouped_matmul", "experts.ffn/visit_experts")
     kernel = next(i for c in Program(text).computations.values() for i in c.instructions.values() if i.is_kernel)
-    assert decoding(128).share(kernel).cycles * DYNAMIC_TURNS == pytest.approx(32 * 0.95, rel=0.01)
+    assert decoding(128).share(kernel).cycles == pytest.approx(0.95, rel=0.01)
     many = decoding(1024).share(kernel)  # 24 rows: three visits, and often a fourth that is not full
-    assert 32 * 3.3 < many.cycles * DYNAMIC_TURNS < 32 * 3.6
+    assert 3.3 < many.cycles < 3.6

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.kernels.turns import about, visits
 from v4_jax.planning.turns import tells_visits, with_turns
@@ -59,6 +60,31 @@ def test_loops_and_grids_turn_as_often_as_is_said(said, turns, steps):
     two conditions, what is done is said not to be, and the other way round."""
     halvings = 7 if said else 2
     assert _count(jnp.int32(2), jnp.array([2], jnp.int32), said) == steps * (2 + turns + 100 * halvings + 1000)
+
+
+def test_transfers_that_are_said_not_to_be_are_left_out():
+    """Their bytes count without them; and a condition that is said to hold is no condition any more."""
+
+    def kernel(x, out, arrived):
+        copy = pltpu.make_async_copy(x, out, arrived)
+        with about(1):
+            pl.when(pl.program_id(0) == 0)(copy.start)
+        with about(0):
+            copy.wait()
+
+    call = pl.pallas_call(
+        kernel,
+        grid=(1,),
+        out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32),
+        scratch_shapes=[pltpu.SemaphoreType.DMA],
+        interpret=True,
+    )
+    (equation,) = jax.make_jaxpr(call)(jnp.zeros((8, 128))).eqns
+    assert {"cond", "dma_wait"} <= {inner.primitive.name for inner in equation.params["jaxpr"].eqns}
+    counted = with_turns(equation).params["jaxpr"].eqns
+    assert not {"cond", "dma_wait"} & {inner.primitive.name for inner in counted}
+    (once,) = (inner for inner in counted if inner.primitive.name == "scan")
+    assert once.params["length"] == 1
 
 
 @pytest.mark.parametrize("first", [True, False])

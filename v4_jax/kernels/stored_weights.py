@@ -244,10 +244,10 @@ def multiply(
 
         def spread_out(here: Any, start: Any) -> Array:
             del start
-            scales = scales_of(here) if form.across else scales_of(here).T  # [K / 32, strip]
+            lines = _evens_first(scales[0][:, here] if form.across else scales[0][here, :], across=form.across)
             total = jnp.zeros((SUBLANES * count, strip), jnp.float32)
             for k in range(0, depth, RUN):
-                line = _evens_first(scales[k // FP4_BLOCK[1] : (k + RUN) // FP4_BLOCK[1]])
+                line = lines[k // FP4_BLOCK[1] : (k + RUN) // FP4_BLOCK[1]]
                 found = product(wide[:, k : k + RUN], _unscaled_e5m2(codes[here, k : k + RUN]))
                 total += found * jnp.concatenate([line] * count, axis=0)
             out = jnp.sum(total.reshape(count, SUBLANES, strip), axis=1) * 2.0**E5M2_LOSS
@@ -310,13 +310,24 @@ def _unscaled_e5m2(codes: Array) -> Array:
     return jnp.concatenate([pltpu.bitcast(even, E5M2), pltpu.bitcast(odd, E5M2)], axis=0)
 
 
-def _evens_first(x: Array) -> Array:
-    """32-bit columns 0, 2, 4, ... and then 1, 3, 5, ... of x [R, C]."""
-    return _columns(x, lambda number, half: 2 * (number & (half - 1)) + (number >= half).astype(jnp.int32))
+def _evens_first(scales: Array, *, across: bool) -> Array:
+    """Scales of a strip of outputs, [K / 32, strip] float32: those of outputs 0, 2, 4, ..., and then of 1, 3, 5, ...
+
+    Args:
+      scales: [K / 32, strip] E8M0 if they come across, else [strip, K / 32].
+      across: see `Form`.
+    """
+    words = pltpu.bitcast(scales, jnp.int32)
+    if across:
+        words = _columns(words, lambda number, half: 2 * (number & (half - 1)) + (number >= half).astype(jnp.int32))
+        return pltpu.bitcast(words, scales.dtype).astype(jnp.float32)
+    # Four outputs to a word: two of them, as exponents at bit 7, are two numbers in bfloat16.
+    halves = (words & _both(0xFF)) << 7, (_shift_right(words, 8) & _both(0xFF)) << 7
+    return jnp.concatenate([pltpu.bitcast(half, jnp.bfloat16).astype(jnp.float32).T for half in halves], axis=1)
 
 
 def _in_turn(x: Array) -> Array:
-    """Inverse of `_evens_first`."""
+    """Columns of x [R, C] that come as those 0, 2, 4, ... and then 1, 3, 5, ..., in their order."""
     return _columns(x, lambda number, half: (number >> 1) + (number & 1) * half)
 
 

@@ -15,7 +15,7 @@ import jax
 
 def about(turns: int) -> contextlib.AbstractContextManager[None]:
     """Around a loop of a kernel's body, or around a call whose grid has a dimension known only at run time; or around a
-    condition, as a loop of at most one turn.
+    condition, as a loop of at most one turn; or around transfers, none of which a plan then counts but by their bytes.
 
     Args:
       turns: what a plan counts; the computation does not depend on it.

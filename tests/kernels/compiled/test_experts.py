@@ -14,7 +14,6 @@ from v4_jax import Config
 from v4_jax.kernels.choose import best_experts, many_rows_experts, rows_from_tiles, rows_in_tiles
 from v4_jax.kernels.experts.tpu import ROWS, experts
 from v4_jax.kernels.grouped_matmul.tpu import grouped_matmul
-from v4_jax.kernels.stored_weights import SPREAD_ROWS
 from v4_jax.layers.mixture_of_experts import Experts, dispatch
 from v4_jax.sharding.split import UNSPLIT
 
@@ -48,6 +47,8 @@ def test_one_product(build, form, rows, groups, width, depth):
         (16, 1, 256, 4096, "e4m3"),  # a share of Flash's shared expert
         (7, 16, 2048, 4096, "bfloat16"),
         (128, 2, 3072, 7168, "bfloat16"),  # tiles of fewer hidden activations
+        (9, 16, 2048, 4096, "e2m1"),
+        (70, 16, 2048, 4096, "e2m1"),
     ],
 )
 def test_whole_experts(build, rows, groups, hidden, depth, form):
@@ -58,11 +59,8 @@ def test_whole_experts(build, rows, groups, hidden, depth, form):
         return experts(x, assigned, scale, weights, layer=layer, limit=10.0)
 
     compiled = build(run, shape(jnp.bfloat16, rows, depth), *choices, weights, shape(jnp.int32))
-    by_visits = form == "e2m1" and rows > SPREAD_ROWS
-    places = min(groups * -(-rows // SPREAD_ROWS) * SPREAD_ROWS, 6 * rows + groups * SPREAD_ROWS) if by_visits else 0
-    assert compiled.memory_analysis().temp_size_in_bytes < SPARE + 4 * places * depth
-    yielded = 2 * 6 * rows * depth if by_visits else 0  # rows to be summed
-    assert copied(compiled) <= SPARE + yielded
+    assert compiled.memory_analysis().temp_size_in_bytes < SPARE
+    assert copied(compiled) <= SPARE
     assert "copy-start(%weights" not in compiled.as_text()  # into VMEM, where it has room
     assert compiled.cost_analysis()["flops"] >= 6 * rows * 6 * depth * hidden
 

@@ -1,7 +1,7 @@
 """One expert's feed-forward inside TPU kernels, its weights brought from HBM tile by tile.
 
 A visit to an expert takes the hidden activations in tiles of w1 and w3, and then the outputs in tiles of w2, each of as
-many bytes; a tile spans all inputs, and travels while the one before is multiplied, across the border between two
+many bytes; a tile spans all inputs, and travels while the two before are multiplied, across the border between two
 visits too. The weights thus cross from HBM once a visit, as they are stored (`stored_weights.py`), out of the stack of
 all layers.
 
@@ -11,7 +11,6 @@ Rounds where the layers do: gate and up to bfloat16, the hidden activation times
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,10 +22,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.kernels.block_scales import LANES
 from v4_jax.kernels.stored_weights import Form, Tile, in_memory, multiply, spread, spread_shape, tiles
+from v4_jax.kernels.turns import about
 from v4_jax.number_formats import BlockScaled, Weight, bytes_of
 
 COLUMNS = 512  # hidden activations of a tile at most: 1 MiB of E2M1 codes at K = 4,096
-TILE = 4 << 20  # bytes of a tile of w1 or w3 at most: two of each, and as much of w2, are in VMEM at a time
+TILE = 3 << 20  # bytes of a tile of w1 or w3 in VMEM at most: three of each, and as much of w2, are there at a time
+AHEAD = 2  # steps that a tile starts on its way before it is used, at most: with one, steps wait for HBM's latency
 VMEM_BYTES = 48 << 20  # of the 64 MiB or more that every generation from v5e on has
 
 _STAGES = ((0, 1), (2,))  # which weights of w1, w3, w2 a visit takes for the hidden activations, and for the outputs
@@ -53,15 +54,25 @@ class Cut(NamedTuple):
     columns: int
     per_expert: int
 
+    @property
+    def steps(self) -> tuple[int, int]:
+        """Of a visit's two stages: tiles of hidden activations, and of outputs."""
+        return self.hidden // self.columns, self.depth // self.tiles[2][0].shape[0]
+
+    @property
+    def ahead(self) -> int:
+        """Steps that a tile is started before its use."""
+        return min(AHEAD, *self.steps)
+
     def scratch(self, rows: int, dtype: Any) -> list[Any]:
         """Shapes of the room that visits of so many rows need; `Visits` takes it in this order."""
         return [
             pltpu.VMEM((rows, self.columns), dtype),
             pltpu.VMEM((rows, self.hidden), dtype),
-            pltpu.SemaphoreType.DMA((2, 2)),
+            pltpu.SemaphoreType.DMA((len(_STAGES), self.ahead + 1)),
             *[pltpu.VMEM(shape, dtype) for shape in self.wide(rows) if shape],
             *[
-                pltpu.VMEM((2, *tile.shape), dtype)
+                pltpu.VMEM((self.ahead + 1, *tile.shape), dtype)
                 for dtype, tile in zip(self.dtypes, itertools.chain(*self.tiles), strict=True)
             ],
         ]
@@ -81,7 +92,8 @@ def cut(depth: int, weights: Sequence[Weight]) -> tuple[list[Array], Cut]:
     shapes = [(layers, count, hidden, depth)] * 2 + [(layers, count, depth, hidden)]
     if [weight.shape for weight in weights] != shapes:
         raise ValueError(f"x [T, {depth}] does not fit weights {[weight.shape for weight in weights]}")
-    width = max(bytes_of(w.codes if isinstance(w, BlockScaled) else w) // math.prod(w.shape[:-1]) for w in weights[:2])
+    # An element of E2M1 takes a byte of VMEM, as its dtype says.
+    width = depth * max((w.codes if isinstance(w, BlockScaled) else w).dtype.itemsize for w in weights[:2])
     columns = _divisor(hidden, min(COLUMNS, TILE // width))
     widths = (columns, columns, _divisor(depth, 2 * columns * depth // hidden))
     pairs = [in_memory(weight) for weight in weights]
@@ -123,11 +135,14 @@ class Visits:
         self.wide, self.wide_hidden = (rest.pop(0) if shape else None for shape in cut.wide(self.hidden.shape[0]))
         self._sources, self._places = (_by_weight(refs, cut.tiles) for refs in (sources, rest))
         self._cut, self._layer, self._expert, self._found = cut, layer, expert, found
-        self._steps = cut.hidden // cut.columns, cut.depth // cut.tiles[2][0].shape[0]
 
     def begin(self) -> None:
-        """Starts to bring the first tile; before the first visit."""
-        pl.when(self._found > 0)(lambda: self._start(0, 0, 0))
+        """Starts to bring the first tiles; before the first visit."""
+
+        @pl.when(self._found > 0)
+        def _() -> None:
+            for step in range(self._cut.ahead):
+                self._start(0, 0, step)
 
     def visit(self, number: Any, x: Any, weigh: Callable[[Array], Array], limit: float, store: Any) -> None:
         """One visit.
@@ -139,11 +154,12 @@ class Visits:
           limit: bound of the activations.
           store: takes a place (`pl.ds`) among the outputs, and these: [T, n] float32.
         """
-        cut, steps = self._cut, self._steps
+        cut, steps = self._cut, self._cut.steps
 
         def take_hidden(step: Any, carry: None) -> None:
-            pl.when(step + 1 < steps[0])(lambda: self._start(number, 0, step + 1))
-            pl.when(step + 1 == steps[0])(lambda: self._start(number, 1, 0))
+            later = step + cut.ahead
+            pl.when(later < steps[0])(lambda: self._start(number, 0, later))
+            pl.when(later >= steps[0])(lambda: self._start(number, 1, later - steps[0]))
             w1, w3 = self._receive(number, 0, step)
             first = step * cut.columns
 
@@ -161,8 +177,10 @@ class Visits:
             return carry
 
         def take_outputs(step: Any, carry: None) -> None:
-            pl.when(step + 1 < steps[1])(lambda: self._start(number, 1, step + 1))
-            pl.when((step + 1 == steps[1]) & (number + 1 < self._found))(lambda: self._start(number + 1, 0, 0))
+            later = step + cut.ahead
+            pl.when(later < steps[1])(lambda: self._start(number, 1, later))
+            more = number + 1 < self._found
+            pl.when((later >= steps[1]) & more)(lambda: self._start(number + 1, 0, later - steps[1]))
             (w2,) = self._receive(number, 1, step)
             first = step * cut.tiles[2][0].shape[0]
 
@@ -179,7 +197,7 @@ class Visits:
 
     def _copies(self, number: Any, stage: int, step: Any) -> list[Any]:
         """Of the weights' tiles that a step of the first or second stage of a visit takes."""
-        slot = (number * self._steps[stage] + step) & 1
+        slot = self._slot(number, stage, step)
         return [
             pltpu.make_async_copy(
                 source.at[self._layer, self._expert(number), *tile.slices(step)],
@@ -190,14 +208,19 @@ class Visits:
             for source, place, tile in zip(self._sources[i], self._places[i], self._cut.tiles[i], strict=True)
         ]
 
+    def _slot(self, number: Any, stage: int, step: Any) -> Any:
+        return jax.lax.rem(jnp.int32(number * self._cut.steps[stage] + step), jnp.int32(self._cut.ahead + 1))
+
     def _start(self, number: Any, stage: int, step: Any) -> None:
-        for copy in self._copies(number, stage, step):
-            copy.start()
+        with about(0):  # the compiler's estimate takes each wait to be for the transfer that was started last
+            for copy in self._copies(number, stage, step):
+                copy.start()
 
     def _receive(self, number: Any, stage: int, step: Any) -> list[list[Any]]:
-        for copy in self._copies(number, stage, step):
-            copy.wait()
-        slot = (number * self._steps[stage] + step) & 1
+        with about(0):
+            for copy in self._copies(number, stage, step):
+                copy.wait()
+        slot = self._slot(number, stage, step)
         return [[place.at[slot] for place in self._places[i]] for i in _STAGES[stage]]
 
 
