@@ -13,6 +13,7 @@ from v4_jax.number_formats import FP8_BLOCK
 
 LANES, SUBLANES = 128, 8  # of a vector register
 CHUNKS = (512, 256, 128)  # inputs at a time, the largest that divides K
+SPREAD_ROWS = 8  # are spread at most: eight times as many are no more than the matrix unit has to have
 
 
 def product(rows: Array, weight: Array) -> Array:
@@ -45,6 +46,29 @@ def by_scaled_rows(rows: Any, codes: Any, here: Any, lines: Array) -> Array:
             total += product(scaled, codes[block, inputs])
         totals.append(total)
     return jnp.concatenate(totals, axis=1)
+
+
+def lines_of(scales: Array, rows: int, first: Any, count: int, across: bool) -> Array:
+    """Scales of `count` outputs from `first` on as `times_tile` takes them for so many rows; see `block_lines`."""
+    if rows <= SPREAD_ROWS:
+        return scales_of_outputs(scales, first, count, across)
+    return block_lines(scales, first, count, across)
+
+
+def times_tile(rows: Any, codes: Any, lines: Array) -> Array:
+    """Rows times a tile of an E4M3 weight, which the matrix unit takes as it is.
+
+    Args:
+      rows: reference of [M, K] bfloat16.
+      codes: reference of [outputs, K] E4M3.
+      lines: their scales, see `lines_of`.
+
+    Returns:
+      [M, outputs] float32.
+    """
+    if rows.shape[0] <= SPREAD_ROWS:
+        return by_spread_rows(spread(rows[...]), codes, lines)
+    return by_scaled_rows(rows, codes, pl.ds(0, codes.shape[0]), lines)
 
 
 def spread(rows: Array) -> Array:

@@ -33,15 +33,13 @@ from v4_jax.kernels.block_scales import (
     LANES,
     SUBLANES,
     block_lines,
-    by_scaled_rows,
-    by_spread_rows,
+    lines_of,
     product,
     repeat_lanes,
     scale_blocks,
-    scales_of_outputs,
-    spread,
+    times_tile,
 )
-from v4_jax.kernels.linear import reference
+from v4_jax.kernels.linear import few, reference
 from v4_jax.kernels.memory import kept_in_hbm
 from v4_jax.number_formats import E4M3, FP8_BLOCK, BlockScaled, Weight
 
@@ -49,7 +47,6 @@ TILE = 1 << 20  # codes of a weight tile at most, where 128 outputs have no more
 STEPS = 4  # at least, where the outputs suffice: the first tile's way from HBM is hidden by nothing
 ROWS = 256  # of a tile of rows, where there are more than can be one
 WHOLE_ROWS, WHOLE_BYTES = 512, 8 << 20  # of rows that are one tile: of several, each travels for every tile of outputs
-FEW = 8  # rows that are spread: eight times as many are no more than the matrix unit has to have
 MANY = {True: 256, False: 512}  # rows beyond which a weight tile is expanded, by whether they are one tile
 VMEM_BYTES = 48 << 20  # of the 64 MiB or more that every generation from v5e on has
 
@@ -107,6 +104,12 @@ def matmul(x: Array, weights: Sequence[BlockScaled], *, groups: int = 1, interpr
         x, codes = kept_in_hbm(x, [codes for codes, _ in pairs], interpret=interpret)
         pairs = list(zip(codes, [scales for _, scales in pairs], strict=True))
 
+    traffic = sum(weight.nbytes for weight in weights) + 2 * count * (inputs + sum(widths))
+    cost = pl.CostEstimate(flops=2 * count * depth * sum(widths), bytes_accessed=traffic, transcendentals=0)
+    if len(weights) == 1 and few.takes(count, widths[0]):
+        run = functools.partial(few.matmul, across=across(weights[0]), groups=groups, vmem=VMEM_BYTES, cost=cost)
+        return run(x, *pairs[0], layer, interpret=interpret)
+
     def specs_of(i: int) -> list[pl.BlockSpec]:
         def codes_of(n: Any, m: Any, layer: Any) -> Any:
             del m
@@ -127,7 +130,6 @@ def matmul(x: Array, weights: Sequence[BlockScaled], *, groups: int = 1, interpr
     # Rows that come once need no second buffer. The compiler may join the kernel with the update in place that its
     # result is for, and then gives it 16 MiB.
     once = pl.Buffered(1) if whole and groups == 1 else None
-    traffic = sum(weight.nbytes for weight in weights) + 2 * count * (inputs + sum(widths))
     return pl.pallas_call(
         functools.partial(_kernel, firsts=firsts, across=[across(weight) for weight in weights]),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -144,7 +146,7 @@ def matmul(x: Array, weights: Sequence[BlockScaled], *, groups: int = 1, interpr
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
-        cost_estimate=pl.CostEstimate(flops=2 * count * depth * sum(widths), bytes_accessed=traffic, transcendentals=0),
+        cost_estimate=cost,
         interpret=interpret,
         name="block_scaled_matmul",
     )(layer, x, *itertools.chain(*pairs))
@@ -189,18 +191,16 @@ def _kernel(layer: Any, x: Any, *refs: Any, firsts: list[int], across: list[bool
 
         def own(i: int = i, codes: Any = codes, scales: Any = scales) -> None:
             columns = codes.shape[0]
-
-            def lines() -> Array:
-                return block_lines(scales[...], (tile - firsts[i]) * columns, columns, across[i])
-
-            if x.shape[0] <= FEW:
-                lines_of = scales_of_outputs(scales[...], (tile - firsts[i]) * columns, columns, across[i])
-                out[...] = by_spread_rows(spread(x[...]), codes, lines_of).astype(out.dtype)
-                return
+            first = (tile - firsts[i]) * columns
             if not expanded:
-                out[...] = by_scaled_rows(x, codes, pl.ds(0, columns), lines()).astype(out.dtype)
+                lines = lines_of(scales[...], x.shape[0], first, columns, across[i])
+                out[...] = times_tile(x, codes, lines).astype(out.dtype)
                 return
-            pl.when(first_rows)(lambda: _expand(codes, lines(), expanded[0]))
+
+            @pl.when(first_rows)
+            def _() -> None:
+                _expand(codes, block_lines(scales[...], first, columns, across[i]), expanded[0])
+
             out[...] = product(x[...], expanded[0][...]).astype(out.dtype)
 
         if len(weights) == 1:
