@@ -30,6 +30,7 @@ from v4_jax.planning.hlo import Computation, Instruction
 from v4_jax.planning.turns import inner_jaxprs, shortened, tells_visits, with_turns
 
 STEPS = (4, 8)  # of a grid that are counted, from which follows what all of them take
+WHOLE = 16  # steps of a grid at most that are all counted: some do more than others
 PATIENCE = 120  # seconds for one kernel; the analysis of some has not been seen to end
 AT_ONCE = 12  # kernels that a process takes: what they leave behind in its memory adds up to gigabytes
 
@@ -86,7 +87,9 @@ def cycles(closed: Any, topology: str, mesh: Mesh) -> dict[Likeness, Cycles]:
             for first in (1, 0) if tells_visits(equation) else (1,):
                 counted = with_turns(equation, first=bool(first))
                 bounds = len(equation.invars) - len(counted.invars)
-                by_steps = {have: (few, whole) for few, have, whole in (shortened(counted, steps) for steps in STEPS)}
+                few, have, whole = shortened(counted, WHOLE)
+                lengths = [shortened(counted, steps) for steps in STEPS] if have < whole else [(few, have, whole)]
+                by_steps = {have: (few, whole) for few, have, whole in lengths}
                 for have, (few, whole) in by_steps.items():
                     name = f"{number} {first} {bounds} {have} {whole}.kernel"
                     Path(folder, name).write_bytes(_exported(few, mesh))

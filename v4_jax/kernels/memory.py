@@ -1,4 +1,4 @@
-"""Where on a TPU a kernel's operands lie."""
+"""Where on a TPU a kernel's operands lie, and how many cores it has."""
 
 from __future__ import annotations
 
@@ -23,3 +23,11 @@ def kept_in_hbm(x: Array, arrays: Sequence[Array], *, interpret: bool) -> tuple[
         return x, list(arrays)
     x, arrays = jax.lax.optimization_barrier((x, list(arrays)))
     return x, [pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in arrays]
+
+
+def cores() -> int:
+    """TensorCores of the chip that is traced for, which share a kernel's grid where it has a parallel dimension."""
+    try:
+        return pltpu.get_tpu_info().num_cores
+    except ValueError:  # no TPU: interpret mode
+        return 1

@@ -48,46 +48,56 @@ def pack(
 
     lane = jax.lax.broadcasted_iota(jnp.int32, (1, breadth), 1).astype(jnp.float32)
     digits = [part for x in (lane, before) for part in (x - 256 * jnp.floor(x / 256), jnp.floor(x / 256))]
-    table = jnp.concatenate([*kept, *digits, jnp.zeros((ROOM - len(digits), breadth), jnp.float32)], axis=0)
-    table = table.astype(jnp.bfloat16)
-    width = depth + ROOM
-    line = jax.lax.broadcasted_iota(jnp.int32, (width, width), 0)
-    up_to = _ones((line <= jax.lax.broadcasted_iota(jnp.int32, (width, width), 1)) & (line < depth))
+    lines = [*kept, *digits, jnp.zeros((ROOM - len(digits), breadth), jnp.float32)]
+    width, shifts = depth + ROOM, range(0, 32, 8) if values is not None else ()
+    for shift in shifts:  # of the scores, a byte at a time
+        lines += [((rank >> shift) & 255).astype(jnp.float32) for rank in chunks]
+    table = jnp.concatenate(lines, axis=0).astype(jnp.bfloat16)
+    whole = table.shape[0]
 
+    def column(lines: int) -> Array:
+        return jax.lax.broadcasted_iota(jnp.int32, (lines, whole), 1)
+
+    def row_of(lane: Array) -> Array:
+        """The row of the chosen that a row of the table belongs to; of digits, none."""
+        row = jnp.where(lane < depth, lane, -1)
+        for begin in range(width, whole, depth):
+            row = jnp.where((lane >= begin) & (lane < begin + depth), lane - begin, row)
+        return row
+
+    line, own_row = jax.lax.broadcasted_iota(jnp.int32, (width, whole), 0), row_of(column(width))
+    up_to, before_row = _ones((line <= own_row) & (line < depth)), _ones((line < own_row) & (line < depth))
     slots = numbers.shape[1]
     size = next(size for size in (SLOTS, 2 * LANES, LANES) if slots % size == 0)
-    row = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, width), 0)
-    column = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, width), 1)
-    # Row 0 adds up the table's rows; rows 1 and 2 read the digits of the lane.
-    read = ((row == 0) & (column < depth)) | ((row > 0) & (row < 3) & (column == depth + row - 1))
+    # Row 0 adds up the rows of the chosen; rows 1 and 2 read the digits of the lane, and those from 3 on the bytes.
+    row, lane = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, whole), 0), column(SUBLANES)
+    read = ((row == 0) & (lane < depth)) | ((row > 0) & (row < 3) & (lane == depth + row - 1))
+    for i in range(len(shifts)):
+        read |= (row == 3 + i) & (lane >= width + i * depth) & (lane < width + (i + 1) * depth)
     read = _ones(read)
     k = jnp.minimum(_repeat(wanted[t], size), top)[:1]
 
     for place in range(0, slots, size):
         j = place + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0).astype(jnp.float32)
         own = _ones((before <= j) & (j < before + heights))  # [size, breadth]
-        found = _contract(own, table)  # [size, width] the column that each place's entry is in
+        found = _contract(own, table)  # [size, whole] the column that each place's entry is in
         rank = j - (found[:, depth + 2 : depth + 3] + 256 * found[:, depth + 3 : depth + 4])
-        up_to_row = jnp.dot(found.astype(jnp.bfloat16), up_to, preferred_element_type=jnp.float32)
-        passed = (up_to_row <= rank).astype(jnp.float32)
-        in_table = jax.lax.broadcasted_iota(jnp.int32, (size, width), 1) < depth
-        place_of = _contract(read, jnp.where(in_table, passed, found).astype(jnp.bfloat16)).astype(jnp.int32)
+        chosen = found[:, :width].astype(jnp.bfloat16)
+        passed = jnp.dot(chosen, up_to, preferred_element_type=jnp.float32) <= rank
+        value = jnp.where(column(size) < depth, passed.astype(jnp.float32), found)
+        if shifts:
+            begun = jnp.dot(chosen, before_row, preferred_element_type=jnp.float32) <= rank
+            value = jnp.where((column(size) < width) | (begun & ~passed), value, 0.0)
+        place_of = _contract(read, value.astype(jnp.bfloat16)).astype(jnp.int32)
         line, lane_of = place_of[:1], place_of[1:2] + 256 * place_of[2:3]
         step = start + (line >> 3) * cut.group + (lane_of >> cut.shift)
         number = (SUBLANES * step + (line & 7)) * cut.columns + (lane_of & (cut.columns - 1))
         here = jax.lax.broadcasted_iota(jnp.int32, (1, size), 1) + place < k
         numbers[pl.ds(t, 1), place : place + size] = jnp.where(here, number, -1)
-        if values is None:
-            continue
-        mine = in_table & (up_to_row > rank) & (up_to_row - found <= rank)
-        rank = jnp.zeros((1, size), jnp.int32)
-        for shift in range(0, 32, 8):
-            part = jnp.concatenate([((x >> shift) & 255).astype(jnp.float32) for x in chunks], axis=0)
-            part = jnp.concatenate([part, jnp.zeros((ROOM, breadth), jnp.float32)], axis=0).astype(jnp.bfloat16)
-            byte = jnp.where(mine, _contract(own, part), 0.0).astype(jnp.bfloat16)
-            rank |= _contract(read, byte)[:1].astype(jnp.int32) << shift
-        score = pltpu.bitcast(rank_of(rank), jnp.float32)
-        values[pl.ds(t, 1), place : place + size] = jnp.where(here, score, -jnp.inf)
+        if values is not None:
+            bits = functools.reduce(jnp.bitwise_or, [place_of[3 + i : 4 + i] << s for i, s in enumerate(shifts)])
+            score = pltpu.bitcast(rank_of(bits), jnp.float32)
+            values[pl.ds(t, 1), place : place + size] = jnp.where(here, score, -jnp.inf)
 
 
 def _repeat(register: Array, count: int) -> Array:

@@ -2,7 +2,8 @@
 
 A block of queries goes over all index keys that any of them sees, `8 * columns` keys a step, and keeps its scores in
 VMEM, as integers that order as the scores do. Then the k-th best score of each query is found (`threshold.py`), and the
-numbers of the entries that reach it are packed together (`packing.py`).
+numbers of the entries that reach it are packed together (`packing.py`). Rows of few queries choose when all of them
+have their scores: a round of the search for a threshold takes as long for one query as for sixteen.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from v4_jax.kernels.indexer.cut import (
 )
 from v4_jax.kernels.indexer.packing import pack
 from v4_jax.kernels.indexer.threshold import threshold
-from v4_jax.kernels.memory import kept_in_hbm
+from v4_jax.kernels.memory import cores, kept_in_hbm
 from v4_jax.kernels.turns import about
 from v4_jax.layers.visible import Visible
 from v4_jax.natural import quotient
@@ -124,16 +125,27 @@ def _best_entries(
         jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)) for x in (queries, weights, low, high)
     )
     blocks, slots = (count + padding) // cut.queries, pl.cdiv(top, LANES) * LANES
+    together = _together(batch // cores(), cut) if blocks == 1 and batch % cores() == 0 else 1
+    members = max(blocks, together)
     bounds = low.reshape(batch * blocks, -1), high.reshape(batch * blocks, -1)
     seen = bounds[1] > bounds[0]
     first = quotient(jnp.min(jnp.where(seen, bounds[0], entries), axis=1), cut.keys)
+    first = jnp.repeat(
+        jnp.min(first.reshape(-1, together), axis=1), together
+    )  # the same for those that choose together
     last = quotient(jnp.max(jnp.where(seen, bounds[1], 0), axis=1) + cut.keys - 1, cut.keys)
     ahead = jnp.maximum(last - first, 0)
     scalars = (jnp.asarray(layer, jnp.int32).reshape(1), first, ahead, low.reshape(-1), high.reshape(-1))
 
-    def step(b: Any, i: Any, e: Any, first: Any, ahead: Any) -> Any:
+    def row(g: Any, i: Any) -> Any:
+        return g if together == 1 else g * together + i
+
+    def part(i: Any) -> Any:
+        return i if together == 1 else 0
+
+    def step(g: Any, i: Any, e: Any, first: Any, ahead: Any) -> Any:
         """The step of these keys that comes e-th; the last one again, and no other is fetched, after the last."""
-        block = b * blocks + i
+        block = g * members + i
         return first[block] + jnp.clip(e, 0, jnp.maximum(ahead[block] - 1, 0))
 
     if table is None:
@@ -142,7 +154,7 @@ def _best_entries(
         specs = [
             pl.BlockSpec(
                 (None, None, cut.keys, size),
-                lambda b, i, e, layer, first, ahead, *_: (layer[0], b, step(b, i, e, first, ahead), 0),
+                lambda g, i, e, layer, first, ahead, *_: (layer[0], row(g, i), step(g, i, e, first, ahead), 0),
             )
         ]
     else:
@@ -153,7 +165,7 @@ def _best_entries(
         def pages_of(later: int) -> pl.BlockSpec:
             return pl.BlockSpec(
                 (None, None, 1, pages),
-                lambda b, i, e, _, first, ahead, *__: (b, step(b, i, e + later, first, ahead), 0, 0),
+                lambda g, i, e, _, first, ahead, *__: (row(g, i), step(g, i, e + later, first, ahead), 0, 0),
                 memory_space=pltpu.SMEM,
             )
 
@@ -162,15 +174,16 @@ def _best_entries(
         specs = [pages_of(0), pages_of(1), pl.BlockSpec(memory_space=pl.ANY)]
         buffers = [pltpu.VMEM((2 * pages, page, size), keys.dtype), pltpu.SemaphoreType.DMA((2,))]
 
-    outputs = [jax.ShapeDtypeStruct((batch, count + padding, slots), jnp.int32)]
-    if scored:
-        outputs.append(jax.ShapeDtypeStruct((batch, count + padding, slots), jnp.float32))
-    state = (cut.queries, SUBLANES, LANES)
+    lines = together * cut.queries
+    shape = (batch // together, together * (count + padding), slots)
+    outputs = [jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, *[jnp.float32] * scored)]
+    state = (lines, SUBLANES, LANES)
     call = pl.pallas_call(
         functools.partial(
             _kernel,
             cut=cut,
-            blocks=blocks,
+            members=members,
+            together=together,
             turns=turns,
             top=top,
             scored=scored,
@@ -179,16 +192,16 @@ def _best_entries(
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(batch, blocks, jnp.maximum(jnp.max(ahead), 1)),
+            grid=(batch // together, members, jnp.maximum(jnp.max(ahead), 1)),
             in_specs=[
-                pl.BlockSpec((None, cut.queries, heads, size), lambda b, i, e, *_: (b, i, 0, 0)),
-                pl.BlockSpec((None, cut.queries, heads), lambda b, i, e, *_: (b, i, 0)),
+                pl.BlockSpec((None, cut.queries, heads, size), lambda g, i, e, *_: (row(g, i), part(i), 0, 0)),
+                pl.BlockSpec((None, cut.queries, heads), lambda g, i, e, *_: (row(g, i), part(i), 0)),
                 *specs,
             ],
-            out_specs=[pl.BlockSpec((None, cut.queries, slots), lambda b, i, e, *_: (b, i, 0)) for _ in outputs],
+            out_specs=[pl.BlockSpec((None, lines, slots), lambda g, i, e, *_: (g, part(i), 0)) for _ in outputs],
             scratch_shapes=[
-                pltpu.VMEM((cut.queries, SUBLANES, cut.chunks * cut.chunk), jnp.int32),
-                pltpu.VMEM((cut.queries, SUBLANES, cut.chunk), jnp.int32),
+                pltpu.VMEM((lines, SUBLANES, cut.chunks * cut.chunk), jnp.int32),
+                pltpu.VMEM((lines, SUBLANES, cut.chunk), jnp.int32),
                 pltpu.VMEM((cut.queries, heads, LANES), jnp.float32),
                 *(pltpu.VMEM(state, jnp.int32) for _ in range(3)),
                 *buffers,
@@ -196,7 +209,7 @@ def _best_entries(
         ),
         out_shape=outputs,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            dimension_semantics=("parallel", "parallel" if together == 1 else "arbitrary", "arbitrary"),
             vmem_limit_bytes=VMEM_BYTES,
             disable_bounds_checks=True,  # they take longer than asking for a page
         ),
@@ -210,8 +223,14 @@ def _best_entries(
     )
     with about(turns):
         found = call(*scalars, queries, weights, *operands)
-    numbers = found[0][:, :count, :top]
-    return (found[1][:, :count, :top] if scored else None), numbers
+    found = [x.reshape(batch, count + padding, slots)[:, :count, :top] for x in found]
+    return (found[1] if scored else None), found[0]
+
+
+def _together(batch: int, cut: Cut) -> int:
+    """Of so many rows with one block of queries each, those that choose together."""
+    most = min(QUERIES // cut.queries, SCORES_BYTES // (4 * cut.queries * cut.steps * cut.keys))
+    return max(size for size in range(1, max(1, min(most, batch)) + 1) if batch % size == 0)
 
 
 def _kernel(
@@ -224,7 +243,8 @@ def _kernel(
     weights: Any,
     *rest: Any,
     cut: Cut,
-    blocks: int,
+    members: int,
+    together: int,
     turns: int,
     top: int,
     scored: bool,
@@ -237,50 +257,61 @@ def _kernel(
     keys, numbers = refs.pop(0), refs.pop(0)
     values = refs.pop(0) if scored else None
     ranks, maxima, wide, thresholds, limits, wanted, *buffers = refs
-    block, step = pl.program_id(0) * blocks + pl.program_id(1), pl.program_id(2)
+    member, step = pl.program_id(1), pl.program_id(2)
+    block = pl.program_id(0) * members + member
     start = first[block]
-    tokens = range(cut.queries)
+    own_ranks, own_maxima = ranks, maxima
+    if together > 1:
+        own_ranks, own_maxima = (x.at[pl.ds(member * cut.queries, cut.queries)] for x in (ranks, maxima))
 
     @pl.when(step == 0)
     def _() -> None:
-        maxima[...] = jnp.full(maxima.shape, LEAST, jnp.int32)
+        own_maxima[...] = jnp.full(own_maxima.shape, LEAST, jnp.int32)
         _spread(weights, wide)
 
     @pl.when(step < ahead[block])
     def _() -> None:
         own = _fetched(keys, pages, *buffers, step, ahead[block], unroll) if page else keys
         here = pl.ds(pl.multiple_of(step * cut.columns, cut.columns), cut.columns)
-        _score(queries, own, wide, ranks, here, cut)
+        _score(queries, own, wide, own_ranks, here, cut)
         group = pl.ds(pl.multiple_of(jax.lax.rem(step, cut.group) * cut.columns, cut.columns), cut.columns)
         number = entry_numbers(cut.columns, cut) + (start + step) * cut.keys
-        for t in tokens:
+        for t in range(cut.queries):
             query = block * cut.queries + t
             seen = (number >= low[query]) & (number < high[query])
-            rank = jnp.where(seen, rank_of(ranks[t, :, here]), LEAST)
-            ranks[t, :, here] = rank
-            maxima[t, :, group] = jnp.maximum(maxima[t, :, group], rank)
+            rank = jnp.where(seen, rank_of(own_ranks[t, :, here]), LEAST)
+            own_ranks[t, :, here] = rank
+            own_maxima[t, :, group] = jnp.maximum(own_maxima[t, :, group], rank)
 
-    @pl.when(step == pl.num_programs(2) - 1)
-    def _() -> None:
-        def clear(column: Any, carry: None) -> None:
-            ranks[:, :, pl.ds(pl.multiple_of(column * cut.columns, cut.columns), cut.columns)] = jnp.full(
-                (cut.queries, SUBLANES, cut.columns), LEAST, jnp.int32
-            )
-            return carry
-
-        with about(cut.chunks * cut.group - turns):
-            jax.lax.fori_loop(ahead[block], cut.chunks * cut.group, clear, None)
-        for t in tokens:
-            query = block * cut.queries + t
+    def choose() -> None:
+        before = block + 1 - together
+        most = functools.reduce(jnp.maximum, [ahead[before + i] for i in range(together)])
+        for t in range(ranks.shape[0]):
+            query = before * cut.queries + t
             wanted[t] = jnp.full((SUBLANES, LANES), high[query] - low[query], jnp.int32)
-        used = jax.lax.div(ahead[block] + cut.group - 1, cut.group)
+        used = jax.lax.div(most + cut.group - 1, cut.group)
         thresholds[...], limits[...] = threshold(ranks, maxima, wanted[...], top, start, used, cut)
 
         def keep(t: Any, carry: None) -> None:
             pack(t, ranks, thresholds, limits, wanted, start, numbers, values, top, cut)
             return carry
 
-        jax.lax.fori_loop(0, cut.queries, keep, None)
+        jax.lax.fori_loop(0, ranks.shape[0], keep, None)
+
+    @pl.when(step == pl.num_programs(2) - 1)
+    def _() -> None:
+        def clear(column: Any, carry: None) -> None:
+            own_ranks[:, :, pl.ds(pl.multiple_of(column * cut.columns, cut.columns), cut.columns)] = jnp.full(
+                (cut.queries, SUBLANES, cut.columns), LEAST, jnp.int32
+            )
+            return carry
+
+        with about(cut.chunks * cut.group - turns):
+            jax.lax.fori_loop(ahead[block], cut.chunks * cut.group, clear, None)
+        if together == 1:
+            choose()
+        else:
+            pl.when(member == pl.num_programs(1) - 1)(choose)
 
 
 def _fetched(keys: Any, pages: Any, buffer: Any, arrived: Any, step: Any, steps: Any, unroll: int) -> Any:

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.kernels.block_scales import LANES, SPREAD_ROWS, SUBLANES, lines_of, times_tile
+from v4_jax.kernels.memory import cores
 from v4_jax.number_formats import E4M3
 
 ROWS = 128  # at most: with more, the matrix unit takes longer than the weight's way
@@ -28,11 +29,7 @@ def takes(rows: int, width: int) -> bool:
     """Whether `matmul` is for so many rows and outputs, on the chip that it is traced for: not if that has two cores,
     between which it has no grid to split.
     """
-    try:
-        cores = pltpu.get_tpu_info().num_cores
-    except ValueError:  # no TPU: interpret mode
-        cores = 1
-    return cores == 1 and rows <= ROWS and 2 * rows * width <= OUT_BYTES
+    return cores() == 1 and rows <= ROWS and 2 * rows * width <= OUT_BYTES
 
 
 def matmul(
