@@ -119,13 +119,13 @@ class OnMean(Expected):
             turns, later = visits / DYNAMIC_TURNS, 1 - self._hit / visits
         elif name == "experts" and "/experts.ffn/" in kernel.op_name:
             rows *= self.config.num_experts_per_tok
-            turns = self._hit  # the estimate has one turn of this loop, whose bounds it finds in no constant
+            turns = self._hit / min(self._own, rows)  # the kernel says that as many are visited as can be
         elif name in TRAINING:  # places without a row cost nothing
             return Share(*[min(1.0, own / self._places)] * 3)
         elif name == "visit_experts":
             rows *= self.config.num_experts_per_tok
             visits = self._own * _turns(SPREAD_ROWS, self._choices, 1 / self.config.n_routed_experts)
-            turns = visits / self._own  # the kernel says that each of its experts is visited once
+            turns = visits / self._own  # the kernel says that each is visited once
             return Share(turns, min(1.0, own / rows), visits / max(1.0, min(rows, self._own)))
         else:
             return Share()

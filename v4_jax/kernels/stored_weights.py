@@ -156,6 +156,11 @@ def kept_shape(columns: int, depth: int, form: Form) -> tuple[int, int] | None:
     return (columns, depth) if form.block == FP4_BLOCK else None
 
 
+def lines_shape(columns: int, depth: int, form: Form) -> tuple[int, int] | None:
+    """The shape of `multiply`'s room for the scales of a tile of so many columns; None for weights that need none."""
+    return (columns // LANES * SUBLANES, depth // FP8_BLOCK[1]) if form.block == FP8_BLOCK else None
+
+
 def multiply(
     rows: Any,
     tile: Sequence[Any],
@@ -164,6 +169,7 @@ def multiply(
     store: Callable[[Any, Array], None],
     wide: Any = None,
     kept: Kept | None = None,
+    lines: Any = None,
 ) -> None:
     """Multiplies rows by a tile of a weight.
 
@@ -175,6 +181,7 @@ def multiply(
       store: takes the place (`pl.ds`) of each strip among the tile's outputs, and the products [M, strip] float32.
       wide: reference of the same rows as `spread` writes them, where `spread_shape` gives a shape.
       kept: what is kept of the tile, where `kept_shape` gives a shape and visits of it follow one another.
+      lines: room for the tile's scales, where `lines_shape` gives a shape: else each strip waits for its own.
     """
     codes, *scales = tile
     (count, depth), columns = rows.shape, codes.shape[0]
@@ -204,11 +211,17 @@ def multiply(
     if form.block is None:
         each_strip(lambda here, start: sums(lambda k: codes[here, k : k + chunk]))
     elif form.block == FP8_BLOCK:
+        if lines is not None:
+            lines[...] = block_lines(scales[0][...], first, columns, form.across)
 
         def scaled(here: Any, start: Any) -> Array:
-            return by_scaled_rows(rows, codes, here, block_lines(scales[0][...], first + start, strip, form.across))
+            if lines is None:
+                own = block_lines(scales[0][...], first + start, strip, form.across)
+            else:
+                own = lines[pl.ds(pl.multiple_of(start >> 4, strip >> 4), strip >> 4), :]
+            return by_scaled_rows(rows, codes, here, own)
 
-        each_strip(scaled)
+        each_strip(scaled, together=4)  # each waits for the scaling of its rows
     else:
 
         def scales_of(here: Any) -> Array:

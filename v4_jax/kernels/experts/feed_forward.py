@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.kernels.block_scales import LANES
-from v4_jax.kernels.stored_weights import Form, Tile, in_memory, multiply, spread, spread_shape, tiles
+from v4_jax.kernels.stored_weights import Form, Tile, in_memory, lines_shape, multiply, spread, spread_shape, tiles
 from v4_jax.kernels.turns import about
 from v4_jax.number_formats import BlockScaled, Weight, bytes_of
 
@@ -71,6 +71,7 @@ class Cut(NamedTuple):
             pltpu.VMEM((rows, self.hidden), dtype),
             pltpu.SemaphoreType.DMA((len(_STAGES), self.ahead + 1)),
             *[pltpu.VMEM(shape, dtype) for shape in self.wide(rows) if shape],
+            *[pltpu.VMEM(shape, jnp.float32) for shape in self.lines() if shape],
             *[
                 pltpu.VMEM((self.ahead + 1, *tile.shape), dtype)
                 for dtype, tile in zip(self.dtypes, itertools.chain(*self.tiles), strict=True)
@@ -80,6 +81,14 @@ class Cut(NamedTuple):
     def wide(self, rows: int) -> list[tuple[int, int] | None]:
         """Shapes of spread inputs and hidden activations, for weights that they are spread for."""
         return [spread_shape(rows, self.depth, self.forms[0]), spread_shape(rows, self.hidden, self.forms[2])]
+
+    def lines(self) -> list[tuple[int, int] | None]:
+        """Shapes of the scales of a tile of w1 or w3, and of w2, for weights that `multiply` takes them of."""
+        outputs = self.depth // self.steps[1]
+        return [
+            lines_shape(self.columns, self.depth, self.forms[0]),
+            lines_shape(outputs, self.hidden, self.forms[2]),
+        ]
 
 
 def cut(depth: int, weights: Sequence[Weight]) -> tuple[list[Array], Cut]:
@@ -133,6 +142,7 @@ class Visits:
         """
         self.gate, self.hidden, self._arrived, *rest = scratch
         self.wide, self.wide_hidden = (rest.pop(0) if shape else None for shape in cut.wide(self.hidden.shape[0]))
+        self._lines = [rest.pop(0) if shape else None for shape in cut.lines()]
         self._sources, self._places = (_by_weight(refs, cut.tiles) for refs in (sources, rest))
         self._cut, self._layer, self._expert, self._found = cut, layer, expert, found
 
@@ -172,8 +182,8 @@ class Visits:
                 active = weigh(low * jax.nn.sigmoid(low) * jnp.clip(up, -limit, limit))
                 self.hidden[:, _shifted(here, first)] = active.astype(self.hidden.dtype)
 
-            multiply(x, w1, cut.forms[0], first, store_gate, self.wide)
-            multiply(x, w3, cut.forms[1], first, store_hidden, self.wide)
+            multiply(x, w1, cut.forms[0], first, store_gate, self.wide, lines=self._lines[0])
+            multiply(x, w3, cut.forms[1], first, store_hidden, self.wide, lines=self._lines[0])
             return carry
 
         def take_outputs(step: Any, carry: None) -> None:
@@ -187,7 +197,7 @@ class Visits:
             def place(here: Any, products: Array) -> None:
                 store(_shifted(here, first), products)
 
-            multiply(self.hidden, w2, cut.forms[2], first, place, self.wide_hidden)
+            multiply(self.hidden, w2, cut.forms[2], first, place, self.wide_hidden, lines=self._lines[1])
             return carry
 
         jax.lax.fori_loop(0, steps[0], take_hidden, None)

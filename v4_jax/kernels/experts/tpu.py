@@ -30,6 +30,7 @@ from v4_jax.kernels.experts.feed_forward import VMEM_BYTES, Cut, Visits, cut
 from v4_jax.kernels.experts.visits import by_visits, saves
 from v4_jax.kernels.memory import kept_in_hbm
 from v4_jax.kernels.stored_weights import spread
+from v4_jax.kernels.turns import about
 from v4_jax.number_formats import Weight
 
 ROWS = 128  # at most: the tile of rows of the grouped product
@@ -137,7 +138,8 @@ def _kernel(layer: Any, ids: Any, x: Any, assigned: Any, scale: Any, *rest: Any,
         return carry
 
     visits.begin()
-    jax.lax.fori_loop(0, found, visit, None)
+    with about(min(seen.shape[0], ids.shape[0] * ids.shape[1])):
+        jax.lax.fori_loop(0, found, visit, None)
 
 
 def _list_visits(ids: Any, visits: Any, seen: Any) -> Array:
