@@ -3,7 +3,7 @@
 The compiler writes cycles beside its own operations, and those of kernels only into a folder of profiles, if it is told
 to before it starts. It then takes several times as long for everything that it compiles, and can crash on a kernel that
 it otherwise compiles. So kernels go to a process of their own, one after another, and one that crashes it, or whose
-analysis does not end, stays without an estimate.
+analysis does not end, stays without an estimate; so does one whose work depends on data in a way that it did not tell.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from v4_jax.planning.hlo import Computation, Instruction
-from v4_jax.planning.turns import inner_jaxprs, shortened, tells_visits, with_turns
+from v4_jax.planning.turns import inner_jaxprs, shortened, tells_all, tells_visits, with_turns
 
 STEPS = (4, 8)  # of a grid that are counted, from which follows what all of them take
 WHOLE = 16  # steps of a grid at most that are all counted: some do more than others
@@ -86,6 +86,8 @@ def cycles(closed: Any, topology: str, mesh: Mesh) -> dict[Likeness, Cycles]:
         for number, equation in enumerate(_distinct(closed.jaxpr)):
             for first in (1, 0) if tells_visits(equation) else (1,):
                 counted = with_turns(equation, first=bool(first))
+                if not tells_all(counted):
+                    continue
                 bounds = len(equation.invars) - len(counted.invars)
                 few, have, whole = shortened(counted, WHOLE)
                 lengths = [shortened(counted, steps) for steps in STEPS] if have < whole else [(few, have, whole)]

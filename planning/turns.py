@@ -6,9 +6,11 @@ import math
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from v4_jax.kernels.turns import told, told_visits
+
+_POSITIONS = ("program_id", "num_programs")
 
 
 def inner_jaxprs(equation: Any) -> list[Any]:
@@ -100,3 +102,42 @@ def _loop(equation: Any, body: Any, turns: int, operands: list[Any], constants: 
     params = {"jaxpr": body, "length": turns, "reverse": False, "unroll": 1}
     params |= {"num_consts": constants, "num_carry": carried}
     return equation.replace(primitive=jax.lax.scan_p, params=params, invars=operands)
+
+
+def tells_all(equation: Any) -> bool:
+    """Whether the compiler's estimate of a Pallas call says what it takes, after `with_turns`.
+
+    The estimate takes the positions in a grid as they are, and data to be zeros. So a kernel must have told of loops
+    and conditions that depend on data, where products are in them.
+    """
+    jaxprs = [jaxpr for jaxpr in inner_jaxprs(equation) if any(_multiplies(inner) for inner in jaxpr.eqns)]
+    return all(_tells(jaxpr, set()) for jaxpr in jaxprs)
+
+
+def _multiplies(equation: Any) -> bool:
+    if equation.primitive is jax.lax.dot_general_p:
+        return True
+    return any(_multiplies(inner) for jaxpr in inner_jaxprs(equation) for inner in jaxpr.eqns)
+
+
+def _tells(jaxpr: Any, known: set[Any]) -> bool:
+    """The same of a jaxpr, of whose variables those `known` depend on positions alone."""
+
+    def is_known(operand: Any) -> bool:
+        return isinstance(operand, Literal) or operand in known
+
+    for equation in jaxpr.eqns:
+        inner, operands = inner_jaxprs(equation), equation.invars
+        if equation.primitive is jax.lax.cond_p:
+            predicate, *operands = operands
+            if not is_known(predicate) and _multiplies(equation):
+                return False
+        elif equation.primitive is jax.lax.while_p and _multiplies(equation):
+            return False
+        elif not inner and (equation.primitive.name in _POSITIONS or (operands and all(map(is_known, operands)))):
+            known |= set(equation.outvars)
+        for one in inner:
+            passed = zip(one.invars, operands, strict=False) if len(one.invars) == len(operands) else ()
+            if not _tells(one, {variable for variable, operand in passed if is_known(operand)}):
+                return False
+    return True

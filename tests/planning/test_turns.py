@@ -1,5 +1,7 @@
 """What a plan counts of kernels whose loops depend on the data."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.kernels.turns import about, visits
-from v4_jax.planning.turns import tells_visits, with_turns
+from v4_jax.planning.turns import tells_all, tells_visits, with_turns
 
 
 def _kernel(turns, out):
@@ -106,3 +108,37 @@ def test_all_visits_are_first_ones_or_none_is(first):
     assert tells_visits(equation)
     counted = with_turns(equation, first=first)
     assert jax.jit(lambda: counted.primitive.bind(**counted.params))()[0].item() == (10 if first else 1)
+
+
+@pytest.mark.parametrize(
+    ("condition", "told", "tells"),
+    [
+        (lambda flags: pl.program_id(0) == pl.num_programs(0) - 1, False, True),
+        (lambda flags: flags[0] > 0, False, False),
+        (lambda flags: pl.program_id(0) < flags[0], False, False),
+        (lambda flags: pl.program_id(0) < flags[0], True, True),
+    ],
+)
+@pytest.mark.parametrize("loop", [False, True])
+def test_kernels_tell_of_products_that_depend_on_data(condition, told, tells, loop):
+    """The estimate takes data to be zeros: what it would leave out is told, or the kernel has no estimate."""
+
+    def kernel(flags, x, out):
+        def add(_, carry):
+            out[...] += x[...] @ x[...]
+            return carry
+
+        def work():
+            if not loop:
+                add(0, None)
+                return
+            with about(3):
+                jax.lax.fori_loop(0, flags[1], add, None)
+
+        with about(1) if told else contextlib.nullcontext():
+            pl.when(condition(flags))(work)
+
+    call = pl.pallas_call(kernel, grid=(2,), out_shape=jax.ShapeDtypeStruct((8, 8), jnp.float32), interpret=True)
+    (equation,) = jax.make_jaxpr(call)(jnp.zeros(2, jnp.int32), jnp.zeros((8, 8))).eqns
+    assert tells_all(with_turns(equation)) == tells
+    assert not loop or not tells_all(equation)

@@ -27,6 +27,7 @@ from v4_jax.cache.entries import Entries
 from v4_jax.kernels.attention.blocks import Blocks
 from v4_jax.kernels.attention.reference import MASKED
 from v4_jax.kernels.memory import kept_in_hbm
+from v4_jax.kernels.turns import about
 from v4_jax.layers.partials import STATISTICS, Packed, Partial
 from v4_jax.layers.visible import Visible
 from v4_jax.natural import quotient
@@ -143,7 +144,7 @@ def window_attention(
         out = [by_head, by_head, sums]
         by_tile = pl.BlockSpec((step, tile, heads), lambda b, i, *_: (b, i, 0))
         out_specs = [by_tile, by_tile, pl.BlockSpec((step, tile * heads, size), lambda b, i, *_: (b, i, 0))]
-    there = 0 if entries is None else entries.count // (1 if entries.cached else 2)
+    there = 0 if entries is None else entries.count // (1 if entries.cached else 2)  # that a query sees on the mean
     rows, seen = tile * heads, (0 if keys is None else past + 1) + there
     found = pl.pallas_call(
         functools.partial(
@@ -152,6 +153,7 @@ def window_attention(
             tiles=tiles,
             room=room,
             block=block,
+            turns=-(-there // block) if block else 0,
             shared=cut.each,
             picks=hidden is not None,
             together=together,
@@ -241,12 +243,14 @@ def _kernel(
     tiles: int,
     room: int,
     block: int,
+    turns: int,
     shared: int,
     picks: bool,
     together: bool,
     scale: float,
 ) -> None:
-    """A grid step: one tile of each of `step` batch rows, of which `shared` after one another have the same entries.
+    """A grid step: one tile of each of `step` batch rows, of which `shared` after one another have the same entries, in
+    some `turns` blocks.
 
     Refs: [layer, bounds,] ranges [step, tile, 4], queries [step, rows, C], [keys [step, length, C],] [entries
     [layers, B, E, C],] [hidden [step, tile, E],] maximum and total [step, tile, heads], weighted [step, rows, C], or
@@ -362,25 +366,29 @@ def _kernel(
 
         def each_block(j: Any, carry: None) -> None:
             slot = (j - bound(row, 0)) & 1
-            ask(row, j + 1, 1 - slot)
-            transfer(row, j, slot).wait()
+            with about(0):  # a plan counts their bytes
+                ask(row, j + 1, 1 - slot)
+                transfer(row, j, slot).wait()
             if picks:
                 attend(row, entries(slot), begin(j), None, fresh=False, picked=True)
                 return carry
             whole = (j >= bound(row, 2)) & (j < bound(row, 3))
 
-            @pl.when(whole)
-            def _() -> None:
+            def attend_whole() -> None:
                 attend(row, entries(slot), begin(j), None, fresh=False)
 
-            @pl.when(~whole)
-            def _() -> None:
+            def attend_part() -> None:
                 attend(row, entries(slot), begin(j), (2, 3), j * block, fresh=False)
 
+            with about(1):
+                pl.when(whole)(attend_whole)
+            with about(0):  # the first and the last at most
+                pl.when(~whole)(attend_part)
             return carry
 
         if block:
-            jax.lax.fori_loop(bound(row, 0), bound(row, 1), each_block, None)
+            with about(turns):
+                jax.lax.fori_loop(bound(row, 0), bound(row, 1), each_block, None)
         if buffers[2:]:
             weighted[row] = added[row].astype(dtype)
         amount = jnp.sum(sums[...], axis=1, keepdims=True)

@@ -25,6 +25,7 @@ from v4_jax.cache.rows import LANES, StoredRows, batch_rows
 from v4_jax.kernels.memory import kept_in_hbm
 from v4_jax.kernels.rotary.reference import Steps
 from v4_jax.kernels.rotary.tpu import rounded, settled
+from v4_jax.kernels.turns import about
 from v4_jax.kernels.vectors import vector, vector_spec
 from v4_jax.layer_stack import Cut, stack_of
 from v4_jax.layout import Layout
@@ -222,19 +223,18 @@ def _kernel(*refs: Any, numbers: _Numbers, dtype: Any) -> None:
             (token < total[b]) & ((position(b) & (ratio - 1)) == ratio - 1) & (position(b) - (ratio - 1) >= sealed[b])
         )
 
-    def about(b: Any) -> Any:
+    def around(b: Any) -> Any:
         first = pl.multiple_of(place(b) & -ROWS, ROWS)
         return ring.at[shared[1], b, pl.ds(first, ROWS), :]
 
     def fetch(b: Any, into: Any) -> None:
-        pltpu.make_async_copy(about(b), near.at[into], near_in.at[into]).start()
+        pltpu.make_async_copy(around(b), near.at[into], near_in.at[into]).start()
 
-        @pl.when(ends(b))
-        def _() -> None:
-            pltpu.make_async_copy(ring.at[shared[1], b], history.at[into], history_in.at[into]).start()
+        with about(0):
+            pl.when(ends(b))(pltpu.make_async_copy(ring.at[shared[1], b], history.at[into], history_in.at[into]).start)
 
     def written(b: Any, out_of: Any) -> Any:
-        return pltpu.make_async_copy(near.at[out_of], about(b), near_out.at[out_of])
+        return pltpu.make_async_copy(near.at[out_of], around(b), near_out.at[out_of])
 
     pl.when(row == 0)(lambda: fetch(row, slot))
 
@@ -245,13 +245,12 @@ def _kernel(*refs: Any, numbers: _Numbers, dtype: Any) -> None:
 
     gate = gates[...] + ape[pl.ds(position(row) & (ratio - 1), 1), :]
     fresh = jnp.concatenate([values[...], gate], axis=1)
-    pltpu.make_async_copy(about(row), near.at[slot], near_in.at[slot]).wait()
+    pltpu.make_async_copy(around(row), near.at[slot], near_in.at[slot]).wait()
     own = jax.lax.broadcasted_iota(jnp.int32, (ROWS, 1), 0) == (place(row) & (ROWS - 1))
     near[slot] = jnp.where(own & (token < total[row]), fresh, near[slot])
     written(row, slot).start()
 
-    @pl.when(ends(row))
-    def _() -> None:
+    def seal() -> None:
         pltpu.make_async_copy(ring.at[shared[1], row], history.at[slot], history_in.at[slot]).wait()
         index = jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
         age = place(row) - index
@@ -279,6 +278,9 @@ def _kernel(*refs: Any, numbers: _Numbers, dtype: Any) -> None:
             there, where = row, jax.lax.div(number, devices)
             inside = (jax.lax.rem(number, devices) == shared[4]) & (where < stored.shape[2])
         pl.when(inside)(lambda: _store(entry, stored, shared[2], there, where, line, line_moved.at[0], numbers.words))
+
+    with about(0):  # one row in `ratio`
+        pl.when(ends(row))(seal)
 
     @pl.when(row == rows - 1)
     def _() -> None:
@@ -317,8 +319,8 @@ def _store(entry: Array, stored: Any, layer: Any, row: Any, place: Any, line: An
         move(line, stored.at[layer, row, place])
         return
     tile = line.shape[0]
-    about = stored.at[layer, row, pl.ds(pl.multiple_of(place & -tile, tile), tile), :]
-    move(about, line)
+    lines = stored.at[layer, row, pl.ds(pl.multiple_of(place & -tile, tile), tile), :]
+    move(lines, line)
     index = jax.lax.broadcasted_iota(jnp.int32, (ROWS, 1), 0)
     if tile == ROWS:
         line[...] = jnp.where(index == (place & (ROWS - 1)), entry, line[...])
@@ -328,7 +330,7 @@ def _store(entry: Array, stored: Any, layer: Any, row: Any, place: Any, line: An
         joined = jnp.where(odd, (held & 0xFFFF) | (bits & -65536), (held & -65536) | ((bits >> 16) & 0xFFFF))
         here = index == ((place & (tile - 1)) >> 1)
         line[...] = pltpu.bitcast(jnp.where(here, joined, held), line.dtype)
-    move(line, about)
+    move(line, lines)
 
 
 def _bits(x: Array) -> Array:

@@ -17,7 +17,11 @@ from jax.experimental import pallas as pl
 from v4_jax.kernels.indexer.cut import LANES, LEAST, SUBLANES, Cut, entry_numbers
 from v4_jax.kernels.turns import about
 
-ROUNDS = 12  # of a search for a threshold: 4 to 19 with scores of several shapes, 8,192 to 262,144 of them
+FEW = 1 << 17  # ranks that are counted against several thresholds at a time: a round then takes its latency
+# Of a search for a threshold on the mean, with scores of several shapes, 4,096 to 262,144 of them, by whether a round
+# looks at several thresholds: 4 to 6 (at most 8), or 7 to 10 (at most 19).
+ROUNDS = {True: 6, False: 9}
+GUESSES = (0.1, -0.1)  # how far beyond the wanted count guesses aim, as a share of the counts on that side
 TIED = 2**31 - 1  # beyond every entry
 
 
@@ -30,26 +34,28 @@ def threshold(
     """
     zero = jnp.zeros(visible.shape, jnp.int32)
 
-    def count(reached: Any) -> Array:
-        """How many ranks fulfil `reached`, which maps ranks [Q, 8, 128] and where they begin."""
+    def count(*reached: Any) -> list[Array]:
+        """How many ranks fulfil each of `reached`, which map ranks [Q, 8, 128] and where they begin."""
 
-        def chunk(c: Any, counts: Array) -> Array:
+        def chunk(c: Any, counts: list[Array]) -> list[Array]:
             for i in range(0, cut.chunk, LANES):
                 lanes = pl.multiple_of(c * cut.chunk, LANES) + i
-                counts += reached(ranks[:, :, pl.ds(lanes, LANES)], lanes).astype(jnp.int32)
+                own = ranks[:, :, pl.ds(lanes, LANES)]
+                counts = [n + reach(own, lanes).astype(jnp.int32) for n, reach in zip(counts, reached, strict=True)]
             return counts
 
         with about(cut.chunks):
-            return _total(jax.lax.fori_loop(0, used, chunk, zero))
+            return list(map(_total, jax.lax.fori_loop(0, used, chunk, [zero] * len(reached))))
 
-    def count_maxima(rank: Array) -> Array:
-        counts = zero
+    def count_maxima(*thresholds: Array) -> list[Array]:
+        counts = [zero] * len(thresholds)
         for i in range(0, cut.chunk, LANES):
-            counts += (maxima[:, :, i : i + LANES] >= rank).astype(jnp.int32)
-        return _total(counts)
+            own = maxima[:, :, i : i + LANES]
+            counts = [n + (own >= rank).astype(jnp.int32) for n, rank in zip(counts, thresholds, strict=True)]
+        return list(map(_total, counts))
 
-    def count_ranks(rank: Array) -> Array:
-        return count(lambda x, _: x >= rank)
+    def count_ranks(*thresholds: Array) -> list[Array]:
+        return count(*[lambda x, _, rank=rank: x >= rank for rank in thresholds])
 
     most = maxima[:, :, :LANES]
     for i in range(LANES, cut.chunk, LANES):
@@ -61,9 +67,11 @@ def threshold(
     lowest = jnp.where(all_kept, LEAST + 1, LEAST)
     highest = jnp.where(all_kept, LEAST + 1, most)
     groups = jnp.where(all_kept, k, SUBLANES * cut.chunk)
-    lowest = _narrow(count_maxima, k, lowest, highest, groups, slack=top // 8)[0]
-    above = jnp.where(all_kept, k, count_ranks(lowest))
-    lowest, reach, beyond = _narrow(count_ranks, k, lowest, highest, above, slack=0)
+    several = maxima.size <= FEW
+    lowest = _narrow(count_maxima, k, lowest, highest, groups, slack=top // 8, several=several)[0]
+    above = jnp.where(all_kept, k, count_ranks(lowest)[0])
+    several = ranks.size <= FEW
+    lowest, reach, beyond = _narrow(count_ranks, k, lowest, highest, above, slack=0, several=several)
 
     # More reach the threshold than are wanted: it is the score of several, of which the first ones are kept.
     lacking = k - beyond
@@ -78,7 +86,7 @@ def threshold(
             number = entry_numbers(LANES, cut) + ahead
             return (x == lowest) & (number < middle)
 
-        enough = count(before) >= lacking
+        enough = count(before)[0] >= lacking
         searched = low < high
         return jnp.where(searched & ~enough, middle + 1, low), jnp.where(searched & enough, middle, high)
 
@@ -88,12 +96,12 @@ def threshold(
 
 
 def _narrow(
-    count: Any, k: Array, lowest: Array, highest: Array, reach: Array, slack: int
+    count: Any, k: Array, lowest: Array, highest: Array, reach: Array, *, slack: int, several: bool
 ) -> tuple[Array, Array, Array]:
     """The largest rank in an interval that at least k of what is counted reach; any where at most `slack` more do.
 
-    Halves the interval and guesses by the counts in turn: guesses are quick where scores are spread evenly, which the
-    best ones nearly are, and halving bounds the number of rounds.
+    Halves the interval and guesses by the counts: guesses are quick where scores are spread evenly, which the best ones
+    nearly are, and halving bounds the number of rounds.
 
     Args:
       count: maps ranks to how many reach each.
@@ -102,6 +110,7 @@ def _narrow(
       highest: less than k reach more.
       reach: how many reach `lowest`.
       slack: see above.
+      several: whether a round halves, and guesses on both sides of what is wanted; else rounds do so in turn.
 
     Returns:
       The rank, how many reach it, and, where the interval has closed, how many exceed it.
@@ -114,27 +123,27 @@ def _narrow(
         return _any(open_(*state[1:4]))
 
     def body(state: Any) -> Any:
-        guess, lowest, highest, reach, beyond = state
+        guesses, lowest, highest, reach, beyond = state
         width = highest - lowest  # negative where it overflows
-        share = (reach - k).astype(jnp.float32) + 0.5
-        share = share / jnp.maximum(reach - beyond, 1).astype(jnp.float32)
-        ahead = (share * (0.5 * width.astype(jnp.float32))).astype(jnp.int32) * 2
-        guessed = lowest + jnp.clip(ahead, 1, jnp.maximum(width, 1))
         middle = (lowest >> 1) + (highest >> 1) + ((lowest | highest) & 1)
-        middle = jnp.where((guess > 0) & (width > 0), guessed, middle)
-        found = count(middle)
+
+        def guess(aim: float) -> Array:
+            more, fewer = ((x - y).astype(jnp.float32) for x, y in ((reach, k), (k, beyond)))
+            share = (1 - aim) * more if aim >= 0 else more - aim * fewer
+            share = (share + 0.5) / jnp.maximum(more + fewer, 1.0)
+            ahead = (share * (0.5 * width.astype(jnp.float32))).astype(jnp.int32) * 2
+            return jnp.where(width > 0, lowest + jnp.clip(ahead, 1, jnp.maximum(width, 1)), middle)
+
+        points = [middle, *map(guess, GUESSES)] if several else [jnp.where(guesses > 0, guess(0.0), middle)]
         searched = open_(lowest, highest, reach)
-        up, down = searched & (found >= k), searched & (found < k)
-        return (
-            1 - guess,
-            jnp.where(up, middle, lowest),
-            jnp.where(down, middle - 1, highest),
-            jnp.where(up, found, reach),
-            jnp.where(down, found, beyond),
-        )
+        for point, found in zip(points, count(*points), strict=True):
+            up, down = searched & (found >= k) & (point > lowest), searched & (found < k) & (point <= highest)
+            lowest, reach = jnp.where(up, point, lowest), jnp.where(up, found, reach)
+            highest, beyond = jnp.where(down, point - 1, highest), jnp.where(down, found, beyond)
+        return 1 - guesses, lowest, highest, reach, beyond
 
     state = (jnp.int32(0), lowest, highest, reach, jnp.zeros(k.shape, jnp.int32))
-    with about(ROUNDS):
+    with about(ROUNDS[several]):
         _, lowest, _, reach, beyond = jax.lax.while_loop(cond, body, state)
     return lowest, reach, beyond
 

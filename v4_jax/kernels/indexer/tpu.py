@@ -269,8 +269,7 @@ def _kernel(
         own_maxima[...] = jnp.full(own_maxima.shape, LEAST, jnp.int32)
         _spread(weights, wide)
 
-    @pl.when(step < ahead[block])
-    def _() -> None:
+    def score() -> None:
         own = _fetched(keys, pages, *buffers, step, ahead[block], unroll) if page else keys
         here = pl.ds(pl.multiple_of(step * cut.columns, cut.columns), cut.columns)
         _score(queries, own, wide, own_ranks, here, cut)
@@ -282,6 +281,9 @@ def _kernel(
             rank = jnp.where(seen, rank_of(own_ranks[t, :, here]), LEAST)
             own_ranks[t, :, here] = rank
             own_maxima[t, :, group] = jnp.maximum(own_maxima[t, :, group], rank)
+
+    with about(1):
+        pl.when(step < ahead[block])(score)
 
     def choose() -> None:
         before = block + 1 - together
@@ -372,4 +374,5 @@ def _score(queries: Any, keys: Any, wide: Any, ranks: Any, here: Any, cut: Cut) 
                 ranks[t + u, pl.ds(g, 1), here] = pltpu.bitcast(score, jnp.int32)
         return carry
 
-    jax.lax.fori_loop(0, SUBLANES, sublane, None)
+    # Sublanes of few queries together: products of one are awaited while another's are summed.
+    jax.lax.fori_loop(0, SUBLANES, sublane, None, unroll=max(1, SIDE_BY_SIDE // count))
