@@ -130,9 +130,8 @@ def _best_entries(
     bounds = low.reshape(batch * blocks, -1), high.reshape(batch * blocks, -1)
     seen = bounds[1] > bounds[0]
     first = quotient(jnp.min(jnp.where(seen, bounds[0], entries), axis=1), cut.keys)
-    first = jnp.repeat(
-        jnp.min(first.reshape(-1, together), axis=1), together
-    )  # the same for those that choose together
+    # The same for rows that choose together, whose scores lie beside one another.
+    first = jnp.repeat(jnp.min(first.reshape(-1, together), axis=1), together)
     last = quotient(jnp.max(jnp.where(seen, bounds[1], 0), axis=1) + cut.keys - 1, cut.keys)
     ahead = jnp.maximum(last - first, 0)
     scalars = (jnp.asarray(layer, jnp.int32).reshape(1), first, ahead, low.reshape(-1), high.reshape(-1))
