@@ -38,7 +38,8 @@ from v4_jax.layers.visible import Visible
 from v4_jax.natural import quotient
 
 SIDE_BY_SIDE = 4  # queries whose products are taken at once
-UNROLLED = 16  # pages that are asked for without a loop
+OVERLAPPING = 4  # sublanes of keys in one turn of the loop: products of one are awaited while another's are summed
+UNROLLED = 16  # pages that are asked for without a loop, on TPUs
 VMEM_BYTES = 56 << 20  # of the 64 MiB or more that every generation from v5e on has
 
 
@@ -271,7 +272,7 @@ def _kernel(
     def score() -> None:
         own = _fetched(keys, pages, *buffers, step, ahead[block], unroll) if page else keys
         here = pl.ds(pl.multiple_of(step * cut.columns, cut.columns), cut.columns)
-        _score(queries, own, wide, own_ranks, here, cut)
+        _score(queries, own, wide, own_ranks, here, cut, unroll)
         group = pl.ds(pl.multiple_of(jax.lax.rem(step, cut.group) * cut.columns, cut.columns), cut.columns)
         number = entry_numbers(cut.columns, cut) + (start + step) * cut.keys
         for t in range(cut.queries):
@@ -344,7 +345,7 @@ def _spread(weights: Any, wide: Any) -> None:
         wide[t] = jnp.broadcast_to(column, (heads, LANES))
 
 
-def _score(queries: Any, keys: Any, wide: Any, ranks: Any, here: Any, cut: Cut) -> None:
+def _score(queries: Any, keys: Any, wide: Any, ranks: Any, here: Any, cut: Cut, unroll: int) -> None:
     """Bits of the scores of all queries and keys of a step, sublane by sublane."""
     count, heads, size = queries.shape
     exact = jax.lax.Precision.HIGHEST if queries.dtype == jnp.float32 else None
@@ -373,5 +374,4 @@ def _score(queries: Any, keys: Any, wide: Any, ranks: Any, here: Any, cut: Cut) 
                 ranks[t + u, pl.ds(g, 1), here] = pltpu.bitcast(score, jnp.int32)
         return carry
 
-    # Sublanes of few queries together: products of one are awaited while another's are summed.
-    jax.lax.fori_loop(0, SUBLANES, sublane, None, unroll=max(1, SIDE_BY_SIDE // count))
+    jax.lax.fori_loop(0, SUBLANES, sublane, None, unroll=min(unroll, OVERLAPPING))
