@@ -13,7 +13,7 @@ from v4_jax.number_formats import FP8_BLOCK
 
 LANES, SUBLANES = 128, 8  # of a vector register
 CHUNKS = (512, 256, 128)  # inputs at a time, the largest that divides K
-SPREAD_ROWS = 8  # are spread at most: eight times as many are no more than the matrix unit has to have
+FEW_ROWS = 8  # are spread at most: eight times as many are no more than the matrix unit has to have
 
 
 def product(rows: Array, weight: Array) -> Array:
@@ -50,7 +50,7 @@ def by_scaled_rows(rows: Any, codes: Any, here: Any, lines: Array) -> Array:
 
 def lines_of(scales: Array, rows: int, first: Any, count: int, across: bool) -> Array:
     """Scales of `count` outputs from `first` on as `times_tile` takes them for so many rows; see `block_lines`."""
-    if rows <= SPREAD_ROWS:
+    if rows <= FEW_ROWS:
         return scales_of_outputs(scales, first, count, across)
     return block_lines(scales, first, count, across)
 
@@ -66,7 +66,7 @@ def times_tile(rows: Any, codes: Any, lines: Array) -> Array:
     Returns:
       [M, outputs] float32.
     """
-    if rows.shape[0] <= SPREAD_ROWS:
+    if rows.shape[0] <= FEW_ROWS:
         return by_spread_rows(spread(rows[...]), codes, lines)
     return by_scaled_rows(rows, codes, pl.ds(0, codes.shape[0]), lines)
 
@@ -139,6 +139,12 @@ def block_lines(scales: Array, start: Any, count: int, across: bool = False) -> 
     if across:
         return product(mine, scales)
     return jnp.dot(mine, scales, preferred_element_type=jnp.float32)
+
+
+def some_lines(lines: Any, first: Any, count: int) -> Array:
+    """Of a reference to `block_lines`, those of `count` outputs from `first` on, a multiple of as many."""
+    each = FP8_BLOCK[0] // SUBLANES
+    return lines[pl.ds(pl.multiple_of(jax.lax.div(first, jnp.int32(each)), count // each), count // each), :]
 
 
 def scale_blocks(codes: Array, lines: Array) -> Array:

@@ -21,7 +21,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from v4_jax.kernels.block_scales import LANES, SUBLANES, block_lines, by_scaled_rows, product, repeat_lanes
+from v4_jax.kernels.block_scales import LANES, SUBLANES, block_lines, by_scaled_rows, product, repeat_lanes, some_lines
 from v4_jax.kernels.turns import about, visits
 from v4_jax.low_rank import Adapted
 from v4_jax.number_formats import E2M1, E4M3, FP4_BLOCK, FP8_BLOCK, BlockScaled, Weight
@@ -218,7 +218,7 @@ def multiply(
             if lines is None:
                 own = block_lines(scales[0][...], first + start, strip, form.across)
             else:
-                own = lines[pl.ds(pl.multiple_of(start >> 4, strip >> 4), strip >> 4), :]
+                own = some_lines(lines, start, strip)
             return by_scaled_rows(rows, codes, here, own)
 
         each_strip(scaled, together=4)  # each waits for the scaling of its rows

@@ -55,26 +55,27 @@ def pack(
     table = jnp.concatenate(lines, axis=0).astype(jnp.bfloat16)
     whole = table.shape[0]
 
-    def column(lines: int) -> Array:
-        return jax.lax.broadcasted_iota(jnp.int32, (lines, whole), 1)
+    def column(count: int) -> Array:
+        return jax.lax.broadcasted_iota(jnp.int32, (count, whole), 1)
 
-    def row_of(lane: Array) -> Array:
+    def byte_of(column: Array) -> Array:
+        """Which byte of scores a row of the table has, counted from 1; 0 for none."""
+        bytes_ = ((column >= begin).astype(jnp.int32) for begin in range(width, whole, depth))
+        return functools.reduce(jnp.add, bytes_, jnp.zeros(column.shape, jnp.int32))
+
+    def row_of(column: Array) -> Array:
         """The row of the chosen that a row of the table belongs to; of digits, none."""
-        row = jnp.where(lane < depth, lane, -1)
-        for begin in range(width, whole, depth):
-            row = jnp.where((lane >= begin) & (lane < begin + depth), lane - begin, row)
-        return row
+        own = column - jnp.where(column < depth, 0, width + (byte_of(column) - 1) * depth)
+        return jnp.where((column >= depth) & (column < width), -1, own)
 
     line, own_row = jax.lax.broadcasted_iota(jnp.int32, (width, whole), 0), row_of(column(width))
     up_to, before_row = _ones((line <= own_row) & (line < depth)), _ones((line < own_row) & (line < depth))
     slots = numbers.shape[1]
     size = next(size for size in (SLOTS, 2 * LANES, LANES) if slots % size == 0)
     # Row 0 adds up the rows of the chosen; rows 1 and 2 read the digits of the lane, and those from 3 on the bytes.
-    row, lane = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, whole), 0), column(SUBLANES)
-    read = ((row == 0) & (lane < depth)) | ((row > 0) & (row < 3) & (lane == depth + row - 1))
-    for i in range(len(shifts)):
-        read |= (row == 3 + i) & (lane >= width + i * depth) & (lane < width + (i + 1) * depth)
-    read = _ones(read)
+    row, own = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, whole), 0), column(SUBLANES)
+    read = ((row == 0) & (own < depth)) | ((row > 0) & (row < 3) & (own == depth + row - 1))
+    read = _ones(read | ((row > 2) & (row == 2 + byte_of(own))))
     k = jnp.minimum(_repeat(wanted[t], size), top)[:1]
 
     for place in range(0, slots, size):

@@ -15,7 +15,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from v4_jax.kernels.block_scales import LANES, SPREAD_ROWS, SUBLANES, lines_of, times_tile
+from v4_jax.kernels.block_scales import FEW_ROWS, LANES, SUBLANES, lines_of, some_lines, times_tile
 from v4_jax.kernels.memory import cores
 from v4_jax.number_formats import E4M3
 
@@ -63,7 +63,7 @@ def matmul(
     (_, width, depth), rows = codes.shape, x.shape[0]
     columns = _columns(width // groups, depth)
     tiles = width // columns
-    lines = (depth // LANES, width) if rows <= SPREAD_ROWS else (width // LANES * SUBLANES, depth // LANES)
+    lines = (depth // LANES, width) if rows <= FEW_ROWS else (width // LANES * SUBLANES, depth // LANES)
     in_vmem = pl.BlockSpec(memory_space=pltpu.VMEM)
     return pl.pallas_call(
         functools.partial(_kernel, across=across, per_group=tiles // groups),
@@ -97,10 +97,9 @@ def _columns(width: int, depth: int) -> int:
     return LANES * max(size for size in range(1, most + 1) if units % size == 0)
 
 
-def _kernel(layer: Any, x: Any, codes: Any, scales: Any, out: Any, *scratch: Any, **form: Any) -> None:
+def _kernel(layer: Any, x: Any, codes: Any, scales: Any, out: Any, *scratch: Any, across: bool, per_group: int) -> None:
     """Scratch: [`AHEAD`, columns, K] for tiles, the n-th at n modulo `AHEAD`; a semaphore for each; lines of scales."""
     room, arrived, lines = scratch
-    across, per_group = form["across"], form["per_group"]
     (slots, columns, depth), tiles = room.shape, out.shape[1] // room.shape[1]
 
     def copy(tile: Any, slot: int) -> Any:
@@ -111,11 +110,8 @@ def _kernel(layer: Any, x: Any, codes: Any, scales: Any, out: Any, *scratch: Any
         first = pl.multiple_of(tile * columns, columns)
         group = pl.multiple_of(jax.lax.div(tile, jnp.int32(per_group)) * depth, LANES)
         copy(tile, slot).wait()
-        if x.shape[0] <= SPREAD_ROWS:
-            own = lines[:, pl.ds(first, columns)]
-        else:
-            size = columns // LANES * SUBLANES
-            own = lines[pl.ds(pl.multiple_of(tile * size, size), size), :]
+        few = x.shape[0] <= FEW_ROWS
+        own = lines[:, pl.ds(first, columns)] if few else some_lines(lines, first, columns)
         product = times_tile(x.at[:, pl.ds(group, depth)], room.at[slot], own)
         out[:, pl.ds(first, columns)] = product.astype(out.dtype)
         if more:

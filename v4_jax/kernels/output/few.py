@@ -16,7 +16,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from v4_jax.kernels.block_scales import SPREAD_ROWS, by_spread_rows, scales_of_outputs, spread
+from v4_jax.kernels.block_scales import FEW_ROWS, by_spread_rows, scales_of_outputs, spread
 from v4_jax.kernels.linear import tpu as linear
 from v4_jax.kernels.memory import kept_in_hbm
 from v4_jax.kernels.output.tpu import as_operands, merge
@@ -34,7 +34,7 @@ def supports(partials: Sequence[Partial | Packed], turn: Turn, weights: Sequence
     """Whether `attention_end` takes partial softmaxes [B, Q, H, C] and both weights."""
     batch, size, heads, channels = shape_of(partials[0])
     return (
-        batch * size <= SPREAD_ROWS
+        batch * size <= FEW_ROWS
         and turns((batch, size, heads, channels), jnp.dtype(dtype), turn)
         and linear.supports(weights[0], dtype, groups)
         and linear.supports(weights[1], dtype)
