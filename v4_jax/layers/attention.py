@@ -166,14 +166,13 @@ class Attention(Module):
                 if projected is None:
                     projected = linear(x.queries.latent, wq_b, dtype)
                 queries = self.queries(projected, x.queries.turn)
-            picked = loss = scored = stored = None
+            picked = here = loss = scored = stored = None
             if index is not None and x.queries.index_weights is not None:
                 scored = Scored(index.queries(x.queries), x.queries.index_weights, index.keys)
                 if not self.stage.dense:
-                    chosen = x.queries.picks
-                    if chosen is None:
-                        chosen = select(*scored, x.visible, c.index_topk)
-                    picked = keep(chosen, "picked")
+                    picked = x.queries.picks
+                    if picked is None:
+                        picked, here = select(*scored, x.visible, c.index_topk)
             at_once = x.keys is not None and entries is not None and not entry_axes
             if picked is not None:
                 at_once = at_once and cache is None and attends_in_training(queries, x.keys, entries)
@@ -191,7 +190,7 @@ class Attention(Module):
                 if picked is None:
                     distant = attend_window(visitors, None, None, entries, x.visible, bool(visiting))
                 else:
-                    distant = attend_picked(visitors, entries, picked, bool(visiting))
+                    distant = attend_picked(visitors, entries, picked, here, bool(visiting))
                 partials.append(merge_devices(distant, entry_axes, visiting))
             if entries is not None and scored is not None and self.stage.indexer_loss:
                 log_total = log_denominator(functools.reduce(merge, separate(partials)), sink)

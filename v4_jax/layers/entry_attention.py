@@ -8,6 +8,7 @@ from jax import Array
 
 from v4_jax.cache.entries import Entries
 from v4_jax.kernels import choose
+from v4_jax.layers.lightning_indexer import Here
 from v4_jax.layers.partial_softmax import attend, merge, nothing
 from v4_jax.layers.partials import Packed, Partial
 from v4_jax.layers.visible import Visible
@@ -17,20 +18,35 @@ ENTRY_BLOCK = 128  # entries that HCA attends at once
 
 
 @jax.named_scope("attention.csa")
-def attend_picked(queries: Array, entries: Entries, picked: Array, together: bool = False) -> Partial | Packed:
-    """Attention of each query over its own entries `picked` [B, Q, K] (-1 for none), as far as they lie here."""
-    return choose.attend_picked(attend_copies, queries, entries, entries.local(picked), together)
+def attend_picked(
+    queries: Array, entries: Entries, picked: Array, here: Here | None = None, together: bool = False
+) -> Partial | Packed:
+    """Attention of each query over its own entries, as far as they lie here.
+
+    Args:
+      queries: [B, Q, H, C].
+      entries: the entries.
+      picked: [B, Q, K] int32 those to attend, -1 for none.
+      here: those of them that lie here, where that is known.
+      together: whether to return one `Packed` softmax.
+    """
+    local, count = (entries.local(picked), None) if here is None else here
+    return choose.attend_picked(attend_copies, queries, entries, local, count, together)
 
 
-def attend_copies(queries: Array, entries: Entries, local: Array) -> Partial:
-    """The same, of local numbers, over gathered copies of the entries."""
-    devices, count = collectives.size(entries.axes), local.shape[-1]
+def attend_copies(queries: Array, entries: Entries, local: Array, count: Array | None = None) -> Partial:
+    """The same over gathered copies of the entries, whose local numbers are given, -1 for none.
+
+    `count` tells how many are not -1, where those come first; it is of no use here.
+    """
+    del count
+    devices, picks = collectives.size(entries.axes), local.shape[-1]
     if devices == 1:
         return attend(queries, entries.gather(local), local >= 0)
     # A device holds about one in `devices` of the picks: those first, in blocks, and no work for blocks without any.
-    width = min(count, -(-2 * count // devices))
+    width = min(picks, -(-2 * picks // devices))
     local = -jnp.sort(-local, axis=-1)
-    local = jnp.pad(local, [(0, 0), (0, 0), (0, -count % width)], constant_values=-1)
+    local = jnp.pad(local, [(0, 0), (0, 0), (0, -picks % width)], constant_values=-1)
     blocks = jnp.moveaxis(local.reshape(*local.shape[:2], -1, width), 2, 0)
 
     def step(partial: Partial, local: Array) -> tuple[Partial, None]:

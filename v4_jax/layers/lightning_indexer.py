@@ -6,6 +6,7 @@ Technical report, section 2.3.1.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,12 @@ from jax import Array
 from v4_jax.architecture import RATIO_OF_ROLE, Architecture
 from v4_jax.cache.entries import Entries
 from v4_jax.cache.ring import Ring
-from v4_jax.kernels.choose import best_entries, norm_rotate
+from v4_jax.kernels.choose import best_entries, best_of_devices, norm_rotate
 from v4_jax.kernels.rotary.reference import Projection, Steps
 from v4_jax.layers.compressor import Compressed, Compressor
 from v4_jax.layers.linear import linear
 from v4_jax.layers.rotary import Turn
+from v4_jax.layers.stages import keep
 from v4_jax.layers.visible import Visible
 from v4_jax.layout import Layout
 from v4_jax.number_formats import Weight
@@ -26,7 +28,6 @@ from v4_jax.parameters import Module
 from v4_jax.policy import Policy
 from v4_jax.sharding.collectives import all_gather
 from v4_jax.sharding.split import Split
-from v4_jax.sharding.top_k import distributed_top_k
 
 
 class LightningIndexer(Module):
@@ -101,8 +102,20 @@ def index_queries(latent: Array, wq_b: Weight, turn: Turn, config: Architecture,
     return all_gather(queries, split.shared("index_heads"), 2)
 
 
+class Here(NamedTuple):
+    """Picked entries that lie on this device.
+
+    Attributes:
+      local: [B, Q, K] int32 local numbers, -1 after the last.
+      filled: [B, Q] int32 how many they are.
+    """
+
+    local: Array
+    filled: Array
+
+
 @jax.named_scope("indexer.select")
-def select(queries: Array, weights: Array, keys: Entries, visible: Visible, top: int) -> Array:
+def select(queries: Array, weights: Array, keys: Entries, visible: Visible, top: int) -> tuple[Array, Here]:
     """The best-scoring visible entries of each query, wherever they lie.
 
     Args:
@@ -113,9 +126,12 @@ def select(queries: Array, weights: Array, keys: Entries, visible: Visible, top:
       top: how many to keep.
 
     Returns:
-      [B, Q, min(top, entries)] int32 entry numbers in no particular order, -1 after the last where fewer are visible.
-      Of equal scores the earlier entries are kept.
+      [B, Q, min(top, entries)] int32 entry numbers in no particular order, -1 after the last where fewer are visible;
+      and those of them that lie here. Of equal scores the earlier entries are kept.
     """
-    operands = jax.lax.stop_gradient((queries, weights, keys))
-    scores, local = best_entries(*operands, visible, top=min(top, keys.count), scored=bool(keys.axes))
-    return local if scores is None else distributed_top_k(scores, keys.numbers(local), top, keys.axes)
+    operands = (*jax.lax.stop_gradient((queries, weights, keys)), visible)
+    if keys.axes:
+        picked, *here = best_of_devices(*operands, top=top)
+        return keep(picked, "picked"), Here(*here)
+    picked = keep(best_entries(*operands, top=min(top, keys.count), scored=False)[1], "picked")
+    return picked, Here(picked, jnp.sum(picked >= 0, axis=-1, dtype=jnp.int32))

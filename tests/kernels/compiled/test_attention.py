@@ -16,6 +16,7 @@ from v4_jax.cache.entries import Entries
 from v4_jax.cache.ring import Ring
 from v4_jax.cache.rows import StoredRows
 from v4_jax.kernels.csa import tpu as csa
+from v4_jax.kernels.indexer.devices import best_of_devices
 from v4_jax.kernels.window.tpu import step
 from v4_jax.layers.entry_attention import attend_picked
 from v4_jax.layers.lightning_indexer import select
@@ -38,7 +39,7 @@ def test_picked_entries_of_a_scan_over_layers(build, model, queries, paged):
         def layer(total, number):
             index = Entries(keys, number, jnp.bfloat16, table=table, page=page)
             picked = select(index_queries, weights, index, visible, config.index_topk)
-            partial = attend_picked(queries, dataclasses.replace(index, rows=rows), picked)
+            partial = attend_picked(queries, dataclasses.replace(index, rows=rows), *picked)
             return total + finish(partial, jnp.zeros(queries.shape[2])), None
 
         return jax.lax.scan(layer, jnp.zeros(queries.shape), jnp.arange(layers))[0]
@@ -67,7 +68,7 @@ def test_picks_that_are_spread_over_devices(build):
     queries, place = shape(jnp.bfloat16, 128, 64, 512), shape(jnp.int32, 128, 512)
     attend = functools.partial(csa._attend, share=csa._share(512, 16), together=True, rounded=False, interpret=False)
     assert csa._share(512, 16) <= csa.ROWS[0]
-    compiled = build(attend, queries, words, place)
+    compiled = build(attend, queries, words, place, shape(jnp.int32, 128))
     assert copied(compiled) <= 2 * 128 * 64 * 512
 
 
@@ -125,3 +126,11 @@ def test_short_windows(build, rows, queries, heads):
     compiled = build(run, *arguments, donated=2)
     assert compiled.memory_analysis().temp_size_in_bytes < SPARE
     assert not re.search(r"u16\[\d+,\d+,136,512\]\S* copy\(", compiled.as_text())
+
+
+@pytest.mark.parametrize(("devices", "queries", "top"), [(8, 1, 512), (2, 16, 512), (32, 1, 1024)])
+def test_best_of_devices(build, devices, queries, top):
+    """Decode of one row, of many, and of Pro's."""
+    choose = functools.partial(best_of_devices, top=top)
+    compiled = build(choose, shape(jnp.int32, devices, queries, 2 * top), shape(jnp.int32))
+    assert copied(compiled) == 0

@@ -15,6 +15,7 @@ from v4_jax.kernels.hyper_connections.reference import Numbers, Site
 from v4_jax.kernels.indexer_loss.tpu import Operands
 from v4_jax.kernels.rotary.reference import Steps
 from v4_jax.layers.entry_attention import attend_picked
+from v4_jax.layers.lightning_indexer import Here
 from v4_jax.layers.partials import Partial
 from v4_jax.layers.rotary import Turn
 from v4_jax.layers.stages import recompute
@@ -114,7 +115,8 @@ def test_gradients_of_picked_entries(build, queries, heads, entries, picks):
 
     def run(queries, held, picked, given):
         def attend(queries, held):
-            return attend_picked(queries, Entries.uncached(held), picked)
+            here = Here(picked, jnp.sum(picked >= 0, axis=-1, dtype=jnp.int32))
+            return attend_picked(queries, Entries.uncached(held), picked, here)
 
         partial, pull = jax.vjp(attend, queries, held)
         return partial, pull(Partial(*given))

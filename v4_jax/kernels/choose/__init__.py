@@ -15,6 +15,7 @@ Pallas kernel, or `cpu.py`, written so that XLA:CPU makes quick code of it. Laye
     grouped_product
     partial_products         the same, one by one           reference                                 one kernel
     best_entries             running top-k over blocks      reference                                 kernel
+    best_of_devices          sorts                          reference                                 one kernel
     indexer_loss             caller's, block by block       reference                                 kernels both ways
     attend_picked            caller's, over a gathered copy reference                                 kernels both ways
     compress                 caller's, all rows at once     reference                                 row by row
@@ -58,7 +59,7 @@ from v4_jax.kernels.choose.dense import (
     products_with,
     settle,
 )
-from v4_jax.kernels.choose.entries import best_entries, compress, index_scores
+from v4_jax.kernels.choose.entries import best_entries, best_of_devices, compress, index_scores
 from v4_jax.kernels.choose.experts import (
     best_experts,
     expert_of_all,
@@ -76,6 +77,7 @@ __all__ = [
     "attention_output",
     "best_entries",
     "best_experts",
+    "best_of_devices",
     "compress",
     "cross_sites",
     "enter_site",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 from jax import Array
 
 from v4_jax.cache.entries import Entries
@@ -14,13 +15,16 @@ from v4_jax.kernels.choose.forms import Form, pull, with_gradients
 from v4_jax.kernels.compressor import tpu as compressor_tpu
 from v4_jax.kernels.compressor.tpu import CompressorWeights
 from v4_jax.kernels.indexer import cpu as indexer_cpu
+from v4_jax.kernels.indexer import devices as indexer_devices
 from v4_jax.kernels.indexer import reference as indexer
 from v4_jax.kernels.indexer import selection
 from v4_jax.kernels.indexer import tpu as indexer_tpu
 from v4_jax.kernels.rotary.reference import Steps
 from v4_jax.layers.visible import Visible
 from v4_jax.layout import Layout
+from v4_jax.sharding import collectives
 from v4_jax.sharding.platform import by_platform, interpreting
+from v4_jax.sharding.top_k import distributed_top_k
 
 
 def compress(
@@ -73,3 +77,47 @@ def best_entries(
     share = 1 if keys.cached else 0.5
     kernel = functools.partial(indexer_tpu.best_entries, top=top, scored=scored, share=share, interpret=interpreting())
     return by_platform(queries, weights, keys, visible, default=plain, tpu=kernel)
+
+
+def best_of_devices(
+    queries: Array, weights: Array, keys: Entries, visible: Visible, *, top: int
+) -> tuple[Array, Array, Array]:
+    """The best entries of all devices. It has no gradients.
+
+    Args:
+      queries: [B, Q, heads, C] index queries.
+      weights: [B, Q, heads] float32 head weights.
+      keys: index keys of every entry, spread over devices.
+      visible: which of them the queries see, in local numbers.
+      top: how many to keep.
+
+    Returns:
+      [B, Q, top] int32 numbers of the best, -1 after the last, the same on every device. Of equal scores the earlier
+      entries are kept. And local numbers [B, Q, K] of those of them that lie here, -1 after the last, and how many they
+      are, [B, Q].
+    """
+    axes, devices = keys.axes, collectives.size(keys.axes)
+    own = min(top, keys.count)
+
+    def sorted_out(queries: Array, weights: Array, keys: Entries, visible: Visible) -> tuple[Array, Array, Array]:
+        scores, local = best_entries(queries, weights, keys, visible, top=own, scored=True)
+        assert scores is not None
+        numbers = distributed_top_k(scores, keys.numbers(local), top, axes)
+        here = -jnp.sort(-keys.local(numbers), axis=-1)[..., :own]
+        return numbers, here, jnp.sum(here >= 0, axis=-1, dtype=jnp.int32)
+
+    def kernels(queries: Array, weights: Array, keys: Entries, visible: Visible) -> tuple[Array, Array, Array]:
+        found = indexer_tpu.candidates(queries, weights, keys, visible, top=top, interpret=interpreting())
+        shape = found.shape[:2]
+        everywhere = collectives.all_gather(found.reshape(1, -1, found.shape[2]), axes, 0)
+        here, count, thresholds, limits = indexer_devices.best_of_devices(
+            everywhere, collectives.index(axes), top, interpret=interpreting()
+        )
+        chosen = indexer_devices.chosen(everywhere, thresholds, limits, top)
+        return chosen.reshape(*shape, top), here[:, :own].reshape(*shape, own), count.reshape(shape)
+
+    operands = queries, weights, keys, visible
+    supported = own == top < keys.count and indexer_tpu.supports(queries, keys, top)
+    if not (supported and indexer_devices.supports(top, devices)):
+        return sorted_out(*operands)
+    return by_platform(*operands, default=sorted_out, tpu=kernels)

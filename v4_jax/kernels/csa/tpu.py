@@ -27,7 +27,6 @@ from v4_jax.kernels.memory import kept_in_hbm
 from v4_jax.kernels.picked_rows import across, unpacked
 from v4_jax.kernels.turns import about
 from v4_jax.layers.partials import STATISTICS, Packed, Partial
-from v4_jax.natural import quotient
 from v4_jax.sharding import collectives
 
 QUERIES = 16  # of a block
@@ -51,6 +50,7 @@ def attend_picked(
     queries: Array,
     entries: Entries,
     local: Array,
+    count: Array | None = None,
     *,
     together: bool = False,
     rounded: bool = False,
@@ -62,6 +62,7 @@ def attend_picked(
       queries: [B, Q, H, C] bfloat16.
       entries: the entries, of kind "words".
       local: [B, Q, K] int32 local numbers of those to attend, -1 for none.
+      count: [B, Q] int32 how many are not -1, where those come first and all are there; None: -1 may be anywhere.
       together: whether to return one `Packed` softmax.
       rounded: whether sums of entries are rounded to the dtype of the queries at the end; not `together`.
       interpret: run in interpret mode, on any platform.
@@ -78,24 +79,25 @@ def attend_picked(
             f"queries {queries.shape} of {queries.dtype} over entries of kind {entries.rows.kind!r}: expected "
             f"{WORD_CHANNELS} or {2 * WORD_CHANNELS} channels, heads in multiples of 8 up to {LANES}, bfloat16, 'words'"
         )
-    devices = collectives.size(entries.axes)
-    if devices > 1:
-        local = -jnp.sort(-local, axis=-1)  # most picks lie elsewhere: those here first, and no work for the rest
     rows, places = entries.places(batch_rows(local, 2), local)
     (_, rows_count, places_count), words = entries.rows.shape, entries.rows.arrays[0]
     place = (entries.layer * rows_count + rows) * places_count + places
     place = jnp.where((local >= 0) & (places < places_count), place, -1)
-    (batch, count), (heads, size) = local.shape[:2], queries.shape[2:]
+    if count is None:
+        place = -jnp.sort(-place, axis=-1)
+        count = jnp.sum(place >= 0, axis=-1, dtype=jnp.int32)
+    (batch, asked), (heads, size) = local.shape[:2], queries.shape[2:]
     found = _attend(
-        queries.reshape(batch * count, heads, size),
+        queries.reshape(batch * asked, heads, size),
         words.reshape(-1, *words.shape[3:]),
-        place.reshape(batch * count, -1),
-        share=_share(local.shape[-1], devices),
+        place.reshape(batch * asked, -1),
+        count.reshape(-1),
+        share=_share(local.shape[-1], collectives.size(entries.axes)),
         together=together,
         rounded=rounded,
         interpret=interpret,
     )
-    apart = [x.reshape(batch, count, *x.shape[1:]) for x in found]
+    apart = [x.reshape(batch, asked, *x.shape[1:]) for x in found]
     return Packed(apart[0][None]) if together else Partial(*apart)
 
 
@@ -107,20 +109,28 @@ def _share(picks: int, devices: int) -> int:
 
 @functools.partial(jax.jit, static_argnames=("share", "together", "rounded", "interpret"))
 def _attend(
-    queries: Array, words: Array, place: Array, *, share: int, together: bool, rounded: bool, interpret: bool
+    queries: Array,
+    words: Array,
+    place: Array,
+    held: Array,
+    *,
+    share: int,
+    together: bool,
+    rounded: bool,
+    interpret: bool,
 ) -> list[Array]:
-    """The same of queries [N, H, C] over rows `place` [N, K] of words [R, parts, 128], mostly of `share` or fewer."""
+    """The same of queries [N, H, C] over the first `held` [N], mostly `share` or fewer, of rows `place` [N, K] of words
+    [R, parts, 128].
+    """
     at_once = next((rows for rows in ROWS if share <= rows), ROWS[-1])
     (count, heads, size), parts = queries.shape, words.shape[1]
     queries, (words,) = kept_in_hbm(queries, [words], interpret=interpret)
     block = min(QUERIES, count)
     padding, room = -count % block, -place.shape[1] % at_once
     queries = jnp.pad(queries, ((0, padding), (0, 0), (0, 0)))
-    place = jnp.pad(place, ((0, padding), (0, room)), constant_values=-1)
+    place = jnp.maximum(jnp.pad(place, ((0, padding), (0, room))), 0)
+    held = jnp.pad(held, (0, padding))
     total, slots = place.shape
-    last = jnp.max(jnp.where(place >= 0, jnp.arange(1, slots + 1, dtype=jnp.int32), 0), axis=1)
-    chunks = quotient(last + at_once - 1, at_once)
-    seen = jnp.repeat(place >= 0, parts, axis=1).astype(jnp.float32)
     shapes: list[tuple[int, ...]] = [(heads, size + STATISTICS)] if together else [(heads,), (heads,), (heads, size)]
     dtypes = [*[jnp.float32] * (len(shapes) - 1), queries.dtype if rounded else jnp.float32]
 
@@ -136,7 +146,6 @@ def _attend(
             grid=(total // block,),
             in_specs=[
                 pl.BlockSpec((None, 1, block * slots), lambda i, _: (i, 0, 0), memory_space=pltpu.SMEM),
-                pl.BlockSpec((block, 1, slots * parts), lambda i, _: (i, 0, 0)),
                 pl.BlockSpec((block, heads, size), lambda i, _: (i, 0, 0)),
                 pl.BlockSpec(memory_space=pl.ANY),
             ],
@@ -157,14 +166,13 @@ def _attend(
         ),
         interpret=interpret,
         name="attend_picked",
-    )(chunks, jnp.maximum(place, 0).reshape(-1, 1, block * slots), seen[:, None], queries, words)
+    )(held, place.reshape(-1, 1, block * slots), queries, words)
     return [x[:count] for x in found]
 
 
 def _kernel(
-    chunks: Any,
+    held: Any,
     places: Any,
-    seen: Any,
     queries: Any,
     words: Any,
     *refs: Any,
@@ -173,7 +181,8 @@ def _kernel(
     turns: int,
     unroll: int,
 ) -> None:
-    """A block of queries, one after another, `at_once` rows of each at a time, about `turns` times.
+    """A block of queries, one after another, `at_once` rows of each at a time, about `turns` times; each query has the
+    first `held` of its places.
 
     Refs: largest logits and sums of each query, or one array of all; scratch: rows [2, parts * K, 128], those of this
     query and of the next, and their semaphores.
@@ -218,7 +227,7 @@ def _kernel(
         if parts == 2:  # even lines belong to the first part, odd ones to the second
             logits = jnp.where(odd, products[heads:], logits)
             logits += jnp.where(odd, pltpu.roll(logits, 1, 1), pltpu.roll(logits, lines - 1, 1))
-        visible = seen[query, :, pl.ds(pl.multiple_of(chunk * lines, lines), lines)] > 0  # [1, lines]
+        visible = lane < held[start + query] * parts - chunk * lines
         logits = jnp.where(visible, logits * scale, MASKED)
         most = jnp.maximum(largest, jnp.max(logits, axis=1, keepdims=True))
         shares = jnp.where(visible, jnp.exp(logits - most), 0.0)
@@ -230,10 +239,13 @@ def _kernel(
         sums = [x * rescale + values[p * heads : (p + 1) * heads] for p, x in enumerate(sums)]
         return most, total, *sums
 
+    def chunks(query: Any) -> Any:
+        return jax.lax.div(held[start + query] + at_once - 1, jnp.int32(at_once))
+
     def each(query: Any, carry: None) -> None:
         slot, other = query & 1, 1 - (query & 1)
-        here = chunks[start + query]
-        ahead = jnp.where(query + 1 < count, chunks[start + jnp.minimum(query + 1, count - 1)], 0)
+        here = chunks(query)
+        ahead = jnp.where(query + 1 < count, chunks(jnp.minimum(query + 1, count - 1)), 0)
         both = jnp.minimum(here, ahead)
 
         def ask_next(chunk: Any, carry: None) -> None:
@@ -274,5 +286,5 @@ def _kernel(
         return carry
 
     with about(turns):
-        jax.lax.fori_loop(0, chunks[start], ask_first, None)
+        jax.lax.fori_loop(0, chunks(0), ask_first, None)
     jax.lax.fori_loop(0, count, each, None)

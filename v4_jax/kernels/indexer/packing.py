@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.kernels.indexer.cut import LANES, SUBLANES, Cut, entry_numbers, rank_of
 
 SLOTS = 512  # places that are packed at once
+NOTHING = -(2**23)  # bits of -inf
 ROOM = 16  # rows of the table beside the entries, for digits
 
 
@@ -25,11 +25,11 @@ def pack(
     wanted: Any,
     start: Any,
     numbers: Any,
-    values: Any,
+    scores: Any,
     top: int,
     cut: Cut,
 ) -> None:
-    """Writes the numbers, and the scores, of what query t keeps.
+    """Writes the numbers, and the scores' bits, of what query t keeps.
 
     Entries form a table: row 8 * chunk + sublane, column the lane within the chunk. The j-th place takes an entry of
     the column in which the count of kept entries passes j, and of that column's kept entries the right one.
@@ -44,12 +44,12 @@ def pack(
         kept.append(((rank > threshold) | tied).astype(jnp.float32))
     heights = functools.reduce(jnp.add, kept)
     heights = jnp.sum(heights, axis=0, keepdims=True)  # [1, breadth]
-    before = _before(heights)
+    before = sums_before(heights)
 
     lane = jax.lax.broadcasted_iota(jnp.int32, (1, breadth), 1).astype(jnp.float32)
     digits = [part for x in (lane, before) for part in (x - 256 * jnp.floor(x / 256), jnp.floor(x / 256))]
     lines = [*kept, *digits, jnp.zeros((ROOM - len(digits), breadth), jnp.float32)]
-    width, shifts = depth + ROOM, range(0, 32, 8) if values is not None else ()
+    width, shifts = depth + ROOM, range(0, 32, 8) if scores is not None else ()
     for shift in shifts:  # of the scores, a byte at a time
         lines += [((rank >> shift) & 255).astype(jnp.float32) for rank in chunks]
     table = jnp.concatenate(lines, axis=0).astype(jnp.bfloat16)
@@ -69,19 +69,19 @@ def pack(
         return jnp.where((column >= depth) & (column < width), -1, own)
 
     line, own_row = jax.lax.broadcasted_iota(jnp.int32, (width, whole), 0), row_of(column(width))
-    up_to, before_row = _ones((line <= own_row) & (line < depth)), _ones((line < own_row) & (line < depth))
+    up_to, before_row = ones((line <= own_row) & (line < depth)), ones((line < own_row) & (line < depth))
     slots = numbers.shape[1]
     size = next(size for size in (SLOTS, 2 * LANES, LANES) if slots % size == 0)
     # Row 0 adds up the rows of the chosen; rows 1 and 2 read the digits of the lane, and those from 3 on the bytes.
     row, own = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, whole), 0), column(SUBLANES)
     read = ((row == 0) & (own < depth)) | ((row > 0) & (row < 3) & (own == depth + row - 1))
-    read = _ones(read | ((row > 2) & (row == 2 + byte_of(own))))
+    read = ones(read | ((row > 2) & (row == 2 + byte_of(own))))
     k = jnp.minimum(_repeat(wanted[t], size), top)[:1]
 
     for place in range(0, slots, size):
         j = place + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0).astype(jnp.float32)
-        own = _ones((before <= j) & (j < before + heights))  # [size, breadth]
-        found = _contract(own, table)  # [size, whole] the column that each place's entry is in
+        own = ones((before <= j) & (j < before + heights))  # [size, breadth]
+        found = contract(own, table)  # [size, whole] the column that each place's entry is in
         rank = j - (found[:, depth + 2 : depth + 3] + 256 * found[:, depth + 3 : depth + 4])
         chosen = found[:, :width].astype(jnp.bfloat16)
         passed = jnp.dot(chosen, up_to, preferred_element_type=jnp.float32) <= rank
@@ -89,16 +89,15 @@ def pack(
         if shifts:
             begun = jnp.dot(chosen, before_row, preferred_element_type=jnp.float32) <= rank
             value = jnp.where((column(size) < width) | (begun & ~passed), value, 0.0)
-        place_of = _contract(read, value.astype(jnp.bfloat16)).astype(jnp.int32)
+        place_of = contract(read, value.astype(jnp.bfloat16)).astype(jnp.int32)
         line, lane_of = place_of[:1], place_of[1:2] + 256 * place_of[2:3]
         step = start + (line >> 3) * cut.group + (lane_of >> cut.shift)
         number = (SUBLANES * step + (line & 7)) * cut.columns + (lane_of & (cut.columns - 1))
         here = jax.lax.broadcasted_iota(jnp.int32, (1, size), 1) + place < k
         numbers[pl.ds(t, 1), place : place + size] = jnp.where(here, number, -1)
-        if values is not None:
+        if scores is not None:
             bits = functools.reduce(jnp.bitwise_or, [place_of[3 + i : 4 + i] << s for i, s in enumerate(shifts)])
-            score = pltpu.bitcast(rank_of(bits), jnp.float32)
-            values[pl.ds(t, 1), place : place + size] = jnp.where(here, score, -jnp.inf)
+            scores[pl.ds(t, 1), place : place + size] = jnp.where(here, rank_of(bits), NOTHING)
 
 
 def _repeat(register: Array, count: int) -> Array:
@@ -106,21 +105,21 @@ def _repeat(register: Array, count: int) -> Array:
     return jnp.concatenate([register] * (count // LANES), axis=1)
 
 
-def _ones(mask: Array) -> Array:
+def ones(mask: Array) -> Array:
     """1 and 0 for a mask, in bfloat16."""
     return mask.astype(jnp.float32).astype(jnp.bfloat16)
 
 
-def _contract(a: Array, b: Array) -> Array:
+def contract(a: Array, b: Array) -> Array:
     """a [M, K] times b [N, K] in bfloat16: [M, N] float32."""
     return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _before(heights: Array) -> Array:
+def sums_before(heights: Array) -> Array:
     """Sums [1, N] of all heights [1, N] before each; heights are whole numbers up to 256."""
     shape = (LANES, LANES)
     line, column = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-    up_to = _ones(line <= column)
+    up_to = ones(line <= column)
     carry, sums = jnp.zeros((SUBLANES, 1), jnp.float32), []
     for i in range(0, heights.shape[1], LANES):
         own = jnp.broadcast_to(heights[:, i : i + LANES], (SUBLANES, LANES))

@@ -7,6 +7,7 @@ little more than k.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -45,14 +46,14 @@ def threshold(
             return counts
 
         with about(cut.chunks):
-            return list(map(_total, jax.lax.fori_loop(0, used, chunk, [zero] * len(reached))))
+            return list(map(total_of, jax.lax.fori_loop(0, used, chunk, [zero] * len(reached))))
 
     def count_maxima(*thresholds: Array) -> list[Array]:
         counts = [zero] * len(thresholds)
         for i in range(0, cut.chunk, LANES):
             own = maxima[:, :, i : i + LANES]
             counts = [n + (own >= rank).astype(jnp.int32) for n, rank in zip(counts, thresholds, strict=True)]
-        return list(map(_total, counts))
+        return list(map(total_of, counts))
 
     def count_ranks(*thresholds: Array) -> list[Array]:
         return count(*[lambda x, _, rank=rank: x >= rank for rank in thresholds])
@@ -68,34 +69,48 @@ def threshold(
     highest = jnp.where(all_kept, LEAST + 1, most)
     groups = jnp.where(all_kept, k, SUBLANES * cut.chunk)
     several = maxima.size <= FEW
-    lowest = _narrow(count_maxima, k, lowest, highest, groups, slack=top // 8, several=several)[0]
+    lowest = narrow(count_maxima, k, lowest, highest, groups, slack=top // 8, several=several)[0]
     above = jnp.where(all_kept, k, count_ranks(lowest)[0])
     several = ranks.size <= FEW
-    lowest, reach, beyond = _narrow(count_ranks, k, lowest, highest, above, slack=0, several=several)
+    lowest, reach, beyond = narrow(count_ranks, k, lowest, highest, above, slack=0, several=several)
 
-    # More reach the threshold than are wanted: it is the score of several, of which the first ones are kept.
-    lacking = k - beyond
-    low, high = zero, jnp.where(reach > k, cut.steps * cut.keys, 0)
+    def tied_before(number: Array) -> Array:
+        def before(x: Array, lanes: Any) -> Array:
+            ahead = (start + (lanes >> cut.shift)) * cut.keys + (lanes & (cut.columns - 1))
+            return (x == lowest) & (entry_numbers(LANES, cut) + ahead < number)
+
+        return count(before)[0]
+
+    return lowest, limit_of_ties(tied_before, k, reach, beyond, cut.steps * cut.keys)
+
+
+def limit_of_ties(tied_before: Callable[[Array], Array], k: Array, reach: Array, beyond: Array, most: int) -> Array:
+    """The first entry from which on those of the threshold's rank are left out.
+
+    Args:
+      tied_before: maps numbers to how many entries of that rank come before.
+      k: how many are wanted.
+      reach: how many reach the rank.
+      beyond: how many exceed it.
+      most: above all numbers.
+    """
+    # More may reach the threshold than are wanted: it is the score of several, of which the first ones are kept.
+    lacking, low = k - beyond, jnp.zeros(k.shape, jnp.int32)
+    high = jnp.where(reach > k, most, 0)
 
     def halve(state: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = state
         middle = (low + high) >> 1
-
-        def before(x: Array, lanes: Any) -> Array:
-            ahead = (start + (lanes >> cut.shift)) * cut.keys + (lanes & (cut.columns - 1))
-            number = entry_numbers(LANES, cut) + ahead
-            return (x == lowest) & (number < middle)
-
-        enough = count(before)[0] >= lacking
+        enough = tied_before(middle) >= lacking
         searched = low < high
         return jnp.where(searched & ~enough, middle + 1, low), jnp.where(searched & enough, middle, high)
 
     with about(0):  # equal scores are rare
         limit = jax.lax.while_loop(lambda state: _any(state[0] < state[1]), halve, (low, high))[0]
-    return lowest, jnp.where(reach > k, limit, TIED)
+    return jnp.where(reach > k, limit, TIED)
 
 
-def _narrow(
+def narrow(
     count: Any, k: Array, lowest: Array, highest: Array, reach: Array, *, slack: int, several: bool
 ) -> tuple[Array, Array, Array]:
     """The largest rank in an interval that at least k of what is counted reach; any where at most `slack` more do.
@@ -148,7 +163,7 @@ def _narrow(
     return lowest, reach, beyond
 
 
-def _total(counts: Array) -> Array:
+def total_of(counts: Array) -> Array:
     """Sums [Q, 8, 128] int32 over each query's register, everywhere in it; sums are below 2^24."""
     total = jnp.sum(counts.astype(jnp.float32), axis=1, keepdims=True)
     return jnp.broadcast_to(jnp.sum(total, axis=2, keepdims=True), counts.shape).astype(jnp.int32)

@@ -80,6 +80,51 @@ def best_entries(
     Raises:
       NotImplementedError: `supports` says no.
     """
+    if scored:
+        found = candidates(queries, weights, keys, visible, top=top, share=share, interpret=interpret)
+        scores, numbers = in_parts(found)
+        return scores[..., :top], numbers[..., :top]
+    return None, _of_entries(queries, weights, keys, visible, top, share, scored=False, interpret=interpret)[..., :top]
+
+
+def candidates(
+    queries: Array,
+    weights: Array,
+    keys: Entries,
+    visible: Visible,
+    *,
+    top: int,
+    share: float = 1,
+    interpret: bool = False,
+) -> Array:
+    """`best_entries` and their scores as they travel between devices: [B, Q, 2 K] int32, K being `top` made up to 128s.
+
+    Bits of the scores come first, of -inf for none, and then the numbers, -1 for none.
+
+    Raises:
+      NotImplementedError: `supports` says no.
+    """
+    return _of_entries(queries, weights, keys, visible, top, share, scored=True, interpret=interpret)
+
+
+def in_parts(candidates: Array) -> tuple[Array, Array]:
+    """Scores and numbers [..., K] of `candidates` [..., 2 K]."""
+    bits, numbers = jnp.split(candidates, 2, axis=-1)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32), numbers
+
+
+def _of_entries(
+    queries: Array,
+    weights: Array,
+    keys: Entries,
+    visible: Visible,
+    top: int,
+    share: float,
+    *,
+    scored: bool,
+    interpret: bool,
+) -> Array:
+    """Of entries as they are stored, `candidates` or their numbers alone."""
     if not supports(queries, keys, top):
         raise NotImplementedError(
             f"index queries {queries.shape} of {queries.dtype} over {keys.count} entries: expected channels in "
@@ -108,7 +153,7 @@ def _best_entries(
     page: int,
     turns: int,
     interpret: bool,
-) -> tuple[Array | None, Array]:
+) -> Array:
     """The same over keys [L, B, E, C] of all layers in the queries' dtype, or its bits, within [low, high) [B, Q].
 
     With a table of pages [B, pages], keys are [L, 1, places, C]. A block of queries takes about so many turns.
@@ -175,8 +220,7 @@ def _best_entries(
         buffers = [pltpu.VMEM((2 * pages, page, size), keys.dtype), pltpu.SemaphoreType.DMA((2,))]
 
     lines = together * cut.queries
-    shape = (batch // together, together * (count + padding), slots)
-    outputs = [jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, *[jnp.float32] * scored)]
+    shape = (batch // together, together * (count + padding), 2 * slots if scored else slots)
     state = (lines, SUBLANES, LANES)
     call = pl.pallas_call(
         functools.partial(
@@ -198,7 +242,7 @@ def _best_entries(
                 pl.BlockSpec((None, cut.queries, heads), lambda g, i, e, *_: (row(g, i), part(i), 0)),
                 *specs,
             ],
-            out_specs=[pl.BlockSpec((None, lines, slots), lambda g, i, e, *_: (g, part(i), 0)) for _ in outputs],
+            out_specs=pl.BlockSpec((None, lines, shape[2]), lambda g, i, e, *_: (g, part(i), 0)),
             scratch_shapes=[
                 pltpu.VMEM((lines, SUBLANES, cut.chunks * cut.chunk), jnp.int32),
                 pltpu.VMEM((lines, SUBLANES, cut.chunk), jnp.int32),
@@ -207,7 +251,7 @@ def _best_entries(
                 *buffers,
             ],
         ),
-        out_shape=outputs,
+        out_shape=jax.ShapeDtypeStruct(shape, jnp.int32),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel" if together == 1 else "arbitrary", "arbitrary"),
             vmem_limit_bytes=VMEM_BYTES,
@@ -223,8 +267,7 @@ def _best_entries(
     )
     with about(turns):
         found = call(*scalars, queries, weights, *operands)
-    found = [x.reshape(batch, count + padding, slots)[:, :count, :top] for x in found]
-    return (found[1] if scored else None), found[0]
+    return found.reshape(batch, count + padding, -1)[:, :count]
 
 
 def _together(batch: int, cut: Cut) -> int:
@@ -255,7 +298,10 @@ def _kernel(
     refs = list(rest)
     pages = [refs.pop(0) for _ in range(2)] if page else []
     keys, numbers = refs.pop(0), refs.pop(0)
-    values = refs.pop(0) if scored else None
+    bits = None
+    if scored:
+        slots = numbers.shape[1] // 2
+        bits, numbers = (numbers.at[:, pl.ds(i * slots, slots)] for i in range(2))
     ranks, maxima, wide, thresholds, limits, wanted, *buffers = refs
     member, step = pl.program_id(1), pl.program_id(2)
     block = pl.program_id(0) * members + member
@@ -295,7 +341,7 @@ def _kernel(
         thresholds[...], limits[...] = threshold(ranks, maxima, wanted[...], top, start, used, cut)
 
         def keep(t: Any, carry: None) -> None:
-            pack(t, ranks, thresholds, limits, wanted, start, numbers, values, top, cut)
+            pack(t, ranks, thresholds, limits, wanted, start, numbers, bits, top, cut)
             return carry
 
         jax.lax.fori_loop(0, ranks.shape[0], keep, None)
