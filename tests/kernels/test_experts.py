@@ -152,6 +152,24 @@ def test_chosen_for_few_rows_on_tpus():
         assert str(jax.make_jaxpr(local)(*more)).count("pallas_call") == 3
 
 
+@pytest.mark.parametrize("count", [5, 40], ids=["few tokens", "visits of some"])
+def test_what_comes_beside_is_added(count):
+    """In float32, after all experts."""
+    w1, w3, w2 = of_experts("e2m1", EXPERTS)
+    assigned = jnp.arange(2 * count).reshape(count, 2) % (EXPERTS + 1)
+    case, beside = (rows_of(count), assigned, scales_of(assigned)), jnp.ones((count, DEPTH)) / 3
+
+    def run(beside):
+        def local(*case):
+            return local_experts(*case, Experts(w1, w2, w3), None, beside, count=EXPERTS, limit=LIMIT)
+
+        return interpret(local)(*case)
+
+    np.testing.assert_array_equal(run(beside), run(None) + beside)
+    with interpreted():
+        np.testing.assert_array_equal(run(beside), run(None) + beside)
+
+
 def test_the_shared_expert_is_read_in_its_stack():
     """All rows visit it, with nothing to weigh it by."""
     stacks = of_experts("e4m3", 3)
@@ -176,7 +194,7 @@ def test_gradients_take_the_plain_form():
     x, assigned = rows_of(2), jnp.array([[0], [1]], jnp.int32)
     own, scale = of_experts("bfloat16", 2), scales_of(assigned)
 
-    def plain(x, assigned, scale, weights, layer):
+    def plain(x, assigned, scale, weights, layer, beside):
         return jnp.sum(scale, axis=1, keepdims=True) * x.astype(jnp.float32)
 
     def loss(scale):

@@ -40,6 +40,7 @@ def dispatch(
     config: Architecture,
     dtype: Any,
     split: Split,
+    beside: Array | None = None,
 ) -> Array:
     """Computes every token's experts wherever they are, and sums them.
 
@@ -56,6 +57,7 @@ def dispatch(
       config: the architecture.
       dtype: compute dtype.
       split: where experts and tokens are.
+      beside: [T, D] float32, if any, what is summed over the devices that have the same tokens, and added.
 
     Returns:
       [T, D] float32.
@@ -72,8 +74,10 @@ def dispatch(
             collectives.all_gather(array, away, 0) for array in (x.astype(dtype), assigned, weights)
         )
         here = (assigned >= first) & (assigned < first + own)
-        total = local(rows, jnp.where(here, assigned - first, own), weights, experts, layer)
-        return collectives.psum(collectives.reduce_scatter(total, away, 0), same)
+        alone = None if away else beside
+        total = local(rows, jnp.where(here, assigned - first, own), weights, experts, layer, alone)
+        total = collectives.reduce_scatter(total, away, 0)
+        return collectives.psum(total if alone is not None or beside is None else total + beside, same)
 
     parts = parts_of(experts)
 
@@ -96,11 +100,20 @@ def dispatch(
     choices = Choices(jnp.where(mine, owner * own + assigned % own, split.count(away) * own), weights)
     fixed = parts.frozen, layer
     total = visit(work, x.shape[-1], own, away, split.everywhere, x.astype(dtype), choices, parts.trained, fixed)
-    return collectives.psum(total, same)
+    total = collectives.psum(total, same)
+    return total if beside is None else total + collectives.psum(beside, same)
 
 
 def local_experts(
-    x: Array, assigned: Array, weights: Array, experts: Experts, layer: Any, *, count: int, limit: float
+    x: Array,
+    assigned: Array,
+    weights: Array,
+    experts: Experts,
+    layer: Any,
+    beside: Array | None = None,
+    *,
+    count: int,
+    limit: float,
 ) -> Array:
     """Computes each token's experts, and sums them: few tokens in one kernel on TPUs, or else sorted by expert.
 
@@ -110,6 +123,7 @@ def local_experts(
       weights: [T, K] float32 routing weights.
       experts: their weights; see `MixtureOfExperts.__call__`.
       layer: layer number in stacked weights, or None.
+      beside: [T, D] float32 what is added to their sum, if anything.
       count: experts of this device.
       limit: bound of the experts' activations.
 
@@ -117,13 +131,16 @@ def local_experts(
       [T, D] float32.
     """
 
-    def by_expert(x: Array, assigned: Array, weights: Array, experts: Sequence[Any], layer: Any) -> Array:
+    def by_expert(
+        x: Array, assigned: Array, weights: Array, experts: Sequence[Any], layer: Any, beside: Array | None
+    ) -> Array:
         w1, w3, w2 = experts
-        return _sorted_experts(x, assigned, weights, Experts(w1, w2, w3), layer, count=count, limit=limit)
+        total = _sorted_experts(x, assigned, weights, Experts(w1, w2, w3), layer, count=count, limit=limit)
+        return total if beside is None else total + beside
 
     in_order = (experts.w1, experts.w3, experts.w2)
     with jax.named_scope("experts.ffn"):
-        return few_rows_experts(by_expert, x, assigned, weights, in_order, layer, limit=limit)
+        return few_rows_experts(by_expert, x, assigned, weights, in_order, layer, beside, limit=limit)
 
 
 def _sorted_experts(

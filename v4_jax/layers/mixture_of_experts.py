@@ -67,10 +67,13 @@ class MixtureOfExperts(Module):
         experts, layer = (own, None) if stacked is None else stacked
         assigned = jnp.where(valid[..., None], chosen, c.n_routed_experts).reshape(flat.shape[0], -1)
         weights = weights.reshape(assigned.shape)
-        routed = dispatch(flat, assigned, weights, experts, layer, c, self.policy.compute_dtype, self.split)
         with jax.named_scope("experts.shared"):
             everyone = shared_expert(flat, shared, c.swiglu_limit, self.policy.compute_dtype)
-            output = routed + collectives.psum(everyone, self.split.shared("mlp"))
+        summed = self.split.shared("mlp")
+        beside = everyone if summed == self.split.shared("experts") else None
+        output = dispatch(flat, assigned, weights, experts, layer, c, self.policy.compute_dtype, self.split, beside)
+        if beside is None:
+            output += collectives.psum(everyone, summed)
         load = count_each(assigned, c.n_routed_experts)
         load = collectives.psum(load, self.split.tokens)
         output = keep(output.astype(y.dtype).reshape(y.shape), "feed_forward")

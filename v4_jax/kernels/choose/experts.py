@@ -61,7 +61,15 @@ def map_groups(
 
 
 def few_rows_experts(
-    plain: Form, x: Array, assigned: Array, scale: Array, weights: Sequence[Weight], layer: Any, *, limit: float
+    plain: Form,
+    x: Array,
+    assigned: Array,
+    scale: Array,
+    weights: Sequence[Weight],
+    layer: Any,
+    beside: Array | None = None,
+    *,
+    limit: float,
 ) -> Array:
     """See `experts.tpu.experts` for all arguments but the first.
 
@@ -73,13 +81,18 @@ def few_rows_experts(
       scale: [T, K] their weights.
       weights: w1, w3 and w2 of all experts.
       layer: layer number in stacked weights, or None.
+      beside: [T, D] float32 what is added, if anything.
       limit: bound of the activations.
     """
 
-    def kernel(x: Array, assigned: Array, scale: Array, weights: Sequence[Weight], layer: Any) -> Array:
-        return experts_tpu.experts(x, assigned, scale, weights, layer=layer, limit=limit, interpret=interpreting())
+    def kernel(
+        x: Array, assigned: Array, scale: Array, weights: Sequence[Weight], layer: Any, beside: Array | None
+    ) -> Array:
+        return experts_tpu.experts(
+            x, assigned, scale, weights, beside, layer=layer, limit=limit, interpret=interpreting()
+        )
 
-    operands = (x, assigned, scale, list(weights), layer)
+    operands = (x, assigned, scale, list(weights), layer, beside)
     if not experts_tpu.supports(x, weights):
         return plain(*operands)
     if layer is not None:

@@ -46,6 +46,7 @@ def experts(
     assigned: Array,
     scale: Array,
     weights: Sequence[Weight],
+    beside: Array | None = None,
     *,
     layer: Any = None,
     limit: float,
@@ -59,6 +60,7 @@ def experts(
       scale: [T, K] float32 what each is weighted by, before the hidden activation is rounded.
       weights: w1 and w3 [E, H, D], and w2 [E, D, H], or [L, E, ...] when `layer` is given: bfloat16, or block-scaled
         E2M1 or E4M3. D and H are multiples of 128.
+      beside: [T, D] float32 what is added to the sum, if anything.
       layer: int32 scalar, which layer of stacked weights to read; the others are not touched.
       limit: bound of the activations.
       interpret: run in interpret mode, on any platform.
@@ -85,13 +87,15 @@ def experts(
     x, arrays = kept_in_hbm(x, arrays, interpret=interpret)
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
     if saves(rows, whole):
-        return by_visits(x, assigned, scale, arrays, whole, count, layer, limit=limit, interpret=interpret)
+        found = by_visits(x, assigned, scale, arrays, whole, count, layer, limit=limit, interpret=interpret)
+        return found if beside is None else found + beside
     in_vmem = pl.BlockSpec(memory_space=pltpu.VMEM)
+    more = [] if beside is None else [beside]
     return pl.pallas_call(
-        functools.partial(_kernel, cut=whole, limit=limit),
+        functools.partial(_kernel, cut=whole, limit=limit, adds=bool(more)),
         in_specs=[
             *[pl.BlockSpec(memory_space=pltpu.SMEM)] * 2,
-            *[in_vmem] * 3,
+            *[in_vmem] * (3 + len(more)),
             *[pl.BlockSpec(memory_space=pltpu.HBM)] * len(arrays),
         ],
         out_specs=in_vmem,
@@ -109,11 +113,14 @@ def experts(
         ),
         interpret=interpret,
         name="experts",
-    )(layer, assigned, x, assigned, scale, *arrays)
+    )(layer, assigned, x, assigned, scale, *more, *arrays)
 
 
-def _kernel(layer: Any, ids: Any, x: Any, assigned: Any, scale: Any, *rest: Any, cut: Cut, limit: float) -> None:
-    """All visits: `ids` [T, K] are those of `assigned`, for the scalar unit."""
+def _kernel(
+    layer: Any, ids: Any, x: Any, assigned: Any, scale: Any, *rest: Any, cut: Cut, limit: float, adds: bool
+) -> None:
+    """All visits: `ids` [T, K] are those of `assigned`, for the scalar unit. The rest begins with what is added."""
+    beside, rest = (rest[0], rest[1:]) if adds else (None, rest)
     sources = rest[: len(cut.dtypes)]
     out, numbers, seen, *scratch = rest[len(cut.dtypes) :]
     found = _list_visits(ids, numbers, seen)
@@ -140,6 +147,8 @@ def _kernel(layer: Any, ids: Any, x: Any, assigned: Any, scale: Any, *rest: Any,
     visits.begin()
     with about(min(seen.shape[0], ids.shape[0] * ids.shape[1])):
         jax.lax.fori_loop(0, found, visit, None)
+    if beside is not None:
+        out[...] += beside[...]
 
 
 def _list_visits(ids: Any, visits: Any, seen: Any) -> Array:
