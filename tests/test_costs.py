@@ -213,9 +213,9 @@ def test_a_million_tokens_of_flash_cache():
 
 @pytest.mark.parametrize("dtype", ["released", "bfloat16"])
 def test_cache_grows_by_its_bytes_per_token(dtype):
-    short, long = costs.cache_bytes(PRO, 1024, dtype), costs.cache_bytes(PRO, 65536, dtype)
+    short, long = costs.cache_bytes(PRO, 2048, dtype), costs.cache_bytes(PRO, 65536, dtype)
     for role in long.by_role:
-        assert long.by_role[role] - short.by_role[role] == (65536 - 1024) * long.per_token.get(role, 0)
+        assert long.by_role[role] - short.by_role[role] == (65536 - 2048) * long.per_token.get(role, 0)
 
 
 def test_a_context_out_of_range_is_refused():

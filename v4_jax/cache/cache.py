@@ -27,6 +27,8 @@ from v4_jax.sharding.collectives import Axes
 
 CacheDtype = Literal["float32", "bfloat16", "released"]
 
+ENTRY_TILE = 16  # of a row's entries there are so many or a multiple: a TPU kernel stores one by its tile, of 16 bits
+
 # The last keys of the trunk's layers and of the drafter's, and the open blocks of the compressors that make a role's
 # entries.
 WindowRole = Literal["window", "draft"]
@@ -231,7 +233,7 @@ def _empty(
     rules: Rules,
     mesh: Mesh | AbstractMesh | None,
 ) -> Cache:
-    """An empty cache; a row's entries are padded to a multiple of the devices that they are spread over."""
+    """An empty cache; a row's entries are padded to whole tiles on each of the devices that they are spread over."""
     if dtype not in ("float32", "bfloat16", "released"):
         raise ValueError(f"unknown cache dtype {dtype!r}, expected 'float32', 'bfloat16' or 'released'")
     if batch < 1 or not 0 < max_length <= config.max_position_embeddings:
@@ -258,7 +260,7 @@ def _empty(
     def entries_shape(layers: int, ratio: int) -> tuple[int, int, int]:
         if pages is not None:
             return layers, shards, pages // shards * spread * (PAGE // ratio)
-        return layers, batch, -(-max(1, max_length // ratio) // spread) * spread
+        return layers, batch, -(-max(1, max_length // ratio) // (spread * ENTRY_TILE)) * spread * ENTRY_TILE
 
     def window(layers: int) -> StoredRows:
         return StoredRows.empty((layers, batch, config.sliding_window + SPARE), config.head_dim, **key_form)
