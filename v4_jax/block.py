@@ -179,14 +179,17 @@ class PeriodBlocks(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: Carry, x: tuple[Any, list[Routing]], context: Context, stacks: Any
-    ) -> tuple[Carry, list[Decided]]:
-        """Runs the layers of repeat `x[0]` with the decisions `x[1]` to replay; see `Block`.
+        self, counted: tuple[Array, Carry], replay: list[Routing], context: Context, stacks: Any
+    ) -> tuple[tuple[Array, Carry], list[Decided]]:
+        """Runs the layers of a repeat with the decisions to replay; see `Block`.
+
+        The number of the repeat goes from one to the next with what they carry: numbers that a scan cuts out of an
+        array are vectors to the TPU's compiler, and what follows from them operations.
 
         `stacks` are the parameters of all repeats, by the name of their block, from which kernels then read their
         repeat's; None to use what the scan cuts out.
         """
-        repeat, replay = x
+        repeat, carry = counted
         period, decided = self.config.period, []
         roles = [roles.attention for roles in self.config.layers]
         # Experts whose axes are split otherwise are gathered first, a layer's at a time.
@@ -215,4 +218,4 @@ class PeriodBlocks(nn.Module):
             carry, one = block(carry, context, number, first + repeat * per_repeat, replay[place], stacked)
             carry = carry.tapped(self.config, number)
             decided.append(one)
-        return carry, decided
+        return (repeat + 1, carry), decided

@@ -85,6 +85,24 @@ def stack_of(x: Array | Cut) -> tuple[Array, Any]:
     return (x.stack, x.layer) if isinstance(x, Cut) else (x[None], 0)
 
 
+def one_layer(weights: Sequence[Any]) -> Any:
+    """The number, in the stacks of all layers, of the layer that all these weights are of; 0 where they stand alone.
+
+    A kernel that reads several weights of a layer takes it once: a second scalar takes longer to come than to be used.
+
+    Raises:
+      ValueError: they are not of one layer, for their stacks have different layers, or some have none.
+    """
+    stacks = [weight.stack if isinstance(weight, Cut | BlockScaled) else None for weight in weights]
+    counts = {None if stack is None else jax.tree.leaves(stack)[0].shape[0] for stack in stacks}
+    if len(counts) > 1:
+        raise ValueError(f"weights of one layer lie in stacks of {sorted(map(str, counts))} layers: expected the same")
+    first = next(iter(weights), None)
+    if not isinstance(first, Cut | BlockScaled) or first.stack is None:
+        return 0
+    return first.layer if isinstance(first, Cut) else first.stack.layer
+
+
 def in_stack(values: Any, stacks: Any, layer: Any) -> Any:
     """A layer's parameters, knowing where in the stacks of all layers they lie, but for the matrices of experts.
 

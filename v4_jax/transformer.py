@@ -456,7 +456,7 @@ class Transformer(Drafting):
                 replayed(c, routing, range(period.start + place, period.stop, period.length))
                 for place in range(period.length)
             ]
-            carry, repeated = self.period(carry, (jnp.arange(period.repeats), replays), context, stacks)
+            (_, carry), repeated = self.period((jnp.int32(0), carry), replays, context, stacks)
             for repeat in range(period.repeats):
                 decided.extend(jax.tree.map(lambda x, repeat=repeat: x[repeat], repeated))
         for i in range(period.stop, c.num_hidden_layers):

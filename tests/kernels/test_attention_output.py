@@ -11,6 +11,7 @@ import pytest
 
 from v4_jax.kernels.attention.reference import MASKED
 from v4_jax.kernels.output import few, gradients, tpu
+from v4_jax.layer_stack import Cut
 from v4_jax.layers.partial_softmax import attend, finish, merge
 from v4_jax.layers.partials import Packed, Partial, packed, separate
 from v4_jax.layers.rotary import turn
@@ -123,13 +124,14 @@ def test_both_products(rows, queries, heads, groups, devices, stacked):
     expected = middle @ second.T
 
     assert few.supports(partials, turned, weights, groups, jnp.bfloat16)
-    given = weights
+    given, own = weights, sink
     if stacked:
+        own = Cut(jnp.zeros_like(sink), jnp.stack([jnp.zeros_like(sink), sink]), jnp.int32(1))
         given = [
             jax.tree.map(jnp.zeros_like, weight).replace(stack=Stack(stack.codes, stack.scales, jnp.int32(1)))
             for weight, stack in zip(weights, stacks, strict=True)
         ]
-    found = few.attention_end(partials, sink, turned, given, groups=groups, dtype=jnp.bfloat16, interpret=True)
+    found = few.attention_end(partials, own, turned, given, groups=groups, dtype=jnp.bfloat16, interpret=True)
     plain = attention_end(partials, sink, turned, tuple(weights), groups=groups, dtype=jnp.bfloat16)
     unit = 2.0**-7 * (abs(middle) @ abs(second).T + abs(expected))  # rounded before the second product, and after
     for one in (found, plain):

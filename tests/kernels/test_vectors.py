@@ -12,7 +12,7 @@ from v4_jax.kernels.hyper_connections.reference import Numbers, Site
 from v4_jax.kernels.output import tpu as output_kernel
 from v4_jax.kernels.rotary import tpu as rotary
 from v4_jax.kernels.rotary.reference import Steps
-from v4_jax.layer_stack import Cut, stack_of, uncut
+from v4_jax.layer_stack import Cut, one_layer, stack_of, uncut
 from v4_jax.layers.partials import Partial
 from v4_jax.layers.rotary import Turn
 
@@ -65,3 +65,11 @@ def test_one_that_was_not_cut_is_a_stack_of_its_own():
     (stack, layer), one = stack_of(x), cut(x, 3)
     assert stack.shape == (1, 4) and layer == 0 and one.shape == (4,) and one.dtype == jnp.float32
     np.testing.assert_array_equal(uncut({"a": one})["a"], x)
+
+
+def test_weights_of_one_layer_are_told_from_others():
+    one = Cut(jnp.zeros(4), jnp.zeros((3, 4)), jnp.int32(2))
+    assert one_layer([one, one]) == 2 and one_layer([jnp.zeros(4)]) == one_layer([]) == 0
+    for other in (jnp.zeros(4), Cut(jnp.zeros(4), jnp.zeros((2, 4)), jnp.int32(1))):
+        with pytest.raises(ValueError, match="layers: expected the same"):
+            one_layer([one, other])

@@ -27,7 +27,7 @@ from v4_jax.kernels.rotary.reference import Steps
 from v4_jax.kernels.rotary.tpu import rounded, settled
 from v4_jax.kernels.turns import about
 from v4_jax.kernels.vectors import vector, vector_spec
-from v4_jax.layer_stack import Cut, stack_of
+from v4_jax.layer_stack import Cut, one_layer, stack_of
 from v4_jax.layout import Layout
 from v4_jax.sharding import collectives
 
@@ -89,7 +89,7 @@ def step(
       projected: values and gates [B, S, P] float32, P being twice the entries' width where blocks overlap.
       weights: what turns them into entries.
       open_blocks: projections of earlier tokens.
-      entries: earlier entries.
+      entries: earlier entries, of a layer with the same number.
       layout: where the chunk's tokens stand.
       steps: what becomes of a pooled entry.
       interpret: run in interpret mode, on any platform.
@@ -109,16 +109,12 @@ def step(
         steps=steps,
     )
     device = collectives.index(entries.axes)
-    (ape, layer), (norm, _) = map(stack_of, weights)
-    where = (open_blocks.layer, entries.layer, layer, device)
     sealed = jnp.zeros((batch,), jnp.int32) if layout.sealed is None else layout.sealed
+    layers = [jnp.asarray(layer, jnp.int32).reshape(1) for layer in (entries.layer, one_layer(weights))]
+    ape, norm = (stack_of(x)[0] for x in weights)
     for token in range(size):  # one after another: a token's block reads what the tokens before it have stored
-        scalars = [
-            jnp.stack([jnp.asarray(x, jnp.int32) for x in (token, *where)]),
-            open_blocks.start,
-            layout.total,
-            sealed,
-        ]
+        of_rows = open_blocks.start + token, layout.total - token, sealed, jnp.asarray(device, jnp.int32).reshape(1)
+        scalars = [*layers, jnp.concatenate(of_rows)]
         if entries.table is not None:
             number = jax.lax.div(open_blocks.start + token, jnp.int32(ratio))[:, None]
             scalars.append(entries.places(batch_rows(number, 1), entries.local(number))[1][:, 0])
@@ -153,9 +149,9 @@ def _step(
     def by_row(x: Array) -> pl.BlockSpec:
         return pl.BlockSpec((None, *x.shape[1:]), lambda b, *_: (b, 0, 0))
 
-    def number(b: Any, shared: Any, *_: Any) -> Any:
-        del b
-        return shared[3]
+    def number(b: Any, in_role: Any, layer: Any, *_: Any) -> Any:
+        del b, in_role
+        return layer[0]
 
     ape, norm = weights
     of_layer = pl.BlockSpec((None, *ape.shape[1:]), lambda *given: (number(*given), 0, 0), pipeline_mode=pl.Buffered(1))
@@ -198,40 +194,43 @@ def _step(
 def _kernel(*refs: Any, numbers: _Numbers, dtype: Any) -> None:
     """A grid step: one row's token.
 
-    Refs: the token's number, the layers of ring, of entries and of weights, the device's number; start, total, sealed
-    [B] [, places of entries [B]]; values and gates [1, P], turn [1, R] twice, ape [ratio, P], norms [N, width], ring
-    [L, B, size, 2 P] and entries, in and out; scratch: rows of the ring about the token's place, of this batch row and
-    the next; the whole of it; rows of entries; their semaphores: rows read, rows written, ring read, entry.
+    Refs: numbers of the layer, among those of its role and of all; positions [B], how many tokens are left [B], where
+    rows' sealed entries end [B] and the device's number, in one [, places of entries [B]]; values and gates [1, P],
+    turn [1, R] twice, ape [ratio, P], norms [N, width], ring [L, B, size, 2 P] and entries, in and out; scratch: rows
+    of the ring about the token's place, of this batch row and the next; the whole of it; rows of entries; their
+    semaphores: rows read, rows written, ring read, entry.
     """
-    shared, start, total, sealed, *refs_left = refs
+    in_role, layer, of_rows, *refs_left = refs
     places: Any = refs_left.pop(0) if numbers.paged else None
     values, gates, cos, sin, ape, norm = refs_left[:6]
     ring, stored, *scratch = refs_left[8:]
     near, history, line, near_in, near_out, history_in, line_moved = scratch
     ratio, size, width = numbers.ratio, numbers.size, numbers.width
-    row, rows, token = pl.program_id(0), pl.num_programs(0), shared[0]
+    row, rows, batch = pl.program_id(0), pl.num_programs(0), ring.shape[1]
     slot, overlap = row & 1, values.shape[1] > width
 
     def position(b: Any) -> Any:
-        return start[b] + token
+        return of_rows[b]
+
+    def real(b: Any) -> Any:
+        return of_rows[batch + b] > 0
 
     def place(b: Any) -> Any:
         return jax.lax.rem(position(b), jnp.int32(size))
 
     def ends(b: Any) -> Any:
-        return (
-            (token < total[b]) & ((position(b) & (ratio - 1)) == ratio - 1) & (position(b) - (ratio - 1) >= sealed[b])
-        )
+        open_ = position(b) - (ratio - 1) >= of_rows[2 * batch + b]
+        return real(b) & ((position(b) & (ratio - 1)) == ratio - 1) & open_
 
     def around(b: Any) -> Any:
         first = pl.multiple_of(place(b) & -ROWS, ROWS)
-        return ring.at[shared[1], b, pl.ds(first, ROWS), :]
+        return ring.at[in_role[0], b, pl.ds(first, ROWS), :]
 
     def fetch(b: Any, into: Any) -> None:
         pltpu.make_async_copy(around(b), near.at[into], near_in.at[into]).start()
 
         with about(0):
-            pl.when(ends(b))(pltpu.make_async_copy(ring.at[shared[1], b], history.at[into], history_in.at[into]).start)
+            pl.when(ends(b))(pltpu.make_async_copy(ring.at[in_role[0], b], history.at[into], history_in.at[into]).start)
 
     def written(b: Any, out_of: Any) -> Any:
         return pltpu.make_async_copy(near.at[out_of], around(b), near_out.at[out_of])
@@ -247,11 +246,11 @@ def _kernel(*refs: Any, numbers: _Numbers, dtype: Any) -> None:
     fresh = jnp.concatenate([values[...], gate], axis=1)
     pltpu.make_async_copy(around(row), near.at[slot], near_in.at[slot]).wait()
     own = jax.lax.broadcasted_iota(jnp.int32, (ROWS, 1), 0) == (place(row) & (ROWS - 1))
-    near[slot] = jnp.where(own & (token < total[row]), fresh, near[slot])
+    near[slot] = jnp.where(own & real(row), fresh, near[slot])
     written(row, slot).start()
 
     def seal() -> None:
-        pltpu.make_async_copy(ring.at[shared[1], row], history.at[slot], history_in.at[slot]).wait()
+        pltpu.make_async_copy(ring.at[in_role[0], row], history.at[slot], history_in.at[slot]).wait()
         index = jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
         age = place(row) - index
         age = jnp.where(age < 0, age + size, age)
@@ -263,7 +262,7 @@ def _kernel(*refs: Any, numbers: _Numbers, dtype: Any) -> None:
             sets.append((before, 0, half))
         entry = settled(
             rounded(_pooled(held, sets, width), dtype),
-            vector(norm, shared[3]),
+            vector(norm, layer[0]),
             (cos[...], sin[...]),
             numbers.steps,
             dtype,
@@ -276,8 +275,8 @@ def _kernel(*refs: Any, numbers: _Numbers, dtype: Any) -> None:
         else:
             devices = jnp.int32(numbers.devices)
             there, where = row, jax.lax.div(number, devices)
-            inside = (jax.lax.rem(number, devices) == shared[4]) & (where < stored.shape[2])
-        pl.when(inside)(lambda: _store(entry, stored, shared[2], there, where, line, line_moved.at[0], numbers.words))
+            inside = (jax.lax.rem(number, devices) == of_rows[3 * batch]) & (where < stored.shape[2])
+        pl.when(inside)(lambda: _store(entry, stored, in_role[0], there, where, line, line_moved.at[0], numbers.words))
 
     with about(0):  # one row in `ratio`
         pl.when(ends(row))(seal)

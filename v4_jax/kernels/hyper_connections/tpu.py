@@ -24,7 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 from v4_jax.kernels.hyper_connections.reference import Numbers, Site
 from v4_jax.kernels.memory import kept_in_hbm
 from v4_jax.kernels.vectors import vector, vector_spec
-from v4_jax.layer_stack import stack_of
+from v4_jax.layer_stack import one_layer, stack_of
 
 LANES = 128
 CHUNKS = (512, 256, 128)  # channels at a time, the largest that divides D
@@ -82,26 +82,28 @@ def _call(
         return pl.BlockSpec((None, *stack.shape[1:]), lambda i, layer: (layer[0], 0, 0), pipeline_mode=pl.Buffered(1))
 
     layer: Any = 0
-    on_lanes = pl.BlockSpec((gates, block), lambda i, layer: (0, i))
+    # A single token's gates lie on lanes, as the compiler has them between kernels: to turn them takes an operation.
+    alone = tokens == 1
+    mixes = (1, gates) if alone else (gates, tokens)
+    of_tokens = pl.BlockSpec((1, gates) if alone else (gates, block), lambda i, layer: (0, i))
     operands, in_specs = [streams.reshape(tokens, width)], [along(width)]
     shapes, out_specs, flops, moved = [], [], 0, streams.nbytes
     if output is not None and mix is not None:
-        operands += [output.reshape(tokens, channels), mix.reshape(gates, tokens)]
-        in_specs += [along(channels), on_lanes]
+        operands += [output.reshape(tokens, channels), mix.reshape(mixes)]
+        in_specs += [along(channels), of_tokens]
         shapes.append(jax.ShapeDtypeStruct((tokens, width), streams.dtype))
         out_specs.append(along(width))
         moved += streams.nbytes + output.nbytes
     if site is not None:
-        pairs = [stack_of(x) for x in site]
-        layer = pairs[0][1]
-        operands[0], stacks = kept_in_hbm(operands[0], [stack for stack, _ in pairs], interpret=interpret)
+        layer = one_layer(site)
+        operands[0], stacks = kept_in_hbm(operands[0], [stack_of(x)[0] for x in site], interpret=interpret)
         operands += stacks
         in_specs += [matrix(stacks[0]), *(vector_spec(stack, number) for stack in stacks[1:])]
         shapes += [
             jax.ShapeDtypeStruct((tokens, channels), streams.dtype),
-            jax.ShapeDtypeStruct((gates, tokens), jnp.float32),
+            jax.ShapeDtypeStruct(mixes, jnp.float32),
         ]
-        out_specs += [along(channels), on_lanes]
+        out_specs += [along(channels), of_tokens]
         size_of_weight = math.prod(site.weight.shape)
         flops, moved = 6 * tokens * size_of_weight, moved + streams.nbytes // hc + 4 * size_of_weight
     buffers = 2 * max(block, 16) * 2 * (width + channels) * 2 + (hc + gates) * width * 4
@@ -117,10 +119,7 @@ def _call(
         interpret=interpret,
         name="hyper_connections",
     )(jnp.asarray(layer, jnp.int32).reshape(1), *operands)
-    return tuple(
-        x.reshape(-1, batch, size) if x.shape[0] == gates and x.dtype == jnp.float32 else x.reshape(batch, size, -1)
-        for x in outputs
-    )
+    return tuple(x.reshape(-1, batch, size) if x.dtype == jnp.float32 else x.reshape(batch, size, -1) for x in outputs)
 
 
 def _kernel(layer: Any, *refs: Any, numbers: Numbers, writes: bool, enters: bool) -> None:
@@ -132,16 +131,16 @@ def _kernel(layer: Any, *refs: Any, numbers: Numbers, writes: bool, enters: bool
         weight, base, scale, norm = next(given), next(given), next(given), next(given)
     streams = next(given) if writes else old
     if writes:
-        _write_back(streams, old, output, _turned(mix[...], _FIRST), hc)
+        _write_back(streams, old, output, mix[...] if mix.shape[0] == 1 else _turned(mix[...], _FIRST), hc)
     if enters:
         y, after = given
         mixes = _gated(
             _projected(streams, weight, numbers.norm_eps), vector(base, layer[0]), vector(scale, layer[0]), hc
         )
         before = jax.nn.sigmoid(mixes[:hc]) + numbers.eps
-        after[:hc] = 2 * jax.nn.sigmoid(mixes[hc : 2 * hc])
-        for place, line in enumerate(_sinkhorn([mixes[i : i + 1] for i in range(2 * hc, len(mixes))], numbers)):
-            after[hc + place : hc + place + 1] = line
+        doubly = _sinkhorn([mixes[i : i + 1] for i in range(2 * hc, len(mixes))], numbers)
+        gates = jnp.concatenate([2 * jax.nn.sigmoid(mixes[hc : 2 * hc]), *doubly], axis=0)
+        after[...] = _turned(gates, _FIRST) if after.shape[0] == 1 else gates
         _collapse(y, streams, _turned(before, _FIRST), lambda here: vector(norm, layer[0], here), numbers)
 
 

@@ -24,7 +24,7 @@ from v4_jax.kernels.block_scales import LANES, block_lines, by_scaled_rows, prod
 from v4_jax.kernels.linear import tpu as whole
 from v4_jax.kernels.linear.reference import made_up
 from v4_jax.kernels.memory import kept_in_hbm
-from v4_jax.layer_stack import Cut, stack_of
+from v4_jax.layer_stack import Cut, one_layer, stack_of
 from v4_jax.number_formats import BlockScaled, bytes_of
 
 WEIGHT_BYTES = 40 << 20  # of a device's shares at most
@@ -57,19 +57,16 @@ def partial_products(
 ) -> Array:
     """See `reference.partial_products`, for what `supports` takes; what is made up is undefined. Not differentiable."""
     (count, inputs), depth = x.shape, x.shape[1] // devices
-    arrays, layers, scales, scale_specs = [], [], [], []
-    for place, weight in enumerate(weights):
+    arrays, scales = [], []
+    for weight in weights:
         if isinstance(weight, BlockScaled):
             codes, lines = whole.in_layers(weight)
-            layer = 0 if weight.stack is None else weight.stack.layer
             scales.append(lines)
-            scale_specs.append(_of_layer(lines, place))
         else:
-            codes, layer = stack_of(weight)
+            codes, _ = stack_of(weight)
             codes = codes.reshape(codes.shape[0], -1, LINES, inputs)
         arrays.append(codes)
-        layers.append(layer)
-    scalars = jnp.stack([jnp.asarray(number, jnp.int32) for number in (share, *layers)])
+    scalars = [jnp.asarray(number, jnp.int32).reshape(1) for number in (share, one_layer(weights))]
     x, arrays = kept_in_hbm(x, arrays, interpret=interpret)
     out = jax.ShapeDtypeStruct((count, sum(map(made_up, weights))), jnp.float32)
     moved = sum(bytes_of(array) // (array.shape[0] * devices) for array in arrays)
@@ -77,14 +74,14 @@ def partial_products(
     return pl.pallas_call(
         functools.partial(_kernel, across=[whole.across(w) if isinstance(w, BlockScaled) else None for w in weights]),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
+            num_scalar_prefetch=len(scalars),
             grid=(1,),
             in_specs=[
-                pl.BlockSpec((count, inputs), lambda i, scalars: (0, 0)),
+                pl.BlockSpec((count, inputs), lambda i, *_: (0, 0)),
                 *(pl.BlockSpec(memory_space=pl.ANY) for _ in arrays),
-                *scale_specs,
+                *(pl.BlockSpec((None, *x.shape[1:]), lambda i, _, layer: (layer[0], 0, 0)) for x in scales),
             ],
-            out_specs=pl.BlockSpec(out.shape, lambda i, scalars: (0, 0)),
+            out_specs=pl.BlockSpec(out.shape, lambda i, *_: (0, 0)),
             scratch_shapes=[
                 pltpu.VMEM((count, depth), jnp.bfloat16),
                 *(pltpu.VMEM((math.prod(array.shape[1:-1]), depth), array.dtype) for array in arrays),
@@ -96,14 +93,10 @@ def partial_products(
         cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0),
         interpret=interpret,
         name="partial_products",
-    )(scalars, x, *arrays, *scales)
+    )(*scalars, x, *arrays, *scales)
 
 
-def _of_layer(scales: Array, place: int) -> pl.BlockSpec:
-    return pl.BlockSpec((None, *scales.shape[1:]), lambda i, scalars: (scalars[1 + place], 0, 0))
-
-
-def _kernel(scalars: Any, x: Any, *refs: Any, across: list[bool | None]) -> None:
+def _kernel(number: Any, layer: Any, x: Any, *refs: Any, across: list[bool | None]) -> None:
     """Refs: the weights of all layers; the scales of those that have them; out; scratch: a share of the rows, the
     weights' shares, and their semaphores.
     """
@@ -112,17 +105,17 @@ def _kernel(scalars: Any, x: Any, *refs: Any, across: list[bool | None]) -> None
     scales = [None if turned is None else next(rest) for turned in across]
     out, rows, *shares, arrived = rest
     depth = rows.shape[1]
-    first = pl.multiple_of(scalars[0] * depth, LANES)
+    first = pl.multiple_of(number[0] * depth, LANES)
     copies = []
     for i, (weight, share) in enumerate(zip(weights, shares, strict=True)):
         lines_together = weight.reshape(weight.shape[0], *share.shape[:1], weight.shape[-1])
-        own = lines_together.at[scalars[1 + i], :, pl.ds(first, depth)]
+        own = lines_together.at[layer[0], :, pl.ds(first, depth)]
         copies.append(pltpu.make_async_copy(own, share, arrived.at[i]))
     for copy in copies:
         copy.start()
     rows[...] = x[:, pl.ds(first, depth)]
     lines: list[Any] = [
-        None if of is None else _own(block_lines(of[...], 0, share.shape[0], bool(turned)), scalars[0], depth // LANES)
+        None if of is None else _own(block_lines(of[...], 0, share.shape[0], bool(turned)), number[0], depth // LANES)
         for of, share, turned in zip(scales, shares, across, strict=True)
     ]
     start = 0

@@ -22,6 +22,7 @@ from v4_jax.kernels.memory import kept_in_hbm
 from v4_jax.kernels.output.tpu import as_operands, merge
 from v4_jax.kernels.rotary.tpu import along
 from v4_jax.kernels.rotary.tpu import supports as turns
+from v4_jax.layer_stack import one_layer
 from v4_jax.layers.partials import Packed, Partial, shape_of
 from v4_jax.layers.rotary import Turn
 
@@ -55,13 +56,12 @@ def attention_end(
     """See `layers.window_attention.attention_end`, for what `supports` takes; not differentiable."""
     batch, size, heads, channels = shape_of(partials[0])
     tokens, width = batch * size, weights[1].shape[0]
-    operands, specs, number = as_operands(partials, sink, turn, tokens)
+    operands, specs, _ = as_operands(partials, sink, turn, tokens)
     pairs = [linear.in_layers(weight) for weight in weights]
     operands[0], codes = kept_in_hbm(operands[0], [codes for codes, _ in pairs], interpret=interpret)
-    layers = [number, *(0 if weight.stack is None else weight.stack.layer for weight in weights)]
 
-    def of_layer(place: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, *pairs[place][1].shape[1:]), lambda i, layers: (layers[1 + place], 0, 0))
+    def of_layer(scales: Array) -> pl.BlockSpec:
+        return pl.BlockSpec((None, *scales.shape[1:]), lambda i, layer: (layer[0], 0, 0))
 
     strips = [_strips(weight, groups if place == 0 else 1) for place, weight in enumerate(weights)]
     moved = sum(weight.nbytes for weight in weights)
@@ -78,7 +78,7 @@ def attention_end(
             in_specs=[
                 *specs,
                 *(pl.BlockSpec(memory_space=pl.ANY) for _ in codes),
-                *(of_layer(place) for place in range(len(pairs))),
+                *(of_layer(scales) for _, scales in pairs),
             ],
             out_specs=along(tokens, width),
             scratch_shapes=[
@@ -97,7 +97,7 @@ def attention_end(
         interpret=interpret,
         name="attention_end",
     )(
-        jnp.stack([jnp.asarray(layer, jnp.int32) for layer in layers]),
+        jnp.asarray(one_layer([sink, *weights]), jnp.int32).reshape(1),
         *operands,
         *codes,
         *(scales for _, scales in pairs),
@@ -112,24 +112,24 @@ def _strips(weight: Any, groups: int) -> int:
     return groups * blocks // max(size for size in range(1, min(blocks, most) + 1) if blocks % size == 0)
 
 
-def _kernel(layers: Any, *refs: Any, packed: list[bool], across: list[bool], groups: int) -> None:
+def _kernel(layer: Any, *refs: Any, packed: list[bool], across: list[bool], groups: int) -> None:
     """Refs: what `merge` has; weights of all layers, and their scales of this one; out; scratch: what
     comes of each step but the last; strips of both weights, and their semaphores.
     """
     (*given, first, second, first_scales, second_scales, out, rows, hidden) = refs[:-4]
     first_strips, second_strips, first_here, second_here = refs[-4:]
 
-    def copies(place: int, weight: Any, strips: Any, here: Any) -> list[Any]:
+    def copies(weight: Any, strips: Any, here: Any) -> list[Any]:
         size = strips.shape[1]
         return [
-            pltpu.make_async_copy(weight.at[layers[1 + place], pl.ds(i * size, size), :], strips.at[i], here.at[i])
+            pltpu.make_async_copy(weight.at[layer[0], pl.ds(i * size, size), :], strips.at[i], here.at[i])
             for i in range(strips.shape[0])
         ]
 
-    all_copies = copies(0, first, first_strips, first_here), copies(1, second, second_strips, second_here)
+    all_copies = copies(first, first_strips, first_here), copies(second, second_strips, second_here)
     for copy in (*all_copies[0], *all_copies[1]):
         copy.start()
-    merge(layers, *given, rows, packed=packed)
+    merge(layer, *given, rows, packed=packed)
 
     def multiply(x: Any, strips: Any, copies: list[Any], scales: Any, turned: bool, groups: int, target: Any) -> None:
         count, size, depth = strips.shape

@@ -46,7 +46,7 @@ def attention_output(partials: Sequence[Any], sink: Array, turn: Turn, dtype: An
 def as_operands(
     partials: Sequence[Partial | Packed], sink: Array, turn: Turn, block: int
 ) -> tuple[list[Array], list[pl.BlockSpec], Any]:
-    """What `merge` takes, with specs of blocks of tokens, and the number of the sink's layer, the first scalar."""
+    """What `merge` takes, with specs of blocks of tokens, and the number of the sink's layer, the only scalar."""
     batch, size, heads, channels = shape_of(partials[0])
     tokens, by_token = batch * size, functools.partial(along, block)
     operands, specs = [], []

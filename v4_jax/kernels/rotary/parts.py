@@ -20,7 +20,7 @@ from v4_jax.kernels.rotary.reference import Projection, Settle
 from v4_jax.kernels.rotary.tpu import VMEM_BYTES, rounded, settled
 from v4_jax.kernels.rotary.tpu import supports as takes
 from v4_jax.kernels.vectors import vector, vector_spec
-from v4_jax.layer_stack import stack_of
+from v4_jax.layer_stack import one_layer, stack_of
 
 
 def supports(projections: Sequence[Projection]) -> bool:
@@ -36,19 +36,17 @@ def settle(
     sums: Array, projections: Sequence[Projection], thens: Sequence[Settle | None], *, interpret: bool = False
 ) -> list[Array]:
     """See `reference.settle`, for what `supports` takes; not differentiable."""
-    tokens, layers = len(sums), list[Any]()
-    operands, specs = [sums], [pl.BlockSpec(sums.shape, lambda i, layers: (0, 0))]
+    tokens, layer = len(sums), one_layer([x.norm for x in thens if x is not None and x.norm is not None])
+    operands, specs = [sums], [pl.BlockSpec(sums.shape, lambda i, layer: (0, 0))]
     for then in thens:
         if then is None:
             continue
         if then.norm is not None:
-            stack, layer = stack_of(then.norm)
-            specs.append(vector_spec(stack, functools.partial(_layer, len(layers))))
-            operands.append(stack)
-            layers.append(layer)
+            operands.append(stack_of(then.norm)[0])
+            specs.append(vector_spec(operands[-1], lambda i, layer: layer[0]))
         if then.turn is not None:
             operands += [part.reshape(tokens, -1) for part in then.turn]
-            specs += [pl.BlockSpec((tokens, then.turn.channels), lambda i, layers: (0, 0))] * 2
+            specs += [pl.BlockSpec((tokens, then.turn.channels), lambda i, layer: (0, 0))] * 2
     shapes = [jax.ShapeDtypeStruct((tokens, p.weight.shape[0]), p.dtype) for p in projections]
     found = pl.pallas_call(
         functools.partial(
@@ -60,32 +58,26 @@ def settle(
             num_scalar_prefetch=1,
             grid=(1,),
             in_specs=specs,
-            out_specs=[pl.BlockSpec(shape.shape, lambda i, layers: (0, 0)) for shape in shapes],
+            out_specs=[pl.BlockSpec(shape.shape, lambda i, layer: (0, 0)) for shape in shapes],
         ),
         out_shape=shapes,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_BYTES),
         cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=2 * sums.nbytes, transcendentals=0),
         interpret=interpret,
         name="settle",
-    )(jnp.stack([jnp.asarray(layer, jnp.int32) for layer in layers or [0]]), *operands)
+    )(jnp.asarray(layer, jnp.int32).reshape(1), *operands)
     return list(found)
 
 
-def _layer(place: int, i: Any, layers: Any) -> Any:
-    del i
-    return layers[place]
-
-
-def _kernel(layers: Any, sums: Any, *refs: Any, firsts: list[int], forms: list[Any]) -> None:
+def _kernel(layer: Any, sums: Any, *refs: Any, firsts: list[int], forms: list[Any]) -> None:
     """Refs: norms [N, C] and the two parts of a turn [T, R], of each product that has them; products [T, C]."""
-    given, place = iter(refs), 0
+    given = iter(refs)
     out = refs[-len(firsts) :]
     for first, form, one in zip(firsts, forms, out, strict=True):
         rows = sums[:, first : first + one.shape[1]]
         if form is not None:
             norm, turn, steps = form
-            weight = vector(next(given), layers[place]) if norm else None
-            place += norm
+            weight = vector(next(given), layer[0]) if norm else None
             angles = (next(given)[...], next(given)[...]) if turn else None
             rows = settled(rounded(rows, one.dtype), weight, angles, steps, one.dtype)
         one[...] = rows.astype(one.dtype)
