@@ -107,17 +107,20 @@ def best_of_devices(
         return numbers, here, jnp.sum(here >= 0, axis=-1, dtype=jnp.int32)
 
     def kernels(queries: Array, weights: Array, keys: Entries, visible: Visible) -> tuple[Array, Array, Array]:
-        found = indexer_tpu.candidates(queries, weights, keys, visible, top=top, interpret=interpreting())
-        shape = found.shape[:2]
+        operands, shape = (queries, weights, keys, visible), queries.shape[:2]
+        if by_kernel:
+            found = indexer_tpu.candidates(*operands, top=top, interpret=interpreting())
+        else:
+            found = indexer_devices.joined(*best_entries(*operands, top=own, scored=True))
         everywhere = collectives.all_gather(found.reshape(1, -1, found.shape[2]), axes, 0)
         here, count, thresholds, limits = indexer_devices.best_of_devices(
             everywhere, collectives.index(axes), top, interpret=interpreting()
         )
-        chosen = indexer_devices.chosen(everywhere, thresholds, limits, top)
-        return chosen.reshape(*shape, top), here[:, :own].reshape(*shape, own), count.reshape(shape)
+        chosen = indexer_devices.chosen(everywhere, thresholds, limits, min(top, devices * own))
+        return chosen.reshape(*shape, -1), here[:, :own].reshape(*shape, own), count.reshape(shape)
 
     operands = queries, weights, keys, visible
-    supported = own == top < keys.count and indexer_tpu.supports(queries, keys, top)
-    if not (supported and indexer_devices.supports(top, devices)):
+    by_kernel = own == top < keys.count and indexer_tpu.supports(queries, keys, top)
+    if not indexer_devices.supports(own, devices):
         return sorted_out(*operands)
     return by_platform(*operands, default=sorted_out, tpu=kernels)

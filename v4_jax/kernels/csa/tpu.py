@@ -265,10 +265,10 @@ def _kernel(
             jnp.zeros((heads, 1)),
             *(jnp.zeros((heads, WORD_CHANNELS)) for _ in range(parts)),
         )
-        whole, rest = (turns, 1) if count > 1 else (1, turns)
+        whole, rest = (turns, 0) if count > 1 else (0, turns)  # queries have about as many
         with about(whole):
             state = jax.lax.fori_loop(0, both, side_by_side, state)
-        with about(1):
+        with about(0):
             jax.lax.fori_loop(both, ahead, ask_next, None)
         with about(rest):
             largest, amount, *sums = jax.lax.fori_loop(both, here, attend_alone, state)

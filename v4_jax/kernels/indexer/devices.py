@@ -30,6 +30,14 @@ def supports(top: int, devices: int) -> bool:
     return room % (SUBLANES * LANES) == 0 and room <= CANDIDATES
 
 
+def joined(scores: Array | None, local: Array) -> Array:
+    """Candidates of this device [..., 2 K], see `indexer.tpu.candidates`, of scores and local numbers [..., k]."""
+    assert scores is not None
+    bits = jax.lax.bitcast_convert_type(scores, jnp.int32)
+    room = [(0, 0)] * (local.ndim - 1) + [(0, -local.shape[-1] % LANES)]
+    return jnp.concatenate([jnp.pad(x, room, constant_values=-1) for x in (bits, local)], axis=-1)
+
+
 def best_of_devices(
     candidates: Array, index: Any, top: int, *, interpret: bool = False
 ) -> tuple[Array, Array, Array, Array]:
