@@ -27,6 +27,7 @@ from v4_jax.low_rank import Adapted
 from v4_jax.number_formats import E2M1, E4M3, FP4_BLOCK, FP8_BLOCK, BlockScaled, Weight
 
 STRIP = 256  # outputs at a time: the widest matrix unit
+TOGETHER = 4  # strips in one turn of a loop: what one waits for is hidden by the others' work
 CHUNKS = (1024, 512, 256, 128)  # inputs at a time, the largest that divides K
 SPREAD_ROWS = 8  # are spread at most: with more, scaling their sums would take longer than the weights' way from HBM
 RUN = SUBLANES * FP4_BLOCK[1]  # inputs of eight blocks
@@ -221,15 +222,20 @@ def multiply(
                 own = some_lines(lines, start, strip)
             return by_scaled_rows(rows, codes, here, own)
 
-        each_strip(scaled, together=4)  # each waits for the scaling of its rows
+        each_strip(scaled, together=TOGETHER)  # each waits for the scaling of its rows
     else:
 
         def scales_of(here: Any) -> Array:
             wide = scales[0][:, here] if form.across else scales[0][here, :]
             return wide.astype(jnp.float32)
 
+        identity = _identity(strip) if form.across and wide is None else None
+
         def in_order(here: Any) -> Array:
-            return scales_of(here).T if form.across else scales_of(here)
+            if identity is None:
+                return scales_of(here)
+            # Turned by a product, exact for powers of two: to transpose them takes as long as to expand the codes.
+            return product(identity, scales_of(here).astype(jnp.bfloat16))
 
         def as_e5m2(here: Any, start: Any) -> Array:
             del start
@@ -267,21 +273,27 @@ def multiply(
             return _in_turn(jnp.pad(out, ((0, -count % SUBLANES), (0, 0))))[:count]
 
         if wide is not None:
-            each_strip(spread_out, together=4)  # one's sums are awaited while the other's codes are expanded
+            each_strip(spread_out, together=TOGETHER)  # one's sums are awaited while the other's codes are expanded
             return
         everything = scales_of(slice(None))
         highest, lowest = jnp.max(everything), jnp.min(everything)
         near = (lowest * 2.0**E5M2_RANGE >= highest) & (highest >= 2.0**-100) & (highest <= 2.0**100)
         if kept is None:
             with about(1):
-                pl.when(near)(lambda: each_strip(as_e5m2))
+                pl.when(near)(lambda: each_strip(as_e5m2, together=TOGETHER))
         else:
             with visits(first=True):
-                pl.when(near & kept.fresh)(lambda: each_strip(as_e5m2))
+                pl.when(near & kept.fresh)(lambda: each_strip(as_e5m2, together=TOGETHER))
             with visits(first=False):
                 pl.when(near & jnp.logical_not(kept.fresh))(lambda: each_strip(as_kept))
         with about(0):  # no release has scales so far apart
             pl.when(jnp.logical_not(near))(lambda: each_strip(as_bfloat16))
+
+
+def _identity(size: int) -> Array:
+    """Ones on the diagonal, [size, size] bfloat16."""
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
+    return (row == column).astype(jnp.float32).astype(jnp.bfloat16)
 
 
 def _quad_exponents(scales: Array, highest: Any) -> Array:

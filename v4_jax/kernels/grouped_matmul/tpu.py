@@ -29,7 +29,8 @@ from v4_jax.kernels.block_scales import LANES
 from v4_jax.kernels.stored_weights import E5M2, Form, Kept, Tile, in_memory, kept_shape, multiply, supports, tiles
 from v4_jax.number_formats import BlockScaled, Weight, bytes_of
 
-COLUMNS = 512  # outputs of a weight tile: 1 MiB of E2M1 codes at K = 4,096, long enough to hide a grid step's overhead
+COLUMNS = 512  # outputs of a weight tile at least: long enough to hide what a grid step costs beside its work
+TILE = 2 << 20  # elements of a tile at most, where that is more: 1 MiB of E2M1 codes
 ROWS = (128, 256)  # rows of a tile: when groups are small, and when they are several tiles each
 VMEM_BYTES = 48 << 20  # of the 64 MiB or more that every generation from v5e on has
 
@@ -63,7 +64,7 @@ def grouped_matmul(rows: Array, weight: Weight, sizes: Array, *, layer: Any = No
     if sizes.shape != (groups,) or depth != weight.shape[-1]:
         raise ValueError(f"rows {rows.shape} and sizes {sizes.shape} do not fit a weight {weight.shape}")
     tile = tile_rows(count, groups)
-    columns = min(COLUMNS, width)
+    columns = min(max(COLUMNS, TILE // depth // COLUMNS * COLUMNS), width)
     visits = _visits(sizes, count, tile)
     total = jnp.maximum(visits.total, 1)  # a grid of no steps is not worth finding out about: without rows, visit one
     scalars = (jnp.asarray(layer, jnp.int32).reshape(1), *visits[:-1])
