@@ -55,14 +55,15 @@ def best_of_devices(
       what `chosen` takes, [N] each.
     """
     devices, count, room = candidates.shape
-    block = next(size for size in range(min(count, QUERIES), 0, -1) if count % size == 0)
-    slots = room // 2
-    by_query = jax.ShapeDtypeStruct((count,), jnp.int32)
+    block, slots = min(count, QUERIES), room // 2
+    candidates = jnp.pad(candidates, ((0, 0), (0, -count % block), (0, 0)), constant_values=-1)
+    total = candidates.shape[1]
+    by_query = jax.ShapeDtypeStruct((total,), jnp.int32)
     found = pl.pallas_call(
         functools.partial(_kernel, top=top),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(count // block,),
+            grid=(total // block,),
             in_specs=[pl.BlockSpec((devices, block, room), lambda i, _: (0, i, 0))],
             out_specs=[
                 pl.BlockSpec((block, slots), lambda i, _: (i, 0)),
@@ -70,13 +71,14 @@ def best_of_devices(
             ],
             scratch_shapes=[pltpu.VMEM((block, SUBLANES, devices * slots // SUBLANES), jnp.int32)] * 2,
         ),
-        out_shape=[jax.ShapeDtypeStruct((count, slots), jnp.int32), *[by_query] * 3],
+        out_shape=[jax.ShapeDtypeStruct((total, slots), jnp.int32), *[by_query] * 3],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_BYTES),
         cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=4 * candidates.size, transcendentals=0),
         interpret=interpret,
         name="best_of_devices",
     )(jnp.asarray(index, jnp.int32).reshape(1), candidates)
-    return found[0], found[1], found[2], found[3]
+    here, filled, thresholds, limits = (x[:count] for x in found)
+    return here, filled, thresholds, limits
 
 
 def chosen(candidates: Array, thresholds: Array, limits: Array, top: int) -> Array:
