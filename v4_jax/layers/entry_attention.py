@@ -30,23 +30,23 @@ def attend_picked(
       here: those of them that lie here, where that is known.
       together: whether to return one `Packed` softmax.
     """
-    local, count = (entries.local(picked), None) if here is None else here
-    return choose.attend_picked(attend_copies, queries, entries, local, count, together)
+    local, filled = (entries.local(picked), None) if here is None else here
+    return choose.attend_picked(attend_copies, queries, entries, local, filled, together)
 
 
-def attend_copies(queries: Array, entries: Entries, local: Array, count: Array | None = None) -> Partial:
-    """The same over gathered copies of the entries, whose local numbers are given, -1 for none.
+def attend_copies(queries: Array, entries: Entries, local: Array, filled: Array | None = None) -> Partial:
+    """The same over gathered copies of the entries, of local numbers, -1 for none.
 
-    `count` tells how many are not -1, where those come first; it is of no use here.
+    Where it is known how many are `filled`, those come first.
     """
-    del count
-    devices, picks = collectives.size(entries.axes), local.shape[-1]
+    devices, count = collectives.size(entries.axes), local.shape[-1]
     if devices == 1:
         return attend(queries, entries.gather(local), local >= 0)
     # A device holds about one in `devices` of the picks: those first, in blocks, and no work for blocks without any.
-    width = min(picks, -(-2 * picks // devices))
-    local = -jnp.sort(-local, axis=-1)
-    local = jnp.pad(local, [(0, 0), (0, 0), (0, -picks % width)], constant_values=-1)
+    width = min(count, -(-2 * count // devices))
+    if filled is None:
+        local = -jnp.sort(-local, axis=-1)
+    local = jnp.pad(local, [(0, 0), (0, 0), (0, -count % width)], constant_values=-1)
     blocks = jnp.moveaxis(local.reshape(*local.shape[:2], -1, width), 2, 0)
 
     def step(partial: Partial, local: Array) -> tuple[Partial, None]:

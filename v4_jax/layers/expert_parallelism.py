@@ -74,10 +74,12 @@ def dispatch(
             collectives.all_gather(array, away, 0) for array in (x.astype(dtype), assigned, weights)
         )
         here = (assigned >= first) & (assigned < first + own)
-        alone = None if away else beside
-        total = local(rows, jnp.where(here, assigned - first, own), weights, experts, layer, alone)
+        added = None if away else beside
+        total = local(rows, jnp.where(here, assigned - first, own), weights, experts, layer, added)
         total = collectives.reduce_scatter(total, away, 0)
-        return collectives.psum(total if alone is not None or beside is None else total + beside, same)
+        if away and beside is not None:
+            total += beside
+        return collectives.psum(total, same)
 
     parts = parts_of(experts)
 

@@ -239,7 +239,7 @@ def window_step(
 
 
 def attend_picked(
-    plain: Form, queries: Array, entries: Entries, local: Array, count: Array | None = None, together: bool = False
+    plain: Form, queries: Array, entries: Entries, local: Array, filled: Array | None = None, together: bool = False
 ) -> Partial | Packed:
     """Attention of each query over its own entries.
 
@@ -249,10 +249,10 @@ def attend_picked(
       queries: [B, Q, H, C].
       entries: the entries.
       local: [B, Q, K] int32 local numbers of those to attend, -1 for none.
-      count: [B, Q] int32 how many are not -1, where those come first; None: -1 may be anywhere.
+      filled: [B, Q] int32 how many are not -1, where those come first; None: -1 may be anywhere.
       together: whether to return one `Packed` softmax.
     """
-    operands = queries, entries, local, count
+    operands = queries, entries, local, filled
     if _picks_in_training(queries, entries) and not together:
         return by_platform(*operands, default=_rounded(plain), tpu=_pick_in_training)
     copying = _handed_on(plain, together)
@@ -262,15 +262,15 @@ def attend_picked(
     return without_gradients(copying, tpu=kernel)(*operands)
 
 
-def _pick_in_training(queries: Array, entries: Entries, local: Array, count: Array | None) -> Partial:
+def _pick_in_training(queries: Array, entries: Entries, local: Array, filled: Array | None) -> Partial:
     """The kernel, whose gradients are a kernel's."""
     interpret, held, dtype = interpreting(), _held(entries), entries.dtype
 
-    def attend(queries: Array, held: Array, local: Array, count: Array | None) -> tuple[Partial, Any]:
+    def attend(queries: Array, held: Array, local: Array, filled: Array | None) -> tuple[Partial, Any]:
         words = as_words(held, interpret=interpret)
         rows = StoredRows((words[None],), kind="words", channels=held.shape[2])
         entries = Entries(rows, 0, dtype)
-        found = csa_tpu.attend_picked(queries, entries, local, count, rounded=True, interpret=interpret)
+        found = csa_tpu.attend_picked(queries, entries, local, filled, rounded=True, interpret=interpret)
         assert isinstance(found, Partial)
         return found, (queries, words, local, found.maximum)
 
@@ -281,7 +281,7 @@ def _pick_in_training(queries: Array, entries: Entries, local: Array, count: Arr
 
     call = jax.custom_vjp(lambda *given: attend(*given)[0])
     call.defvjp(attend, gradients)
-    return call(queries, held, local, count)
+    return call(queries, held, local, filled)
 
 
 def attention_output(plain: Form, partials: Sequence[Any], sink: Array, turn: Turn, dtype: Any) -> Array:

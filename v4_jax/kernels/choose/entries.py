@@ -98,6 +98,7 @@ def best_of_devices(
     """
     axes, devices = keys.axes, collectives.size(keys.axes)
     own = min(top, keys.count)
+    by_kernel = own == top < keys.count and indexer_tpu.supports(queries, keys, top)
 
     def sorted_out(queries: Array, weights: Array, keys: Entries, visible: Visible) -> tuple[Array, Array, Array]:
         scores, local = best_entries(queries, weights, keys, visible, top=own, scored=True)
@@ -113,14 +114,13 @@ def best_of_devices(
         else:
             found = indexer_devices.joined(*best_entries(*operands, top=own, scored=True))
         everywhere = collectives.all_gather(found.reshape(1, -1, found.shape[2]), axes, 0)
-        here, count, thresholds, limits = indexer_devices.best_of_devices(
+        here, filled, thresholds, limits = indexer_devices.best_of_devices(
             everywhere, collectives.index(axes), top, interpret=interpreting()
         )
         chosen = indexer_devices.chosen(everywhere, thresholds, limits, min(top, devices * own))
-        return chosen.reshape(*shape, -1), here[:, :own].reshape(*shape, own), count.reshape(shape)
+        return chosen.reshape(*shape, -1), here[:, :own].reshape(*shape, own), filled.reshape(shape)
 
     operands = queries, weights, keys, visible
-    by_kernel = own == top < keys.count and indexer_tpu.supports(queries, keys, top)
     if not indexer_devices.supports(own, devices):
         return sorted_out(*operands)
     return by_platform(*operands, default=sorted_out, tpu=kernels)

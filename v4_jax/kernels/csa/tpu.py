@@ -50,7 +50,7 @@ def attend_picked(
     queries: Array,
     entries: Entries,
     local: Array,
-    count: Array | None = None,
+    filled: Array | None = None,
     *,
     together: bool = False,
     rounded: bool = False,
@@ -62,7 +62,7 @@ def attend_picked(
       queries: [B, Q, H, C] bfloat16.
       entries: the entries, of kind "words".
       local: [B, Q, K] int32 local numbers of those to attend, -1 for none.
-      count: [B, Q] int32 how many are not -1, where those come first and all are there; None: -1 may be anywhere.
+      filled: [B, Q] int32 how many are not -1, where those come first and all are there; None: -1 may be anywhere.
       together: whether to return one `Packed` softmax.
       rounded: whether sums of entries are rounded to the dtype of the queries at the end; not `together`.
       interpret: run in interpret mode, on any platform.
@@ -83,21 +83,21 @@ def attend_picked(
     (_, rows_count, places_count), words = entries.rows.shape, entries.rows.arrays[0]
     place = (entries.layer * rows_count + rows) * places_count + places
     place = jnp.where((local >= 0) & (places < places_count), place, -1)
-    if count is None:
+    if filled is None:
         place = -jnp.sort(-place, axis=-1)
-        count = jnp.sum(place >= 0, axis=-1, dtype=jnp.int32)
-    (batch, asked), (heads, size) = local.shape[:2], queries.shape[2:]
+        filled = jnp.sum(place >= 0, axis=-1, dtype=jnp.int32)
+    (batch, count), (heads, size) = local.shape[:2], queries.shape[2:]
     found = _attend(
-        queries.reshape(batch * asked, heads, size),
+        queries.reshape(batch * count, heads, size),
         words.reshape(-1, *words.shape[3:]),
-        place.reshape(batch * asked, -1),
-        count.reshape(-1),
+        place.reshape(batch * count, -1),
+        filled.reshape(-1),
         share=_share(local.shape[-1], collectives.size(entries.axes)),
         together=together,
         rounded=rounded,
         interpret=interpret,
     )
-    apart = [x.reshape(batch, asked, *x.shape[1:]) for x in found]
+    apart = [x.reshape(batch, count, *x.shape[1:]) for x in found]
     return Packed(apart[0][None]) if together else Partial(*apart)
 
 
@@ -112,15 +112,15 @@ def _attend(
     queries: Array,
     words: Array,
     place: Array,
-    held: Array,
+    filled: Array,
     *,
     share: int,
     together: bool,
     rounded: bool,
     interpret: bool,
 ) -> list[Array]:
-    """The same of queries [N, H, C] over the first `held` [N], mostly `share` or fewer, of rows `place` [N, K] of words
-    [R, parts, 128].
+    """The same of queries [N, H, C] over words [R, parts, 128], of whose rows `place` [N, K] the first `filled` [N] are
+    attended, mostly `share` or fewer.
     """
     at_once = next((rows for rows in ROWS if share <= rows), ROWS[-1])
     (count, heads, size), parts = queries.shape, words.shape[1]
@@ -129,7 +129,7 @@ def _attend(
     padding, room = -count % block, -place.shape[1] % at_once
     queries = jnp.pad(queries, ((0, padding), (0, 0), (0, 0)))
     place = jnp.maximum(jnp.pad(place, ((0, padding), (0, room))), 0)
-    held = jnp.pad(held, (0, padding))
+    filled = jnp.pad(filled, (0, padding))
     total, slots = place.shape
     shapes: list[tuple[int, ...]] = [(heads, size + STATISTICS)] if together else [(heads,), (heads,), (heads, size)]
     dtypes = [*[jnp.float32] * (len(shapes) - 1), queries.dtype if rounded else jnp.float32]
@@ -166,12 +166,12 @@ def _attend(
         ),
         interpret=interpret,
         name="attend_picked",
-    )(held, place.reshape(-1, 1, block * slots), queries, words)
+    )(filled, place.reshape(-1, 1, block * slots), queries, words)
     return [x[:count] for x in found]
 
 
 def _kernel(
-    held: Any,
+    filled: Any,
     places: Any,
     queries: Any,
     words: Any,
@@ -182,7 +182,7 @@ def _kernel(
     unroll: int,
 ) -> None:
     """A block of queries, one after another, `at_once` rows of each at a time, about `turns` times; each query has the
-    first `held` of its places.
+    first `filled` of its places.
 
     Refs: largest logits and sums of each query, or one array of all; scratch: rows [2, parts * K, 128], those of this
     query and of the next, and their semaphores.
@@ -227,7 +227,7 @@ def _kernel(
         if parts == 2:  # even lines belong to the first part, odd ones to the second
             logits = jnp.where(odd, products[heads:], logits)
             logits += jnp.where(odd, pltpu.roll(logits, 1, 1), pltpu.roll(logits, lines - 1, 1))
-        visible = lane < held[start + query] * parts - chunk * lines
+        visible = lane < filled[start + query] * parts - chunk * lines
         logits = jnp.where(visible, logits * scale, MASKED)
         most = jnp.maximum(largest, jnp.max(logits, axis=1, keepdims=True))
         shares = jnp.where(visible, jnp.exp(logits - most), 0.0)
@@ -240,7 +240,7 @@ def _kernel(
         return most, total, *sums
 
     def chunks(query: Any) -> Any:
-        return jax.lax.div(held[start + query] + at_once - 1, jnp.int32(at_once))
+        return jax.lax.div(filled[start + query] + at_once - 1, jnp.int32(at_once))
 
     def each(query: Any, carry: None) -> None:
         slot, other = query & 1, 1 - (query & 1)

@@ -82,8 +82,8 @@ def best_entries(
     """
     if scored:
         found = candidates(queries, weights, keys, visible, top=top, share=share, interpret=interpret)
-        scores, numbers = in_parts(found)
-        return scores[..., :top], numbers[..., :top]
+        bits, numbers = (x[..., :top] for x in jnp.split(found, 2, axis=-1))
+        return jax.lax.bitcast_convert_type(bits, jnp.float32), numbers
     return None, _of_entries(queries, weights, keys, visible, top, share, scored=False, interpret=interpret)[..., :top]
 
 
@@ -105,12 +105,6 @@ def candidates(
       NotImplementedError: `supports` says no.
     """
     return _of_entries(queries, weights, keys, visible, top, share, scored=True, interpret=interpret)
-
-
-def in_parts(candidates: Array) -> tuple[Array, Array]:
-    """Scores and numbers [..., K] of `candidates` [..., 2 K]."""
-    bits, numbers = jnp.split(candidates, 2, axis=-1)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32), numbers
 
 
 def _of_entries(
