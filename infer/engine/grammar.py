@@ -132,7 +132,8 @@ class Grammar:
 
     def start(self, stops: Collection[int]) -> Matcher:
         """A sample's way through the grammar, which the tokens `stops` may end."""
-        return Matcher(self._matcher.deep_copy(), _bits(stops, self.vocab_size), _bits([self._end], self.vocab_size))
+        masks = (token_mask(tokens, self.vocab_size) for tokens in (stops, [self._end]))
+        return Matcher(self._matcher.deep_copy(), *masks)
 
 
 class Matcher:
@@ -182,8 +183,8 @@ class _ByteVocabulary:
         return self._tokenizer.encode(text if isinstance(text, str) else text.decode(errors="replace"))
 
 
-def _bits(tokens: Collection[int], vocab_size: int) -> np.ndarray:
-    """A mask of some tokens; those outside of the vocabulary are left out."""
+def token_mask(tokens: Collection[int], vocab_size: int) -> np.ndarray:
+    """A mask [ceil(V / 32)] uint32 of some tokens, lowest bit first; those outside of the vocabulary are left out."""
     flags = np.zeros(-(-vocab_size // 32) * 32, bool)
     flags[[token for token in tokens if 0 <= token < vocab_size]] = True
     return np.packbits(flags, bitorder="little").view(np.uint32)

@@ -42,6 +42,8 @@ class Guide:
       budget: tokens after which reasoning that has not ended by itself is made to: `end`, or what is missing of it,
         is put into the sample's mouth; None for any number.
       opening: tokens that the answer begins with, after any reasoning; not for one with a grammar.
+      going_on: the legal tokens of reasoning that a grammar or an opening comes after, [ceil(V / 32)] uint32: all but
+        those that would end the sample before it has said what it must; None for every token.
     """
 
     def __init__(
@@ -50,8 +52,10 @@ class Guide:
         end: Sequence[int] = (),
         budget: int | None = None,
         opening: Sequence[int] = (),
+        going_on: np.ndarray | None = None,
     ) -> None:
         self._matcher, self._end, self._budget, self._opening = matcher, tuple(end), budget, opening
+        self._going_on = going_on
         self._reasoning = bool(end)
         self._tokens = 0  # of the reasoning
         self._last: collections.deque[int] = collections.deque(maxlen=len(end))
@@ -85,8 +89,9 @@ class Guide:
             self._budget = None
         if self._forced:
             return Instruction(forced=self._forced.popleft())
-        awaited = self._reasoning and (self._matcher is not None or self._opening)
-        return Instruction(unless=self._end[-1] if awaited and unread else NO_TOKEN)
+        if self._reasoning and (self._matcher is not None or self._opening):
+            return Instruction(unless=self._end[-1] if unread else NO_TOKEN, mask=self._going_on)
+        return Instruction()
 
     def read(self, token: int) -> bool:
         """Takes note of a token that did not end the sample. Returns whether the sample is complete with it."""

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from v4_jax.config import Config
 from v4_jax.infer.checks import check_ids, check_samples, check_vocabulary
-from v4_jax.infer.engine.grammar import Grammar
+from v4_jax.infer.engine.grammar import Grammar, token_mask
 from v4_jax.infer.engine.guide import Guide
 from v4_jax.infer.engine.sampling import MOST_ALTERNATIVES, Sampling
 from v4_jax.infer.engine.speculative import Acceptance
@@ -39,7 +39,8 @@ class Request:
       top_logprobs: most probable tokens to report with each generated one, up to 20.
       constraint: a grammar that the text keeps to. Stop ids are then legal where it may end (where they are also
         tokens of text, wherever the grammar has them), and a text to which nothing can be added ends with "stop".
-      reasoning_end: tokens that end the reasoning which the prompt opened; a constraint holds only after them.
+      reasoning_end: tokens that end the reasoning which the prompt opened; a constraint holds only after them,
+        and tokens that end a sample are none before them where a constraint or an opening is yet to come.
       reasoning_budget: tokens after which reasoning is ended: `reasoning_end`, or what is missing of it, is then
         generated, unless it was before.
       opening: tokens that the answer begins with, after any reasoning; stop ids among them do not end it.
@@ -110,8 +111,10 @@ class Request:
 
     def guide(self, config: Config) -> Guide | None:
         """What leads a new sample, if anything does."""
-        matcher = None if self.constraint is None else self.constraint.start(self.stops(config))
-        guide = Guide(matcher, self.reasoning_end, self.reasoning_budget, self.opening)
+        stops = self.stops(config)
+        matcher = None if self.constraint is None else self.constraint.start(stops)
+        going_on = ~token_mask(stops - {*self.reasoning_end}, config.vocab_size)
+        guide = Guide(matcher, self.reasoning_end, self.reasoning_budget, self.opening, going_on)
         return None if guide.spent else guide
 
 

@@ -325,6 +325,24 @@ def test_an_opening_after_reasoning(engine, end):
         assert ended == min(at, budget + len(end)) and ids[ended : ended + 5] == OPENING
 
 
+def test_what_must_be_said_is_said(engine, grammars):
+    """No token ends a sample in its reasoning while a grammar or an opening is yet to come."""
+    sampling = Sampling(seed=3, logit_bias={1: 50.0})
+    free_to_end = Request([8] * 20, 30, sampling, stop_ids=(1,), reasoning_end=THINK_CLOSE, reasoning_budget=6)
+    for asked, said in (
+        (dataclasses.replace(free_to_end, opening=OPENING), [*OPENING, 1]),
+        (dataclasses.replace(free_to_end, constraint=grammars.choice(["yes"])), [*TOKENIZER.encode("yes")]),
+        (free_to_end, None),
+    ):
+        [[(ids, _, finish)]] = served(engine, [asked])
+        assert finish == "stop"
+        if said is None:
+            assert ids == [1]
+        else:
+            assert 1 not in ids[:6] and tuple(ids[6 : 6 + len(THINK_CLOSE)]) == THINK_CLOSE
+            assert ids[6 + len(THINK_CLOSE) :] in (said, [*said, 1])
+
+
 def test_an_end_that_repeats_itself():
     """What is missing of it completes it and not earlier, however it began."""
     random = np.random.default_rng(0)
