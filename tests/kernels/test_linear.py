@@ -13,6 +13,7 @@ import pytest
 
 from v4_jax import Config, Transformer, declarations, init_cache
 from v4_jax.kernels import choose
+from v4_jax.kernels.linear import groups as linear_groups
 from v4_jax.kernels.linear import reference, shares
 from v4_jax.kernels.linear import tpu as linear_tpu
 from v4_jax.kernels.linear.tpu import ROWS, WHOLE_ROWS, matmul, one_row, supports
@@ -291,3 +292,51 @@ def test_what_shares_are_made_of():
     assert not shares.supports(x, [random(0, 128, 256)], [jnp.float32], 2)
     assert not shares.supports(x.astype(jnp.float32), [weight], [jnp.bfloat16], 2)
     assert not shares.supports(rows_of(2, 128), [weight_of(128, 128)], [jnp.bfloat16], 2)
+
+
+@pytest.mark.parametrize(
+    ("rows", "groups", "size", "out"), [(700, 3, 256, 128), (130, 2, 128, 640), (1024, 1, 128, 128)]
+)
+def test_groups_of_plain_weights(rows, groups, size, out):
+    """As the reference of the same signature is, and each gradient as the products that it is."""
+    x, weight = rows_of(rows, groups, size), random(2, groups * out, size).astype(jnp.bfloat16)
+    gradient = rows_of(rows, groups, out, seed=3)
+    plain = functools.partial(reference.grouped, dtype=jnp.bfloat16)
+    assert linear_groups.supports(x, weight, jnp.bfloat16)
+    flat = x.reshape(rows, -1)
+    for found in (plain(x, weight), linear_groups.product(x, weight, interpret=True)):
+        assert found.shape == (rows, groups, out)
+        check(found.reshape(rows, -1), flat, [weight], groups)
+    turned = jnp.swapaxes(weight.reshape(groups, out, size), 1, 2).reshape(groups * size, out)
+    for found in (
+        jax.vjp(plain, x, weight)[1](gradient)[0],
+        linear_groups.gradient_of_rows(gradient, weight, interpret=True),
+    ):
+        assert found.shape == x.shape
+        check(found.reshape(rows, -1), gradient.reshape(rows, -1), [turned], groups)
+
+
+def test_what_groups_the_kernels_take():
+    x, weight = rows_of(4, 64, 2, 128), random(2, 256, 128)
+    assert linear_groups.supports(x, weight, jnp.bfloat16) and not linear_groups.supports(x, weight, jnp.float32)
+    assert not linear_groups.supports(x[:1], weight, jnp.bfloat16)
+    assert not linear_groups.supports(x, weight[:192], jnp.bfloat16)
+    assert not linear_groups.supports(x[..., :96], weight[:, :96], jnp.bfloat16)
+
+
+def test_groups_in_kernels():
+    """What layers call where kernels run: the same with them and without, and gradients of the operands' dtypes."""
+    x, weight = rows_of(2, 100, 2, 128), random(2, 512, 128)
+    gradient = rows_of(2, 100, 2, 256, seed=4)
+
+    def both(x, weight):
+        out, pull = jax.vjp(lambda x, w: grouped_linear(x, w, jnp.bfloat16), x, weight)
+        return out, *pull(gradient)
+
+    plain = both(x, weight)
+    with interpreted():
+        found = both(x, weight)
+    for a, b in zip(found, plain, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        a, b = (np.asarray(value, np.float32) for value in (a, b))
+        np.testing.assert_allclose(a, b, rtol=2.0**-7, atol=2.0**-7 * abs(b).max())

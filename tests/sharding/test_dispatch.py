@@ -7,8 +7,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import PartitionSpec as P
 
+from v4_jax.sharding import dispatch
 from v4_jax.sharding.dispatch import LANES, Choices, capacity, visit
 from v4_jax.sharding.mesh import make_mesh
 
@@ -38,15 +40,19 @@ def run(x, group, scale, weights, probe):
     return jax.jit(each)(x, group, scale, weights, probe)
 
 
-def test_results_and_gradients_are_those_of_no_exchange():
-    """Several rounds to a crowded device, groups that a round cuts, and choices of nobody."""
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("chosen", [True, False])
+def test_results_and_gradients_are_those_of_no_exchange(monkeypatch, platform, chosen):
+    """Several rounds to a crowded device, groups that a round cuts, and choices of nobody, or of nobody at all; with
+    all rounds in a loop, and with the first before it."""
+    monkeypatch.setattr(dispatch, "platform_of_mesh", lambda: platform)
     rng = np.random.default_rng(0)
     count = DEVICES * ROWS
     x, probe = (rng.normal(size=(count, WIDTH)).astype(np.float32) for _ in range(2))
     crowded = rng.integers(2 * OWN, 3 * OWN, size=(count, TOP))
     group = np.where(rng.random((count, TOP)) < 0.6, crowded, rng.integers(0, GROUPS + 2, size=(count, TOP)))
-    group = np.minimum(group, GROUPS).astype(np.int32)
-    assert np.sum((group >= 2 * OWN) & (group < 3 * OWN)) > capacity(ROWS * TOP, DEVICES)
+    group = np.minimum(group, GROUPS).astype(np.int32) if chosen else np.full((count, TOP), GROUPS, np.int32)
+    assert not chosen or np.sum((group >= 2 * OWN) & (group < 3 * OWN)) > capacity(ROWS * TOP, DEVICES)
     scale = rng.random((count, TOP)).astype(np.float32)
     weights = rng.normal(size=(GROUPS, WIDTH)).astype(np.float32)
 

@@ -175,7 +175,7 @@ def _loss_of_all(operands: Operands, visible: Visible, picked: Array | None) -> 
     def loss(trained: tuple[Array, ...], *rest: Any) -> tuple[Array, Any]:
         fixed, *seen = rest
         found, numbers = indexer_loss_tpu.loss(Operands(*fixed, *trained), *seen, interpret=interpret)
-        return found, (trained, rest, numbers)
+        return found, (trained, rest, keep(numbers, "picked"))
 
     def gradients(residuals: Any, gradient: Array) -> Any:
         trained, (fixed, *seen), numbers = residuals

@@ -19,6 +19,7 @@ over all rows of its group, in float32, and is written once. Rows that no group 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -30,12 +31,14 @@ from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.kernels.block_scales import LANES
 from v4_jax.kernels.grouped_matmul.visits import Visits, list_visits
+from v4_jax.kernels.turns import about
 from v4_jax.low_rank import Adapted
 from v4_jax.number_formats import BlockScaled
 
 ROWS = (128, 256)  # rows of a tile: when groups are small, and when they are several tiles each
 WEIGHT_BYTES = 12 << 20  # of tiles of weights, of which two each are in VMEM at a time
-STRIP = 256  # columns at a time: the widest matrix unit
+STRIPS = (512, 256)  # columns of the results at a time: of up to two products, and of more, whose code is longer
+SUMMED_STRIP = 1024  # rows of a weight's gradient at a time
 SUMMED_ROWS = 512  # rows of a tile that weights' gradients are summed over, when groups are several tiles each
 TILE = 1024  # of a weight's gradient: 4 MiB of float32, of which there may be two, two each
 VMEM_BYTES = 56 << 20  # of the 64 MiB or more that every generation from v5e on has
@@ -380,7 +383,7 @@ def _by_rows(*refs: Any, of: Sequence[tuple[int, int]], finish: Any, scaled: boo
     sums = out.pop() if summed else None
     visit = pl.program_id(1)
     tile, columns = out[0].shape
-    strip = next(size for size in (STRIP, LANES) if columns % size == 0)
+    strip = math.gcd(columns, STRIPS[len(of) > 2])
     mine = visits.own(visit, (tile, 1))
 
     def put(here: Any, values: Sequence[Array]) -> None:
@@ -400,16 +403,20 @@ def _by_rows(*refs: Any, of: Sequence[tuple[int, int]], finish: Any, scaled: boo
             return total
         return total + functools.reduce(jnp.add, (parts[:, k : k + LANES] for k in range(0, strip, LANES)))
 
-    @pl.when((visit < visits.total[0]) & (visits.group[visit] < groups))
-    def _() -> None:
-        nothing = None if sums is None else jnp.zeros((tile, LANES), jnp.float32)
-        total = jax.lax.fori_loop(0, columns // strip, each_strip, nothing)
-        if sums is not None:
-            sums[...] = jnp.where(visits.own(visit, (1, tile)), jnp.sum(total.T, axis=0, keepdims=True), sums[...])
+    with about(1):
 
-    @pl.when(visits.group[visit] >= groups)
-    def _() -> None:
-        put(slice(None), [jnp.zeros((tile, columns), jnp.float32)] * len(out))
+        @pl.when((visit < visits.total[0]) & (visits.group[visit] < groups))
+        def _() -> None:
+            nothing = None if sums is None else jnp.zeros((tile, LANES), jnp.float32)
+            total = jax.lax.fori_loop(0, columns // strip, each_strip, nothing)
+            if sums is not None:
+                sums[...] = jnp.where(visits.own(visit, (1, tile)), jnp.sum(total.T, axis=0, keepdims=True), sums[...])
+
+    with about(0):
+
+        @pl.when(visits.group[visit] >= groups)
+        def _() -> None:
+            put(slice(None), [jnp.zeros((tile, columns), jnp.float32)] * len(out))
 
 
 def _in_lanes(row: Array, width: int) -> Array:
@@ -425,24 +432,28 @@ def _over_rows(*refs: Any) -> None:
     left, right, out = refs[:several], refs[several], refs[several + 1 :]
     visit = pl.program_id(2)
     tile, high = left[0].shape
-    strip = next(size for size in (STRIP, LANES) if high % size == 0)
+    strip = math.gcd(high, SUMMED_STRIP)
 
-    @pl.when((visit == 0) | (visits.group[visit] != visits.group[jnp.maximum(visit - 1, 0)]))
-    def _() -> None:
-        for total in out:
-            total[...] = jnp.zeros(total.shape, total.dtype)
+    with about(0):  # a group has many tiles
 
-    @pl.when(visit < visits.total[0])
-    def _() -> None:
-        mine = visits.own(visit, (tile, 1))
-        values = jnp.where(mine, right[...], 0)
+        @pl.when((visit == 0) | (visits.group[visit] != visits.group[jnp.maximum(visit - 1, 0)]))
+        def _() -> None:
+            for total in out:
+                total[...] = jnp.zeros(total.shape, total.dtype)
 
-        def each_strip(i: Any, carry: None) -> None:
-            here = pl.ds(pl.multiple_of(i * strip, strip), strip)
-            for some, total in zip(left, out, strict=True):
-                own = jnp.where(mine, some[:, here], 0)
-                dimensions = (((0,), (0,)), ((), ()))
-                total[here, :] += jax.lax.dot_general(own, values, dimensions, preferred_element_type=jnp.float32)
-            return carry
+    with about(1):
 
-        jax.lax.fori_loop(0, high // strip, each_strip, None)
+        @pl.when(visit < visits.total[0])
+        def _() -> None:
+            mine = visits.own(visit, (tile, 1))
+            values = jnp.where(mine, right[...], 0)
+
+            def each_strip(i: Any, carry: None) -> None:
+                here = pl.ds(pl.multiple_of(i * strip, strip), strip)
+                for some, total in zip(left, out, strict=True):
+                    own = jnp.where(mine, some[:, here], 0)
+                    dimensions = (((0,), (0,)), ((), ()))
+                    total[here, :] += jax.lax.dot_general(own, values, dimensions, preferred_element_type=jnp.float32)
+                return carry
+
+            jax.lax.fori_loop(0, high // strip, each_strip, None)
