@@ -14,6 +14,7 @@ from v4_jax.cache.entries import Entries
 from v4_jax.cache.rows import StoredRows
 from v4_jax.kernels.attention.tpu import MASKED, supports, window_attention
 from v4_jax.kernels.csa.hidden import hide, reference
+from v4_jax.kernels.indexer.marks import Marks, numbers_of
 from v4_jax.layers.partial_softmax import finish, merge
 from v4_jax.layers.partials import Partial, separate
 from v4_jax.layers.visible import Visible
@@ -178,6 +179,18 @@ def test_what_is_hidden(queries, top, count):
     found = hide(picked, count, interpret=True)
     np.testing.assert_array_equal(found, reference(picked, count))
     np.testing.assert_array_equal(found == 0, attended(None, picked, count))
+
+
+@pytest.mark.parametrize(("queries", "top", "count"), [(19, 40, 300), (2, 512, 4096), (140, 1, 1), (3, 60, 2500)])
+def test_what_marks_hide(queries, top, count):
+    """Marks are the numbers that they were made of, and hide the same."""
+    rng = np.random.default_rng(4)
+    picked = np.stack([rng.permutation(count)[:top] for _ in range(2 * queries)]).reshape(2, queries, -1)
+    picked = np.where(rng.random(picked.shape) < 0.2, -1, picked)
+    marks = Marks.of_numbers(jnp.asarray(picked, jnp.int32), count)
+    np.testing.assert_array_equal(hide(marks, count, interpret=True), reference(jnp.asarray(picked), count))
+    in_order = np.sort(np.where(picked < 0, count, picked), axis=-1)
+    np.testing.assert_array_equal(numbers_of(marks), np.where(in_order == count, -1, in_order))
 
 
 @pytest.mark.parametrize("how", ["kernel", "plain"])

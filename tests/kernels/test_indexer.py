@@ -14,7 +14,8 @@ from v4_jax.cache.entries import Entries
 from v4_jax.cache.rows import StoredRows
 from v4_jax.kernels import choose
 from v4_jax.kernels.indexer import reference, selection
-from v4_jax.kernels.indexer.tpu import best_entries, supports
+from v4_jax.kernels.indexer.marks import numbers_of
+from v4_jax.kernels.indexer.tpu import best_entries, marks_of, supports
 from v4_jax.layers.visible import Visible
 from v4_jax.sharding.platform import interpreted
 
@@ -165,6 +166,33 @@ def test_pages(case, form):
         scores, numbers = kernel(queries, weights, keys, visible, case.top, False)
         assert scores is None
         np.testing.assert_array_equal(numbers, found[1])
+
+
+@pytest.mark.parametrize("values", [None, 2, 1], ids=["scores", "many ties", "all scores are zero"])
+@pytest.mark.parametrize(
+    "case", [Case(2, 19, 300, 8, 200), Case(1, 35, 4096, 512, 900), Case(1, 16, 1024, 64), Case(2, 5, 140, 130)]
+)
+def test_marks_are_of_the_same_entries(case, values):
+    """Whole blocks of queries and parts of one, queries that see fewer than they may pick, and equal scores."""
+    rng = np.random.default_rng(6)
+
+    def random(*size):
+        return rng.normal(size=size) if values is None else rng.integers(1 - values, values, size)
+
+    queries = jnp.asarray(random(case.rows, case.queries, HEADS, C), jnp.bfloat16)
+    weights = jnp.asarray(random(*queries.shape[:3]), jnp.float32)
+    keys, visible = stored(random(case.rows, case.entries, C), jnp.bfloat16), ranges(case)
+    asked = (queries, weights, keys, visible)
+    marks = marks_of(*asked, top=case.top, interpret=True)
+    assert marks.bits.shape == (case.rows, case.queries, 128)
+    numbers = np.asarray(kernel(*asked, case.top, False)[1])
+    in_order = np.sort(np.where(numbers < 0, case.entries, numbers), axis=-1)
+    np.testing.assert_array_equal(numbers_of(marks), np.where(in_order == case.entries, -1, in_order))
+    if case.entries > case.top:
+        with interpreted():
+            np.testing.assert_array_equal(choose.marked_entries(*asked, top=case.top).bits, marks.bits)
+        with pytest.raises(NotImplementedError, match="4097 entries are chosen from in 2 steps: expected 1"):
+            marks_of(queries, weights, stored(np.zeros((case.rows, 4097, C)), jnp.bfloat16), visible, top=case.top)
 
 
 def test_unsupported_goes_to_the_reference():

@@ -20,12 +20,13 @@ from v4_jax.cache.entries import ENTRY_RATIOS, Entries, EntryRole
 from v4_jax.cache.ring import Ring, halo
 from v4_jax.cache.rows import StoredRows
 from v4_jax.kernels.choose import attends_in_training, norm_rotate, trained_by_kernels
+from v4_jax.kernels.indexer.marks import Marks, numbers_of
 from v4_jax.kernels.rotary.reference import Projection, Settle, Steps
 from v4_jax.layers.balance import exchanged, in_halves
 from v4_jax.layers.compressor import Compressed, Compressor
 from v4_jax.layers.entry_attention import attend_picked
 from v4_jax.layers.indexer_loss import Attended, Scored, indexer_loss
-from v4_jax.layers.lightning_indexer import LightningIndexer, index_queries, select
+from v4_jax.layers.lightning_indexer import LightningIndexer, index_queries, mark, select
 from v4_jax.layers.linear import linear, project
 from v4_jax.layers.partial_softmax import log_denominator, merge, merge_devices
 from v4_jax.layers.partials import Packed, Partial, separate
@@ -166,16 +167,19 @@ class Attention(Module):
                 if projected is None:
                     projected = linear(x.queries.latent, wq_b, dtype)
                 queries = self.queries(projected, x.queries.turn)
-            picked = here = loss = scored = stored = None
+            loss = scored = stored = here = None
+            picked: Array | Marks | None = None
+            at_once = x.keys is not None and entries is not None and not entry_axes
+            if index is not None and not self.stage.dense:
+                at_once = at_once and cache is None and attends_in_training(queries, x.keys, entries)
             if index is not None and x.queries.index_weights is not None:
                 scored = Scored(index.queries(x.queries), x.queries.index_weights, index.keys)
                 if not self.stage.dense:
                     picked = x.queries.picks
-                    if picked is None:
+                    if picked is None and at_once:
+                        picked = mark(*scored, x.visible, c.index_topk)
+                    elif picked is None:
                         picked, here = select(*scored, x.visible, c.index_topk)
-            at_once = x.keys is not None and entries is not None and not entry_axes
-            if picked is not None:
-                at_once = at_once and cache is None and attends_in_training(queries, x.keys, entries)
             window: Partial | Packed
             if at_once:
                 window = attend_window(queries, x.keys, x.oldest, entries, x.visible, picked=picked)
@@ -190,7 +194,7 @@ class Attention(Module):
                 if picked is None:
                     distant = attend_window(visitors, None, None, entries, x.visible, bool(visiting))
                 else:
-                    distant = attend_picked(visitors, entries, picked, here, bool(visiting))
+                    distant = attend_picked(visitors, entries, numbers_of(picked), here, bool(visiting))
                 partials.append(merge_devices(distant, entry_axes, visiting))
             if entries is not None and scored is not None and self.stage.indexer_loss:
                 log_total = log_denominator(functools.reduce(merge, separate(partials)), sink)
@@ -201,7 +205,7 @@ class Attention(Module):
                     output = attention_output(partials, sink, x.queries.turn, dtype)
                 else:
                     output = self.output(partials, sink, x.queries.turn, wo_a, wo_b)
-            return output, picked, loss, stored
+            return output, None if picked is None else numbers_of(picked), loss, stored
 
         whole = projects_whole(latent.shape[0] * layout.size, wq_b.shape[0], dtype, gradients=cache is None)
         index_weights = None if index is None else index.weights

@@ -15,6 +15,7 @@ from jax import Array
 from v4_jax.cache.entries import Entries
 from v4_jax.kernels import choose
 from v4_jax.kernels.choose import index_scores
+from v4_jax.kernels.indexer.marks import Marks, numbers_of
 from v4_jax.kernels.indexer_loss.tpu import Operands
 from v4_jax.layers.entry_attention import ENTRY_BLOCK
 from v4_jax.layers.partial_softmax import MASKED, mass
@@ -53,13 +54,15 @@ class Scored(NamedTuple):
 
 
 @jax.named_scope("indexer.loss")
-def indexer_loss(attended: Attended, scored: Scored, picked: Array | None, visible: Visible, heads: Axes) -> Array:
+def indexer_loss(
+    attended: Attended, scored: Scored, picked: Array | Marks | None, visible: Visible, heads: Axes
+) -> Array:
     """How far the indexer's scores are from the attention that entries get: a KL divergence per query.
 
     Args:
       attended: how the entries are attended; no gradient flows back to it.
       scored: how they are scored.
-      picked: [B, Q, K] entries to compare over, -1 for none; None compares over all visible ones.
+      picked: [B, Q, K] entries to compare over, -1 for none, or marks of them; None compares over all visible ones.
       visible: which entries the queries see.
       heads: mesh axes over which the heads' work is shared.
 
@@ -75,11 +78,12 @@ def indexer_loss(attended: Attended, scored: Scored, picked: Array | None, visib
     return choose.indexer_loss(plain, operands, visible, picked)
 
 
-def _in_parts(operands: Operands, visible: Visible, picked: Array | None, *, heads: Axes) -> Array:
+def _in_parts(operands: Operands, visible: Visible, picked: Array | Marks | None, *, heads: Axes) -> Array:
     """The same by plain JAX: entries block by block, or copies of those that were picked, some queries at a time."""
     entries, keys = operands.entries, operands.index_keys
     if picked is None:
         return _over_visible(operands, visible, heads)
+    picked = numbers_of(picked)
 
     def block(x: tuple[Operands, Array]) -> Array:
         some, picked = x

@@ -15,7 +15,8 @@ from jax import Array
 from v4_jax.architecture import RATIO_OF_ROLE, Architecture
 from v4_jax.cache.entries import Entries
 from v4_jax.cache.ring import Ring
-from v4_jax.kernels.choose import best_entries, best_of_devices, norm_rotate
+from v4_jax.kernels.choose import best_entries, best_of_devices, marked_entries, norm_rotate
+from v4_jax.kernels.indexer.marks import Marks
 from v4_jax.kernels.rotary.reference import Projection, Steps
 from v4_jax.layers.compressor import Compressed, Compressor
 from v4_jax.layers.linear import linear
@@ -112,6 +113,13 @@ class Here(NamedTuple):
 
     local: Array
     filled: Array
+
+
+@jax.named_scope("indexer.select")
+def mark(queries: Array, weights: Array, keys: Entries, visible: Visible, top: int) -> Array | Marks:
+    """What `select` picks, for attention that hides all other entries; these lie here."""
+    picked = marked_entries(*jax.lax.stop_gradient((queries, weights, keys)), visible, top=min(top, keys.count))
+    return jax.tree.map(lambda x: keep(x, "picked"), picked)
 
 
 @jax.named_scope("indexer.select")

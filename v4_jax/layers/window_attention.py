@@ -14,6 +14,7 @@ from v4_jax.cache.entries import Entries
 from v4_jax.cache.ring import Ring
 from v4_jax.cache.rows import StoredRows
 from v4_jax.kernels import choose
+from v4_jax.kernels.indexer.marks import Marks, numbers_of
 from v4_jax.layers.entry_attention import attend_copies, attend_range
 from v4_jax.layers.linear import grouped_linear, linear
 from v4_jax.layers.partial_softmax import attend, finish, merge, nothing
@@ -32,7 +33,7 @@ def attend_window(
     entries: Entries | None = None,
     visible: Visible | None = None,
     together: bool = False,
-    picked: Array | None = None,
+    picked: Array | Marks | None = None,
     cached: bool = False,
 ) -> Partial | Packed:
     """Attention of a block of queries over its window, or visible entries, or both.
@@ -44,8 +45,8 @@ def attend_window(
       entries: the entries, of which those that lie here are attended. None: no entries.
       visible: which of them the queries see.
       together: whether to return one `Packed` softmax, to be handed to other devices.
-      picked: [B, Q, K] int32 those of the entries that are attended, -1 for none, where `attends_in_training`. None:
-        all that are visible.
+      picked: [B, Q, K] int32 those of the entries that are attended, -1 for none, or marks of them, where
+        `attends_in_training`. None: all that are visible.
       cached: whether the window's keys are a cache's, so that there are no gradients.
     """
     scope = "window" if entries is None else "hca" if picked is None else "csa"
@@ -60,7 +61,7 @@ def attend_in_parts(
     oldest: Array | None,
     entries: Entries | None,
     visible: Visible | None,
-    picked: Array | None = None,
+    picked: Array | Marks | None = None,
 ) -> Partial:
     """The same by plain JAX: the window, and entries block by block, or copies of those that were picked."""
     partial = None
@@ -70,7 +71,10 @@ def attend_in_parts(
         with jax.named_scope("attention.window"):
             partial = attend(queries, keys, (number >= first) & (number <= own + keys.shape[1] - queries.shape[1]))
     if entries is not None and visible is not None:
-        some = attend_range(queries, entries, visible) if picked is None else attend_copies(queries, entries, picked)
+        if picked is None:
+            some = attend_range(queries, entries, visible)
+        else:
+            some = attend_copies(queries, entries, numbers_of(picked))
         partial = some if partial is None else merge(partial, some)
     if partial is None:
         partial = nothing(queries)

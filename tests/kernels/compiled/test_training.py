@@ -10,8 +10,10 @@ from tests.kernels.compiled.shapes import SPARE, copied, shape
 from v4_jax.cache.entries import Entries
 from v4_jax.kernels import choose
 from v4_jax.kernels.choose import norm_rotate
+from v4_jax.kernels.csa.hidden import hide
 from v4_jax.kernels.hyper_connections import gradients as hyper_connections
 from v4_jax.kernels.hyper_connections.reference import Numbers, Site
+from v4_jax.kernels.indexer.tpu import marks_of
 from v4_jax.kernels.indexer_loss.tpu import Operands
 from v4_jax.kernels.rotary.reference import Steps
 from v4_jax.layers.entry_attention import attend_picked
@@ -215,3 +217,38 @@ def test_iterations_of_muon(build, matrices, height, width):
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3
     assert copied(compiled) == 0
     assert compiled.memory_analysis().temp_size_in_bytes <= SPARE + 2 * 2 * matrices * height**2
+
+
+@pytest.mark.parametrize(("rows", "groups"), [(2048, 8), (300, 16)])
+def test_groups_of_the_output_projection(build, rows, groups):
+    """Flash's and Pro's: a kernel each way for the rows, which stay where they are."""
+    size, out = 4096, 1024
+
+    def run(x, weight, gradient):
+        found, pull = jax.vjp(lambda x, weight: choose.grouped_product(x, weight, jnp.bfloat16), x, weight)
+        return found, pull(gradient)
+
+    x, weight = shape(jnp.bfloat16, 1, rows, groups, size), shape(jnp.bfloat16, groups * out, size)
+    compiled = build(run, x, weight, shape(jnp.bfloat16, 1, rows, groups, out))
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
+
+
+@pytest.mark.parametrize(("queries", "entries", "picks"), [(512, 4096, 512), (300, 2048, 1024)])
+def test_marked_entries(build, queries, entries, picks):
+    """What a query picks is written as a bit each and read by one kernel more, not packed together."""
+
+    def run(index_queries, weights, keys, low, high):
+        visible = Visible(low, high, jnp.min(low), jnp.max(high))
+        marks = marks_of(index_queries, weights, Entries.uncached(keys), visible, top=picks)
+        return marks.bits, hide(marks, entries)
+
+    ranges = shape(jnp.int32, 1, queries)
+    compiled = build(
+        run,
+        shape(jnp.bfloat16, 1, queries, 64, 128),
+        shape(jnp.float32, 1, queries, 64),
+        shape(jnp.bfloat16, 1, entries, 128),
+        ranges,
+        ranges,
+    )
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2

@@ -15,6 +15,7 @@ Pallas kernel, or `cpu.py`, written so that XLA:CPU makes quick code of it. Laye
     grouped_product
     partial_products         the same, one by one           reference                                 one kernel
     best_entries             running top-k over blocks      reference                                 kernel
+    marked_entries           numbers of `best_entries`      reference                                 kernel
     best_of_devices          sorts                          reference                                 one kernel
     indexer_loss             caller's, block by block       reference                                 kernels both ways
     attend_picked            caller's, over a gathered copy reference                                 kernels both ways
@@ -59,7 +60,7 @@ from v4_jax.kernels.choose.dense import (
     products_with,
     settle,
 )
-from v4_jax.kernels.choose.entries import best_entries, best_of_devices, compress, index_scores
+from v4_jax.kernels.choose.entries import best_entries, best_of_devices, compress, index_scores, marked_entries
 from v4_jax.kernels.choose.experts import (
     best_experts,
     expert_of_all,
@@ -89,6 +90,7 @@ __all__ = [
     "leave_site",
     "many_rows_experts",
     "map_groups",
+    "marked_entries",
     "matmul",
     "newton_schulz_step",
     "norm_rotate",

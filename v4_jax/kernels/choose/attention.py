@@ -21,6 +21,7 @@ from v4_jax.kernels.choose.forms import Form, pull, with_gradients, without_grad
 from v4_jax.kernels.csa import gradients as csa_gradients
 from v4_jax.kernels.csa import hidden as csa_hidden
 from v4_jax.kernels.csa import tpu as csa_tpu
+from v4_jax.kernels.indexer.marks import Marks, numbers_of
 from v4_jax.kernels.indexer_loss import picked as picked_loss
 from v4_jax.kernels.indexer_loss import tpu as indexer_loss_tpu
 from v4_jax.kernels.indexer_loss.tpu import Operands
@@ -62,7 +63,7 @@ def window_attention(
     entries: Entries | None,
     visible: Visible | None,
     together: bool = False,
-    picked: Array | None = None,
+    picked: Array | Marks | None = None,
     cached: bool = False,
 ) -> Partial | Packed:
     """See `attention.tpu.window_attention` for all arguments but the first and the last.
@@ -76,8 +77,8 @@ def window_attention(
       entries: the entries.
       visible: which of them the queries see.
       together: whether to return one `Packed` softmax.
-      picked: [B, Q, K] int32 those of the entries that are attended, -1 for none, where `attends_in_training`. None:
-        all that are visible.
+      picked: [B, Q, K] int32 those of the entries that are attended, -1 for none, or marks of them, where
+        `attends_in_training`. None: all that are visible.
       cached: whether the window's keys live in a cache.
     """
     if picked is not None or (attends_in_training(queries, keys, entries) and not together and not cached):
@@ -116,7 +117,7 @@ def _attend_in_training(
     oldest: Array | None,
     entries: Entries | None,
     visible: Visible | None,
-    picked: Array | None,
+    picked: Array | Marks | None,
 ) -> Partial:
     """The kernel, whose gradients are a kernel's."""
     interpret, dtype = interpreting(), None if entries is None else entries.dtype
@@ -148,7 +149,7 @@ def _attend_in_training(
     return call(queries, keys, held, oldest, visible, hidden)
 
 
-def indexer_loss(plain: Form, operands: Operands, visible: Visible, picked: Array | None) -> Array:
+def indexer_loss(plain: Form, operands: Operands, visible: Visible, picked: Array | Marks | None) -> Array:
     """How far the indexer's scores are from the attention that entries get, [B, Q] float32.
 
     Args:
@@ -156,18 +157,18 @@ def indexer_loss(plain: Form, operands: Operands, visible: Visible, picked: Arra
         entries live in no cache.
       operands: what is compared, entries and index keys as `Entries`. Attention's have no gradients.
       visible: which entries the queries see.
-      picked: [B, Q, K] int32 those that are compared, -1 for none; None: all that are visible.
+      picked: [B, Q, K] int32 those that are compared, -1 for none, or marks of them; None: all that are visible.
     """
     if operands.entries.cached or operands.index_keys.cached:
         return plain(operands, visible, picked)
     if indexer_loss_tpu.supports(_as_arrays(operands)):
         return by_platform(operands, visible, picked, default=plain, tpu=_loss_of_all)
     if picked is not None and picked_loss.supports(operands):
-        return by_platform(operands, visible, picked, default=plain, tpu=_loss_of_picked)
+        return by_platform(operands, visible, numbers_of(picked), default=plain, tpu=_loss_of_picked)
     return plain(operands, visible, picked)
 
 
-def _loss_of_all(operands: Operands, visible: Visible, picked: Array | None) -> Array:
+def _loss_of_all(operands: Operands, visible: Visible, picked: Array | Marks | None) -> Array:
     """The kernels for entries that VMEM has room for, of which all others but those picked are hidden."""
     interpret, operands = interpreting(), _as_arrays(operands)
     hidden = None if picked is None else csa_hidden.hide(picked, operands.entries.shape[1], interpret=interpret)

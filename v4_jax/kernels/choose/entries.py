@@ -16,14 +16,15 @@ from v4_jax.kernels.compressor import tpu as compressor_tpu
 from v4_jax.kernels.compressor.tpu import CompressorWeights
 from v4_jax.kernels.indexer import cpu as indexer_cpu
 from v4_jax.kernels.indexer import devices as indexer_devices
+from v4_jax.kernels.indexer import marks, selection
 from v4_jax.kernels.indexer import reference as indexer
-from v4_jax.kernels.indexer import selection
 from v4_jax.kernels.indexer import tpu as indexer_tpu
+from v4_jax.kernels.indexer.marks import Marks
 from v4_jax.kernels.rotary.reference import Steps
 from v4_jax.layers.visible import Visible
 from v4_jax.layout import Layout
 from v4_jax.sharding import collectives
-from v4_jax.sharding.platform import by_platform, interpreting
+from v4_jax.sharding.platform import by_platform, interpreting, platform_of_mesh
 from v4_jax.sharding.top_k import distributed_top_k
 
 
@@ -76,6 +77,23 @@ def best_entries(
         return plain(queries, weights, keys, visible)
     share = 1 if keys.cached else 0.5
     kernel = functools.partial(indexer_tpu.best_entries, top=top, scored=scored, share=share, interpret=interpreting())
+    return by_platform(queries, weights, keys, visible, default=plain, tpu=kernel)
+
+
+def marked_entries(queries: Array, weights: Array, keys: Entries, visible: Visible, *, top: int) -> Array | Marks:
+    """The best entries for attention that hides all others: as marks where kernels make them, or else their numbers.
+
+    The arguments are those of `best_entries`. It has no gradients.
+    """
+    fits = indexer_tpu.supports(queries, keys, top) and marks.supports(queries.shape[1], keys.count)
+    if platform_of_mesh() != "tpu" or keys.count <= top or not fits:
+        return best_entries(queries, weights, keys, visible, top=top, scored=False)[1]
+
+    def plain(queries: Array, weights: Array, keys: Entries, visible: Visible) -> Marks:
+        numbers = selection.best_entries(index_scores, queries, weights, keys, visible, top=top, scored=False)[1]
+        return Marks.of_numbers(numbers, keys.count)
+
+    kernel = functools.partial(indexer_tpu.marks_of, top=top, share=0.5, interpret=interpreting())
     return by_platform(queries, weights, keys, visible, default=plain, tpu=kernel)
 
 

@@ -4,7 +4,7 @@ Up to some thousands of entries it takes less time to attend all of them, and to
 to fetch those that were, and to add their gradients up one by one.
 
 Entry e is the place (e // 128, e % 128). Of a query's picks, one-hot rows of the first numbers times one-hot rows of
-the second have a one where both are a pick's: one small product of a query.
+the second have a one where both are a pick's: one small product of a query. Picks that come as marks are read off them.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.kernels.attention.tpu import HIDDEN, LANES, up
+from v4_jax.kernels.indexer.cut import SUBLANES, cut_of
+from v4_jax.kernels.indexer.marks import Marks
 
 QUERIES = 16  # of a block
+MARKED_QUERIES = 128  # of a block of marks: two of 2 MiB of what is written
 
 
 def reference(picked: Array, count: int) -> Array:
@@ -36,8 +39,10 @@ def reference(picked: Array, count: int) -> Array:
     return all_hidden.at[rows[..., None], queries, places].set(0.0, mode="drop")
 
 
-def hide(picked: Array, count: int, *, interpret: bool = False) -> Array:
+def hide(picked: Array | Marks, count: int, *, interpret: bool = False) -> Array:
     """See `reference`."""
+    if isinstance(picked, Marks):
+        return _unmarked(picked.bits, count, interpret)
     batch, size, top = picked.shape
     queries = batch * size
     block, groups = min(QUERIES, queries), up(count, LANES) // LANES
@@ -57,6 +62,35 @@ def hide(picked: Array, count: int, *, interpret: bool = False) -> Array:
         interpret=interpret,
         name="hidden_entries",
     )(jnp.pad(picked, ((0, 0), (0, 0), (0, room)), constant_values=-1).reshape(queries, 1, -1))
+    return found.reshape(batch, size, -1)[:, :, :count]
+
+
+def _unmarked(bits: Array, count: int, interpret: bool) -> Array:
+    """Of marked entries."""
+    batch, size, _ = bits.shape
+    queries, columns = batch * size, cut_of(size, count).columns
+    block = min(MARKED_QUERIES, up(queries, SUBLANES))
+
+    def kernel(bits: Any, hidden: Any) -> None:
+        words = bits[...]
+        for first in range(0, SUBLANES * columns, LANES):
+            sublane, lane = divmod(first, columns)
+            marked = (words >> (SUBLANES * (lane // LANES) + sublane)) & 1
+            hidden[:, first : first + LANES] = jnp.where(marked == 1, 0.0, HIDDEN)
+
+    found = pl.pallas_call(
+        kernel,
+        grid=(pl.cdiv(queries, block),),
+        in_specs=[pl.BlockSpec((block, LANES), lambda i: (i, 0))],
+        out_specs=pl.BlockSpec((block, SUBLANES * columns), lambda i: (i, 0)),
+        out_shape=jax.ShapeDtypeStruct((queries, SUBLANES * columns), jnp.float32),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        cost_estimate=pl.CostEstimate(
+            flops=0, bytes_accessed=4 * queries * (SUBLANES * columns + LANES), transcendentals=0
+        ),
+        interpret=interpret,
+        name="unmarked_entries",
+    )(bits.reshape(queries, LANES))
     return found.reshape(batch, size, -1)[:, :, :count]
 
 

@@ -2,8 +2,9 @@
 
 A block of queries goes over all index keys that any of them sees, `8 * columns` keys a step, and keeps its scores in
 VMEM, as integers that order as the scores do. Then the k-th best score of each query is found (`threshold.py`), and the
-numbers of the entries that reach it are packed together (`packing.py`). Rows of few queries choose when all of them
-have their scores: a round of the search for a threshold takes as long for one query as for sixteen.
+numbers of the entries that reach it are packed together (`packing.py`), or the entries marked (`marks.py`). Rows of few
+queries choose when all of them have their scores: a round of the search for a threshold takes as long for one query as
+for sixteen.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.cache.entries import Entries
+from v4_jax.kernels.indexer import marks
 from v4_jax.kernels.indexer.cut import (
     LANES,
     LEAST,
@@ -30,6 +32,7 @@ from v4_jax.kernels.indexer.cut import (
     entry_numbers,
     rank_of,
 )
+from v4_jax.kernels.indexer.marks import Marks, mark
 from v4_jax.kernels.indexer.packing import pack
 from v4_jax.kernels.indexer.threshold import threshold
 from v4_jax.kernels.memory import cores, kept_in_hbm
@@ -107,6 +110,28 @@ def candidates(
     return _of_entries(queries, weights, keys, visible, top, share, scored=True, interpret=interpret)
 
 
+def marks_of(
+    queries: Array,
+    weights: Array,
+    keys: Entries,
+    visible: Visible,
+    *,
+    top: int,
+    share: float = 1,
+    interpret: bool = False,
+) -> Marks:
+    """`best_entries` as marks.
+
+    Raises:
+      NotImplementedError: `supports` says no, or `marks.supports`.
+    """
+    if not marks.supports(queries.shape[1], keys.count):
+        steps = cut_of(queries.shape[1], keys.count).steps
+        raise NotImplementedError(f"{keys.count} entries are chosen from in {steps} steps: expected 1")
+    form = dict(scored=False, marked=True, interpret=interpret)
+    return Marks(_of_entries(queries, weights, keys, visible, top, share, **form), keys.count, top)
+
+
 def _of_entries(
     queries: Array,
     weights: Array,
@@ -117,8 +142,9 @@ def _of_entries(
     *,
     scored: bool,
     interpret: bool,
+    marked: bool = False,
 ) -> Array:
-    """Of entries as they are stored, `candidates` or their numbers alone."""
+    """Of entries as they are stored, `candidates`, their numbers alone, or the bits of `marks_of`."""
     if not supports(queries, keys, top):
         raise NotImplementedError(
             f"index queries {queries.shape} of {queries.dtype} over {keys.count} entries: expected channels in "
@@ -128,11 +154,12 @@ def _of_entries(
     if keys.rows.kind != "plain" or jnp.dtype(keys.rows.dtype) != queries.dtype:
         stack, layer, table = keys.block(0, keys.count).astype(queries.dtype)[None], 0, None
     turns = math.ceil(share * cut_of(queries.shape[1], keys.count).steps)
-    options = dict(top=top, scored=scored, page=0 if table is None else keys.page, turns=turns, interpret=interpret)
+    form = dict(scored=scored, marked=marked)
+    options = dict(top=top, **form, page=0 if table is None else keys.page, turns=turns, interpret=interpret)
     return _best_entries(queries, weights, stack, layer, table, visible.low, visible.high, **options)
 
 
-@functools.partial(jax.jit, static_argnames=("top", "scored", "page", "turns", "interpret"))
+@functools.partial(jax.jit, static_argnames=("top", "scored", "marked", "page", "turns", "interpret"))
 def _best_entries(
     queries: Array,
     weights: Array,
@@ -144,6 +171,7 @@ def _best_entries(
     *,
     top: int,
     scored: bool,
+    marked: bool,
     page: int,
     turns: int,
     interpret: bool,
@@ -214,7 +242,8 @@ def _best_entries(
         buffers = [pltpu.VMEM((2 * pages, page, size), keys.dtype), pltpu.SemaphoreType.DMA((2,))]
 
     lines = together * cut.queries
-    shape = (batch // together, together * (count + padding), 2 * slots if scored else slots)
+    width = LANES if marked else 2 * slots if scored else slots
+    shape = (batch // together, together * (count + padding), width)
     state = (lines, SUBLANES, LANES)
     call = pl.pallas_call(
         functools.partial(
@@ -225,6 +254,7 @@ def _best_entries(
             turns=turns,
             top=top,
             scored=scored,
+            marked=marked,
             page=page,
             unroll=1 if interpret else UNROLLED,
         ),
@@ -285,6 +315,7 @@ def _kernel(
     turns: int,
     top: int,
     scored: bool,
+    marked: bool,
     page: int,
     unroll: int,
 ) -> None:
@@ -335,7 +366,10 @@ def _kernel(
         thresholds[...], limits[...] = threshold(ranks, maxima, wanted[...], top, start, used, cut)
 
         def keep(t: Any, carry: None) -> None:
-            pack(t, ranks, thresholds, limits, wanted, start, numbers, bits, top, cut)
+            if marked:
+                mark(t, ranks, thresholds, limits, numbers, cut)
+            else:
+                pack(t, ranks, thresholds, limits, wanted, start, numbers, bits, top, cut)
             return carry
 
         jax.lax.fori_loop(0, ranks.shape[0], keep, None)
