@@ -86,10 +86,10 @@ class OnMean(Expected):
         return self._own * (1 - (1 - 1 / self.config.n_routed_experts) ** self._choices)
 
     def trips(self, loop: Instruction) -> float:
-        """The exchange of rows between devices once; the walk over a device's experts, and over tiles of rows inside
-        it, as often as an even load makes it."""
+        """No exchange of rows between devices but the first, which stands before this loop of the others; the walk over
+        a device's experts, and over tiles of rows inside it, as often as an even load makes it."""
         if self.program.communicates(loop):
-            return 1
+            return 0
         rows = self._choices / self.config.n_routed_experts  # of each expert, all devices together
         if "while/body/" in loop.op_name.rsplit("experts.ffn/", 1)[-1]:
             return max(1.0, rows / tile_rows(math.ceil(rows), 1))
@@ -99,6 +99,8 @@ class OnMean(Expected):
         """Of a choice between sizes of what devices send each other the last, as at the end of a context; in decode,
         what is done where a row completes a block; picks that lie on a device nearly always fit its first block."""
         name = conditional.op_name
+        if branches == 1:
+            return (1.0,)
         if branches > 2:
             return (*(0.0,) * (branches - 1), 1.0)
         share = 1.0

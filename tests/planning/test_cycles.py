@@ -159,6 +159,15 @@ def test_a_block_is_completed_now_and_then():
     assert decoding(2).taken(named("if"), 2)[1] == pytest.approx(1 - 0.75**2)
 
 
+def test_what_is_no_choice_is_taken():
+    assert decoding(1).taken(named("if"), 1) == (1,)
+
+
+def test_the_first_exchange_stands_before_the_loop_of_the_others(monkeypatch):
+    monkeypatch.setattr(Program, "communicates", lambda self, loop: True)
+    assert training().trips(named("kernel")) == 0
+
+
 def test_few_tokens_reach_few_experts():
     """One token of Flash has 6 of 256 experts, of which a device of 8 holds 32."""
     share = decoding(1).share(named("kernel"))
