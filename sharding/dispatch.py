@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,6 @@ from v4_jax.sharding.collectives import Axes, all_gather, all_to_all, pmax, size
 from v4_jax.sharding.platform import by_platform, interpreting, platform_of_mesh
 
 LANES = 128  # of a TPU's registers
-
-_Sum = TypeVar("_Sum")  # of arrays, or a list of them
 
 # Rows as they travel, sorted by group, what belongs to each row, rows of each group [G], weights, and fixed ones ->
 # [R, width] as it travels. What lies beyond the groups' rows is undefined, and so may be what comes of it.
@@ -74,10 +72,10 @@ def visit(
     """
     routes = _routes(choices.group, groups, axes, everywhere)
 
-    def of_round(number: Array) -> Array:
-        return _round(function, axes, number, routes, x, choices.extra, (weights, fixed))
+    def step(number: Array, total: Array) -> Array:
+        return total + _round(function, axes, number, routes, x, choices.extra, (weights, fixed))
 
-    return _sum_of_rounds(of_round, routes, jnp.zeros((x.shape[0], width), jnp.float32))
+    return jax.lax.fori_loop(0, routes.rounds, step, jnp.zeros((x.shape[0], width), jnp.float32))
 
 
 def capacity(rows: int, devices: int) -> int:
@@ -154,22 +152,6 @@ def _in_round(number: Array, room: int, routes: _Routes) -> tuple[Segments, Segm
     position = (routes.leaving.there - routes.leaving.here)[segment] + routes.places
     travels = (routes.group < count) & (begin <= position) & (position < begin + room)
     return leaving, arriving, jnp.where(travels, routes.places, -1)
-
-
-def _sum_of_rounds(of_round: Callable[[Array], _Sum], routes: _Routes, nothing: _Sum) -> _Sum:
-    """What all rounds make of their numbers, added up; `nothing` are zeros.
-
-    The first stands before the loop on TPUs, where to write zeros and add to them takes as long as all else that is
-    done to the sums. Other compilers take their time for code that is there twice.
-    """
-
-    def step(number: Array, total: _Sum) -> _Sum:
-        return jax.tree.map(jnp.add, total, of_round(number))
-
-    if platform_of_mesh() != "tpu":
-        return jax.lax.fori_loop(0, routes.rounds, step, nothing)
-    first = jax.tree.map(lambda part, like: part.astype(like.dtype), of_round(jnp.int32(0)), nothing)
-    return jax.lax.fori_loop(1, routes.rounds, step, first)
 
 
 def _round(
@@ -322,7 +304,15 @@ def _visit_backward(
         (parts,) = jax.vjp(run, floats)[1](gradient)
         return parts
 
-    total = _sum_of_rounds(of_round, routes, [jnp.zeros_like(x) for x in floats])
+    def step(number: Array, total: list[Array]) -> list[Array]:
+        return jax.tree.map(jnp.add, total, of_round(number))
+
+    # The first round stands before the loop on TPUs: to write zeros and to add to them would take as long as all else
+    # that is done to the sums. Other compilers take their time for code that is there twice; and forward, the TPU's
+    # moves the room for what arrives out of the loop over layers, and copies it for each.
+    begun = platform_of_mesh() == "tpu"
+    first = of_round(jnp.int32(0)) if begun else [jnp.zeros_like(x) for x in floats]
+    total = jax.lax.fori_loop(int(begun), routes.rounds, step, first)
     of_x, of_extra, of_weights = restore(total, absent=None)
     return of_x, Choices(cast(Any, None), of_extra), of_weights, None
 

@@ -163,9 +163,12 @@ def test_what_is_no_choice_is_taken():
     assert decoding(1).taken(named("if"), 1) == (1,)
 
 
-def test_the_first_exchange_stands_before_the_loop_of_the_others(monkeypatch):
+@pytest.mark.parametrize(("where", "trips"), [("jvp(Transformer)", 1), ("transpose(jvp(Transformer))", 0)])
+def test_backward_the_first_exchange_stands_before_the_loop_of_the_others(where, trips, monkeypatch):
     monkeypatch.setattr(Program, "communicates", lambda self, loop: True)
-    assert training().trips(named("kernel")) == 0
+    text = TEXT.replace("ffn/experts.ffn/grouped_matmul", f"{where}/ffn/experts.dispatch/while")
+    loop = next(i for c in Program(text).computations.values() for i in c.instructions.values() if i.is_kernel)
+    assert training().trips(loop) == trips
 
 
 def test_few_tokens_reach_few_experts():
