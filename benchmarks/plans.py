@@ -99,8 +99,8 @@ All numbers are per device: one chip, or half a chip on tpu7x.
 
 Weights are in the released formats, the cache in bfloat16. Loops are multiplied out. What depends on the data counts as
 on the mean, at the end of a full context and with experts evenly chosen. Rows without an estimate were compiled before
-`plan` had one, and before most of the kernels. Rows of training, and of tpu7x with a million tokens or a prefill, are
-from before kernels told how often what depends on data happens: they count that at the chips' peak.
+`plan` had one, and before most of the kernels. Rows of training but the first, and of tpu7x with a million tokens or a
+prefill, are from before kernels told how often what depends on data happens: they count that at the chips' peak.
 
 """
 COLUMNS = (
