@@ -20,7 +20,8 @@ from jax.custom_derivatives import SymbolicZero
 Remat = Literal["none", "sublayers", "layers"]
 
 # What a block keeps for its backward pass under each name. Picked entries are kept always: scoring all entries again to
-# find them is the one cost that grows with the square of the sequence.
+# find them is the one cost that grows with the square of the sequence. So are the few numbers that the indexer's loss
+# comes to.
 _KEPT: dict[Remat, tuple[str, ...]] = {
     "sublayers": ("picked", "attention", "feed_forward"),
     "layers": ("picked",),

@@ -87,7 +87,7 @@ def grouped_product(x: Array, weight: Weight, dtype: Any) -> Array:
     def plain(x: Array, weight: Weight) -> Array:
         return linear.grouped(x, _expanded(weight, dtype), dtype)
 
-    if not isinstance(weight, BlockScaled) and linear_groups.supports(x, weight, dtype):
+    if not isinstance(weight, BlockScaled | Cut) and linear_groups.supports(x, weight, dtype):
         return _product_of_groups(plain, x, weight, dtype)
 
     def kernel(x: Array, weight: Any) -> Array:
@@ -103,13 +103,13 @@ def grouped_product(x: Array, weight: Weight, dtype: Any) -> Array:
 
 
 def _product_of_groups(plain: Form, x: Array, weight: Array, dtype: Any) -> Array:
-    """`grouped_product` of a plain weight, whose own gradient XLA makes of whole products as fast as a kernel would."""
+    """`grouped_product` of a plain weight, whose own gradient XLA makes as fast as a kernel would.
+
+    Not of one that lies in the stack of all layers: to cut it out for a kernel takes longer than the kernel saves.
+    """
 
     def kernel(x: Array, weight: Array) -> Array:
-        return linear_groups.product(x.astype(dtype), uncut(weight).astype(dtype), interpret=interpreting())
-
-    if isinstance(weight, Cut):
-        return without_gradients(plain, tpu=kernel)(x, weight)
+        return linear_groups.product(x.astype(dtype), weight.astype(dtype), interpret=interpreting())
 
     def gradients(operands: Any, gradient: Array) -> Any:
         x, weight = operands
