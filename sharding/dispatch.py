@@ -252,8 +252,6 @@ def exchange(x: Array, leaving: Segments, arriving: Segments, lengths: tuple[int
 
     if interpreting():
         return gathered(x, leaving, arriving)
-    if platform_of_mesh() == "tpu":  # a choice that the compiler is left with copies all that is sent
-        return ragged(x, leaving, arriving)
     # XLA:CPU has no ragged exchange; there every device sees all rows.
     return by_platform(x, leaving, arriving, tpu=ragged, default=gathered)
 

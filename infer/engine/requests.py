@@ -113,7 +113,9 @@ class Request:
         """What leads a new sample, if anything does."""
         stops = self.stops(config)
         matcher = None if self.constraint is None else self.constraint.start(stops)
-        going_on = ~token_mask(stops - {*self.reasoning_end}, config.vocab_size)
+        going_on = None
+        if self.reasoning_end and (matcher is not None or self.opening):
+            going_on = ~token_mask(stops - {*self.reasoning_end}, config.vocab_size)
         guide = Guide(matcher, self.reasoning_end, self.reasoning_budget, self.opening, going_on)
         return None if guide.spent else guide
 

@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.kernels.attention.tpu import HIDDEN, LANES, up
 from v4_jax.kernels.indexer.cut import SUBLANES, cut_of
-from v4_jax.kernels.indexer.marks import Marks
+from v4_jax.kernels.indexer.marks import Marks, bit_of
 
 QUERIES = 16  # of a block
 MARKED_QUERIES = 128  # of a block of marks: two of 2 MiB of what is written
@@ -74,8 +74,7 @@ def _unmarked(bits: Array, count: int, interpret: bool) -> Array:
     def kernel(bits: Any, hidden: Any) -> None:
         words = bits[...]
         for first in range(0, SUBLANES * columns, LANES):
-            sublane, lane = divmod(first, columns)
-            marked = (words >> (SUBLANES * (lane // LANES) + sublane)) & 1
+            marked = (words >> bit_of(first, columns)) & 1
             hidden[:, first : first + LANES] = jnp.where(marked == 1, 0.0, HIDDEN)
 
     found = pl.pallas_call(

@@ -403,20 +403,19 @@ def _by_rows(*refs: Any, of: Sequence[tuple[int, int]], finish: Any, scaled: boo
             return total
         return total + functools.reduce(jnp.add, (parts[:, k : k + LANES] for k in range(0, strip, LANES)))
 
+    def multiply() -> None:
+        nothing = None if sums is None else jnp.zeros((tile, LANES), jnp.float32)
+        total = jax.lax.fori_loop(0, columns // strip, each_strip, nothing)
+        if sums is not None:
+            sums[...] = jnp.where(visits.own(visit, (1, tile)), jnp.sum(total.T, axis=0, keepdims=True), sums[...])
+
+    def clear() -> None:
+        put(slice(None), [jnp.zeros((tile, columns), jnp.float32)] * len(out))
+
     with about(1):
-
-        @pl.when((visit < visits.total[0]) & (visits.group[visit] < groups))
-        def _() -> None:
-            nothing = None if sums is None else jnp.zeros((tile, LANES), jnp.float32)
-            total = jax.lax.fori_loop(0, columns // strip, each_strip, nothing)
-            if sums is not None:
-                sums[...] = jnp.where(visits.own(visit, (1, tile)), jnp.sum(total.T, axis=0, keepdims=True), sums[...])
-
+        pl.when((visit < visits.total[0]) & (visits.group[visit] < groups))(multiply)
     with about(0):
-
-        @pl.when(visits.group[visit] >= groups)
-        def _() -> None:
-            put(slice(None), [jnp.zeros((tile, columns), jnp.float32)] * len(out))
+        pl.when(visits.group[visit] >= groups)(clear)
 
 
 def _in_lanes(row: Array, width: int) -> Array:
@@ -434,26 +433,25 @@ def _over_rows(*refs: Any) -> None:
     tile, high = left[0].shape
     strip = math.gcd(high, SUMMED_STRIP)
 
+    def clear() -> None:
+        for total in out:
+            total[...] = jnp.zeros(total.shape, total.dtype)
+
+    def add() -> None:
+        mine = visits.own(visit, (tile, 1))
+        values = jnp.where(mine, right[...], 0)
+
+        def each_strip(i: Any, carry: None) -> None:
+            here = pl.ds(pl.multiple_of(i * strip, strip), strip)
+            for some, total in zip(left, out, strict=True):
+                own = jnp.where(mine, some[:, here], 0)
+                dimensions = (((0,), (0,)), ((), ()))
+                total[here, :] += jax.lax.dot_general(own, values, dimensions, preferred_element_type=jnp.float32)
+            return carry
+
+        jax.lax.fori_loop(0, high // strip, each_strip, None)
+
     with about(0):  # a group has many tiles
-
-        @pl.when((visit == 0) | (visits.group[visit] != visits.group[jnp.maximum(visit - 1, 0)]))
-        def _() -> None:
-            for total in out:
-                total[...] = jnp.zeros(total.shape, total.dtype)
-
+        pl.when((visit == 0) | (visits.group[visit] != visits.group[jnp.maximum(visit - 1, 0)]))(clear)
     with about(1):
-
-        @pl.when(visit < visits.total[0])
-        def _() -> None:
-            mine = visits.own(visit, (tile, 1))
-            values = jnp.where(mine, right[...], 0)
-
-            def each_strip(i: Any, carry: None) -> None:
-                here = pl.ds(pl.multiple_of(i * strip, strip), strip)
-                for some, total in zip(left, out, strict=True):
-                    own = jnp.where(mine, some[:, here], 0)
-                    dimensions = (((0,), (0,)), ((), ()))
-                    total[here, :] += jax.lax.dot_general(own, values, dimensions, preferred_element_type=jnp.float32)
-                return carry
-
-            jax.lax.fori_loop(0, high // strip, each_strip, None)
+        pl.when(visit < visits.total[0])(add)

@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from v4_jax.kernels.indexer.cut import LANES, LEAST, QUERIES, SUBLANES, rank_of
 from v4_jax.kernels.indexer.packing import contract, ones, sums_before
-from v4_jax.kernels.indexer.threshold import limit_of_ties, narrow, total_of
+from v4_jax.kernels.indexer.threshold import kept, limit_of_ties, narrow, total_of
 
 MOST = 1 << 24  # numbers are below: three digits of a byte, exact in bfloat16
 CANDIDATES = 1 << 15  # of a query on all devices, at most
@@ -85,18 +85,14 @@ def chosen(candidates: Array, thresholds: Array, limits: Array, top: int) -> Arr
     """Numbers [N, top] of all that `best_of_devices` chose, in falling order, -1 after the last."""
     (devices, count, _), (bits, local) = candidates.shape, jnp.split(candidates, 2, axis=-1)
     numbers = local * devices + jnp.arange(devices, dtype=jnp.int32)[:, None, None]
-    kept = _kept(_ranked(bits, local), numbers, thresholds[:, None], limits[:, None])
-    numbers = jnp.moveaxis(jnp.where(kept, numbers, -1), 0, 1).reshape(count, -1)
+    found = kept(_ranked(bits, local), numbers, thresholds[:, None], limits[:, None])
+    numbers = jnp.moveaxis(jnp.where(found, numbers, -1), 0, 1).reshape(count, -1)
     return -jnp.sort(-numbers, axis=1)[:, :top]
 
 
 def _ranked(bits: Array, local: Array) -> Array:
     """Integers that order as scores do, of their bits; `LEAST` for none."""
     return jnp.where(local < 0, LEAST, rank_of(bits))
-
-
-def _kept(ranks: Array, numbers: Array, threshold: Array, limit: Array) -> Array:
-    return (ranks > threshold) | ((ranks == threshold) & (numbers < limit))
 
 
 def _kernel(
@@ -152,7 +148,7 @@ def _kernel(
     for t in range(queries):
         bits, local = (candidates[index[0], t : t + 1, at : at + slots] for at in (0, slots))
         bound, end = (x[t, :1, :1] for x in (threshold, limit))
-        heights = _kept(_ranked(bits, local), local * devices + index[0], bound, end).astype(jnp.float32)
+        heights = kept(_ranked(bits, local), local * devices + index[0], bound, end).astype(jnp.float32)
         before = sums_before(heights)
         digits = [((local >> shift) & 255).astype(jnp.float32) for shift in (0, 8, 16)]
         lines = jnp.concatenate([*digits, jnp.zeros((SUBLANES - len(digits), slots), jnp.float32)], axis=0)

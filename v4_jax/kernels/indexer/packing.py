@@ -11,6 +11,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from v4_jax.kernels.indexer.cut import LANES, SUBLANES, Cut, entry_numbers, rank_of
+from v4_jax.kernels.indexer.threshold import kept
 
 SLOTS = 512  # places that are packed at once
 NOTHING = -(2**23)  # bits of -inf
@@ -38,17 +39,17 @@ def pack(
     threshold, limit = (_repeat(x[t], breadth) for x in (thresholds, limits))
     chunks = [ranks[t, :, c * breadth : (c + 1) * breadth] for c in range(cut.chunks)]
     number = entry_numbers(breadth, cut)
-    kept = []
+    flags = []
     for c, rank in enumerate(chunks):
-        tied = (rank == threshold) & (number + (start + c * cut.group) * cut.keys < limit)
-        kept.append(((rank > threshold) | tied).astype(jnp.float32))
-    heights = functools.reduce(jnp.add, kept)
+        own = kept(rank, number + (start + c * cut.group) * cut.keys, threshold, limit)
+        flags.append(own.astype(jnp.float32))
+    heights = functools.reduce(jnp.add, flags)
     heights = jnp.sum(heights, axis=0, keepdims=True)  # [1, breadth]
     before = sums_before(heights)
 
     lane = jax.lax.broadcasted_iota(jnp.int32, (1, breadth), 1).astype(jnp.float32)
     digits = [part for x in (lane, before) for part in (x - 256 * jnp.floor(x / 256), jnp.floor(x / 256))]
-    lines = [*kept, *digits, jnp.zeros((ROOM - len(digits), breadth), jnp.float32)]
+    lines = [*flags, *digits, jnp.zeros((ROOM - len(digits), breadth), jnp.float32)]
     width, shifts = depth + ROOM, range(0, 32, 8) if scores is not None else ()
     for shift in shifts:  # of the scores, a byte at a time
         lines += [((rank >> shift) & 255).astype(jnp.float32) for rank in chunks]

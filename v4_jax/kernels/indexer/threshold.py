@@ -84,6 +84,11 @@ def threshold(
     return lowest, limit_of_ties(tied_before, k, reach, beyond, cut.steps * cut.keys)
 
 
+def kept(ranks: Array, numbers: Array, threshold: Array, limit: Array) -> Array:
+    """Which entries of these ranks and numbers are among the best, by what `threshold` found."""
+    return (ranks > threshold) | ((ranks == threshold) & (numbers < limit))
+
+
 def limit_of_ties(tied_before: Callable[[Array], Array], k: Array, reach: Array, beyond: Array, most: int) -> Array:
     """The first entry from which on those of the threshold's rank are left out.
 

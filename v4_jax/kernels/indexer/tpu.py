@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,8 @@ from v4_jax.kernels.memory import cores, kept_in_hbm
 from v4_jax.kernels.turns import about
 from v4_jax.layers.visible import Visible
 from v4_jax.natural import quotient
+
+Result = Literal["numbers", "candidates", "marks"]  # what is written of the best entries
 
 SIDE_BY_SIDE = 4  # queries whose products are taken at once
 OVERLAPPING = 4  # sublanes of keys in one turn of the loop: products of one are awaited while another's are summed
@@ -87,7 +89,7 @@ def best_entries(
         found = candidates(queries, weights, keys, visible, top=top, share=share, interpret=interpret)
         bits, numbers = (x[..., :top] for x in jnp.split(found, 2, axis=-1))
         return jax.lax.bitcast_convert_type(bits, jnp.float32), numbers
-    return None, _of_entries(queries, weights, keys, visible, top, share, scored=False, interpret=interpret)[..., :top]
+    return None, _of_entries("numbers", queries, weights, keys, visible, top, share, interpret)[..., :top]
 
 
 def candidates(
@@ -107,7 +109,7 @@ def candidates(
     Raises:
       NotImplementedError: `supports` says no.
     """
-    return _of_entries(queries, weights, keys, visible, top, share, scored=True, interpret=interpret)
+    return _of_entries("candidates", queries, weights, keys, visible, top, share, interpret)
 
 
 def marks_of(
@@ -128,23 +130,21 @@ def marks_of(
     if not marks.supports(queries.shape[1], keys.count):
         steps = cut_of(queries.shape[1], keys.count).steps
         raise NotImplementedError(f"{keys.count} entries are chosen from in {steps} steps: expected 1")
-    form = dict(scored=False, marked=True, interpret=interpret)
-    return Marks(_of_entries(queries, weights, keys, visible, top, share, **form), keys.count, top)
+    bits = _of_entries("marks", queries, weights, keys, visible, top, share, interpret)
+    return Marks(bits, keys.count, top)
 
 
 def _of_entries(
+    result: Result,
     queries: Array,
     weights: Array,
     keys: Entries,
     visible: Visible,
     top: int,
     share: float,
-    *,
-    scored: bool,
     interpret: bool,
-    marked: bool = False,
 ) -> Array:
-    """Of entries as they are stored, `candidates`, their numbers alone, or the bits of `marks_of`."""
+    """Of entries as they are stored, the numbers of the best, their `candidates`, or the bits of their marks."""
     if not supports(queries, keys, top):
         raise NotImplementedError(
             f"index queries {queries.shape} of {queries.dtype} over {keys.count} entries: expected channels in "
@@ -154,12 +154,12 @@ def _of_entries(
     if keys.rows.kind != "plain" or jnp.dtype(keys.rows.dtype) != queries.dtype:
         stack, layer, table = keys.block(0, keys.count).astype(queries.dtype)[None], 0, None
     turns = math.ceil(share * cut_of(queries.shape[1], keys.count).steps)
-    form = dict(scored=scored, marked=marked)
-    options = dict(top=top, **form, page=0 if table is None else keys.page, turns=turns, interpret=interpret)
+    page = 0 if table is None else keys.page
+    options = dict(top=top, result=result, page=page, turns=turns, interpret=interpret)
     return _best_entries(queries, weights, stack, layer, table, visible.low, visible.high, **options)
 
 
-@functools.partial(jax.jit, static_argnames=("top", "scored", "marked", "page", "turns", "interpret"))
+@functools.partial(jax.jit, static_argnames=("top", "result", "page", "turns", "interpret"))
 def _best_entries(
     queries: Array,
     weights: Array,
@@ -170,8 +170,7 @@ def _best_entries(
     high: Array,
     *,
     top: int,
-    scored: bool,
-    marked: bool,
+    result: Result,
     page: int,
     turns: int,
     interpret: bool,
@@ -242,7 +241,7 @@ def _best_entries(
         buffers = [pltpu.VMEM((2 * pages, page, size), keys.dtype), pltpu.SemaphoreType.DMA((2,))]
 
     lines = together * cut.queries
-    width = LANES if marked else 2 * slots if scored else slots
+    width = {"numbers": slots, "candidates": 2 * slots, "marks": LANES}[result]
     shape = (batch // together, together * (count + padding), width)
     state = (lines, SUBLANES, LANES)
     call = pl.pallas_call(
@@ -253,8 +252,7 @@ def _best_entries(
             together=together,
             turns=turns,
             top=top,
-            scored=scored,
-            marked=marked,
+            result=result,
             page=page,
             unroll=1 if interpret else UNROLLED,
         ),
@@ -314,8 +312,7 @@ def _kernel(
     together: int,
     turns: int,
     top: int,
-    scored: bool,
-    marked: bool,
+    result: Result,
     page: int,
     unroll: int,
 ) -> None:
@@ -324,7 +321,7 @@ def _kernel(
     pages = [refs.pop(0) for _ in range(2)] if page else []
     keys, numbers = refs.pop(0), refs.pop(0)
     bits = None
-    if scored:
+    if result == "candidates":
         slots = numbers.shape[1] // 2
         bits, numbers = (numbers.at[:, pl.ds(i * slots, slots)] for i in range(2))
     ranks, maxima, wide, thresholds, limits, wanted, *buffers = refs
@@ -366,7 +363,7 @@ def _kernel(
         thresholds[...], limits[...] = threshold(ranks, maxima, wanted[...], top, start, used, cut)
 
         def keep(t: Any, carry: None) -> None:
-            if marked:
+            if result == "marks":
                 mark(t, ranks, thresholds, limits, numbers, cut)
             else:
                 pack(t, ranks, thresholds, limits, wanted, start, numbers, bits, top, cut)
