@@ -2,10 +2,10 @@
 
 The TPU compiler writes an estimate beside most operations of a compiled program: the bundles of instructions of its
 schedule, loops multiplied out. Of Pallas kernels it is asked apart (`v4_jax.planning.kernels`); they take at least
-their FLOPs at peak and their bytes at full bandwidth. The compiler knows nothing of the interconnect; a collective
-counts as `COLLECTIVE` and its bytes at full bandwidth. Copies that run beside other work cost nothing here. A sum of
-estimates is no measurement: it is there to compare programs by, since it sees operations, which a floor of bytes and
-FLOPs does not.
+their FLOPs at peak and their bytes at full bandwidth. The compiler knows nothing of the interconnect; collectives take
+`COLLECTIVE` and their bytes at full bandwidth, one after another, and count as what the program has to wait for them.
+Copies that run beside other work cost nothing here. A sum of estimates is no measurement: it is there to compare
+programs by, since it sees operations, which a floor of bytes and FLOPs does not.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from v4_jax.planning.hlo import KINDS, Call, Expected, Program
-from v4_jax.planning.hlo_collectives import as_collective
+from v4_jax.planning.hlo_collectives import as_collective, chain_of, holds_scatter, stage_of
 from v4_jax.planning.hlo_costs import cost_of, is_free
 from v4_jax.planning.kernels import Cycles, Likeness, likeness
 from v4_jax.sharding.chips import Chip
@@ -37,7 +37,7 @@ class Estimated(NamedTuple):
     Attributes:
       seconds: of a call.
       operations: how many it runs, loops multiplied out: all but those that only hand on what is there.
-      parts: seconds by named scope, and of collectives, the longest first.
+      parts: seconds by named scope, and of waiting for collectives, the longest first.
       bounded: names of Pallas kernels that the compiler gives no estimate of, and that count as FLOPs and bytes alone.
     """
 
@@ -57,26 +57,71 @@ def estimate(program: Program, kernels: Mapping[Likeness, Cycles], chip: Chip, e
       expected: how often what depends on the data runs.
     """
     parts: defaultdict[str, float] = defaultdict(float)
-    operations, bounded = 0.0, set[str]()
+    operations, bounded, interconnect = 0.0, set[str](), _Interconnect()
     for call in program.calls(expected):
         instruction = call.instruction
-        if call.fused or is_free(instruction) or instruction.opcode.endswith(("-done", "-update")):
-            continue
-        if program.holds_kernel(instruction):
-            continue  # the kernel in it counts
         runs = 1.0 if call.runs is None else float(call.runs)
+        if instruction.opcode.removesuffix("-start") in KINDS:
+            seconds = COLLECTIVE + as_collective(call, program, expected).sent / chip.ici_bandwidth
+            parts["collectives"] += interconnect.send(call, runs * seconds)
+            operations += runs if stage_of(call) in ("whole", "start") else 0
+            continue
+        if call.fused or is_free(instruction) or instruction.opcode.endswith("-update"):
+            continue
+        if instruction.opcode.endswith("-done"):
+            parts["collectives"] += interconnect.wait_for(instruction.operands[0])
+            continue
+        if program.holds_kernel(instruction) or holds_scatter(instruction, program):
+            continue  # what it holds counts
         operations += runs
-        kind = instruction.opcode.removesuffix("-start")
         if instruction.is_kernel and (known := likeness(call.computation, instruction)) not in kernels:
             bounded.add(known[0])
-        if kind in KINDS:
-            parts["collectives"] += runs * (
-                COLLECTIVE + as_collective(call, program, expected).sent / chip.ici_bandwidth
-            )
-        elif instruction.opcode not in _ASYNC:
-            parts[part_of(instruction.op_name)] += runs * _seconds(call, program, kernels, chip, expected)
+        if instruction.opcode in _ASYNC:
+            interconnect.leave_to(call, program)
+        else:
+            seconds = runs * _seconds(call, program, kernels, chip, expected)
+            parts[part_of(instruction.op_name)] += seconds
+            interconnect.now += seconds
     longest_first = dict(sorted(((name, time) for name, time in parts.items() if time), key=lambda part: -part[1]))
     return Estimated(sum(parts.values()), operations, longest_first, tuple(sorted(bounded)))
+
+
+class _Interconnect:
+    """Collectives, one after another, beside what the program computes until it needs what they bring.
+
+    Attributes:
+      now: seconds that the program has run for.
+    """
+
+    def __init__(self) -> None:
+        self.now = self._free = 0.0
+        self._arrivals: dict[str, float] = {}
+        self._within: dict[str, str] = {}
+
+    def leave_to(self, call: Call, program: Program) -> None:
+        """What a call starts goes on beside others until the call is done."""
+        for callee in call.instruction.called("to_apply", "calls"):
+            self._within |= dict.fromkeys(program.computations[callee].instructions, call.instruction.name)
+
+    def send(self, call: Call, seconds: float) -> float:
+        """Takes up a collective of so many seconds, and returns those that are waited for it here."""
+        name, stage = call.instruction.name, stage_of(call)
+        key = chain_of(call.instruction) or self._within.get(name, name)
+        if stage == "whole" and key == name:  # waited for at once, it goes first, and puts the others off
+            later = (time + seconds if time > self.now else time for time in self._arrivals.values())
+            self._arrivals = dict(zip(self._arrivals, later, strict=True))
+            self._free = max(self._free, self.now) + seconds
+            self.now += seconds
+            return seconds
+        if stage in ("whole", "start"):
+            self._free = self._arrivals[key] = max(self._free, self.now) + seconds
+        return self.wait_for(key) if stage == "end" else 0.0
+
+    def wait_for(self, key: str) -> float:
+        """Seconds until something is there, if it is on the way."""
+        waited = max(0.0, self._arrivals.pop(key, 0.0) - self.now)
+        self.now += waited
+        return waited
 
 
 def part_of(op_name: str) -> str:

@@ -86,10 +86,10 @@ class OnMean(Expected):
         return self._own * (1 - (1 - 1 / self.config.n_routed_experts) ** self._choices)
 
     def trips(self, loop: Instruction) -> float:
-        """The exchange of rows between devices once, which backward stands before the loop of the others; the walk over
-        a device's experts, and over tiles of rows inside it, as often as an even load makes it."""
+        """The exchange of rows between devices stands before the loop of the others, which an even load needs none of;
+        the walk over a device's experts, and over tiles of rows inside it, as often as such a load makes it."""
         if self.program.communicates(loop):
-            return 0 if "transpose(" in loop.op_name else 1
+            return 0
         rows = self._choices / self.config.n_routed_experts  # of each expert, all devices together
         if "while/body/" in loop.op_name.rsplit("experts.ffn/", 1)[-1]:
             return max(1.0, rows / tile_rows(math.ceil(rows), 1))

@@ -6,10 +6,11 @@ import dataclasses
 import itertools
 import math
 import re
+from typing import Literal
 
 import numpy as np
 
-from v4_jax.planning.hlo import KINDS, UNKNOWN, Call, Expected, Instruction, Program, Shape
+from v4_jax.planning.hlo import KINDS, UNKNOWN, Call, Computation, Expected, Instruction, Program, Shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,8 @@ class Collective:
 def collectives(text: str | Program, expected: Expected = UNKNOWN) -> list[Collective]:
     """Every collective of a compiled program, in the order in which the program's text reaches them.
 
-    A pair of "-start" and "-done" is one collective. Both branches of a conditional are listed.
+    One that runs beside others is one collective, however often it is written. Both branches of a conditional are
+    listed.
 
     Args:
       text: `compiled.as_text()` of a program for CPU or TPU, or what was read from it.
@@ -67,8 +69,45 @@ def collectives(text: str | Program, expected: Expected = UNKNOWN) -> list[Colle
     return [
         as_collective(call, program, expected)
         for call in calls
-        if call.instruction.opcode.removesuffix("-start") in KINDS
+        if call.instruction.opcode.removesuffix("-start") in KINDS and stage_of(call) in ("whole", "start")
     ]
+
+
+def chain_of(instruction: Instruction) -> str | None:
+    """What the parts of a collective have in common that the compiler writes into the fusions beside which it runs."""
+    found = re.search(r'chain_id="\d+"', instruction.attributes)
+    return found and found[0]
+
+
+def stage_of(call: Call) -> Literal["whole", "start", "middle", "end"]:
+    """Which part of a collective an instruction is.
+
+    One that runs beside others begins with "-start", and "-done" waits for it; or it is written into the fusion that
+    starts it, those beside which it goes on, and the one that waits for it.
+    """
+    if call.instruction.opcode.endswith("-start"):
+        return "start"
+    if not call.fused or chain_of(call.instruction) is None:
+        return "whole"
+    attributes = [instruction.attributes for instruction in call.computation.instructions.values()]
+    if any('custom_call_target="AsyncCollectiveStart"' in text for text in attributes):
+        return "start"
+    return "end" if any('custom_call_target="AsyncCollectiveDone"' in text for text in attributes) else "middle"
+
+
+def holds_scatter(instruction: Instruction, program: Program) -> bool:
+    """Whether it is a fusion of a sum over devices and the cut of what each keeps: how some TPUs reduce and scatter."""
+    if instruction.opcode != "fusion":
+        return False
+    (callee,) = instruction.called("calls")
+    return _scattered(program.computations[callee]) is not None
+
+
+def _scattered(computation: Computation) -> Instruction | None:
+    """The cut in such a fusion."""
+    root = computation.instructions[computation.root]
+    summed = computation.instructions.get(root.operands[0]) if root.opcode == "dynamic-slice" else None
+    return root if summed is not None and summed.opcode == "all-reduce" else None
 
 
 def as_collective(call: Call, program: Program, expected: Expected = UNKNOWN) -> Collective:
@@ -78,6 +117,8 @@ def as_collective(call: Call, program: Program, expected: Expected = UNKNOWN) ->
     if instruction.opcode != kind:  # its results are the buffers of the exchange, those of "-done" the outcome
         others = computation.instructions.values()
         shapes = next((i.shapes for i in others if i.operands[:1] == (instruction.name,)), shapes)
+    if call.fused and kind == "all-reduce" and (cut := _scattered(computation)) is not None:
+        kind, shapes = "reduce-scatter", cut.shapes
     filled = expected.filled(instruction) if kind == "ragged-all-to-all" else 1.0
     return Collective(kind, shapes, _group(instruction), runs, at_most, instruction.op_name, filled)
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental import pallas as pl
 
 from v4_jax.sharding.collectives import Axes, all_gather, all_to_all, pmax, size
 from v4_jax.sharding.platform import by_platform, interpreting, platform_of_mesh
@@ -72,10 +73,10 @@ def visit(
     """
     routes = _routes(choices.group, groups, axes, everywhere)
 
-    def step(number: Array, total: Array) -> Array:
-        return total + _round(function, axes, number, routes, x, choices.extra, (weights, fixed))
+    def of_round(number: Array) -> Array:
+        return _round(function, axes, number, routes, x, choices.extra, (weights, fixed))
 
-    return jax.lax.fori_loop(0, routes.rounds, step, jnp.zeros((x.shape[0], width), jnp.float32))
+    return _sum_of_rounds(of_round, routes.rounds, jax.ShapeDtypeStruct((x.shape[0], width), jnp.float32))
 
 
 def capacity(rows: int, devices: int) -> int:
@@ -152,6 +153,20 @@ def _in_round(number: Array, room: int, routes: _Routes) -> tuple[Segments, Segm
     position = (routes.leaving.there - routes.leaving.here)[segment] + routes.places
     travels = (routes.group < count) & (begin <= position) & (position < begin + room)
     return leaving, arriving, jnp.where(travels, routes.places, -1)
+
+
+def _sum_of_rounds(of_round: Callable[[Array], Any], rounds: Array, shapes: Any) -> Any:
+    """What rounds come to, a tree of sums that have these shapes.
+
+    On TPUs the first stands before the loop of the others: to write zeros and to add to them would take as long as all
+    else that is done to the sums, and what stands outside of a loop can run beside an exchange. Other compilers take
+    their time for code that is there twice.
+    """
+    begun = platform_of_mesh() == "tpu"
+    first = of_round(jnp.int32(0)) if begun else jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.fori_loop(
+        int(begun), rounds, lambda number, total: jax.tree.map(jnp.add, total, of_round(number)), first
+    )
 
 
 def _round(
@@ -236,7 +251,7 @@ def exchange(x: Array, leaving: Segments, arriving: Segments, lengths: tuple[int
 
     def ragged(x: Array, leaving: Segments, arriving: Segments) -> Array:
         rows = x if x.ndim > 1 else _in_lanes(x)
-        out = jax.lax.empty((lengths[1], *rows.shape[1:]), x.dtype)
+        out = _room_beside(rows, lengths[1])
         where = (leaving.here, leaving.size, leaving.there, arriving.size)
         found = jax.lax.ragged_all_to_all(rows, out, *where, axis_name=axes)
         return found if x.ndim > 1 else _first_lane(found)
@@ -252,8 +267,26 @@ def exchange(x: Array, leaving: Segments, arriving: Segments, lengths: tuple[int
 
     if interpreting():
         return gathered(x, leaving, arriving)
+    if platform_of_mesh() == "tpu":  # beside an exchange in a choice that the compiler is left with, nothing runs
+        return ragged(x, leaving, arriving)
     # XLA:CPU has no ragged exchange; there every device sees all rows.
     return by_platform(x, leaving, arriving, tpu=ragged, default=gathered)
+
+
+def _room_beside(x: Array, length: int) -> Array:
+    """[length, ...] memory as it was found, of the dtype of x [R, ...], for an exchange on a TPU to fill.
+
+    `jax.lax.empty` depends on nothing: the compiler moves it out of a loop over layers, and copies it in each of them.
+    """
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    return pl.pallas_call(
+        lambda *refs: None,
+        in_specs=[anywhere],
+        out_specs=anywhere,
+        out_shape=jax.ShapeDtypeStruct((length, *x.shape[1:]), x.dtype),
+        cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=0, transcendentals=0),
+        name="room",
+    )(x)
 
 
 def _in_lanes(x: Array) -> Array:
@@ -302,16 +335,7 @@ def _visit_backward(
         (parts,) = jax.vjp(run, floats)[1](gradient)
         return parts
 
-    def step(number: Array, total: list[Array]) -> list[Array]:
-        return jax.tree.map(jnp.add, total, of_round(number))
-
-    # The first round stands before the loop on TPUs: to write zeros and to add to them would take as long as all else
-    # that is done to the sums. Other compilers take their time for code that is there twice; and forward, the TPU's
-    # moves the room for what arrives out of the loop over layers, and copies it for each.
-    begun = platform_of_mesh() == "tpu"
-    first = of_round(jnp.int32(0)) if begun else [jnp.zeros_like(x) for x in floats]
-    total = jax.lax.fori_loop(int(begun), routes.rounds, step, first)
-    of_x, of_extra, of_weights = restore(total, absent=None)
+    of_x, of_extra, of_weights = restore(_sum_of_rounds(of_round, routes.rounds, floats), absent=None)
     return of_x, Choices(cast(Any, None), of_extra), of_weights, None
 
 
