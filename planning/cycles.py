@@ -75,7 +75,7 @@ def estimate(program: Program, kernels: Mapping[Likeness, Cycles], chip: Chip, e
             continue  # what it holds counts
         operations += runs
         if instruction.is_kernel and (known := likeness(call.computation, instruction)) not in kernels:
-            bounded.add(known[0])
+            bounded |= {known[0]} if any(cost_of(call, program, expected)) else set()  # some do nothing
         if instruction.opcode in _ASYNC:
             interconnect.leave_to(call, program)
         else:

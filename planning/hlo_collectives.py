@@ -113,14 +113,14 @@ def _scattered(computation: Computation) -> Instruction | None:
 def as_collective(call: Call, program: Program, expected: Expected = UNKNOWN) -> Collective:
     """A call of an instruction that communicates."""
     instruction, computation, runs, at_most, _ = call
-    kind, shapes = instruction.opcode.removesuffix("-start"), instruction.shapes
+    kind, outcome = instruction.opcode.removesuffix("-start"), instruction
     if instruction.opcode != kind:  # its results are the buffers of the exchange, those of "-done" the outcome
         others = computation.instructions.values()
-        shapes = next((i.shapes for i in others if i.operands[:1] == (instruction.name,)), shapes)
+        outcome = next((i for i in others if i.operands[:1] == (instruction.name,)), instruction)
     if call.fused and kind == "all-reduce" and (cut := _scattered(computation)) is not None:
-        kind, shapes = "reduce-scatter", cut.shapes
-    filled = expected.filled(instruction) if kind == "ragged-all-to-all" else 1.0
-    return Collective(kind, shapes, _group(instruction), runs, at_most, instruction.op_name, filled)
+        kind, outcome = "reduce-scatter", cut
+    filled = expected.filled(outcome) if kind == "ragged-all-to-all" else 1.0
+    return Collective(kind, outcome.shapes, _group(instruction), runs, at_most, instruction.op_name, filled)
 
 
 def _group(instruction: Instruction) -> int:

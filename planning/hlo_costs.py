@@ -171,6 +171,8 @@ def _fusion(instruction: Instruction, operands: list[Shape], program: Program) -
     root = inner.instructions[inner.root]
     roots = [inner.instructions[name] for name in root.operands] if root.opcode == "tuple" else [root]
     for result, shape in zip(roots, instruction.shapes, strict=False):
+        if result.opcode == "parameter":
+            continue  # handed on, as the buffers of a collective are that runs beside the fusion
         origin = _origin(inner, result)
         written = shape.nbytes
         if origin.opcode == "dynamic-update-slice":
@@ -189,6 +191,8 @@ def _share(program: Program, inner: Computation, name: str) -> float:
             total += user.shapes[0].nbytes / whole
         elif user.opcode in ("dynamic-update-slice", "scatter") and user.operands[0] == name:
             continue  # updated in place
+        elif user.opcode == "tuple" and user.name == inner.root:
+            continue  # handed on
         elif user.opcode in _VIEWS:
             total += _share(program, inner, user.name)
         elif user.opcode == "fusion":

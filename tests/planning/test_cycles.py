@@ -98,6 +98,12 @@ def test_a_kernel_takes_at_least_its_bytes():
     assert found.parts["experts.ffn"] == pytest.approx(1e-3)
 
 
+def test_a_kernel_that_does_nothing_leaves_nothing_open():
+    nothing = 'tpu_custom_call", backend_config={"cost_estimate":{"flops":"0","bytes_accessed":"0"}}'
+    found = cycles.estimate(Program(TEXT.replace('tpu_custom_call"', nothing)), {}, CHIP, Expected())
+    assert not found.bounded and "experts.ffn" not in found.parts
+
+
 def test_a_kernel_that_is_fused_with_an_update_in_place_counts_as_itself():
     """And not as the whole buffer that its result is a part of."""
     call = next(line for line in TEXT.splitlines() if line.startswith("  %kernel ="))
@@ -313,14 +319,21 @@ def test_two_thirds_of_the_places_that_training_exchanges_hold_rows():
     assert training().share(kernel)[:3] == pytest.approx((2 / 3,) * 3)
 
 
-def test_what_an_exchange_brings_is_counted_and_not_its_room():
-    text = """HloModule m
+EXCHANGED = "ragged-all-to-all(%x, %y), replica_groups=[1,128]<=[128]"
+BESIDE_OTHERS = """  %begun = ((bf16[98304,32,128]{2,1,0}, bf16[147456,32,128]{2,1,0}), bf16[147456,32,128]{2,1,0}) \
+ragged-all-to-all-start(%x, %y), replica_groups=[1,128]<=[128]
+  ROOT %ragged.1 = bf16[147456,32,128]{2,1,0} ragged-all-to-all-done(%begun)"""
 
-ENTRY %main (x: bf16[98304,32,128], y: bf16[147456,32,128]) -> bf16[147456,32,128] {
-  %x = bf16[98304,32,128]{2,1,0} parameter(0)
-  %y = bf16[147456,32,128]{2,1,0} parameter(1)
-  ROOT %ragged.1 = bf16[147456,32,128]{2,1,0} ragged-all-to-all(%x, %y), replica_groups=[1,128]<=[128]
-}
+
+@pytest.mark.parametrize("exchange", [f"  ROOT %ragged.1 = bf16[147456,32,128]{{2,1,0}} {EXCHANGED}", BESIDE_OTHERS])
+def test_what_an_exchange_brings_is_counted_and_not_its_room(exchange):
+    text = f"""HloModule m
+
+ENTRY %main (x: bf16[98304,32,128], y: bf16[147456,32,128]) -> bf16[147456,32,128] {{
+  %x = bf16[98304,32,128]{{2,1,0}} parameter(0)
+  %y = bf16[147456,32,128]{{2,1,0}} parameter(1)
+{exchange}
+}}
 """
     (found,) = collectives(text, training())
     assert found.nbytes == 2 * 98304 * 4096

@@ -70,6 +70,26 @@ ENTRY %main (x: f32[1024]) -> f32[1024] {
     assert {cost.instruction.name: cost.nbytes for cost in costs(Program(text))} == {"copy.1": 4096, "copy.2": 4096}
 
 
+def test_what_a_fusion_hands_on_is_free():
+    """The buffer of a collective that runs beside it."""
+    text = """HloModule m
+
+%fused (p: f32[1024], buffer: f32[4096]) -> (f32[1024], f32[4096]) {
+  %p = f32[1024]{0} parameter(0)
+  %buffer = f32[4096]{0} parameter(1)
+  %n = f32[1024]{0} negate(%p)
+  ROOT %both = (f32[1024]{0}, f32[4096]{0}) tuple(%n, %buffer)
+}
+
+ENTRY %main (x: f32[1024], y: f32[4096]) -> (f32[1024], f32[4096]) {
+  %x = f32[1024]{0} parameter(0)
+  %y = f32[4096]{0} parameter(1)
+  ROOT %f = (f32[1024]{0}, f32[4096]{0}) fusion(%x, %y), kind=kCustom, calls=%fused
+}
+"""
+    assert sum(cost.nbytes for cost in costs(Program(text))) == 2 * 4096
+
+
 def test_room_that_is_not_written_is_free():
     text = """HloModule m
 
