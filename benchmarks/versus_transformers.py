@@ -145,7 +145,7 @@ def measure_ours(task: Task) -> dict[str, Any]:
         return jnp.argmax(output.logits[:, -1:], axis=-1).astype(jnp.int32), output.logits[0, -1], output.cache
 
     step = jax.jit(apply, donate_argnums=2)
-    options = compiler_options("engine", jax.default_backend())
+    options = compiler_options("decoding", jax.default_backend())
     single = jax.jit(apply, donate_argnums=2, compiler_options=options)
 
     def fresh() -> Any:

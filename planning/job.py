@@ -15,6 +15,7 @@ from v4_jax.adapters import Adapters
 from v4_jax.cache.cache import CacheDtype, cache_shapes
 from v4_jax.config import Config
 from v4_jax.draft_stages import DraftStages
+from v4_jax.kernels.compiler_options import compiler_options
 from v4_jax.layers.stages import Remat
 from v4_jax.number_formats import BlockScaled, layout, scale_shape
 from v4_jax.outputs import Output
@@ -230,4 +231,5 @@ def program_of(job: Job, mesh: Mesh) -> JobProgram:
         output = cast(Output, model.apply({"params": params}, tokens, cache=cache, logits="last"))
         return output.logits, output.cache
 
-    return JobProgram(jax.jit(call, donate_argnums=2), (weights, tokens, cache))
+    options = compiler_options("decoding" if job.task == "decode" else "prefill", Place(mesh, job.preset).platform)
+    return JobProgram(jax.jit(call, donate_argnums=2, compiler_options=options), (weights, tokens, cache))

@@ -155,13 +155,14 @@ class Programs:
         state = State(self._cache, place.shapes(self._empty_history), confidence)  # type: ignore[arg-type]
         places = None if place.mesh is None else jax.tree.map(lambda x: x.sharding, state)
         whole = place.replicated
-        options = compiler_options("engine", place.platform)
+        options = compiler_options("decoding", place.platform)
+        of_prefill = compiler_options("prefill", place.platform)
         # They run what is compiled here. Called as compiled objects, they would refuse 4-bit weights that several
         # processes share: jax 0.10 misreads those arrays' layout.
         step = jax.jit(
             self._step, donate_argnums=(1, 2), out_shardings=(places, whole, whole), compiler_options=options
         )
-        prefill = jax.jit(self._prefill, donate_argnums=1, out_shardings=(places, whole))
+        prefill = jax.jit(self._prefill, donate_argnums=1, out_shardings=(places, whole), compiler_options=of_prefill)
         copy = jax.jit(self._copy, donate_argnums=0, out_shardings=places)
         self.step, self.prefill, self.copy = step, prefill, copy
 
