@@ -74,8 +74,10 @@ def estimate(program: Program, kernels: Mapping[Likeness, Cycles], chip: Chip, e
         if program.holds_kernel(instruction) or holds_scatter(instruction, program):
             continue  # what it holds counts
         operations += runs
-        if instruction.is_kernel and (known := likeness(call.computation, instruction)) not in kernels:
-            bounded |= {known[0]} if any(cost_of(call, program, expected)) else set()  # some do nothing
+        if instruction.is_kernel and any(cost_of(call, program, expected)):  # some do nothing
+            known = likeness(call.computation, instruction)
+            if known not in kernels:
+                bounded.add(known[0])
         if instruction.opcode in _ASYNC:
             interconnect.leave_to(call, program)
         else:
@@ -108,8 +110,8 @@ class _Interconnect:
         name, stage = call.instruction.name, stage_of(call)
         key = chain_of(call.instruction) or self._within.get(name, name)
         if stage == "whole" and key == name:  # waited for at once, it goes first, and puts the others off
-            later = (time + seconds if time > self.now else time for time in self._arrivals.values())
-            self._arrivals = dict(zip(self._arrivals, later, strict=True))
+            underway = {key: time for key, time in self._arrivals.items() if time > self.now}
+            self._arrivals |= {key: time + seconds for key, time in underway.items()}
             self._free = max(self._free, self.now) + seconds
             self.now += seconds
             return seconds
