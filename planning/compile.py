@@ -32,6 +32,7 @@ from v4_jax.planning.hlo_collectives import collectives
 from v4_jax.planning.hlo_costs import costs
 from v4_jax.planning.job import Job, JobProgram, program_of
 from v4_jax.planning.kernels import ENVIRONMENT
+from v4_jax.planning.links import Links
 from v4_jax.sharding.axes import resolve
 from v4_jax.sharding.chips import GIB, Topology
 from v4_jax.sharding.mesh import make_mesh
@@ -203,7 +204,8 @@ def examine(
     read, memory = Program(text), compiled.memory_analysis()
     expected = _expected(workload, mesh, read)
     spent = costs(read, expected)
-    timed = estimate(read, in_kernels, workload.topology.chip.per_device(), expected)
+    links = Links.between(list(mesh.devices.flat), workload.topology)
+    timed = estimate(read, in_kernels, links, expected)
     kinds: dict[str, Collectives] = {}
     for one in collectives(read, expected):
         runs, so_far = one.runs or 0, kinds.get(one.kind, Collectives(one.kind, 0, 0, 0))

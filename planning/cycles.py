@@ -3,7 +3,8 @@
 The TPU compiler writes an estimate beside most operations of a compiled program: the bundles of instructions of its
 schedule, loops multiplied out. Of Pallas kernels it is asked apart (`v4_jax.planning.kernels`); they take at least
 their FLOPs at peak and their bytes at full bandwidth. The compiler knows nothing of the interconnect; collectives take
-`COLLECTIVE` and their bytes at full bandwidth, one after another, and count as what the program has to wait for them.
+`COLLECTIVE` and what their busiest link does (`v4_jax.planning.links`), one after another, and count as what the
+program has to wait for them.
 Copies that run beside other work cost nothing here. A sum of estimates is no measurement: it is there to compare
 programs by, since it sees operations, which a floor of bytes and FLOPs does not.
 """
@@ -19,6 +20,7 @@ from v4_jax.planning.hlo import KINDS, Call, Expected, Program
 from v4_jax.planning.hlo_collectives import as_collective, chain_of, holds_scatter, stage_of
 from v4_jax.planning.hlo_costs import cost_of, is_free
 from v4_jax.planning.kernels import Cycles, Likeness, likeness
+from v4_jax.planning.links import Links
 from v4_jax.sharding.chips import Chip
 
 COLLECTIVE = 3e-6  # seconds until the first bytes of a collective have gone round: assumed, not the compiler's
@@ -47,22 +49,23 @@ class Estimated(NamedTuple):
     bounded: tuple[str, ...]
 
 
-def estimate(program: Program, kernels: Mapping[Likeness, Cycles], chip: Chip, expected: Expected) -> Estimated:
+def estimate(program: Program, kernels: Mapping[Likeness, Cycles], links: Links, expected: Expected) -> Estimated:
     """A compiled program's time.
 
     Args:
       program: what was compiled.
       kernels: cycles of the Pallas kernels, see `v4_jax.planning.kernels.cycles`.
-      chip: one device's share of a chip.
+      links: its devices and the wires between them.
       expected: how often what depends on the data runs.
     """
     parts: defaultdict[str, float] = defaultdict(float)
+    chip = links.device
     operations, bounded, interconnect = 0.0, set[str](), _Interconnect()
     for call in program.calls(expected):
         instruction = call.instruction
         runs = 1.0 if call.runs is None else float(call.runs)
         if instruction.opcode.removesuffix("-start") in KINDS:
-            seconds = COLLECTIVE + as_collective(call, program, expected).sent / chip.ici_bandwidth
+            seconds = COLLECTIVE + links.seconds(as_collective(call, program, expected))
             parts["collectives"] += interconnect.send(call, runs * seconds)
             operations += runs if stage_of(call) in ("whole", "start") else 0
             continue

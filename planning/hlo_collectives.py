@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 import re
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -20,7 +21,7 @@ class Collective:
     Attributes:
       kind: one of `KINDS`.
       shapes: its results on one device.
-      group: devices that take part together; for a permute, those on one chain of sources and targets.
+      groups: devices, by their numbers in the program, that take part together; of a permute, sources and targets.
       runs: how often a device runs it in one call of the program; None where that depends on the data.
       at_most: whether a conditional may leave it out.
       op_name: where in the JAX program it comes from.
@@ -29,11 +30,16 @@ class Collective:
 
     kind: str
     shapes: tuple[Shape, ...]
-    group: int
+    groups: tuple[tuple[int, ...], ...]
     runs: float | None
     at_most: bool
     op_name: str
     filled: float = 1.0
+
+    @property
+    def group(self) -> int:
+        """How many devices take part together; of a permute, those on one chain of sources and targets."""
+        return _chain(self.groups) if "permute" in self.kind else len(self.groups[0])
 
     @property
     def nbytes(self) -> float:
@@ -120,15 +126,8 @@ def as_collective(call: Call, program: Program, expected: Expected = UNKNOWN) ->
     if call.fused and kind == "all-reduce" and (cut := _scattered(computation)) is not None:
         kind, outcome = "reduce-scatter", cut
     filled = expected.filled(outcome) if kind == "ragged-all-to-all" else 1.0
-    return Collective(kind, outcome.shapes, _group(instruction), runs, at_most, instruction.op_name, filled)
-
-
-def _group(instruction: Instruction) -> int:
-    """Devices that take part in a collective together."""
-    groups = groups_of(instruction)
-    if "permute" in instruction.opcode:
-        return _chain([(a, b) for a, b in groups])
-    return len(groups[0])
+    groups = tuple(map(tuple, groups_of(instruction)))
+    return Collective(kind, outcome.shapes, groups, runs, at_most, instruction.op_name, filled)
 
 
 def groups_of(instruction: Instruction) -> list[list[int]]:
@@ -167,7 +166,7 @@ def _numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
-def _chain(pairs: list[tuple[int, int]]) -> int:
+def _chain(pairs: Sequence[Sequence[int]]) -> int:
     """Devices of the longest chain (or ring) that pairs of source and target make."""
     owner = {device: device for device in itertools.chain(*pairs)}
 

@@ -109,6 +109,14 @@ class Topology:
         return math.prod(self.shape)
 
     @property
+    def wraps(self) -> tuple[bool, ...]:
+        """Whether the last chip along each axis is wired to the first: in two dimensions along a whole pod's 16, in
+        three where the slice is made of whole cubes of 4."""
+        if self.chip.dimensions == 2:
+            return tuple(size == 16 for size in self.shape)
+        return (all(size % 4 == 0 for size in self.shape),) * self.chip.dimensions
+
+    @property
     def devices(self) -> int:
         """How many devices they appear as."""
         return self.chips * self.chip.devices

@@ -11,7 +11,7 @@ rounds follow as the fullest needs. One round is the rule; crowded groups cost a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -23,6 +23,7 @@ from v4_jax.sharding.collectives import Axes, all_gather, all_to_all, pmax, size
 from v4_jax.sharding.platform import by_platform, interpreting, platform_of_mesh
 
 LANES = 128  # of a TPU's registers
+MANY = 2048  # rows of a group: beside what is done to so many, reading its weights takes no time
 
 # Rows as they travel, sorted by group, what belongs to each row, rows of each group [G], weights, and fixed ones ->
 # [R, width] as it travels. What lies beyond the groups' rows is undefined, and so may be what comes of it.
@@ -71,12 +72,12 @@ def visit(
     Returns:
       [T, width] float32. Differentiable in `x`, float `extra` and float `weights`.
     """
-    routes = _routes(choices.group, groups, axes, everywhere)
+    waves = _waves(choices.group, groups, axes, everywhere)
 
     def of_round(number: Array) -> Array:
-        return _round(function, axes, number, routes, x, choices.extra, (weights, fixed))
+        return _round(function, axes, number, waves, x, choices.extra, (weights, fixed))
 
-    return _sum_of_rounds(of_round, routes.rounds, jax.ShapeDtypeStruct((x.shape[0], width), jnp.float32))
+    return _sum_of_rounds(of_round, _rounds(waves), jax.ShapeDtypeStruct((x.shape[0], width), jnp.float32))
 
 
 def capacity(rows: int, devices: int) -> int:
@@ -108,6 +109,18 @@ class _Routes(NamedTuple):
     leaving: Segments  # by destination; there: among all the rows that reach it, whatever it has room for
     arriving: Segments  # by origin; here: likewise
     rounds: Array
+
+
+def _waves(group: Array, groups: int, axes: Axes, everywhere: Axes) -> list[_Routes]:
+    """How the choices of each part of a device's rows travel: one part, or two that go one after another."""
+    rows, top = group.shape
+    count = 2 if platform_of_mesh() == "tpu" and rows % 2 == 0 and rows * top >= 2 * MANY * groups else 1
+    return [_routes(part, groups, axes, everywhere) for part in jnp.split(group, count)]
+
+
+def _rounds(waves: Sequence[_Routes]) -> Array:
+    """Rounds that the fullest device of any wave needs."""
+    return functools.reduce(jnp.maximum, (routes.rounds for routes in waves))
 
 
 def _routes(group: Array, groups: int, axes: Axes, everywhere: Axes) -> _Routes:
@@ -170,6 +183,19 @@ def _sum_of_rounds(of_round: Callable[[Array], Any], rounds: Array, shapes: Any)
 
 
 def _round(
+    function: Work, axes: Axes, number: Array, waves: Sequence[_Routes], x: Array, extra: Any, weights: tuple[Any, Any]
+) -> Array:
+    """One exchange there and back of each wave: none waits for another, so that one works while the other travels."""
+    parts, structure = jax.tree.flatten((x, extra))
+    cut = zip(*(jnp.split(part, len(waves)) for part in parts), strict=True)
+    done = [
+        _wave(function, axes, number, routes, *structure.unflatten(part), weights)
+        for routes, part in zip(waves, cut, strict=True)
+    ]
+    return jnp.concatenate(done)
+
+
+def _wave(
     function: Work, axes: Axes, number: Array, routes: _Routes, x: Array, extra: Any, weights: tuple[Any, Any]
 ) -> Array:
     """One exchange there and back."""
@@ -324,18 +350,18 @@ def _visit_backward(
 ) -> Any:
     """Repeats each round and pulls the gradient back through it."""
     x, choices, weights, fixed = residuals
-    routes = _routes(choices.group, groups, axes, everywhere)
+    waves = _waves(choices.group, groups, axes, everywhere)
     floats, restore = _floats((x, choices.extra, weights))
 
     def of_round(number: Array) -> list[Array]:
         def run(floats: list[Array]) -> Array:
             x, extra, weights = restore(floats)
-            return _round(function, axes, number, routes, x, extra, (weights, fixed))
+            return _round(function, axes, number, waves, x, extra, (weights, fixed))
 
         (parts,) = jax.vjp(run, floats)[1](gradient)
         return parts
 
-    of_x, of_extra, of_weights = restore(_sum_of_rounds(of_round, routes.rounds, floats), absent=None)
+    of_x, of_extra, of_weights = restore(_sum_of_rounds(of_round, _rounds(waves), floats), absent=None)
     return of_x, Choices(cast(Any, None), of_extra), of_weights, None
 
 

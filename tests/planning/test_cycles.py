@@ -10,13 +10,15 @@ from v4_jax.planning.expectations import DYNAMIC_TURNS, OnMean
 from v4_jax.planning.hlo import Expected, Program, Share
 from v4_jax.planning.hlo_collectives import collectives
 from v4_jax.planning.kernels import Cycles
+from v4_jax.planning.links import Links
 from v4_jax.sharding.axes import resolve
-from v4_jax.sharding.chips import CHIPS
+from v4_jax.sharding.chips import Topology
 from v4_jax.sharding.mesh import abstract_mesh
 from v4_jax.sharding.split import Split
 
-CHIP = CHIPS["v6e"]
-ONE_MS = int(CHIP.clock / 1000)  # cycles of a millisecond
+LINKS = Links(Topology.parse("v6e:2x1"), ((0, 0), (1, 0)))  # one between its two chips
+SENT = 4096 / 100e9  # seconds that a link takes for a sum of 4096 bytes on two devices
+ONE_MS = int(LINKS.device.clock / 1000)  # cycles of a millisecond
 
 
 def operation(name, opcode, operand, scope, cycles=None):
@@ -64,8 +66,8 @@ class Sometimes(Expected):
 
 
 def test_parts_add_up():
-    found = cycles.estimate(Program(TEXT), {KERNEL: Cycles(10 * ONE_MS, 0)}, CHIP, Sometimes())
-    collective = cycles.COLLECTIVE + 4096 / CHIP.ici_bandwidth
+    found = cycles.estimate(Program(TEXT), {KERNEL: Cycles(10 * ONE_MS, 0)}, LINKS, Sometimes())
+    collective = cycles.COLLECTIVE + SENT
     expected = {
         "attention.window": 3e-3,
         "ffn": 3e-3,
@@ -87,20 +89,20 @@ def test_later_visits_take_what_they_take():
         def share(self, kernel):
             return Share(0.5, later=0.75)
 
-    found = cycles.estimate(Program(TEXT), {KERNEL: Cycles(10 * ONE_MS, 2 * ONE_MS)}, CHIP, Later())
+    found = cycles.estimate(Program(TEXT), {KERNEL: Cycles(10 * ONE_MS, 2 * ONE_MS)}, LINKS, Later())
     assert found.parts["experts.ffn"] == pytest.approx(0.5 * (0.25 * 10e-3 + 0.75 * 2e-3))
 
 
 def test_a_kernel_takes_at_least_its_bytes():
     estimated = 'tpu_custom_call", backend_config={"cost_estimate":{"flops":"0","bytes_accessed":"1638000000"}}'
     text = TEXT.replace('tpu_custom_call"', estimated)
-    found = cycles.estimate(Program(text), {KERNEL: Cycles(10, 10)}, CHIP, Expected())
+    found = cycles.estimate(Program(text), {KERNEL: Cycles(10, 10)}, LINKS, Expected())
     assert found.parts["experts.ffn"] == pytest.approx(1e-3)
 
 
 def test_a_kernel_that_does_nothing_leaves_nothing_open():
     nothing = 'tpu_custom_call", backend_config={"cost_estimate":{"flops":"0","bytes_accessed":"0"}}'
-    found = cycles.estimate(Program(TEXT.replace('tpu_custom_call"', nothing)), {}, CHIP, Expected())
+    found = cycles.estimate(Program(TEXT.replace('tpu_custom_call"', nothing)), {}, LINKS, Expected())
     assert not found.bounded and "experts.ffn" not in found.parts
 
 
@@ -119,7 +121,7 @@ ENTRY"""
     update = "  %all = f32[999,1024]{1,0} fusion(%all, %sum, %p), kind=kCustom, calls=%fused"
     text = TEXT.replace(call, update).replace("ENTRY", fusion).replace("(%p, %kernel, %kernel)", "(%p, %sum, %sum)")
     found, apart = (
-        cycles.estimate(Program(x), {KERNEL: Cycles(10 * ONE_MS, 0)}, CHIP, Sometimes()) for x in (text, TEXT)
+        cycles.estimate(Program(x), {KERNEL: Cycles(10 * ONE_MS, 0)}, LINKS, Sometimes()) for x in (text, TEXT)
     )
     assert found.parts == pytest.approx(apart.parts) and found.operations == apart.operations
 
@@ -186,8 +188,8 @@ FUSIONS = beside(
 @pytest.mark.parametrize("text", [PAIR, ELSEWHERE, FUSIONS], ids=["pair", "elsewhere", "fusions"])
 def test_a_collective_counts_as_what_is_waited_for_it(text, sent, waited, monkeypatch):
     """Milliseconds, beside one of work."""
-    monkeypatch.setattr(cycles, "COLLECTIVE", 1e-3 * sent - 4096 / CHIP.ici_bandwidth)
-    whole, apart = (cycles.estimate(Program(x), {}, CHIP, Expected()) for x in (WHOLE, text))
+    monkeypatch.setattr(cycles, "COLLECTIVE", 1e-3 * sent - SENT)
+    whole, apart = (cycles.estimate(Program(x), {}, LINKS, Expected()) for x in (WHOLE, text))
     assert whole.parts["collectives"] == pytest.approx(1e-3 * sent)
     assert apart.parts.get("collectives", 0) == pytest.approx(1e-3 * waited)
     assert apart.seconds == pytest.approx(3e-3 + 1e-3 * waited) and apart.parts["ffn"] == whole.parts["ffn"]
@@ -197,20 +199,20 @@ def test_a_collective_counts_as_what_is_waited_for_it(text, sent, waited, monkey
 
 def test_collectives_share_the_interconnect(monkeypatch):
     """The second of two that start together arrives when both have been sent."""
-    monkeypatch.setattr(cycles, "COLLECTIVE", 2e-3 - 4096 / CHIP.ici_bandwidth)
+    monkeypatch.setattr(cycles, "COLLECTIVE", 2e-3 - SENT)
     start = f"  %other = (f32[1024]{{0}}, f32[1024]{{0}}) all-reduce-start(%a), {SUM}\n  %start"
     done = "  %waste = f32[1024]{0} all-reduce-done(%other)\n  %sum"
     text = PAIR.replace("  %start", start).replace("  %sum", done)
-    found = cycles.estimate(Program(text), {}, CHIP, Expected())
+    found = cycles.estimate(Program(text), {}, LINKS, Expected())
     assert found.parts["collectives"] == pytest.approx(3e-3)
 
 
 def test_what_is_waited_for_at_once_goes_first(monkeypatch):
     """A sum of 2 ms begins 1 ms after another, which takes 4 ms then, beside 1 ms of work and all of the first."""
-    monkeypatch.setattr(cycles, "COLLECTIVE", 2e-3 - 4096 / CHIP.ici_bandwidth)
+    monkeypatch.setattr(cycles, "COLLECTIVE", 2e-3 - SENT)
     first = WORK + f"  %now = f32[1024]{{0}} all-reduce(%b), {SUM}\n"
     text = PAIR.replace(WORK, first)
-    found = cycles.estimate(Program(text), {}, CHIP, Expected())
+    found = cycles.estimate(Program(text), {}, LINKS, Expected())
     assert found.parts["collectives"] == pytest.approx(2e-3 + 1e-3) and found.seconds == pytest.approx(6e-3)
 
 
@@ -224,8 +226,8 @@ def test_a_sum_of_which_each_device_keeps_a_part_is_sent_once():
 }}
 """
     text = beside("  %sum = f32[1024]{0} fusion(%a), kind=kCustom, calls=%scatter", WORK, scatter)
-    found = cycles.estimate(Program(text), {}, CHIP, Expected())
-    assert found.parts["collectives"] == pytest.approx(cycles.COLLECTIVE + 4096 / CHIP.ici_bandwidth)
+    found = cycles.estimate(Program(text), {}, LINKS, Expected())
+    assert found.parts["collectives"] == pytest.approx(cycles.COLLECTIVE + SENT)
     assert found.operations == 4 and found.parts.keys() == {"collectives", "attn", "ffn"}
     (one,) = collectives(Program(text))
     assert (one.kind, one.nbytes, one.sent) == ("reduce-scatter", 4096, 4096)
@@ -234,9 +236,9 @@ def test_a_sum_of_which_each_device_keeps_a_part_is_sent_once():
 @pytest.mark.parametrize("written", ["", ', backend_config={"estimated_cycles":"9223372036854775807"}'])
 def test_an_operation_without_an_estimate_costs_what_the_smallest_do(written):
     text = TEXT.replace(f', backend_config={{"estimated_cycles":"{3 * ONE_MS}"}}', written)
-    found = cycles.estimate(Program(text), {}, CHIP, Expected())
+    found = cycles.estimate(Program(text), {}, LINKS, Expected())
     assert found.bounded == ("kernel",)
-    assert found.parts["ffn"] == pytest.approx(cycles.OPERATION / CHIP.clock)
+    assert found.parts["ffn"] == pytest.approx(cycles.OPERATION / LINKS.device.clock)
 
 
 @pytest.mark.parametrize(

@@ -144,9 +144,9 @@ replica_groups=[2,4]<=[4,2]T(1,0), use_global_device_ids=true, to_apply=%add
 
 def test_the_text_for_a_tpu():
     permute, reduce = collectives(TPU)
-    assert permute == Collective(
-        "collective-permute", (Shape("bf16", (2, 4096), 1),), 4, 6, False, r"jit(f)/a (\"quoted\")/ppermute"
-    )
+    pairs, name = ((0, 1), (1, 2), (2, 3)), r"jit(f)/a (\"quoted\")/ppermute"
+    assert permute == Collective("collective-permute", (Shape("bf16", (2, 4096), 1),), pairs, 6, False, name)
+    assert permute.group == 4
     assert (reduce.kind, reduce.group, reduce.runs, reduce.op_name) == ("all-reduce", 4, 1, "")
 
 
