@@ -87,11 +87,12 @@ All numbers are per device: one chip, or half a chip on tpu7x.
   one time by the compiler's count: master weights and moments in float32, and temporaries, many of which reuse the same
   memory.
 - *Estimate* is the compiler's: the cycles of every operation, times how often it runs. A Pallas kernel takes at least
-  its FLOPs at peak and its bytes at full bandwidth. Collectives take 3 us and their bytes, over all links of a chip,
-  one after another; they count as what the program waits for them. It is *at least* that where the compiler has no
-  cycles for some of the kernels, which then count by FLOPs and bytes alone. The compiler takes data to be zeros;
-  kernels say how often what depends on data happens. *Before* is without the kernels, and without the experts' time.
-  *Operations* are all that a call runs, and the parts are the named scopes that take longest.
+  its FLOPs at peak and its bytes at full bandwidth. Collectives take 3 us and the time of their busiest link, by where
+  the mesh puts its devices in the slice, one after another; they count as what the program waits for them. It is *at
+  least* that where the compiler has no cycles for some of the kernels, which then count by FLOPs and bytes alone. The
+  compiler takes data to be zeros; kernels say how often what depends on data happens. *Before* is without the kernels,
+  and without the experts' time. *Operations* are all that a call runs, and the parts are the named scopes that take
+  longest.
 - *Floor* is the least time that a call can take: the largest of its FLOPs, memory traffic and interconnect traffic at
   the vendor's peak figures.
 - *Over least* is how many times the FLOPs and the bytes exceed what the algorithm needs. That is two FLOPs per active

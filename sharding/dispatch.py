@@ -11,7 +11,7 @@ rounds follow as the fullest needs. One round is the rule; crowded groups cost a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -75,7 +75,7 @@ def visit(
     waves = _waves(choices.group, groups, axes, everywhere)
 
     def of_round(number: Array) -> Array:
-        return _round(function, axes, number, waves, x, choices.extra, (weights, fixed))
+        return _round(function, _Wave.all_in(number, waves, x, choices.extra, axes), (weights, fixed))
 
     return _sum_of_rounds(of_round, _rounds(waves), jax.ShapeDtypeStruct((x.shape[0], width), jnp.float32))
 
@@ -182,42 +182,164 @@ def _sum_of_rounds(of_round: Callable[[Array], Any], rounds: Array, shapes: Any)
     )
 
 
-def _round(
-    function: Work, axes: Axes, number: Array, waves: Sequence[_Routes], x: Array, extra: Any, weights: tuple[Any, Any]
-) -> Array:
-    """One exchange there and back of each wave: none waits for another, so that one works while the other travels."""
-    parts, structure = jax.tree.flatten((x, extra))
-    cut = zip(*(jnp.split(part, len(waves)) for part in parts), strict=True)
-    done = [
-        _wave(function, axes, number, routes, *structure.unflatten(part), weights)
-        for routes, part in zip(waves, cut, strict=True)
-    ]
-    return jnp.concatenate(done)
+class _Trip(NamedTuple):
+    """How rows of a wave travel in a round: there, and what becomes of them back.
+
+    Attributes:
+      source: [T * K] int32 row of each place among those that leave.
+      places: [T, K] int32 places of each row; -1 for choices that do not travel in this round.
+      leaving: segments of the places.
+      arriving: segments of the room for what comes.
+      room: its length.
+      axes: mesh axes to exchange over.
+    """
+
+    source: Array
+    places: Array
+    leaving: Segments
+    arriving: Segments
+    room: int
+    axes: Axes
+
+    def of_choices(self, order: Array) -> _Trip:
+        """The same for what belongs to choices: each has a place of its own."""
+        return self._replace(source=order, places=self.places.reshape(-1, 1))
+
+    def send(self, rows: Array) -> Array:
+        """Rows [T, ...] to where they go: [R, ...]. The transpose of `bring_back`."""
+        lengths = self.source.shape[0], self.room
+        return exchange(leave(rows, self.source, self.places), self.leaving, self.arriving, lengths, self.axes)
+
+    def bring_back(self, rows: Array, meanwhile: Any = None) -> Array:
+        """[T, ...] float32 sums of what has come of rows [R, ...], which travel while others are made."""
+        lengths = self.room, self.source.shape[0]
+        home = exchange(rows, self.arriving, self.leaving, lengths, self.axes)
+        return back(_after(home, meanwhile), self.source, self.places)
 
 
-def _wave(
-    function: Work, axes: Axes, number: Array, routes: _Routes, x: Array, extra: Any, weights: tuple[Any, Any]
-) -> Array:
-    """One exchange there and back."""
-    devices, (rows, top) = size(axes), routes.group.shape
-    room = capacity(rows * top, devices)
-    leaving, arriving, places = _in_round(number, room, routes)
-    there, back_again = (rows * top, room), (room, rows * top)
+class _Wave(NamedTuple):
+    """A part of a device's rows, in a round."""
 
-    def by_choice(values: Array) -> Array:
-        chosen = leave(values.reshape(-1), routes.order, places.reshape(-1, 1))
-        return exchange(chosen, leaving, arriving, there, axes)
+    trip: _Trip
+    of_choices: _Trip
+    x: Array  # [T, D]
+    extra: Any
+    sizes: Array  # rows of each of this device's groups
 
-    def in_tiles(rows: Array) -> Array:
-        """Rows as whole tiles of a TPU's memory. Else its compiler cuts them for the exchange in a way of its own, in
-        which all that is done to them before and after takes ten times as long."""
-        return rows.reshape(rows.shape[0], -1, LANES) if rows.shape[1] % LANES == 0 else rows
+    @classmethod
+    def all_in(cls, number: Array, waves: Sequence[_Routes], x: Array, extra: Any, axes: Axes) -> list[_Wave]:
+        """The waves of a round."""
+        return [
+            cls._of(number, routes, *part, axes)
+            for routes, part in zip(waves, _cut((x, extra), len(waves)), strict=True)
+        ]
 
-    found = exchange(leave(in_tiles(x), routes.order // top, places), leaving, arriving, there, axes)
-    sizes = jnp.sum(arriving.size.reshape(devices, -1), axis=0)
-    out = function(found, jax.tree.map(by_choice, extra), sizes, *weights)
-    out = exchange(out, arriving, leaving, back_again, axes)
-    return back(out, routes.order // top, places).reshape(rows, -1)
+    @classmethod
+    def _of(cls, number: Array, routes: _Routes, x: Array, extra: Any, axes: Axes) -> _Wave:
+        devices, (rows, top) = size(axes), routes.group.shape
+        room = capacity(rows * top, devices)
+        leaving, arriving, places = _in_round(number, room, routes)
+        trip = _Trip(routes.order // top, places, leaving, arriving, room, axes)
+        sizes = jnp.sum(arriving.size.reshape(devices, -1), axis=0)
+        return cls(trip, trip.of_choices(routes.order), x, extra, sizes)
+
+    def send(self) -> tuple[Array, Any]:
+        """Its rows and what belongs to them, where they go."""
+        found = jax.tree.map(lambda values: self.of_choices.send(values.reshape(-1)), self.extra)
+        return self.trip.send(_in_tiles(self.x)), found
+
+
+def _cut(tree: Any, parts: int) -> list[Any]:
+    """Equal parts of arrays, along their first axis."""
+    leaves, structure = jax.tree.flatten(tree)
+    return [structure.unflatten(part) for part in zip(*(jnp.split(leaf, parts) for leaf in leaves), strict=True)]
+
+
+def _in_tiles(rows: Array) -> Array:
+    """Rows as whole tiles of a TPU's memory. Else its compiler cuts them for the exchange in a way of its own, in which
+    all that is done to them before and after takes ten times as long."""
+    return rows.reshape(rows.shape[0], -1, LANES) if rows.shape[1] % LANES == 0 else rows
+
+
+def _round(function: Work, waves: Sequence[_Wave], weights: tuple[Any, Any]) -> Array:
+    """There and back."""
+
+    def work(found: Array, extra: Any, wave: _Wave) -> Array:
+        return function(found, extra, wave.sizes, *weights)
+
+    done = _one_after_another(work, [wave.send() for wave in waves], waves)
+    sums = [wave.trip.bring_back(*rows) for wave, rows in zip(waves, _with_next(done), strict=True)]
+    return jnp.concatenate([rows.reshape(len(rows), -1) for rows in sums])
+
+
+def _gradients(
+    function: Work, waves: Sequence[_Wave], weights: tuple[Any, Any], gradient: Array
+) -> tuple[Array, Any, Any]:
+    """What comes of the gradient [T, width] of a round's result: those of x, of float extras and of float weights, in
+    trees that have None for the others. Rows travel once more, and their gradients as they do."""
+    trained, fixed = weights
+    like = jax.eval_shape(lambda found, extra: function(found, extra, waves[0].sizes, *weights), *waves[0].send())
+
+    def send(wave: _Wave, part: Array) -> Any:
+        return *wave.send(), wave.trip.send(part.astype(like.dtype).reshape(len(part), *like.shape[1:]))
+
+    def work(found: Array, extra: Any, of_out: Array, wave: _Wave) -> Any:
+        floats, restore = _floats((found, extra, trained))
+
+        def run(floats: list[Array]) -> Array:
+            found, extra, trained = restore(floats)
+            return function(found, extra, wave.sizes, trained, fixed)
+
+        return restore(jax.vjp(run, floats)[1](of_out)[0], absent=None)
+
+    done = _one_after_another(work, list(map(send, waves, _cut(gradient, len(waves)))), waves)
+    of_x, of_extra = [], []
+    for wave, ((found, extra, _), following) in zip(waves, _with_next(done), strict=True):
+        of_x.append(wave.trip.bring_back(found, following).reshape(wave.x.shape).astype(wave.x.dtype))
+
+        def home(like: Array, found: Array | None, wave: _Wave = wave) -> Array | None:
+            return None if found is None else wave.of_choices.bring_back(found).reshape(like.shape).astype(like.dtype)
+
+        of_extra.append(jax.tree.map(home, wave.extra, extra, is_leaf=lambda x: x is None))
+    of_weights = jax.tree.map(lambda *parts: functools.reduce(jnp.add, parts), *(weights for _, _, weights in done))
+    return jnp.concatenate(of_x), jax.tree.map(lambda *parts: jnp.concatenate(parts), *of_extra), of_weights
+
+
+def _one_after_another(work: Callable[..., Any], arrived: Sequence[Any], waves: Sequence[_Wave]) -> list[Any]:
+    """What work makes of what arrived of each wave: while it goes on, the next one travels."""
+    done: list[Any] = []
+    for wave, found in zip(waves, arrived, strict=True):
+        done.append(work(*_after(found, done[-1:]), wave))
+    return done
+
+
+def _with_next(items: list[Any]) -> Iterator[tuple[Any, Any]]:
+    """Each with the one that follows; None behind the last."""
+    return zip(items, [*items[1:], None], strict=True)
+
+
+def _after(values: Any, done: Any) -> Any:
+    """Arrays that on TPUs are not there before others are `done`: what comes of them waits for those.
+
+    Where it may choose, its compiler does all work before a trip or behind it, and has nothing to do meanwhile.
+    """
+    others = jax.tree.leaves(done)
+    if not others or platform_of_mesh() != "tpu" or interpreting():
+        return values
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+
+    def after(x: Array) -> Array:
+        return pl.pallas_call(
+            lambda *refs: None,
+            in_specs=[anywhere] * (1 + len(others)),
+            out_specs=anywhere,
+            out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+            input_output_aliases={0: 0},
+            cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=0, transcendentals=0),
+            name="after",
+        )(x, *others)
+
+    return jax.tree.map(after, values)
 
 
 @jax.custom_vjp
@@ -260,7 +382,6 @@ leave.defvjp(lambda x, *where: (leave(x, *where), where), _leave_backward)
 back.defvjp(lambda rows, *where: (back(rows, *where), (rows[:0], *where)), _back_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def exchange(x: Array, leaving: Segments, arriving: Segments, lengths: tuple[int, int], axes: Axes) -> Array:
     """Sends segments of rows to other devices.
 
@@ -327,20 +448,6 @@ def _first_lane(x: Array) -> Array:
     return jnp.sum(jnp.where(jnp.eye(LANES, dtype=bool), x.reshape(-1, LANES, LANES), 0), axis=1).reshape(-1)
 
 
-def _exchange_forward(x: Array, leaving: Segments, arriving: Segments, *static: Any) -> tuple[Array, Any]:
-    return exchange(x, leaving, arriving, *static), (leaving, arriving)
-
-
-def _exchange_backward(
-    lengths: tuple[int, int], axes: Axes, residuals: Any, gradient: Array
-) -> tuple[Array, None, None]:
-    leaving, arriving = residuals
-    return exchange(gradient, arriving, leaving, lengths[::-1], axes), None, None
-
-
-exchange.defvjp(_exchange_forward, _exchange_backward)
-
-
 def _visit_forward(*given: Any) -> tuple[Array, Any]:
     return visit(*given), given[5:]  # all but the static ones
 
@@ -354,12 +461,8 @@ def _visit_backward(
     floats, restore = _floats((x, choices.extra, weights))
 
     def of_round(number: Array) -> list[Array]:
-        def run(floats: list[Array]) -> Array:
-            x, extra, weights = restore(floats)
-            return _round(function, axes, number, waves, x, extra, (weights, fixed))
-
-        (parts,) = jax.vjp(run, floats)[1](gradient)
-        return parts
+        in_round = _Wave.all_in(number, waves, x, choices.extra, axes)
+        return jax.tree.leaves(_gradients(function, in_round, (weights, fixed), gradient))
 
     of_x, of_extra, of_weights = restore(_sum_of_rounds(of_round, _rounds(waves), floats), absent=None)
     return of_x, Choices(cast(Any, None), of_extra), of_weights, None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests.conftest import tpu_devices
 from v4_jax.kernels.compiler_options import compiler_options
 from v4_jax.planning.hlo import Program
+from v4_jax.sharding import dispatch
 from v4_jax.sharding.dispatch import Choices, capacity, visit
 from v4_jax.sharding.mesh import make_mesh
 
@@ -21,7 +23,9 @@ def layers(x, weights, shared, group, scale):
 
     def work(rows, scale, sizes, weight, fixed):
         del sizes, fixed
-        out = jnp.dot(rows.reshape(rows.shape[0], -1), weight) * scale[:, None]
+        with jax.named_scope("routed"):
+            product = jnp.dot(rows.reshape(rows.shape[0], -1), weight)
+        out = product * scale[:, None]
         return out.astype(x.dtype).reshape(rows.shape)
 
     def layer(x, weights):
@@ -34,8 +38,11 @@ def layers(x, weights, shared, group, scale):
     return jax.lax.scan(layer, x, (weights, shared))[0]
 
 
-def test_work_goes_on_beside_an_exchange():
-    """What does not wait for rows runs while they travel, and no layer copies the room for those that come."""
+@pytest.mark.parametrize("waves", [1, 2])
+def test_work_goes_on_beside_an_exchange(waves, monkeypatch):
+    """What does not wait for rows runs while they travel, of two waves also the work on the other; and no layer copies
+    the room for those that come."""
+    monkeypatch.setattr(dispatch, "MANY", ROWS * TOP // waves)
     mesh = make_mesh(f"expert={DEVICES}", tpu_devices("v5p:2x2x1"))
     specs = (P("expert"), P(), P(None, "expert"), P("expert"), P("expert"))
     shapes = ((DEVICES * ROWS, WIDTH), *((LAYERS, WIDTH, WIDTH),) * 2, *((DEVICES * ROWS, TOP),) * 2)
@@ -53,8 +60,9 @@ def test_work_goes_on_beside_an_exchange():
         step = jax.jit(jax.grad(loss), compiler_options=compiler_options("training", "tpu"))
         program = Program(step.lower(arguments[:3], *arguments[3:]).compile().as_text())
 
-    rooms = [(length, WIDTH // 128, 128) for length in (ROWS * TOP, capacity(ROWS * TOP, DEVICES))]
-    at_work = set()
+    sent = ROWS * TOP // waves
+    rooms = [(length, WIDTH // 128, 128) for length in (sent, capacity(sent, DEVICES))]
+    at_work, routed = set(), set()
     for name, body in program.computations.items():
         found, running = body.instructions, set()
         for instruction in found.values():
@@ -65,5 +73,6 @@ def test_work_goes_on_beside_an_exchange():
             elif instruction.opcode == "ragged-all-to-all-done":
                 running.remove(instruction.operands[0])
             elif running and instruction.op_name.endswith("dot_general"):
-                at_work.add(name)
+                (routed if "routed" in instruction.op_name else at_work).add(name)
     assert len(at_work) >= 2  # forward and back
+    assert len(routed) >= 2 * (waves - 1)
