@@ -6,6 +6,9 @@ the groups make of them goes back to where it came from.
 
 Dropless with bounded memory: a device has room for half as many rows again as come to it on the mean, and as many
 rounds follow as the fullest needs. One round is the rule; crowded groups cost another.
+
+On TPUs many rows go in two waves, one half of a device's tokens after the other: while the groups work on one the other
+travels. Over a torus of 128 chips an exchange takes about as long as what experts do with its rows.
 """
 
 from __future__ import annotations
@@ -17,12 +20,11 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental import pallas as pl
 
-from v4_jax.sharding.collectives import Axes, all_gather, all_to_all, pmax, size
-from v4_jax.sharding.platform import by_platform, interpreting, platform_of_mesh
+from v4_jax.sharding.collectives import Axes, all_to_all, pmax, size
+from v4_jax.sharding.exchange import LANES, Segments, after, back, exchange, in_tiles, leave
+from v4_jax.sharding.platform import platform_of_mesh
 
-LANES = 128  # of a TPU's registers
 MANY = 2048  # rows of a group: beside what is done to so many, reading its weights takes no time
 
 # Rows as they travel, sorted by group, what belongs to each row, rows of each group [G], weights, and fixed ones ->
@@ -84,20 +86,6 @@ def capacity(rows: int, devices: int) -> int:
     """Rows that a device has room for when each of so many sends as many: half more, in multiples of 8 or of lanes."""
     multiple = LANES if rows >= LANES else 8
     return min(rows * devices, -(-3 * rows // (2 * multiple)) * multiple)
-
-
-class Segments(NamedTuple):
-    """Stretches of rows that travel between this device and others: one for each device and group, in that order.
-
-    Attributes:
-      here: [devices * groups] int32 where each begins in this device's array.
-      there: likewise in the other's.
-      size: its rows.
-    """
-
-    here: Array
-    there: Array
-    size: Array
 
 
 class _Routes(NamedTuple):
@@ -214,7 +202,7 @@ class _Trip(NamedTuple):
         """[T, ...] float32 sums of what has come of rows [R, ...], which travel while others are made."""
         lengths = self.room, self.source.shape[0]
         home = exchange(rows, self.arriving, self.leaving, lengths, self.axes)
-        return back(_after(home, meanwhile), self.source, self.places)
+        return back(after(home, meanwhile), self.source, self.places)
 
 
 class _Wave(NamedTuple):
@@ -246,19 +234,15 @@ class _Wave(NamedTuple):
     def send(self) -> tuple[Array, Any]:
         """Its rows and what belongs to them, where they go."""
         found = jax.tree.map(lambda values: self.of_choices.send(values.reshape(-1)), self.extra)
-        return self.trip.send(_in_tiles(self.x)), found
+        return self.trip.send(in_tiles(self.x)), found
 
 
 def _cut(tree: Any, parts: int) -> list[Any]:
     """Equal parts of arrays, along their first axis."""
     leaves, structure = jax.tree.flatten(tree)
-    return [structure.unflatten(part) for part in zip(*(jnp.split(leaf, parts) for leaf in leaves), strict=True)]
-
-
-def _in_tiles(rows: Array) -> Array:
-    """Rows as whole tiles of a TPU's memory. Else its compiler cuts them for the exchange in a way of its own, in which
-    all that is done to them before and after takes ten times as long."""
-    return rows.reshape(rows.shape[0], -1, LANES) if rows.shape[1] % LANES == 0 else rows
+    return [
+        jax.tree.unflatten(structure, part) for part in zip(*(jnp.split(leaf, parts) for leaf in leaves), strict=True)
+    ]
 
 
 def _round(function: Work, waves: Sequence[_Wave], weights: tuple[Any, Any]) -> Array:
@@ -278,7 +262,7 @@ def _gradients(
     """What comes of the gradient [T, width] of a round's result: those of x, of float extras and of float weights, in
     trees that have None for the others. Rows travel once more, and their gradients as they do."""
     trained, fixed = weights
-    like = jax.eval_shape(lambda found, extra: function(found, extra, waves[0].sizes, *weights), *waves[0].send())
+    like = jax.eval_shape(lambda: function(*waves[0].send(), waves[0].sizes, *weights))
 
     def send(wave: _Wave, part: Array) -> Any:
         return *wave.send(), wave.trip.send(part.astype(like.dtype).reshape(len(part), *like.shape[1:]))
@@ -309,143 +293,13 @@ def _one_after_another(work: Callable[..., Any], arrived: Sequence[Any], waves: 
     """What work makes of what arrived of each wave: while it goes on, the next one travels."""
     done: list[Any] = []
     for wave, found in zip(waves, arrived, strict=True):
-        done.append(work(*_after(found, done[-1:]), wave))
+        done.append(work(*after(found, done[-1:]), wave))
     return done
 
 
 def _with_next(items: list[Any]) -> Iterator[tuple[Any, Any]]:
     """Each with the one that follows; None behind the last."""
     return zip(items, [*items[1:], None], strict=True)
-
-
-def _after(values: Any, done: Any) -> Any:
-    """Arrays that on TPUs are not there before others are `done`: what comes of them waits for those.
-
-    Where it may choose, its compiler does all work before a trip or behind it, and has nothing to do meanwhile.
-    """
-    others = jax.tree.leaves(done)
-    if not others or platform_of_mesh() != "tpu" or interpreting():
-        return values
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
-
-    def after(x: Array) -> Array:
-        return pl.pallas_call(
-            lambda *refs: None,
-            in_specs=[anywhere] * (1 + len(others)),
-            out_specs=anywhere,
-            out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
-            input_output_aliases={0: 0},
-            cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=0, transcendentals=0),
-            name="after",
-        )(x, *others)
-
-    return jax.tree.map(after, values)
-
-
-@jax.custom_vjp
-def leave(x: Array, source: Array, places: Array) -> Array:
-    """What stands in each place: rows [P, ...] of x [T, ...], the transpose of `back`.
-
-    Either is its other's gradient, so that rows are gathered in both directions: on TPUs a scatter goes row by row.
-
-    Args:
-      x: [T, ...].
-      source: [P] int32 row of each place. Places that hold none repeat any.
-      places: [T, K] int32 places that hold a row; -1 for none.
-    """
-    del places
-    return x[source]
-
-
-@jax.custom_vjp
-def back(rows: Array, source: Array, places: Array) -> Array:
-    """[T, ...] float32 sum over the places that hold each row; see `leave`."""
-    del source
-    held = places.reshape(*places.shape, *(1,) * (rows.ndim - 1)) >= 0
-
-    # Behind the barrier the TPU compiler widens rows where it adds them, and not each gather by itself.
-    gathered = jax.lax.optimization_barrier([rows[jnp.maximum(place, 0)] for place in places.T])
-    terms = (jnp.where(held[:, k], x.astype(jnp.float32), 0) for k, x in enumerate(gathered))
-    return functools.reduce(jnp.add, terms)
-
-
-def _leave_backward(residuals: Any, gradient: Array) -> tuple[Array, None, None]:
-    return back(gradient, *residuals).astype(gradient.dtype), None, None
-
-
-def _back_backward(residuals: Any, gradient: Array) -> tuple[Array, None, None]:
-    like, *where = residuals
-    return leave(gradient.astype(like.dtype), *where), None, None
-
-
-leave.defvjp(lambda x, *where: (leave(x, *where), where), _leave_backward)
-back.defvjp(lambda rows, *where: (back(rows, *where), (rows[:0], *where)), _back_backward)
-
-
-def exchange(x: Array, leaving: Segments, arriving: Segments, lengths: tuple[int, int], axes: Axes) -> Array:
-    """Sends segments of rows to other devices.
-
-    Args:
-      x: [lengths[0], ...] rows, or numbers.
-      leaving: segments of x, by the device that they go to.
-      arriving: segments of the result, by the device that they come from.
-      lengths: rows of x and of the result.
-      axes: mesh axes to exchange over.
-
-    Returns:
-      [lengths[1], ...]. What lies in no segment is undefined, on TPUs memory as it was found.
-    """
-
-    def ragged(x: Array, leaving: Segments, arriving: Segments) -> Array:
-        rows = x if x.ndim > 1 else _in_lanes(x)
-        out = _room_beside(rows, lengths[1])
-        where = (leaving.here, leaving.size, leaving.there, arriving.size)
-        found = jax.lax.ragged_all_to_all(rows, out, *where, axis_name=axes)
-        return found if x.ndim > 1 else _first_lane(found)
-
-    def gathered(x: Array, leaving: Segments, arriving: Segments) -> Array:
-        del leaving
-        row = jnp.arange(lengths[1], dtype=jnp.int32)
-        inside = (arriving.here <= row[:, None]) & (row[:, None] < arriving.here + arriving.size)
-        segment = jnp.argmax(inside, axis=1)
-        origin = segment // (arriving.here.shape[0] // size(axes)) * lengths[0]
-        source = origin + (arriving.there - arriving.here)[segment] + row
-        return all_gather(x, axes, 0)[jnp.where(jnp.any(inside, axis=1), source, 0)]
-
-    if interpreting():
-        return gathered(x, leaving, arriving)
-    if platform_of_mesh() == "tpu":  # beside an exchange in a choice that the compiler is left with, nothing runs
-        return ragged(x, leaving, arriving)
-    # XLA:CPU has no ragged exchange; there every device sees all rows.
-    return by_platform(x, leaving, arriving, tpu=ragged, default=gathered)
-
-
-def _room_beside(x: Array, length: int) -> Array:
-    """[length, ...] memory as it was found, of the dtype of x [R, ...], for an exchange on a TPU to fill.
-
-    `jax.lax.empty` depends on nothing: the compiler moves it out of a loop over layers, and copies it in each of them.
-    """
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    return pl.pallas_call(
-        lambda *refs: None,
-        in_specs=[anywhere],
-        out_specs=anywhere,
-        out_shape=jax.ShapeDtypeStruct((length, *x.shape[1:]), x.dtype),
-        cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=0, transcendentals=0),
-        name="room",
-    )(x)
-
-
-def _in_lanes(x: Array) -> Array:
-    """[P] numbers as [P, 1, 128]. Without the barrier TPUs fill the lanes of one row after another."""
-    return jax.lax.optimization_barrier(jnp.broadcast_to(x[:, None], (x.shape[0], LANES)))[:, None]
-
-
-def _first_lane(x: Array) -> Array:
-    """[R] numbers of [R, 1, 128] that have the same in all lanes: one lane of each row, as TPUs are quick to take."""
-    if x.shape[0] % LANES:
-        return x[:, 0, 0]
-    return jnp.sum(jnp.where(jnp.eye(LANES, dtype=bool), x.reshape(-1, LANES, LANES), 0), axis=1).reshape(-1)
 
 
 def _visit_forward(*given: Any) -> tuple[Array, Any]:

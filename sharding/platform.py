@@ -38,7 +38,7 @@ def platform_of_mesh() -> str | None:
     """The platform that what is traced now will run on, where a mesh tells: "cpu", "tpu"; None where there is none.
 
     For how work is cut, which changes no numbers, and whether a backward pass keeps values or computes them again.
-    What computes is for `by_platform` to choose; the exchange of rows is told here first (`dispatch.exchange`).
+    What computes is for `by_platform` to choose; the exchange of rows is told here first (`exchange.exchange`).
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return "tpu" if interpreting() else getattr(device, "platform", None)

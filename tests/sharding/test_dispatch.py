@@ -12,7 +12,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from v4_jax.sharding import dispatch
-from v4_jax.sharding.dispatch import LANES, Choices, capacity, visit
+from v4_jax.sharding.dispatch import Choices, capacity, visit
+from v4_jax.sharding.exchange import LANES
 from v4_jax.sharding.mesh import make_mesh
 from v4_jax.sharding.platform import interpreted
 

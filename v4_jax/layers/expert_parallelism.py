@@ -23,7 +23,8 @@ from v4_jax.kernels.stored_weights import supports
 from v4_jax.layers.experts import Experts, expert_ffn
 from v4_jax.low_rank import parts_of
 from v4_jax.sharding import collectives
-from v4_jax.sharding.dispatch import Choices, back, count_each, leave, visit
+from v4_jax.sharding.dispatch import Choices, count_each, visit
+from v4_jax.sharding.exchange import back, leave
 from v4_jax.sharding.platform import by_platform, interpreting
 from v4_jax.sharding.split import Split
 
