@@ -88,7 +88,7 @@ All numbers are per device: one chip, or half a chip on tpu7x.
   memory.
 - *Estimate* is the compiler's: the cycles of every operation, times how often it runs. A Pallas kernel takes at least
   its FLOPs at peak and its bytes at full bandwidth. Collectives take 3 us and the time of their busiest link, by where
-  the mesh puts its devices in the slice, one after another; they count as what the program waits for them. It is *at
+  the mesh puts its devices in the slice; they share the links, and count as what the program waits for them. It is *at
   least* that where the compiler has no cycles for some of the kernels, which then count by FLOPs and bytes alone. The
   compiler takes data to be zeros; kernels say how often what depends on data happens. *Before* is without the kernels,
   and without the experts' time. *Operations* are all that a call runs, and the parts are the named scopes that take

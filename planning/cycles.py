@@ -3,8 +3,8 @@
 The TPU compiler writes an estimate beside most operations of a compiled program: the bundles of instructions of its
 schedule, loops multiplied out. Of Pallas kernels it is asked apart (`v4_jax.planning.kernels`); they take at least
 their FLOPs at peak and their bytes at full bandwidth. The compiler knows nothing of the interconnect; collectives take
-`COLLECTIVE` and what their busiest link does (`v4_jax.planning.links`), one after another, and count as what the
-program has to wait for them.
+`COLLECTIVE` and what their busiest link does (`v4_jax.planning.links`), share the links, and count as what the program
+has to wait for them.
 Copies that run beside other work cost nothing here. A sum of estimates is no measurement: it is there to compare
 programs by, since it sees operations, which a floor of bytes and FLOPs does not.
 """
@@ -86,21 +86,19 @@ def estimate(program: Program, kernels: Mapping[Likeness, Cycles], links: Links,
         else:
             seconds = runs * _seconds(call, program, kernels, chip, expected)
             parts[part_of(instruction.op_name)] += seconds
-            interconnect.now += seconds
+            interconnect.go_on(seconds)
     longest_first = dict(sorted(((name, time) for name, time in parts.items() if time), key=lambda part: -part[1]))
     return Estimated(sum(parts.values()), operations, longest_first, tuple(sorted(bounded)))
 
 
 class _Interconnect:
-    """Collectives, one after another, beside what the program computes until it needs what they bring.
+    """Collectives beside what the program computes until it needs what they bring.
 
-    Attributes:
-      now: seconds that the program has run for.
+    They share the links: what the program waits for goes first, and of others what will be there first.
     """
 
     def __init__(self) -> None:
-        self.now = self._free = 0.0
-        self._arrivals: dict[str, float] = {}
+        self._left: dict[str, float] = {}  # seconds
         self._within: dict[str, str] = {}
 
     def leave_to(self, call: Call, program: Program) -> None:
@@ -112,21 +110,22 @@ class _Interconnect:
         """Takes up a collective of so many seconds, and returns those that are waited for it here."""
         name, stage = call.instruction.name, stage_of(call)
         key = chain_of(call.instruction) or self._within.get(name, name)
-        if stage == "whole" and key == name:  # waited for at once, it goes first, and puts the others off
-            underway = {key: time for key, time in self._arrivals.items() if time > self.now}
-            self._arrivals |= {key: time + seconds for key, time in underway.items()}
-            self._free = max(self._free, self.now) + seconds
-            self.now += seconds
+        if stage == "whole" and key == name:
             return seconds
         if stage in ("whole", "start"):
-            self._free = self._arrivals[key] = max(self._free, self.now) + seconds
+            self._left[key] = seconds
         return self.wait_for(key) if stage == "end" else 0.0
+
+    def go_on(self, seconds: float) -> None:
+        """Collectives proceed while the program computes."""
+        for key in sorted(self._left, key=self._left.__getitem__):
+            done = min(seconds, self._left[key])
+            self._left[key] -= done
+            seconds -= done
 
     def wait_for(self, key: str) -> float:
         """Seconds until something is there, if it is on the way."""
-        waited = max(0.0, self._arrivals.pop(key, 0.0) - self.now)
-        self.now += waited
-        return waited
+        return self._left.pop(key, 0.0)
 
 
 def part_of(op_name: str) -> str:

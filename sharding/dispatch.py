@@ -193,10 +193,11 @@ class _Trip(NamedTuple):
         """The same for what belongs to choices: each has a place of its own."""
         return self._replace(source=order, places=self.places.reshape(-1, 1))
 
-    def send(self, rows: Array) -> Array:
-        """Rows [T, ...] to where they go: [R, ...]. The transpose of `bring_back`."""
+    def send(self, rows: Array, done: Any = None) -> Array:
+        """Rows [T, ...] to where they go, once others are done: [R, ...]. The transpose of `bring_back`."""
         lengths = self.source.shape[0], self.room
-        return exchange(leave(rows, self.source, self.places), self.leaving, self.arriving, lengths, self.axes)
+        rows = after(leave(rows, self.source, self.places), done)
+        return exchange(rows, self.leaving, self.arriving, lengths, self.axes)
 
     def bring_back(self, rows: Array, meanwhile: Any = None) -> Array:
         """[T, ...] float32 sums of what has come of rows [R, ...], which travel while others are made."""
@@ -248,10 +249,9 @@ def _cut(tree: Any, parts: int) -> list[Any]:
 def _round(function: Work, waves: Sequence[_Wave], weights: tuple[Any, Any]) -> Array:
     """There and back."""
 
-    def work(found: Array, extra: Any, wave: _Wave) -> Array:
-        return function(found, extra, wave.sizes, *weights)
-
-    done = _one_after_another(work, [wave.send() for wave in waves], waves)
+    done: list[Array] = []
+    for wave in waves:
+        done.append(function(*after(wave.send(), done[-1:]), wave.sizes, *weights))
     sums = [wave.trip.bring_back(*rows) for wave, rows in zip(waves, _with_next(done), strict=True)]
     return jnp.concatenate([rows.reshape(len(rows), -1) for rows in sums])
 
@@ -264,10 +264,7 @@ def _gradients(
     trained, fixed = weights
     like = jax.eval_shape(lambda: function(*waves[0].send(), waves[0].sizes, *weights))
 
-    def send(wave: _Wave, part: Array) -> Any:
-        return *wave.send(), wave.trip.send(part.astype(like.dtype).reshape(len(part), *like.shape[1:]))
-
-    def work(found: Array, extra: Any, of_out: Array, wave: _Wave) -> Any:
+    def work(wave: _Wave, found: Array, extra: Any, of_out: Array) -> Any:
         floats, restore = _floats((found, extra, trained))
 
         def run(floats: list[Array]) -> Array:
@@ -276,7 +273,13 @@ def _gradients(
 
         return restore(jax.vjp(run, floats)[1](of_out)[0], absent=None)
 
-    done = _one_after_another(work, list(map(send, waves, _cut(gradient, len(waves)))), waves)
+    done: list[Any] = []
+    for wave, part in zip(waves, _cut(gradient, len(waves)), strict=True):
+        # Beside the gradients of the last wave's rows its own travel, and beside those of the weights its gradient.
+        rows, *_, of_weights = done[-1] if done else (None, None)
+        part = part.astype(like.dtype).reshape(len(part), *like.shape[1:])
+        done.append(work(wave, *after(wave.send(), rows), after(wave.trip.send(part, rows), of_weights)))
+
     of_x, of_extra = [], []
     for wave, ((found, extra, _), following) in zip(waves, _with_next(done), strict=True):
         of_x.append(wave.trip.bring_back(found, following).reshape(wave.x.shape).astype(wave.x.dtype))
@@ -287,14 +290,6 @@ def _gradients(
         of_extra.append(jax.tree.map(home, wave.extra, extra, is_leaf=lambda x: x is None))
     of_weights = jax.tree.map(lambda *parts: functools.reduce(jnp.add, parts), *(weights for _, _, weights in done))
     return jnp.concatenate(of_x), jax.tree.map(lambda *parts: jnp.concatenate(parts), *of_extra), of_weights
-
-
-def _one_after_another(work: Callable[..., Any], arrived: Sequence[Any], waves: Sequence[_Wave]) -> list[Any]:
-    """What work makes of what arrived of each wave: while it goes on, the next one travels."""
-    done: list[Any] = []
-    for wave, found in zip(waves, arrived, strict=True):
-        done.append(work(*after(found, done[-1:]), wave))
-    return done
 
 
 def _with_next(items: list[Any]) -> Iterator[tuple[Any, Any]]:

@@ -207,6 +207,16 @@ def test_collectives_share_the_interconnect(monkeypatch):
     assert found.parts["collectives"] == pytest.approx(3e-3)
 
 
+def test_a_short_collective_is_not_kept_by_a_long_one(monkeypatch):
+    """One of 5 ms begins before the other of 1 ms, which has arrived after 1 ms of work."""
+    monkeypatch.setattr(cycles, "COLLECTIVE", 1e-3 - SENT)
+    start = f"  %long = (f32[100000000]{{0}}, f32[100000000]{{0}}) all-reduce-start(%x), {SUM}\n  %start"
+    text = PAIR.replace("  %start", start) + "  %late = f32[100000000]{0} all-reduce-done(%long)\n"
+    text = text.replace("}\n  %late", "  %late") + "}\n"
+    found = cycles.estimate(Program(text), {}, LINKS, Expected())
+    assert found.parts["collectives"] == pytest.approx(4e-3, rel=1e-4)
+
+
 def test_what_is_waited_for_at_once_goes_first(monkeypatch):
     """A sum of 2 ms begins 1 ms after another, which takes 4 ms then, beside 1 ms of work and all of the first."""
     monkeypatch.setattr(cycles, "COLLECTIVE", 2e-3 - SENT)
