@@ -134,8 +134,9 @@ class OnMean(Expected):
         return Share(turns, min(1.0, own / rows), min(1.0, self._hit / max(1.0, min(rows, self._own))), later)
 
     def filled(self, exchange: Instruction) -> float:
-        """An even load's rows, of all that there is room for."""
-        return min(1.0, self._reaching / exchange.shapes[0].dimensions[0])
+        """An even load's rows, of all that there is room for. Where there is none for all of them, they go in waves."""
+        room = exchange.shapes[0].dimensions[0]
+        return self._reaching / (room * math.ceil(self._reaching / room))
 
     def _ratio(self, op_name: str) -> int:
         """Tokens to an entry in the layer that a conditional stands in."""

@@ -337,8 +337,9 @@ ragged-all-to-all-start(%x, %y), replica_groups=[1,128]<=[128]
   ROOT %ragged.1 = bf16[147456,32,128]{2,1,0} ragged-all-to-all-done(%begun)"""
 
 
+@pytest.mark.parametrize("waves", [1, 2])
 @pytest.mark.parametrize("exchange", [f"  ROOT %ragged.1 = bf16[147456,32,128]{{2,1,0}} {EXCHANGED}", BESIDE_OTHERS])
-def test_what_an_exchange_brings_is_counted_and_not_its_room(exchange):
+def test_what_an_exchange_brings_is_counted_and_not_its_room(exchange, waves):
     text = f"""HloModule m
 
 ENTRY %main (x: bf16[98304,32,128], y: bf16[147456,32,128]) -> bf16[147456,32,128] {{
@@ -347,9 +348,11 @@ ENTRY %main (x: bf16[98304,32,128], y: bf16[147456,32,128]) -> bf16[147456,32,12
 {exchange}
 }}
 """
+    for rows in (98304, 147456):
+        text = text.replace(f"[{rows},", f"[{rows // waves},")
     (found,) = collectives(text, training())
-    assert found.nbytes == 2 * 98304 * 4096
-    assert collectives(text)[0].nbytes == 2 * 147456 * 4096
+    assert found.nbytes * waves == 2 * 98304 * 4096
+    assert collectives(text)[0].nbytes * waves == 2 * 147456 * 4096
 
 
 @pytest.mark.parametrize(("name", "trips"), [("while", 2), ("while/body/while", 48)])
