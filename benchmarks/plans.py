@@ -101,10 +101,10 @@ All numbers are per device: one chip, or half a chip on tpu7x.
 
 Weights are in the released formats, the cache in bfloat16. Loops are multiplied out. What depends on the data counts as
 on the mean, at the end of a full context and with experts evenly chosen. Rows without an estimate were compiled before
-`plan` had one, and before most of the kernels. Those of tpu7x at 8K, of the prefill on v6e, of Pro, and of training
-with a million tokens are from before work went on beside collectives, which count there in full; and the last two, and
-the prefill on tpu7x, from before kernels told how often what depends on data happens: they count that at the chips'
-peak.
+`plan` had one, and before most of the kernels. Those of Pro, and of training with a million tokens, are from before
+work went on beside collectives, which count there in full and as if all links of a chip carried them, and from before
+kernels told how often what depends on data happens: that counts at the chips' peak. Training at 4K is from before rows
+went to their experts in two waves.
 
 """
 COLUMNS = (

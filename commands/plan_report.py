@@ -264,8 +264,8 @@ def _parts_table(compiled: Compiled) -> Table:
     shown = make_table(
         "Where time goes, by the compiler's estimate",
         *("part", "time", "share"),
-        caption=f"{compiled.operations:,.0f} operations a call; collectives take 3 us and the time of their busiest link, "
-        "less work beside"
+        caption=f"{compiled.operations:,.0f} operations a call; "
+        "collectives take 3 us and the time of their busiest link, less work beside"
         + (f", {', '.join(compiled.bounded)} as FLOPs and bytes alone" if compiled.bounded else ""),
     )
     first = list(compiled.parts.items())[:PARTS]

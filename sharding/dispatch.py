@@ -14,7 +14,7 @@ travels. Over a torus of 128 chips an exchange takes about as long as what exper
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -248,12 +248,8 @@ def _cut(tree: Any, parts: int) -> list[Any]:
 
 def _round(function: Work, waves: Sequence[_Wave], weights: tuple[Any, Any]) -> Array:
     """There and back."""
-
-    done: list[Array] = []
-    for wave in waves:
-        done.append(function(*after(wave.send(), done[-1:]), wave.sizes, *weights))
-    sums = [wave.trip.bring_back(*rows) for wave, rows in zip(waves, _with_next(done), strict=True)]
-    return jnp.concatenate([rows.reshape(len(rows), -1) for rows in sums])
+    results = [wave.trip.bring_back(function(*wave.send(), wave.sizes, *weights)) for wave in waves]
+    return jnp.concatenate([rows.reshape(len(rows), -1) for rows in results])
 
 
 def _gradients(
@@ -281,7 +277,7 @@ def _gradients(
         done.append(work(wave, *after(wave.send(), rows), after(wave.trip.send(part, rows), of_weights)))
 
     of_x, of_extra = [], []
-    for wave, ((found, extra, _), following) in zip(waves, _with_next(done), strict=True):
+    for wave, (found, extra, _), following in zip(waves, done, [*done[1:], None], strict=True):
         of_x.append(wave.trip.bring_back(found, following).reshape(wave.x.shape).astype(wave.x.dtype))
 
         def home(like: Array, found: Array | None, wave: _Wave = wave) -> Array | None:
@@ -290,11 +286,6 @@ def _gradients(
         of_extra.append(jax.tree.map(home, wave.extra, extra, is_leaf=lambda x: x is None))
     of_weights = jax.tree.map(lambda *parts: functools.reduce(jnp.add, parts), *(weights for _, _, weights in done))
     return jnp.concatenate(of_x), jax.tree.map(lambda *parts: jnp.concatenate(parts), *of_extra), of_weights
-
-
-def _with_next(items: list[Any]) -> Iterator[tuple[Any, Any]]:
-    """Each with the one that follows; None behind the last."""
-    return zip(items, [*items[1:], None], strict=True)
 
 
 def _visit_forward(*given: Any) -> tuple[Array, Any]:
