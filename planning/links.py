@@ -35,8 +35,9 @@ class Links:
 
     @classmethod
     def between(cls, devices: Sequence[Any], topology: Topology) -> Links:
-        """Those of `jax.Device`s in the order of a program's mesh."""
-        return cls(topology, tuple(tuple(device.coords[: len(topology.shape)]) for device in devices))
+        """Those of `jax.Device`s in the order of a program's mesh, wherever in a pod the slice lies."""
+        places = np.array([device.coords[: len(topology.shape)] for device in devices])
+        return cls(topology, tuple(map(tuple, (places - places.min(axis=0)).tolist())))
 
     @property
     def device(self) -> Chip:

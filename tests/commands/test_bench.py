@@ -22,6 +22,7 @@ from v4_jax.planning import kernel_comparison, measure, profile
 from v4_jax.planning.hlo import Program
 from v4_jax.planning.job import Job, abstract_params, program_of, without_mtp
 from v4_jax.planning.kernel_comparison import comparisons
+from v4_jax.planning.links import Links
 from v4_jax.planning.random_values import random_cache, random_weights, uniform
 from v4_jax.sharding.chips import Topology, topology_of
 from v4_jax.sharding.mesh import make_mesh, parse_mesh
@@ -154,6 +155,7 @@ def test_on_chips_that_plan_knows_its_numbers_stand_beside(run, bare, monkeypatc
     """The program that was measured is the one that is estimated: with a processor taken for a chip."""
     monkeypatch.setattr(verb, "topology_of", lambda devices: Topology.parse("v6e:1x1") if len(devices) == 1 else None)
     monkeypatch.setattr("v4_jax.planning.kernels.cycles", lambda *_: {})
+    monkeypatch.setattr(Links, "between", lambda devices, topology: Links(topology, ((0, 0),)))
     said = run(*decoded(bare, "--json", "-"))
     assert said.code == 0, said.err
     plan = json.loads(said.out)["plan"]

@@ -89,6 +89,12 @@ def test_a_permute_takes_the_shortest_way(pairs, expected):
     assert links.seconds(permute) == pytest.approx(expected * TAKES)
 
 
+def test_a_slice_lies_anywhere_in_a_pod():
+    topology = Topology.parse("v6e:2x4")
+    devices = [SimpleNamespace(coords=(4 + x, 8 + y, 0)) for x in range(2) for y in range(4)]
+    assert Links.between(devices, topology) == slice_of("v6e:2x4")[0]
+
+
 def test_where_a_slice_wraps():
     for name, expected in (
         ("v5p:4x4x8", (True,) * 3),
