@@ -63,11 +63,11 @@ class Links:
         at, goal = (places[list(ends)] for ends in zip(*messages, strict=True))
         inside = np.bincount(np.ravel_multi_index(at[(at == goal).all(axis=1)].T, shape), minlength=1)
         busiest = inside.max() / WITHIN
-        for axis, (size, round_) in enumerate(zip(shape, self.topology.wraps, strict=True)):
+        for axis, (size, wraps) in enumerate(zip(shape, self.topology.wraps, strict=True)):
             ahead = goal[:, axis] - at[:, axis]
-            if round_:
+            if wraps:
                 ahead = (ahead + size // 2) % size - size // 2
-            both = round_ & (2 * ahead == -size)  # as far one way as the other: half of it goes each way
+            both = wraps & (2 * ahead == -size)  # as far one way as the other: half of it goes each way
             for way in (1, -1):
                 hops = np.where(both, size // 2, np.maximum(way * ahead, 0))
                 carried = np.zeros(shape)
@@ -83,10 +83,10 @@ class Links:
         """Links over which a device of a group that goes round in rings sends at once, less what other groups take."""
         chips = {self.places[device] for device in group}
         links = 0.0
-        for axis, (size, round_) in enumerate(zip(self.topology.shape, self.topology.wraps, strict=True)):
+        for axis, (size, wraps) in enumerate(zip(self.topology.shape, self.topology.wraps, strict=True)):
             positions = sorted({chip[axis] for chip in chips})
             if len(positions) > 1:  # rings of other groups go through the chips between
                 stride = max(after - before for before, after in itertools.pairwise(positions))
-                links += (2 if round_ and stride * len(positions) == size else 1) / stride
+                links += (2 if wraps and stride * len(positions) == size else 1) / stride
         groups = self.topology.chip.devices * len(chips) / len(group)  # on a chip
         return links / groups or WITHIN

@@ -258,23 +258,20 @@ def _gradients(
     """What comes of the gradient [T, width] of a round's result: those of x, of float extras and of float weights, in
     trees that have None for the others. Rows travel once more, and their gradients as they do."""
     trained, fixed = weights
-    like = jax.eval_shape(lambda: function(*waves[0].send(), waves[0].sizes, *weights))
-
-    def work(wave: _Wave, found: Array, extra: Any, of_out: Array) -> Any:
-        floats, restore = _floats((found, extra, trained))
-
-        def run(floats: list[Array]) -> Array:
-            found, extra, trained = restore(floats)
-            return function(found, extra, wave.sizes, trained, fixed)
-
-        return restore(jax.vjp(run, floats)[1](of_out)[0], absent=None)
-
     done: list[Any] = []
     for wave, part in zip(waves, _cut(gradient, len(waves)), strict=True):
         # Beside the gradients of the last wave's rows its own travel, and beside those of the weights its gradient.
         rows, *_, of_weights = done[-1] if done else (None, None)
-        part = part.astype(like.dtype).reshape(len(part), *like.shape[1:])
-        done.append(work(wave, *after(wave.send(), rows), after(wave.trip.send(part, rows), of_weights)))
+        floats, restore = _floats((*after(wave.send(), rows), trained))
+
+        def run(floats: list[Array], restore: Any = restore, wave: _Wave = wave) -> Array:
+            found, extra, trained = restore(floats)
+            return function(found, extra, wave.sizes, trained, fixed)
+
+        out, pull = jax.vjp(run, floats)
+        part = part.astype(out.dtype).reshape(len(part), *out.shape[1:])
+        (parts,) = pull(after(wave.trip.send(part, rows), of_weights))
+        done.append(restore(parts, absent=None))
 
     of_x, of_extra = [], []
     for wave, (found, extra, _), following in zip(waves, done, [*done[1:], None], strict=True):

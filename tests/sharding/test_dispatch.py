@@ -38,17 +38,8 @@ def run(x, group, scale, weights, probe):
         sign = jnp.where(group % 2, 1, -1)  # which has no gradient
 
         def call(x, scale, weights):
-            return visit(
-                work,
-                WIDTH,
-                OWN,
-                ("expert",),
-                ("expert",),
-                x,
-                Choices(group, {"scale": scale, "sign": sign}),
-                weights,
-                jnp.float32(2),
-            )
+            choices = Choices(group, {"scale": scale, "sign": sign})
+            return visit(work, WIDTH, OWN, ("expert",), ("expert",), x, choices, weights, jnp.float32(2))
 
         out, pull = jax.vjp(call, x, scale, weights)
         return out, *pull(probe)
@@ -77,12 +68,8 @@ def test_results_and_gradients_are_those_of_no_exchange(context, waves, chosen, 
     weights = rng.normal(size=(GROUPS, WIDTH)).astype(np.float32)
 
     def here(x, scale, weights):
-        found = (
-            2
-            * jnp.tanh(x)[:, None]
-            * (scale * np.where(group % 2, 1, -1))[..., None]
-            * weights[np.minimum(group, GROUPS - 1)]
-        )
+        signed = scale * np.where(group % 2, 1, -1)
+        found = 2 * jnp.tanh(x)[:, None] * signed[..., None] * weights[np.minimum(group, GROUPS - 1)]
         return jnp.sum(jnp.where(group[..., None] < GROUPS, found, 0), axis=1)
 
     out, pull = jax.vjp(here, x, scale, weights)
